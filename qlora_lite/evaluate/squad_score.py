@@ -1,0 +1,68 @@
+"""Exact match and F1 by the rules of the official SQuAD v2.0 script, which scores v1.1 files as well.
+
+In: a prediction and its gold answers. Out: (exact match, F1), each 0 to 1, the best over the golds; `aggregate` gives percentages.
+Sources: SQuAD arXiv 1606.05250 section 6.1, arXiv 1806.03822, and their scripts `evaluate-v1.1.py` and `evaluate-v2.0.py`.
+Surprising: where nothing is left of an answer after normalization (gold "The"), F1 is 1 if nothing is left of the prediction either;
+the v1.1 script gives 0 there, although it grants the exact match. Only ASCII punctuation is removed, as in both scripts.
+"""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over examples, 0 to 100."""
+
+    exact_match: float
+    f1: float
+    num_examples: int
+
+
+def score(prediction: str, golds: tuple[str, ...], *, no_answer_text: str) -> tuple[float, float]:
+    """-> (exact match, 0.0 or 1.0; F1, 0 to 1), the best over the gold answers.
+
+    No golds means the question has no answer: then only an empty prediction is right, or one that says `no_answer_text` (compared after
+    normalization); exact match and F1 are both 1 or both 0.
+    """
+    golds = tuple(gold for gold in golds if normalize_answer(gold))
+    if not golds:
+        says_nothing = normalize_answer(prediction) in ("", normalize_answer(no_answer_text))
+        return float(says_nothing), float(says_nothing)
+    return max(_exact(prediction, gold) for gold in golds), max(_f1(prediction, gold) for gold in golds)
+
+
+def aggregate(scores: Iterable[tuple[float, float]]) -> Scores:
+    """Mean of the pairs `score` returns, times 100. Raises ValueError when there are none."""
+    pairs = list(scores)
+    if not pairs:
+        raise ValueError("no predictions to score")
+    exact = math.fsum(pair[0] for pair in pairs)
+    f1 = math.fsum(pair[1] for pair in pairs)
+    return Scores(exact_match=100 * exact / len(pairs), f1=100 * f1 / len(pairs), num_examples=len(pairs))
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation and the articles a, an, the; single spaces. In this order, as the official script."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def _exact(prediction: str, gold: str) -> float:
+    return float(normalize_answer(prediction) == normalize_answer(gold))
+
+
+def _f1(prediction: str, gold: str) -> float:
+    """Harmonic mean of precision and recall over words, counted with multiplicity; `gold` has at least one word."""
+    predicted, wanted = normalize_answer(prediction).split(), normalize_answer(gold).split()
+    common = (Counter(predicted) & Counter(wanted)).total()
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(predicted), common / len(wanted)
+    return 2 * precision * recall / (precision + recall)

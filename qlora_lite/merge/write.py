@@ -1,0 +1,258 @@
+"""Write the merged checkpoint: base files + adapter files -> an ordinary 16-bit model folder, tensor by tensor.
+
+    stored = round( dequantize(W) + scale * scaling * B @ A )      in fp32, rounded last; see rounding.py
+
+Never from a live model: a merge needs one row block (16 MiB) in memory, whatever the size of the model, and an
+evaluation that touched live weights cannot reach it. Tensors without an adapter are copied exactly.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_lite.errors import ModelError, UserError
+from qlora_lite.merge.checkpoint import Checkpoint, row_ranges
+from qlora_lite.merge.lora import LoraFactors, add_delta_, read_adapter
+from qlora_lite.merge.memory import HostMemoryMeter
+from qlora_lite.merge.rounding import DTYPES, ROUNDINGS, make_rounder
+from qlora_lite.model.safetensors_writer import (
+    MAX_SHARD_BYTES,
+    ShardedWriter,
+    TensorSpec,
+    fsync_folder,
+    write_text_durably,
+)
+from qlora_lite.units import format_bytes
+
+# Files of a model folder that are neither weights nor about weights.
+_COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates",
+    "LICENSE*",
+)
+
+
+@dataclass(frozen=True)
+class WriteResult:
+    """What was written. `peak_host_bytes` is anonymous memory above the start, None outside Linux."""
+
+    out: Path
+    num_tensors: int
+    num_merged: int
+    total_bytes: int
+    peak_host_bytes: int | None
+    warnings: tuple[str, ...]
+
+
+def merge_adapter(
+    base_dir: Path | str,
+    adapter_dir: Path | str,
+    out_dir: Path | str,
+    *,
+    dtype: str = "bf16",
+    rounding: str = "stochastic",
+    scale: float = 1.0,
+    seed: int = 0,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    compute_dtype: str = "bf16",
+) -> WriteResult:
+    """Merge without proof into `out_dir`, which must not exist or be empty; on an error nothing is left behind."""
+    with staged_folder(out_dir) as folder:
+        return write_merged(
+            base_dir,
+            adapter_dir,
+            folder,
+            dtype=dtype,
+            rounding=rounding,
+            scale=scale,
+            seed=seed,
+            max_shard_bytes=max_shard_bytes,
+            compute_dtype=compute_dtype,
+        )
+
+
+def write_merged(
+    base_dir: Path | str,
+    adapter_dir: Path | str,
+    folder: Path,
+    *,
+    dtype: str,
+    rounding: str,
+    scale: float,
+    seed: int,
+    max_shard_bytes: int,
+    compute_dtype: str,
+) -> WriteResult:
+    """Write the merged model into the existing, empty `folder`.
+
+    `compute_dtype` is the one of the training run ("bf16", or "fp16" on cards without bf16): 4-bit weights are
+    dequantized to it, as training did. Raises ModelError where base and adapter do not belong together or values leave
+    the range of `dtype`, UserError where the disk is too small.
+    """
+    check_options(dtype=dtype, rounding=rounding, scale=scale, compute_dtype=compute_dtype)
+    with HostMemoryMeter() as meter:
+        base, adapter = open_pair(base_dir, adapter_dir, compute_dtype=compute_dtype)
+        specs = {name: TensorSpec(base.shape(name), _out_dtype(base, name, DTYPES[dtype])) for name in base.names}
+        total_bytes = sum(spec.num_bytes for spec in specs.values())
+        _check_disk(folder, total_bytes)
+        with ShardedWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
+            for name, spec in specs.items():
+                factors = adapter.get(name.removesuffix(".weight"))
+                rounder = make_rounder(name, dtype=spec.dtype, rounding=rounding, seed=seed)
+                blocks = (
+                    stored_blocks(base, name, spec.dtype)
+                    if factors is None
+                    else (
+                        _checked(rounder(block), name, dtype) for block in merged_row_blocks(base, name, factors, scale)
+                    )
+                )
+                writer.write(name, blocks)
+        _write_config(base, folder, DTYPES[dtype])
+        _copy_companions(base.folder, folder)
+    return WriteResult(folder, len(specs), len(adapter), total_bytes, meter.peak_bytes, tuple(_warnings(base, dtype)))
+
+
+def merged_row_blocks(base: Checkpoint, name: str, factors: LoraFactors, scale: float) -> Iterator[Tensor]:
+    """Row blocks of the merged weight in fp32, not rounded. What is written and what is proved both come from here."""
+    start = 0
+    for block in base.row_blocks(name):
+        add_delta_(block, factors, start=start, scale=scale)
+        yield block
+        start += block.shape[0]
+
+
+def stored_blocks(base: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Blocks of a tensor without adapter in `dtype`: exact where the base already lies on its grid."""
+    if name in base.quantized:
+        for block in base.row_blocks(name):
+            yield _checked(block.to(dtype), name, str(dtype))
+        return
+    stored = base.stored(name)
+    if stored.dtype == dtype:
+        yield stored
+        return
+    flat = stored.reshape(-1)
+    for start, stop in row_ranges(flat.numel(), 1):
+        yield _checked(flat[start:stop].to(dtype), name, str(dtype))
+
+
+def open_pair(
+    base_dir: Path | str, adapter_dir: Path | str, *, compute_dtype: str
+) -> tuple[Checkpoint, Mapping[str, LoraFactors]]:
+    """Base and adapter, after checking that every adapter module meets a base weight of its shape."""
+    base = Checkpoint(base_dir, compute_dtype=DTYPES[compute_dtype])
+    adapter = read_adapter(adapter_dir)
+    problems = []
+    for module, factors in adapter.items():
+        name = f"{module}.weight"
+        if name not in base.names:
+            problems.append(f"{module}: {base.folder} has no {name}{_tied_hint(base, module)}")
+        elif base.shape(name) != factors.shape:
+            problems.append(f"{module}: B @ A is {list(factors.shape)}, {name} is {list(base.shape(name))}")
+        elif module == "lm_head" and base.config.get("tie_word_embeddings"):
+            problems.append(f"{module}: the model ties it to its embedding, so a merged one would not be read back")
+    if problems:
+        head = f"{adapter_dir}: the adapter was not trained on this base ({len(problems)} of {len(adapter)} modules)"
+        raise ModelError("\n".join([head, *(f"  {problem}" for problem in problems)]))
+    return base, adapter
+
+
+@contextlib.contextmanager
+def staged_folder(out_dir: Path | str) -> Iterator[Path]:
+    """An empty folder beside `out_dir` that becomes `out_dir` in one rename when the block ends without an error."""
+    out = Path(out_dir).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: already exists and is not an empty folder; name another folder, or remove it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.staging"
+    staging.mkdir()
+    try:
+        yield staging
+        fsync_folder(staging)
+        staging.replace(out)
+        fsync_folder(out.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_options(*, dtype: str, rounding: str, scale: float, compute_dtype: str) -> None:
+    """UserError that names the option, what it is and what it may be."""
+    for option, value, allowed in (
+        ("dtype", dtype, tuple(DTYPES)),
+        ("rounding", rounding, ROUNDINGS),
+        ("compute_dtype", compute_dtype, tuple(DTYPES)),
+    ):
+        if value not in allowed:
+            raise UserError(f"merge.{option}: expected one of {', '.join(allowed)}, got {value!r}")
+    if not math.isfinite(scale):
+        raise UserError(f"merge.scale: expected a finite number, got {scale}")
+
+
+def _out_dtype(base: Checkpoint, name: str, dtype: torch.dtype) -> torch.dtype:
+    own = base.dtype(name)
+    return dtype if own.is_floating_point else own
+
+
+def _checked(block: Tensor, name: str, dtype: str) -> Tensor:
+    count = block.numel() - int(torch.isfinite(block).sum())
+    if count:
+        raise ModelError(f"{name}: {count} values are not finite in {dtype}; try --set merge.dtype=bf16 or fp32")
+    return block
+
+
+def _check_disk(folder: Path, total_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < total_bytes:
+        raise UserError(
+            f"{folder.parent}: the merged model needs {format_bytes(total_bytes)}, {format_bytes(free)} free"
+        )
+
+
+def _write_config(base: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
+    config: dict[str, Any] = {
+        key: value for key, value in base.config.items() if key not in ("quantization_config", "torch_dtype")
+    }
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_text_durably(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for path in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        elif ".safetensors" not in path.name:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _warnings(base: Checkpoint, dtype: str) -> Iterator[str]:
+    if dtype == "fp16":
+        yield "fp16 holds values up to 65504 only: a model trained in bf16 may overflow when it runs in fp16"
+    misread = [name for name in base.names if base.kernel_misreads(name)]
+    if misread:
+        width = base.shape(misread[0])[-1]
+        yield (
+            f"bitsandbytes misreads {len(misread)} 4-bit weights on this CPU, first {misread[0]} (width {width}, not a "
+            "multiple of 64): the merge uses their true values, as a GPU does; an adapter trained on this CPU did not"
+        )
+
+
+def _tied_hint(base: Checkpoint, module: str) -> str:
+    tied = module == "lm_head" and base.config.get("tie_word_embeddings")
+    return " (the model ties its head to its embedding)" if tied else ""

@@ -1,0 +1,105 @@
+"""What types cannot say: files that must exist, and keys that contradict each other.
+
+`find_files` turns relative paths into absolute ones; `contradictions` looks at a whole typed recipe.
+Both return problems as (key, sentence) and never stop at the first.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_lite.recipe import not_yet, wording
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.recipe.shipped import SHIPPED_MODELS
+
+KeyProblem = tuple[str, str]
+
+
+def find_file(text: str, folders: Sequence[Path]) -> tuple[str | None, list[str]]:
+    """The first of `folders` that holds `text` -> (absolute path or None, every path that was looked at)."""
+    looked = list(dict.fromkeys(os.path.abspath(os.path.join(folder, os.path.expanduser(text))) for folder in folders))
+    return next((path for path in looked if os.path.exists(path)), None), looked
+
+
+def find_data_file(key: str, text: str, folders: Sequence[Path]) -> tuple[str, list[KeyProblem]]:
+    """`data.train` or `data.eval` -> absolute path; the text itself when nothing was found, with the problem."""
+    path, looked = find_file(text, folders)
+    if path is None:
+        return text, [(key, f"no such file; looked at {_places(looked)}{_similar_file(looked)}")]
+    if os.path.isdir(path):
+        return path, [(key, f"{wording.printable_path(path)} is a folder; expected a SQuAD JSON file")]
+    if not os.access(path, os.R_OK):
+        return path, [(key, f"{wording.printable_path(path)} may not be read; change its permissions")]
+    return path, []
+
+
+def find_base(text: str, folders: Sequence[Path]) -> tuple[str, list[KeyProblem]]:
+    """`model.base` -> a shipped name as it is, or the absolute path of a folder or a .gguf file."""
+    if text in SHIPPED_MODELS:
+        return text, []
+    path, looked = find_file(text, folders)
+    if path is not None:
+        if os.path.isfile(path) and not path.lower().endswith(".gguf"):
+            return path, [("model.base", f"{wording.printable_path(path)} is a file; expected a folder or a .gguf file")]
+        return path, []
+    if not_yet.is_hub_name(text):
+        return text, []  # refused by name in not_yet.py
+    near = wording.nearest(text, list(SHIPPED_MODELS))
+    hint = f"; did you mean {near}?" if near else f"{_similar_file(looked)}; shipped names: {', '.join(SHIPPED_MODELS)}"
+    return text, [("model.base", f"no such folder or .gguf file; looked at {_places(looked)}{hint}")]
+
+
+def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    """Keys that are right one by one and wrong together -> (the keys, the first is where to mend it; the sentence)."""
+    lora, train = recipe.lora, recipe.train
+    rules: list[tuple[bool, tuple[str, ...], str]] = [
+        (
+            train.epochs is None and train.max_steps is None,
+            ("train.epochs", "train.max_steps"),
+            "null, and so is train.max_steps: nothing says when to stop; give one of them",
+        ),
+        (
+            recipe.method != "full" and lora.target_modules == () and not lora.modules_to_save,
+            ("lora.target_modules", "lora.modules_to_save", "method"),
+            "an empty list, so nothing is trainable; use all-linear or name layers",
+        ),
+        (
+            train.eval_every_steps is not None and recipe.data.eval is None,
+            ("train.eval_every_steps", "data.eval"),
+            "there is nothing to evaluate on; give data.eval a file, or use null",
+        ),
+        (
+            train.early_stop is not None and train.eval_every_steps is None,
+            ("train.early_stop", "train.eval_every_steps"),
+            "needs evaluations while training; give train.eval_every_steps a number, or use null",
+        ),
+    ]
+    return [(keys, sentence) for is_broken, keys, sentence in rules if is_broken]
+
+
+def refusals(values: dict[str, Any]) -> list[KeyProblem]:
+    """Typed values by full key -> those that this version does not carry out."""
+    found = []
+    for key, value in values.items():
+        reason = not_yet.refusal(key, value)
+        if reason:
+            found.append((key, f"{wording.got(value)} is not in this version; {reason}"))
+    return found
+
+
+def _places(looked: Sequence[str]) -> str:
+    return " and ".join(wording.printable_path(path) for path in looked)
+
+
+def _similar_file(looked: Sequence[str]) -> str:
+    """`; did you mean train.json?` when a place that was looked at has a file of nearly that name."""
+    for path in looked:
+        try:
+            names = os.listdir(os.path.dirname(path))
+        except (OSError, ValueError):
+            continue  # no such folder: nothing in it is similar
+        near = wording.nearest(os.path.basename(path), names[:10_000])
+        if near:
+            return f"; did you mean {wording.printable_path(os.path.join(os.path.dirname(path), near))}?"
+    return ""

@@ -1,0 +1,32 @@
+"""The recipe format as a JSON schema, so that an editor completes keys and shows what they mean.
+
+    qlora-lite recipes schema > recipe.schema.json
+
+and as the first line of a recipe: `# yaml-language-server: $schema=recipe.schema.json`.
+"""
+
+from typing import Any
+
+from qlora_lite.recipe.not_yet import NOT_YET
+from qlora_lite.recipe.schema import Recipe, section_types
+
+
+def recipe_json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a recipe; each key has a description, its default and its range."""
+    schema = Recipe.model_json_schema()
+    reasons = {row.key: row.reason for row in NOT_YET}
+    sections = section_types()
+    for name, entry in schema["properties"].items():
+        if name in sections:
+            inner = schema["$defs"][sections[name].__name__]["properties"]
+            for key, value in inner.items():
+                _add_limit(value, reasons.get(f"{name}.{key}"))
+        else:
+            _add_limit(entry, reasons.get(name))
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "qlora_lite recipe"}
+
+
+def _add_limit(entry: dict[str, Any], reason: str | None) -> None:
+    entry.pop("title", None)  # pydantic's "Lora Alpha" says nothing new
+    if reason:
+        entry["description"] += f" In this version: {reason}."

@@ -1,0 +1,291 @@
+"""A recipe file -> a `Recipe`, or one `RecipeError` that lists everything that is wrong with it.
+
+The stages, each adding to the same list of problems:
+
+    text -> entries (full key -> value and line)      yaml_text; --set entries replace those of the file
+         -> only known keys                           wording.nearest_key for the others
+         -> typed values                              schema; a bad value gives way to its default, so that the rest is checked
+         -> absolute paths                            checks.find_*
+         -> what this version carries out             not_yet
+         -> no contradictions                         checks.contradictions
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from qlora_lite.errors import RecipeError, UserError
+from qlora_lite.recipe import checks, not_yet, shipped, wording, yaml_text
+from qlora_lite.recipe.schema import Recipe, known_keys, section_types
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One `key: value` of the file or of --set; `where` is "line 7" or "--set train.seed=1"."""
+
+    value: Any
+    source: str
+    where: str
+    order: int
+
+
+class _Problems:
+    """Collects problems from all stages and lays them out by line."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, str, str]] = []
+
+    def add(self, where: str, order: int, text: str) -> None:
+        self._found.append((order, where, text))
+
+    def lines(self) -> list[str]:
+        found = sorted(dict.fromkeys(self._found), key=lambda problem: problem[0])
+        width = max((len(where) for _, where, _ in found if where.startswith("line ")), default=0)
+        width = max(width, len("line 10"))
+        return [
+            f"{where:<{width}} {text}" if where.startswith("line ") else f"{where}  {text}" for _, where, text in found
+        ]
+
+
+def load_recipe(path_or_name: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path, or a shipped one by name, with `section.key=value` overrides as `--set` gives them.
+
+    Data files and a base model that is a path come back absolute: looked up beside the recipe, then in the current
+    folder. Raises RecipeError with every problem in it.
+    """
+    path = _find(path_or_name)
+    problems = _Problems()
+    entries = _file_entries(path, problems)
+    entries |= _override_entries(overrides, problems)
+    values = _typed(entries, problems)
+    notes = _resolve_files(values, entries, path.parent, problems)
+    recipe = _whole(values)
+    _check(recipe, values, entries, problems)
+    lines = problems.lines()
+    if lines:
+        raise RecipeError(wording.printable_path(str(path)), lines)
+    return recipe.with_origin(name=path.stem, path=Path(os.path.abspath(path)), notes=notes)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML text of every key, which `load_recipe` reads back as an equal recipe: the `recipe.yaml` of a run."""
+    origin = f" (from {wording.printable_path(str(recipe.path))})" if recipe.path else ""
+    head = f"# The recipe of this run, every key written out{origin}.\n"
+    values = recipe.model_dump()
+    for section in section_types():
+        values[section] = {key: list(v) if isinstance(v, tuple) else v for key, v in values[section].items()}
+    return head + yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either YAML 1.1 (other tools) or 1.2 (yaml_text) would read as something else."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = None if yaml_text.plain_value(data) == data else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def _find(path_or_name: str | os.PathLike[str]) -> Path:
+    text = os.fspath(path_or_name)
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
+        raise RecipeError(wording.printable_path(text), ["is a folder; give a .yaml file or the name of a shipped recipe"])
+    if os.path.exists(path):
+        return path
+    if os.path.dirname(text) == "":
+        try:
+            return shipped.recipe_file(text)
+        except UserError as error:
+            raise RecipeError(wording.printable_path(text), [f"no such file, and {error}"]) from error
+    names = [recipe.name for recipe in shipped.list_recipes()]
+    hint = f"; the shipped recipe of that name is called {path.stem}" if path.stem in names else ""
+    raise RecipeError(wording.printable_path(text), [f"no such file{hint}"])
+
+
+def _file_entries(path: Path, problems: _Problems) -> dict[str, _Entry]:
+    """Full key -> entry. Text that is no YAML mapping at all is the one problem that stops everything."""
+    shown = wording.printable_path(str(path))
+    try:
+        with open(path, "rb") as file:
+            top = yaml_text.parse(yaml_text.decode(file.read(yaml_text.MAX_BYTES + 1)))
+    except OSError as error:
+        raise RecipeError(shown, [f"cannot be read: {error.strerror or error}"]) from error
+    except yaml_text.YamlProblem as error:
+        raise RecipeError(shown, [f"line {error.line:<2} {wording.printable(error.text, longest=400)}"]) from error
+    if top.value is None:
+        raise RecipeError(shown, ["is empty; every key has a default, but write at least one, such as method: qlora"])
+    if not isinstance(top.value, yaml_text.Mapping):
+        found = wording.got(top.value, top.source)
+        raise RecipeError(shown, [f"line {top.line:<2} expected sections and keys such as method: qlora, got {found}"])
+    entries: dict[str, _Entry] = {}
+    seen: dict[str, int] = {}
+    for key, node in _flatten(top.value, seen, problems):
+        entries.setdefault(key, _Entry(node.value, node.source, f"line {node.line}", node.line))
+    return entries
+
+
+def _flatten(top: yaml_text.Mapping, seen: dict[str, int], problems: _Problems) -> list[tuple[str, yaml_text.Node]]:
+    """Sections and keys -> full keys that exist; the others become problems, and so do keys given twice."""
+    sections, keys = section_types(), known_keys()
+    found = []
+    for name, node in top.items:
+        if _is_repeated(name, node, seen, problems) and name not in sections:
+            continue  # of a section given twice, both halves are checked
+        section = name
+        if name not in sections and name not in keys:
+            _add_unknown(name, node, problems)
+            # the keys below a misspelt section are checked as well, under the section that was meant
+            section = wording.nearest(name, list(sections)) or ""
+            if section not in sections or not isinstance(node.value, yaml_text.Mapping) or section in dict(top.items):
+                continue
+        if section not in sections:
+            found.append((name, node))
+        elif isinstance(node.value, yaml_text.Mapping):
+            for key, inner in node.value.items:
+                if _is_repeated(f"{name}.{key}", inner, seen, problems):
+                    continue
+                if f"{section}.{key}" in keys:
+                    found.append((f"{section}.{key}", inner))
+                else:
+                    _add_unknown(f"{name}.{key}", inner, problems)
+        elif node.value is not None:  # `lora:` with every key commented out is a section of defaults
+            _add_section_problem(section, node, f"line {node.line}", node.line, problems)
+    return found
+
+
+def _is_repeated(key: str, node: yaml_text.Node, seen: dict[str, int], problems: _Problems) -> bool:
+    if key not in seen:
+        seen[key] = node.line
+        return False
+    text = f"{wording.printable(key)}: given twice, first on line {seen[key]}; keep one of them"
+    problems.add(f"line {node.line}", node.line, text)
+    return True
+
+
+def _add_unknown(key: str, node: yaml_text.Node, problems: _Problems) -> None:
+    text = f"{wording.printable(key)}: unknown key; {wording.nearest_key(key)}"
+    problems.add(f"line {node.line}", node.line, text)
+
+
+def _add_section_problem(section: str, node: yaml_text.Node, where: str, order: int, problems: _Problems) -> None:
+    first = next(key for key in known_keys() if key.startswith(f"{section}."))
+    found = wording.got(node.value, node.source)
+    problems.add(where, order, f"{section}: expected keys below it, such as {first}, got {found}")
+
+
+def _override_entries(overrides: Sequence[str], problems: _Problems) -> dict[str, _Entry]:
+    """`["train.seed=1"]` -> entries; of two for the same key the last one counts, as on any command line."""
+    entries: dict[str, _Entry] = {}
+    for number, override in enumerate(overrides):
+        where, order = f"--set {wording.printable(override)}", 2**40 + number
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            problems.add(where, order, "expected section.key=value, such as --set train.max_steps=10")
+            continue
+        if not text.strip():
+            problems.add(where, order, f"{wording.printable(key)}: no value after the =; write null if you mean nothing")
+            continue
+        try:
+            node = yaml_text.parse_value(text)
+        except yaml_text.YamlProblem as error:
+            problems.add(where, order, f"{wording.printable(key)}: {wording.printable(error.text, longest=400)}")
+            continue
+        if key in section_types():
+            _add_section_problem(key, node, where, order, problems)
+        elif key not in known_keys():
+            problems.add(where, order, f"{wording.printable(key)}: unknown key; {wording.nearest_key(key)}")
+        else:
+            entries[key] = _Entry(node.value, node.source, where, order)
+    return entries
+
+
+def _typed(entries: dict[str, _Entry], problems: _Problems) -> dict[str, Any]:
+    """Values by full key, only those with the right type and range."""
+    values = {key: entry.value for key, entry in entries.items()}
+    try:
+        _whole(values)
+    except ValidationError as error:
+        for key in dict.fromkeys(_key_of(part["loc"]) for part in error.errors(include_url=False)):
+            entry = entries[key]
+            expected = wording.expected(key, is_refused=lambda value, key=key: bool(not_yet.refusal(key, value)))
+            hint = _value_hint(key, entry)
+            found = wording.got(entry.value, entry.source)
+            problems.add(entry.where, entry.order, f"{key}: expected {expected}, got {found}{hint}")
+            del values[key]
+    return values
+
+
+def _value_hint(key: str, entry: _Entry) -> str:
+    if isinstance(entry.value, str):
+        near = wording.nearest(entry.value, wording.allowed_words(key))
+        return f"; did you mean {near}?" if near else ""
+    is_plain = isinstance(entry.value, bool | int | float)
+    if is_plain and wording.expected(key).startswith("text"):
+        return f"; quote it if it is text: '{wording.quoted(entry.source)}'"
+    return ""
+
+
+def _key_of(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location[: 2 if location[0] in section_types() else 1])
+
+
+def _whole(values: dict[str, Any]) -> Recipe:
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        target = nested.setdefault(section, {}) if section else nested
+        target[name] = value
+    return Recipe.model_validate(nested)
+
+
+def _resolve_files(
+    values: dict[str, Any], entries: dict[str, _Entry], folder: Path, problems: _Problems
+) -> tuple[str, ...]:
+    """Make the paths in `values` absolute, and return what was chosen. A default data file is the shipped one."""
+    notes: list[str] = []
+    if "data.train" in entries and "data.eval" not in entries:
+        values["data.eval"] = None
+        notes.append("data.eval: null, because data.train is given and data.eval is not; without it nothing is scored")
+    recipe = _whole(values)
+    folders = [folder, Path.cwd()]
+    wanted = {"model.base": recipe.model.base, "data.train": recipe.data.train, "data.eval": recipe.data.eval}
+    for key, text in wanted.items():
+        if text is None or (key in entries and key not in values):  # null, or a problem already
+            continue
+        if key == "model.base":
+            path, found = checks.find_base(text, folders)
+        else:
+            path, found = checks.find_data_file(
+                key, text, folders if key in entries else [*folders, shipped.recipes_dir()]
+            )
+        values[key] = path
+        _add_all(found, entries, problems)
+    return tuple(notes)
+
+
+def _check(recipe: Recipe, values: dict[str, Any], entries: dict[str, _Entry], problems: _Problems) -> None:
+    """What the version cannot do and what contradicts; keys that are wrong already are left out."""
+    wrong = entries.keys() - values.keys()
+    dumped = recipe.model_dump()
+    flat = {key: dumped[key] if "." not in key else dumped[key.split(".")[0]][key.split(".")[1]] for key in known_keys()}
+    _add_all(checks.refusals({key: value for key, value in flat.items() if key not in wrong}), entries, problems)
+    _add_all(
+        [(keys[0], text) for keys, text in checks.contradictions(recipe) if not wrong.intersection(keys)],
+        entries,
+        problems,
+    )
+
+
+def _add_all(found: Sequence[checks.KeyProblem], entries: dict[str, _Entry], problems: _Problems) -> None:
+    for key, text in found:
+        entry = entries.get(key)
+        problems.add(entry.where if entry else "default", entry.order if entry else 2**41, f"{key}: {text}")

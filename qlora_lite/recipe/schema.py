@@ -1,0 +1,283 @@
+"""What a recipe may say: one frozen section per heading, each key with its type, range, default and meaning.
+
+In: plain values (dict, str, int, float, bool, None, list). Out: a `Recipe`.
+This file is the only list of the keys. The words "expected ..., got ..." of an error, the JSON schema for editors and the
+nearest right key are all derived from it.
+
+Types are strict: `true` is not a number and "16" is not 16; a whole number is accepted where a fraction may stand.
+Values that a section accepts but that this version does not carry out are refused by name in `not_yet.py`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, WithJsonSchema
+
+from qlora_lite.units import parse_bytes
+
+LARGEST_COUNT = 2**31 - 1  # no count in a recipe is larger; keeps every number exact in JSON and in int32 tensors
+
+
+def _list_to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _size_to_bytes(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_bytes(value)
+    except OverflowError as error:
+        raise ValueError("too large") from error
+
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+Text = Annotated[str, Field(pattern=r"\S")]
+Names = Annotated[tuple[Text, ...], BeforeValidator(_list_to_tuple)]
+Size = Annotated[
+    int,
+    BeforeValidator(_size_to_bytes),
+    Field(ge=1),
+    WithJsonSchema({"title": 'a size such as "24GiB"', "type": ["string", "integer"]}),
+]
+
+
+class Section(BaseModel):
+    """One heading of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class ModelSection(Section):
+    """The frozen base model, and how it is held."""
+
+    base: Text = Field(
+        "smollm2-135m",
+        description="The model to tune: a folder with config.json and safetensors, a .gguf file, or a shipped name "
+        "(smollm2-135m). A relative path is looked up beside the recipe, then in the current folder.",
+    )
+    revision: Text | None = Field(None, description="Commit or tag of a model fetched from the hub; null: the newest.")
+    quantization: Literal["nf4", "fp4", "int8"] = Field(
+        "nf4", description="How the frozen weights are stored. nf4: 4 bits a weight (QLoRA section 3, arXiv 2305.14314)."
+    )
+    double_quant: bool = Field(
+        True,
+        description="Quantize the quantization constants too: 4.127 instead of 4.5 bits a weight "
+        "(QLoRA section 3, arXiv 2305.14314).",
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="Type the arithmetic is done in. auto: bf16 where the device has it, else fp16 with fp32 factors.",
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="Attention implementation, by its name in transformers. auto: sdpa."
+    )
+
+
+class LoraSection(Section):
+    """The low-rank factors that are trained: W + scaling * B @ A (LoRA, arXiv 2106.09685)."""
+
+    r: int = Field(16, ge=1, le=4096, description="Rank of the update: columns of B and rows of A.")
+    lora_alpha: int = Field(
+        32, ge=1, le=LARGEST_COUNT, description="The update is scaled by lora_alpha / r (with use_rslora / sqrt(r))."
+    )
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of the factor's inputs set to zero while training; 0.0: none."
+    )
+    target_modules: Literal["all-linear"] | Names = Field(
+        "all-linear",
+        description="Which linear layers get factors: all-linear (every one but the output head, as in QLoRA section 4) "
+        "or a list of names such as [q_proj, v_proj].",
+    )
+    use_rslora: bool = Field(
+        False, description="Scale by lora_alpha / sqrt(r), which keeps large ranks learning (rsLoRA, arXiv 2312.03732)."
+    )
+    use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA, arXiv 2402.09353).")
+    init_from: Text | None = Field(None, description="An adapter folder to start from; null: B = 0, A random.")
+    modules_to_save: Names = Field(
+        (), description="Layers trained whole and stored with the adapter, such as [lm_head]; []: none."
+    )
+
+
+class DataSection(Section):
+    """The rows that are learned and the rows that are scored."""
+
+    train: Text = Field(
+        "country_qa/train.json",
+        description="Training rows: a SQuAD v1.1 or v2.0 JSON file (arXiv 1606.05250, 1806.03822). "
+        "A relative path is looked up beside the recipe, then in the current folder.",
+    )
+    eval: Text | None = Field(
+        "country_qa/test.json",
+        description="Held-out rows in the same format, for scores and for the proof of the merge; null: no evaluation.",
+    )
+    format: Literal["auto", "squad", "chat", "prompt_completion"] = Field(
+        "auto", description="Format of the data files. auto: recognised from the file."
+    )
+    max_seq_length: Auto | Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = Field(
+        "auto",
+        description="Longest example in tokens, question and answer included; longer contexts are cut and counted. "
+        "auto: chosen from the rows. Fewer tokens need less memory.",
+    )
+    num_train: Count | None = Field(600, description="Use only the first so many training rows; null: all of them.")
+    share_prefixes: Auto | bool = Field(
+        "auto", description="Train a passage once with all its questions as branches (a prefix tree). auto: off for now."
+    )
+    no_answer_text: Text = Field(
+        "unanswerable", description="What the model is taught to say when the context holds no answer (SQuAD v2.0)."
+    )
+
+
+class TrainSection(Section):
+    """How long, how fast, and what is kept."""
+
+    epochs: Annotated[float, Field(gt=0, le=100_000)] | None = Field(
+        1.0, description="Passes over the training rows, also a part of one such as 0.5; null: max_steps decides."
+    )
+    max_steps: Count | None = Field(
+        None, description="Optimizer steps; when given it wins over epochs, in either direction. null: epochs decides."
+    )
+    examples_per_step: int = Field(
+        16, ge=1, le=1_000_000, description="Examples per optimizer step (the batch size of the paper's tables)."
+    )
+    micro_batch_tokens: Auto | Count = Field(
+        "auto",
+        description="Tokens packed in one forward pass; a step is cut in as many passes as it needs. Changes memory and "
+        "speed, not the result. Fewer tokens need less memory.",
+    )
+    learning_rate: float = Field(
+        2e-4, gt=0, le=1, description="Peak learning rate (QLoRA table 9: 2e-4 up to 13B, 1e-4 above)."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Learning rate after the warm-up: falls to 0 along a cosine or a line, or stays constant."
+    )
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps in which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay (AdamW, arXiv 1711.05101).")
+    max_grad_norm: float = Field(
+        1.0, gt=0, le=1e9, description="Gradients are scaled down to this L2 norm (QLoRA used 0.3)."
+    )
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"] = Field(
+        "paged_adamw_8bit",
+        description="AdamW. 8bit: 2 bytes of state a trained weight (arXiv 2110.02861), 32bit: 8; "
+        "paged: state may move to host memory when the card is full (QLoRA section 3).",
+    )
+    loraplus_ratio: float = Field(
+        1.0, ge=1, le=1e6, description="Learning rate of B divided by that of A (LoRA+, arXiv 2402.12354); 1.0: equal."
+    )
+    eval_every_steps: Count | None = Field(None, description="Validation loss after every so many steps; null: never.")
+    save_every_steps: int = Field(
+        50, ge=1, le=LARGEST_COUNT, description="A checkpoint after every so many steps; one is always made at the end."
+    )
+    keep_checkpoints: int = Field(2, ge=1, le=100_000, description="How many of the newest checkpoints stay on disk.")
+    early_stop: Count | None = Field(
+        None, description="Stop when the validation loss has not fallen for so many evaluations; null: never."
+    )
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Fixes the order of rows, the initial factors and the dropout.")
+
+
+class MemorySection(Section):
+    """How it fits."""
+
+    budget: Auto | Size = Field("auto", description='Memory to stay within, such as "24GiB". auto: what the device has.')
+    gradient_checkpointing: Auto | bool = Field(
+        "auto",
+        description="Keep one hidden state a layer and compute the rest again in the backward pass (arXiv 1604.06174): "
+        "true saves memory and costs about a third of the speed.",
+    )
+
+
+class EvalSection(Section):
+    """How the model is scored before and after."""
+
+    num_examples: Count | None = Field(100, description="Score the first so many rows of data.eval; null: all of them.")
+    max_new_tokens: int = Field(32, ge=1, le=65_536, description="Longest answer that is generated, in tokens.")
+
+
+class MergeSection(Section):
+    """How the adapter is added into a 16-bit checkpoint."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Type the merged weights are stored in.")
+    rounding: Literal["stochastic", "nearest"] = Field(
+        "stochastic",
+        description="How sums are rounded to dtype (fp32 needs none). nearest loses small changes systematically; "
+        "stochastic is unbiased, seeded and repeatable.",
+    )
+    base: Literal["dequantized", "original"] = Field(
+        "dequantized", description="Weights the adapter is added to. dequantized: exactly what training saw."
+    )
+    scale: float = Field(1.0, gt=0, le=100, description="The adapter's update is multiplied by this; 1.0: as trained.")
+    proof: Auto | Count = Field(
+        "auto", description="Rows of data.eval on which merged and adapter model are compared. auto: chosen, with reason."
+    )
+
+
+class Recipe(Section):
+    """A QLoRA fine-tuning recipe: what to train, and the one memory budget that decides how it fits."""
+
+    method: Literal["qlora", "lora", "full"] = Field(
+        "qlora",
+        description="qlora: 4-bit frozen base and trained factors (arXiv 2305.14314); lora: 16-bit frozen base; "
+        "full: every weight.",
+    )
+    model: ModelSection = Field(ModelSection(), description="The frozen base model, and how it is held.")
+    lora: LoraSection = Field(LoraSection(), description="The low-rank factors that are trained.")
+    data: DataSection = Field(DataSection(), description="The rows that are learned and the rows that are scored.")
+    train: TrainSection = Field(TrainSection(), description="How long, how fast, and what is kept.")
+    memory: MemorySection = Field(MemorySection(), description="How it fits.")
+    eval: EvalSection = Field(EvalSection(), description="How the model is scored before and after.")
+    merge: MergeSection = Field(MergeSection(), description="How the adapter is added into a checkpoint.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: cuda if there is one.")
+
+    # Where it came from: no part of what it says, so no part of equality.
+    _name: str = PrivateAttr("recipe")
+    _path: Path | None = PrivateAttr(None)
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def name(self) -> str:
+        """File name without `.yaml`; names the run directory."""
+        return self._name
+
+    @property
+    def path(self) -> Path | None:
+        """The file it was read from, absolute; None for a recipe made in Python."""
+        return self._path
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What loading chose by itself, a sentence each, for the screen and the run directory."""
+        return self._notes
+
+    def with_origin(self, *, name: str, path: Path | None, notes: tuple[str, ...] = ()) -> "Recipe":
+        """The same recipe, knowing where it came from."""
+        copy = self.model_copy()
+        copy._name, copy._path, copy._notes = name, path, notes
+        return copy
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, field) for field in type(self).model_fields))
+
+
+def section_types() -> dict[str, type[Section]]:
+    """`{"model": ModelSection, ...}` in the order of the recipe."""
+    return {
+        name: field.annotation
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+
+
+def known_keys() -> dict[str, Any]:
+    """Every full key (`method`, `lora.r`, ...) with its default, in the order of the recipe."""
+    keys: dict[str, Any] = {}
+    sections = section_types()
+    for name, field in Recipe.model_fields.items():
+        if name in sections:
+            keys |= {f"{name}.{key}": inner.default for key, inner in sections[name].model_fields.items()}
+        else:
+            keys[name] = field.default
+    return keys

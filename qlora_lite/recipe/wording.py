@@ -1,0 +1,146 @@
+"""The words of a recipe error: what was expected, what was found, and which right key is nearest.
+
+All of it is derived from `schema.py`, so that a new key has good errors from its first day.
+"""
+
+import difflib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qlora_lite.recipe import yaml_text
+from qlora_lite.recipe.schema import LARGEST_COUNT, Recipe, known_keys, section_types
+
+_LONGEST_SHOWN = 60
+
+
+@functools.cache
+def _schemas() -> dict[str, dict[str, Any]]:
+    """Full key -> the JSON schema of its value."""
+    schemas: dict[str, dict[str, Any]] = {}
+    sections = section_types()
+    for name, schema in Recipe.model_json_schema()["properties"].items():
+        if name in sections:
+            properties = sections[name].model_json_schema()["properties"]
+            schemas |= {f"{name}.{key}": inner for key, inner in properties.items()}
+        else:
+            schemas[name] = schema
+    return schemas
+
+
+def allowed_words(key: str) -> tuple[str, ...]:
+    """The words a key may be set to (`auto`, `bf16`, ...), whether or not this version carries them out."""
+    parts = _schemas()[key].get("anyOf", [_schemas()[key]])
+    return tuple(word for part in parts for word in (part.get("enum") or [part.get("const")]) if word is not None)
+
+
+def expected(key: str, *, is_refused: Callable[[Any], bool] = lambda value: False) -> str:
+    """`lora.r` -> "a whole number from 1 to 4,096"; leaves out the values for which `is_refused` is true."""
+    schema = _schemas()[key]
+    words: list[str] = []
+    for part in schema.get("anyOf", [schema]):
+        if "anyOf" in schema and "title" in part:
+            words.append(part["title"])
+        elif "enum" in part or "const" in part:
+            words += [f'"{word}"' for word in part.get("enum", [part.get("const")]) if not is_refused(word)]
+        elif part.get("type") == "boolean":
+            words += [shown for shown, value in (("true", True), ("false", False)) if not is_refused(value)]
+        elif part.get("type") != "null" or not is_refused(None):
+            words.append(_words_of_type(part))
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def _words_of_type(part: dict[str, Any]) -> str:
+    match part.get("type"):
+        case "integer" | "number":
+            return _words_of_number(part)
+        case "string":
+            return "text"
+        case "array":
+            return "a list of names such as [a, b]"
+        case other:
+            return str(other)
+
+
+def _words_of_number(part: dict[str, Any]) -> str:
+    noun = "a whole number" if part["type"] == "integer" else "a number"
+    low, high = part.get("minimum"), part.get("maximum")
+    if part["type"] == "integer":
+        if high == LARGEST_COUNT:
+            return f"{noun} above {low - 1}" if low == 1 else f"{noun} of at least {low}"
+        return f"{noun} from {low:,} to {high:,}"
+    above, below = part.get("exclusiveMinimum"), part.get("exclusiveMaximum")
+    low_words = f"above {above:g}" if above is not None else f"of at least {low:g}"
+    return f"{noun} {low_words} and " + (f"below {below:g}" if below is not None else f"at most {high:,g}")
+
+
+def got(value: Any, source: str = "") -> str:
+    """A found value as it may be shown on a terminal: quoted, shortened, without control characters."""
+    match value:
+        case None:
+            return "null" if source.strip() else "nothing"
+        case str():
+            return quoted(value)
+        case yaml_text.Mapping():
+            return "a mapping"
+        case list() | tuple():
+            return printable("[" + ", ".join(got(item, "null") for item in value) + "]")
+        case bool():
+            return "true" if value else "false"
+        case _:
+            return printable(source or repr(value))
+
+
+def quoted(text: str) -> str:
+    return f'"{printable(text)}"'
+
+
+def printable(text: str, longest: int = _LONGEST_SHOWN) -> str:
+    """`text`, shortened; control characters, which could move the cursor, and broken Unicode are escaped."""
+    short = text if len(text) <= longest else text[: longest - 3] + "..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
+
+
+def printable_path(path: str) -> str:
+    return printable(path, longest=400)
+
+
+def nearest(word: str, words: Sequence[str]) -> str | None:
+    """The word that is nearest in spelling, or None when none is near."""
+    lower = {candidate.lower(): candidate for candidate in words}
+    found = difflib.get_close_matches(word.lower()[:100], lower, n=1, cutoff=0.6)
+    return lower[found[0]] if found else None
+
+
+def nearest_key(key: str) -> str:
+    """`train.learning_rat` -> "did you mean train.learning_rate?", also for a right key in the wrong section."""
+    keys, sections = list(known_keys()), list(section_types())
+    section, _, last = key.rpartition(".")
+    if not section and key in keys:
+        return "did you mean it at the left edge?"
+    by_last: dict[str, list[str]] = {}
+    for known in keys:
+        by_last.setdefault(known.rpartition(".")[2], []).append(known)
+    if last in by_last:  # right key, wrong section
+        near = nearest(section, sections) if section else None
+        same_section = [known for known in by_last[last] if known == f"{near}.{last}"]
+        return f"did you mean {_any_of(same_section or by_last[last])}?"
+    if section in sections:
+        siblings = [known for known in keys if known.startswith(f"{section}.")]
+        found = nearest(last, [known.rpartition(".")[2] for known in siblings])
+        if found:
+            return f"did you mean {section}.{found}?"
+    if not section:
+        found = nearest(last, [*sections, *(known for known in keys if "." not in known)])
+        if found:
+            return f"did you mean {found}?"
+    found = nearest(last, list(by_last))
+    if found:
+        return f"did you mean {_any_of(by_last[found])}?"
+    if section in sections:
+        return f"{section} has " + ", ".join(known.rpartition(".")[2] for known in keys if known.startswith(f"{section}."))
+    return "a recipe has " + ", ".join(Recipe.model_fields)
+
+
+def _any_of(keys: Sequence[str]) -> str:
+    return " or ".join(keys)

@@ -1,0 +1,152 @@
+"""YAML text -> values that know their line. Nothing a file can contain makes this hang, recurse or run code.
+
+In: the text of a recipe, or one `--set section.key=value`. Out: `Node`s; problems are `YamlProblem`s with a line.
+
+Surprising, and on purpose:
+- Numbers and words are read as in YAML 1.2, not as in PyYAML's YAML 1.1: `2e-4` is a number (PyYAML: text),
+  `no` and `on` are text (PyYAML: false and true), `010` is ten (PyYAML: eight).
+- Anchors, aliases, tags and several documents are refused: a recipe has no use for them, and they are how YAML bombs
+  and `!!python/object` attacks are made.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 2**20
+MAX_DEPTH = 16  # a recipe needs 3: the file, a section, a list
+MAX_EVENTS = 20_000  # values and brackets; a recipe that names every layer of a 128-layer model has fewer than 2,000
+
+_NULL = {"", "~", "null", "Null", "NULL"}
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # YAML 1.2, section 5.1
+
+
+class YamlProblem(Exception):
+    """The text is no recipe at all; `line` counts from 1."""
+
+    def __init__(self, line: int, text: str) -> None:
+        self.line = line
+        self.text = text
+        super().__init__(f"line {line}: {text}")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value and where it stands. `value` is None, bool, int, float, str, a list of values, or a Mapping."""
+
+    value: Any
+    line: int
+    source: str  # as written, for "got ..."
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """The keys of a mapping in the order of the file; a key may occur twice. Each Node's line is that of its key."""
+
+    items: tuple[tuple[str, Node], ...]
+
+
+def decode(data: bytes) -> str:
+    """Bytes of a recipe -> text. Raises YamlProblem for a file that is too large, not UTF-8, or binary."""
+    if len(data) > MAX_BYTES:
+        raise YamlProblem(1, f"larger than {MAX_BYTES:,} bytes; a recipe is a few thousand. Is this the right file?")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise YamlProblem(
+            line, f"byte 0x{data[error.start]:02x} is not UTF-8 text; save the file as UTF-8 (is it a binary file?)"
+        ) from error
+    found = _UNPRINTABLE.search(text)
+    if found:
+        line = text.count("\n", 0, found.start()) + 1
+        code = f"U+{ord(found.group()):04X}"
+        raise YamlProblem(line, f"character {code} cannot stand in YAML; remove it (is it a binary file?)")
+    return text
+
+
+def parse(text: str) -> Node:
+    """Text of a whole recipe -> its top node. Raises YamlProblem at the first thing that is not plain YAML."""
+    try:
+        _refuse_what_no_recipe_needs(text)
+        top = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        tab = "; indent with spaces, not tabs" if "\\t" in str(error.problem) else ""
+        context = f"{error.context}: " if error.context else ""
+        raise YamlProblem(line, f"not valid YAML: {context}{error.problem}{tab}") from error
+    except yaml.YAMLError as error:  # e.g. an unprintable character that came in through --set
+        raise YamlProblem(1, f"not valid YAML: {error}") from error
+    except ValueError as error:  # PyYAML computes chr() of escapes such as "\UFFFFFFFF" itself (yaml/pyyaml#832)
+        raise YamlProblem(1, f"not valid YAML: an escape in a quoted text is wrong ({error})") from error
+    return Node(None, 1, "") if top is None else _node(top, top.start_mark.line + 1)
+
+
+def parse_value(text: str) -> Node:
+    """The right side of `--set key=value`: a list `[a, b]` or quoted text as in YAML, anything else as it stands."""
+    stripped = text.strip()
+    if stripped[:1] in ("[", "{", '"', "'"):
+        return parse(stripped)
+    return Node(plain_value(stripped), 1, stripped)
+
+
+def plain_value(text: str) -> Any:
+    """What unquoted text means: null, a bool, a number, or the text itself (YAML 1.2 core schema, decimal only)."""
+    if text in _NULL:
+        return None
+    if text in _BOOL:
+        return _BOOL[text]
+    if _INT.fullmatch(text):
+        return int(text) if len(text) < 1000 else text  # Python refuses to read ints of many thousand digits
+    if _FLOAT.fullmatch(text):
+        return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").replace(".nan", "nan")
+                     .replace(".NaN", "nan").replace(".NAN", "nan"))
+    return text
+
+
+def _refuse_what_no_recipe_needs(text: str) -> None:
+    """Walk the events, which needs no recursion and builds nothing, and stop at the first that is out of bounds."""
+    depth = num_documents = 0
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        line = event.start_mark.line + 1
+        if number > MAX_EVENTS:
+            raise YamlProblem(line, f"more than {MAX_EVENTS:,} values; a recipe has fewer than 100")
+        if isinstance(event, yaml.DocumentStartEvent):
+            num_documents += 1
+            if num_documents > 1:
+                raise YamlProblem(line, 'a second document starts here ("---"); a recipe is one document')
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise YamlProblem(line, f"anchors and aliases (&{event.anchor}, *{event.anchor}) are refused; "
+                              "write the value out, or quote it if it is text")  # fmt: skip
+        if getattr(event, "tag", None):
+            raise YamlProblem(line, f"tags ({event.tag}) are refused; write a plain value, or quote it if it is text")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise YamlProblem(line, f"nested more than {MAX_DEPTH} deep; a recipe is a section and its keys")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+def _node(node: yaml.Node, line: int) -> Node:
+    if isinstance(node, yaml.ScalarNode):
+        quoted = node.style is not None  # ' " | >
+        return Node(node.value if quoted else plain_value(node.value), line, node.value)
+    if isinstance(node, yaml.SequenceNode):
+        return Node([_value(item) for item in node.value], line, "a list")
+    items = []
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise YamlProblem(key.start_mark.line + 1, "a key must be a word, not a list or a mapping")
+        items.append((key.value, _node(value, key.start_mark.line + 1)))
+    return Node(Mapping(tuple(items)), line, "a mapping")
+
+
+def _value(node: yaml.Node) -> Any:
+    return _node(node, node.start_mark.line + 1).value

@@ -1,0 +1,42 @@
+"""Say what the program is busy with and, afterwards, how long it took: `with phase("loading the base"): ...`.
+
+On a terminal a spinner turns meanwhile; elsewhere a line opens and a line closes the phase, so that a log shows both.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_lite.show.text import console, safe_text, say
+from qlora_lite.units import format_seconds
+
+
+@dataclass
+class Phase:
+    """A phase in progress. `note` adds a remark to its closing line; `elapsed_s` is set when it is over."""
+
+    name: str
+    remark: str = ""
+    elapsed_s: float = 0.0
+
+    def note(self, remark: str) -> None:
+        self.remark = remark
+
+
+@contextmanager
+def phase(name: str) -> Iterator[Phase]:
+    """Show `name` while the block runs, then its seconds; a block that raises is shown as failed and raises on."""
+    current, begin, ending = Phase(name), time.perf_counter(), "failed after "
+    live: Any = console().status(safe_text(name)) if console().is_terminal else nullcontext()
+    if not console().is_terminal:
+        say(f"{name} ...")
+    try:
+        with live:
+            yield current
+        ending = ""
+    finally:
+        current.elapsed_s = time.perf_counter() - begin
+        remark = f" ({current.remark})" if current.remark else ""
+        say(f"{name}: {ending}{format_seconds(current.elapsed_s)}{remark}", style="red" if ending else "green")

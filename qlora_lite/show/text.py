@@ -1,0 +1,91 @@
+"""What may be printed, and where: people's text goes to stderr, a JSON document is the only thing on stdout.
+
+Text from data and from models is not ours: a passage may hold terminal escapes (which can move the cursor, set the window's
+title or, on some terminals, type for the user) or square brackets that rich reads as markup. So nothing reaches the screen
+but through `safe_text`, and our console reads no markup at all.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+SCHEMA_VERSION = 1
+WIDTH_OF_A_LOG = 120
+
+# Whole escape sequences first (ECMA-48): CSI, then the strings OSC, DCS, SOS, PM and APC with their terminator, then the short ones.
+_ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"|\x1b[ -/]*[0-~]"
+)
+# Then what is left of C0 (tab and newline stay), DEL, C1, and the marks that turn the direction of writing around.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def safe_text(text: object, *, one_line: bool = False) -> str:
+    """`text` without terminal escapes, control characters and lone surrogates; with `one_line`, newlines become spaces."""
+    clean = str(text).replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
+    clean = _CONTROLS.sub("", _ESCAPES.sub("", clean))
+    return " ".join(clean.split()) if one_line else clean
+
+
+@lru_cache(maxsize=1)
+def console() -> Console:
+    """The one console of the program: stderr, no markup, no emoji codes, no guessing at what to colour."""
+    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else WIDTH_OF_A_LOG
+    return Console(stderr=True, markup=False, highlight=False, emoji=False, width=width)
+
+
+def say(text: object, *, style: str = "") -> None:
+    """A line for people."""
+    console().print(
+        Text(safe_text(text), style=style), soft_wrap=True
+    )  # the terminal wraps, so copied lines stay whole
+
+
+def say_warning(text: object) -> None:
+    """A line for people about something that was skipped or chosen otherwise than asked."""
+    say(f"warning: {text}", style="yellow")
+
+
+def say_error(text: object) -> None:
+    """The message of an error, as it is."""
+    say(text, style="bold red")
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document on one line of stdout, `schema_version` first; NaN and infinities become null."""
+    print(json.dumps({"schema_version": SCHEMA_VERSION, **plain(document)}, allow_nan=False))
+    sys.stdout.flush()
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types: dataclasses and mappings -> dict, sequences -> list, paths -> str, NaN -> None.
+
+    Raises TypeError for anything else, so that no half-readable `repr` gets into a document.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy or torch number
+        return plain(value.item())
+    raise TypeError(f"{type(value).__name__} has no JSON form")

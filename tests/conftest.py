@@ -1,0 +1,79 @@
+"""What every test gets: no network, the same random numbers each time, and a cache of its own unless it asks for the real one."""
+
+import os
+import random
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+REAL_HOME = os.environ.get("QLORA_LITE_HOME") or "~/.cache/qlora_lite"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connecting anywhere but to a socket on this machine is an error: nothing touches the network unless asked to."""
+    real_connect = socket.socket.connect
+
+    def connect(self: socket.socket, address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else "localhost"
+        if host not in ("localhost", "127.0.0.1", "::1"):
+            raise AssertionError(f"a test opened a connection to {address}")
+        real_connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+@pytest.fixture(autouse=True)
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`QLORA_LITE_HOME` is an empty folder, so that no test reads or fills the user's cache."""
+    monkeypatch.setenv("QLORA_LITE_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    random.seed(0)
+    if "torch" in sys.modules:  # tests that do not need torch do not pay for its import
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The folder with pyproject.toml."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def small_gguf() -> Path:
+    """The small real model's file; skips when `tools/test` did not bring it. For tests marked slow."""
+    path = Path(REAL_HOME).expanduser() / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        pytest.skip("the small real model is not in the cache: python -m qlora_lite.model.bring smollm2-135m")
+    return path
+
+
+@pytest.fixture
+def real_home(small_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's real cache as `QLORA_LITE_HOME`, with the small real model and what was made from it in it."""
+    home = Path(REAL_HOME).expanduser()
+    monkeypatch.setenv("QLORA_LITE_HOME", str(home))
+    return home
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is no card; torch is imported only when there are such tests."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))

@@ -1,0 +1,198 @@
+"""Tokenized rows on disk: written once, re-used, never damaged, never without labels."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from qlora_lite.data import examples as module
+from qlora_lite.data.examples import fit_row, load_examples
+from qlora_lite.data.squad import QuestionRow
+from qlora_lite.data.template import encode_row, stop_token_id
+from qlora_lite.errors import DataError
+from tests.data.conftest import CONTEXT, question, squad
+
+QUESTIONS = [
+    question("a", "Which river?", "The Nile", "Nile"),
+    question("b", "Who?"),
+    question("c", "Which town?", "Luxor"),
+]
+LONG = "Sand lies all around. " * 40 + "The well is called Bir Tawil." + " Nobody lives there now." * 40
+
+
+@pytest.fixture
+def load(tokenizer, tmp_path):
+    def load_with(path, **changes):
+        settings = {"num_rows": None, "no_answer_text": "none", "max_seq_length": None, "cache_dir": tmp_path / "cache"}
+        return load_examples(path, tokenizer, **settings | changes)
+
+    return load_with
+
+
+def test_examples_hold_what_the_template_makes_and_the_row_as_it_was(load, write, tokenizer):
+    examples = load(write(squad(*QUESTIONS)))
+    assert len(examples) == 3
+    assert examples.row(0) == QuestionRow("a", CONTEXT, "Which river?", ("The Nile", "Nile"), 0)
+    assert examples.row(1) == QuestionRow("b", CONTEXT, "Who?", ())
+    for index in range(3):
+        assert examples.encoded(index) == encode_row(tokenizer, examples.row(index), no_answer_text="none")
+    assert examples.lengths.tolist() == [len(examples.encoded(i).input_ids) for i in range(3)]
+    assert examples.num_label_tokens.tolist() == [examples.encoded(i).num_label_tokens for i in range(3)]
+    assert examples.lengths.dtype == np.int64
+    assert (examples.num_dropped, examples.num_cut, examples.max_seq_length) == (0, 0, None)
+    for outside in (-1, 3):
+        with pytest.raises(IndexError):
+            examples.encoded(outside)
+
+
+def test_num_rows_takes_the_first_usable_rows(load, write):
+    examples = load(write(squad(*QUESTIONS)), num_rows=2)
+    assert [examples.row(i).id for i in range(len(examples))] == ["a", "b"]
+
+
+def test_a_second_call_maps_what_the_first_wrote(load, write, monkeypatch):
+    path = write(squad(*QUESTIONS))
+    first = load(path)
+    monkeypatch.setattr(module, "read_squad", lambda *a, **k: pytest.fail("read again"))
+    second = load(path)
+    assert second.fingerprint == first.fingerprint
+    assert second.encoded(2) == first.encoded(2)
+    assert second.counts == first.counts
+
+
+def test_whatever_changes_the_rows_changes_the_fingerprint(load, write, monkeypatch):
+    path = write(squad(*QUESTIONS))
+    seen = {
+        load(path, **change).fingerprint
+        for change in ({}, {"num_rows": 2}, {"no_answer_text": "x"}, {"max_seq_length": 150})
+    }
+    seen.add(load(write(squad(*QUESTIONS[:2]), "other.json")).fingerprint)
+    monkeypatch.setattr(module, "CODE_VERSION", 0)
+    seen.add(load(path).fingerprint)
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "note", "gone"])
+def test_a_damaged_cache_is_written_again(load, write, damage):
+    path = write(squad(*QUESTIONS))
+    first = load(path)
+    wanted = [first.encoded(i) for i in range(3)]
+    rows = next((path.parent / "cache").glob("*/rows.arrow"))
+    content = bytearray(rows.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        rows.write_bytes(content)
+    elif damage == "cut":
+        rows.write_bytes(content[:-10])
+    elif damage == "note":
+        (rows.parent / "note.json").write_text("[]")
+    else:
+        rows.unlink()
+    again = load(path)
+    assert [again.encoded(i) for i in range(3)] == wanted
+
+
+def test_a_failed_write_leaves_nothing_behind(load, write, monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", fail)
+    with pytest.raises(DataError, match="No space left on device"):
+        load(write(squad(*QUESTIONS)))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_folder_that_is_a_file_is_one_clear_error(load, write, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="cannot be written"):
+        load(write(squad(*QUESTIONS)), cache_dir=tmp_path / "file")
+
+
+def test_nothing_is_pickled_and_nothing_is_written_elsewhere(write, tmp_path):
+    """In a process of its own, with a home folder of its own and pickling to a file forbidden."""
+    path = write(squad(*QUESTIONS))
+    code = (
+        "import pickle, sys; from pathlib import Path\n"
+        "from tests.data.tiny_tokenizer import make_tokenizer\n"
+        "from qlora_lite.data.examples import load_examples\n"
+        "import datasets, dill\n"
+        "def refuse(*a, **k): raise SystemExit('pickled')\n"
+        "dill.dump = dill.dumps = dill.load = dill.loads = pickle.dump = pickle.load = pickle.loads = refuse\n"
+        "t = make_tokenizer()\n"
+        "settings = dict(num_rows=None, no_answer_text='none', max_seq_length=None)\n"
+        f"e = load_examples({str(path)!r}, t, cache_dir={str(tmp_path / 'c')!r}, **settings)\n"
+        "assert e.dataset.cache_files[0]['filename'].endswith('rows.arrow'); print(len(e))"
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    root = os.getcwd()
+    env = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": root}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "3", "")
+    assert list(home.rglob("*")) == []
+    assert sorted(p.name for p in (tmp_path / "c").rglob("*") if p.is_file()) == ["note.json", "rows.arrow"]
+
+
+# --- sequences that are too long
+
+
+def test_a_long_row_loses_context_but_keeps_question_and_answer(tokenizer):
+    row = QuestionRow("a", LONG, "What is the well called?", ("Bir Tawil",), LONG.index("Bir Tawil"))
+    whole = encode_row(tokenizer, row, no_answer_text="-")
+    for max_seq_length in range(150, len(whole.input_ids), 97):
+        fitted = fit_row(tokenizer, row, no_answer_text="-", max_seq_length=max_seq_length)
+        assert fitted is not None
+        encoded, was_cut = fitted
+        assert was_cut
+        assert max_seq_length - 30 < len(encoded.input_ids) <= max_seq_length
+        text = tokenizer.decode(encoded.input_ids)
+        kept = text.partition("Context: ")[2].partition("\n\nQuestion:")[0]
+        assert "Bir Tawil" in kept and kept in LONG
+        assert text.endswith("Bir Tawil<|im_end|>") and "What is the well called?" in text
+        assert encoded.input_ids[encoded.label_start :] == whole.input_ids[whole.label_start :]
+    assert fit_row(tokenizer, row, no_answer_text="-", max_seq_length=len(whole.input_ids)) == (whole, False)
+
+
+def test_the_context_is_cut_at_words_where_the_answer_is_farther_away(tokenizer):
+    def kept(answer_start):
+        row = QuestionRow("a", context, "Q?", ("answer",), answer_start)
+        fitted = fit_row(tokenizer, row, no_answer_text="-", max_seq_length=160)
+        return tokenizer.decode(fitted[0].input_ids).partition("Context: ")[2].partition("\n\nQuestion:")[0]
+
+    context = "answer " + "filler " * 200 + "answer"
+    assert kept(0).startswith("answer filler") and kept(0).endswith("filler")
+    assert kept(len(context) - 6).startswith("filler") and kept(len(context) - 6).endswith("filler answer")
+
+
+def test_rows_that_cannot_keep_their_answer_are_dropped_and_counted(load, write):
+    long_question = question("long", "Which " + "very " * 100 + "river?", "The Nile")
+    examples = load(write(squad(*QUESTIONS, long_question)), max_seq_length=170)
+    assert (len(examples), examples.num_dropped, examples.counts.dropped) == (3, 1, ("long",))
+    assert examples.lengths.max() <= 170
+    assert examples.num_label_tokens.min() >= 2
+
+
+def test_when_every_row_would_lose_its_answer_it_is_refused(load, write):
+    for _ in range(2):  # also when the cache already knows
+        with pytest.raises(
+            DataError, match=r"every one of the 3 rows .*max_seq_length=20\. Raise data\.max_seq_length"
+        ):
+            load(write(squad(*QUESTIONS)), max_seq_length=20)
+
+
+@pytest.mark.parametrize("change", [{"num_rows": 0}, {"max_seq_length": 0}, {"no_answer_text": " "}])
+def test_settings_that_make_no_sense_are_refused(load, write, change):
+    with pytest.raises(DataError, match=next(iter(change))):
+        load(write(squad(*QUESTIONS)), **change)
+
+
+def test_unicode_contexts_are_cut_anywhere(tokenizer):
+    context = "🐪" * 300 + "नील" + "🐫" * 300
+    row = QuestionRow("a", context, "Q?", ("नील",), 300)
+    encoded, was_cut = fit_row(tokenizer, row, no_answer_text="-", max_seq_length=300)
+    assert was_cut and encoded.input_ids[-1] == stop_token_id(tokenizer)
+    assert "🐪नील🐫" in tokenizer.decode(encoded.input_ids)
+    json.dumps(tokenizer.decode(encoded.input_ids))

@@ -1,0 +1,100 @@
+"""What check says agrees with what load_examples does."""
+
+import pytest
+
+from qlora_lite.data.examples import load_examples
+from qlora_lite.data.inspect import inspect_rows, propose_max_seq_length, render_tokens
+from qlora_lite.data.template import Encoded
+from tests.data.conftest import CONTEXT, question, squad
+
+QUESTIONS = [
+    question("a", "Which river?", "The Nile"),
+    question("b", "Which town?", "Luxor"),
+    question("c", "Who?"),
+    question("d", "Which " + "very " * 80 + "river?", "The Nile"),
+]
+
+
+def inspect(path, tokenizer, **changes):
+    settings = {"num_rows": None, "no_answer_text": "none", "max_seq_length": None}
+    return inspect_rows(path, tokenizer, **settings | changes)
+
+
+def test_the_truncation_table_says_what_loading_does(write, tokenizer, tmp_path):
+    path = write(squad(*QUESTIONS))
+    for max_seq_length in (90, 128, 140, 256, 512):
+        report = inspect(path, tokenizer, max_seq_length=max_seq_length)
+        line = next(line for line in report.truncation if line.max_seq_length == max_seq_length)
+        examples = load_examples(
+            path,
+            tokenizer,
+            num_rows=None,
+            no_answer_text="none",
+            max_seq_length=max_seq_length,
+            cache_dir=tmp_path / "c",
+        )
+        assert (line.num_cut, line.num_dropped) == (examples.num_cut, examples.num_dropped)
+        assert line.num_whole + line.num_cut + line.num_dropped == report.num_rows == 4
+        assert report.num_dropped == examples.num_dropped
+
+
+def test_the_report_proposes_a_length_that_holds_every_row(write, tokenizer):
+    report = inspect(write(squad(*QUESTIONS)), tokenizer)
+    assert report.proposed_max_seq_length % 64 == 0
+    assert report.max_tokens <= report.proposed_max_seq_length < report.max_tokens + 64
+    assert f"the longest has {report.max_tokens} tokens" in report.reason
+    assert {128, 256, 512, 1024, 2048, 4096, report.max_tokens} <= {line.max_seq_length for line in report.truncation}
+    assert (report.format, report.stop_token, report.num_dropped, report.num_bad) == (
+        "SQuAD v2.0 JSON",
+        "<|im_end|>",
+        0,
+        0,
+    )
+
+
+def test_three_rows_are_shown_with_answer_and_stop_token_marked(write, tokenizer):
+    report = inspect(write(squad(*QUESTIONS)), tokenizer)
+    assert [row.id for row in report.rows] == ["a", "b", "c"]
+    for row, answer in zip(report.rows, ("The Nile", "Luxor", "none"), strict=True):
+        assert "".join(text for text, trained in row.tokens if trained) == answer + "<|im_end|>"
+        assert f"Context: {CONTEXT}\n" in "".join(text for text, _ in row.tokens)
+        assert row.num_tokens == len(row.tokens)
+        assert row.is_answerable == (answer != "none")
+
+
+def test_a_row_that_loses_context_and_an_unanswerable_one_are_among_those_shown(write, tokenizer):
+    rows = [question(f"r{i}", "Which river?", "The Nile") for i in range(5)] + QUESTIONS[2:]
+    report = inspect(write(squad(*rows)), tokenizer, max_seq_length=4096)
+    assert [row.id for row in report.rows] == ["r0", "r1", "c"]
+    shown = inspect(write(squad(*rows)), tokenizer, max_seq_length=report.max_tokens - 1).rows
+    assert [(row.id, row.was_cut) for row in shown] == [("r0", False), ("c", False), ("d", True)]
+
+
+def test_characters_of_several_tokens_are_shown_once(tokenizer):
+    ids = tokenizer("é🐪x", add_special_tokens=False)["input_ids"]
+    tokens = render_tokens(tokenizer, Encoded(ids, label_start=2))
+    assert "".join(text for text, _ in tokens) == "é🐪x"
+    assert len(tokens) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "proposed", "said"),
+    [
+        ([1], None, 64, "longest has 1 tokens"),
+        ([64, 30], None, 64, "longest has 64"),
+        ([65], None, 128, "longest has 65"),
+        ([100] * 999 + [201], None, 128, "1 outliers of up to 201"),
+        ([100] * 999 + [200], None, 256, "longest has 200"),
+        ([100] * 99 + [900], None, 960, "longest has 900"),
+        ([3000], 2048, 2048, "context window is 2048"),
+    ],
+)
+def test_the_proposed_length_and_its_reason(lengths, limit, proposed, said):
+    found, reason = propose_max_seq_length(lengths, limit=limit)
+    assert found == proposed
+    assert said in reason
+
+
+def test_no_rows_no_proposal():
+    with pytest.raises(ValueError, match="no rows"):
+        propose_max_seq_length([])

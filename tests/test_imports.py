@@ -1,0 +1,174 @@
+"""The import rule, and what no file of the package may do, read from the source without running it.
+
+A stage imports only stages before it in STAGES and leaf modules; `cli` -> `pipeline` -> stages; only `pipeline` imports `plan`;
+only `recipe`, `plan` and `pipeline` (and the package's front page) know a Recipe; only `show` knows rich.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "qlora_lite"
+STAGES = ("recipe", "model", "data", "train", "evaluate", "merge", "plan", "show")
+LEAVES = ("errors", "units", "ledger")
+MAY_SEE_RECIPE = ("recipe", "plan", "pipeline", "")  # "" is qlora_lite/__init__.py
+MAY_IMPORT_PLAN = ("pipeline", "plan", "")
+CLI_IMPORTS = ("pipeline", "recipe", "show", *LEAVES)
+NO_TORCH = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"}
+
+FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+FORBIDDEN_CALLS = {
+    "torch.load", "torch.save", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "pandas.read_pickle",
+    "os.system", "os.popen", "eval", "exec",
+}  # fmt: skip
+FORBIDDEN_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}  # when given as True, or as anything but False
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """`qlora_lite/model/bnb.py` -> `model.bnb`; the package's own `__init__` -> ``."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+def imports_of(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[str]:
+    """Every imported name, absolute, with `from a import b` given as `a.b`; also imports inside functions."""
+    package = ["qlora_lite", *module.split(".")] if module else ["qlora_lite"]
+    package = package if is_package else package[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def import_problems(source: str, module: str, *, is_package: bool = False) -> list[str]:
+    """What breaks the import rule in a module of this name."""
+    here, problems = module.split(".")[0], []
+    for name in imports_of(ast.parse(source), module, is_package=is_package):
+        top, *rest = name.split(".")
+        if top == "rich" and here != "show":
+            problems.append(f"{module} imports rich; only show does")
+        if top in NO_TORCH and here in ("recipe", "errors", "units", "cli"):
+            problems.append(f"{module} imports {name}; recipe errors and --help must come without {top}")
+        if top == "bitsandbytes" and module != "model.bnb":
+            problems.append(f"{module} imports bitsandbytes; use model.bnb, which closes two traps")
+        if top in FORBIDDEN_MODULES:
+            problems.append(f"{module} imports {name}; nothing is unpickled")
+        if top != "qlora_lite" or not rest:
+            continue
+        there = rest[0]
+        if there == "plan" and here not in MAY_IMPORT_PLAN:
+            problems.append(f"{module} imports {name}; only pipeline imports plan")
+        if here in LEAVES and there not in LEAVES:
+            problems.append(f"{module} is a leaf and imports {name}")
+        if here in STAGES and there not in LEAVES and there not in STAGES[: STAGES.index(here) + 1]:
+            problems.append(
+                f"{module} imports {name}; {here} may import {', '.join(STAGES[: STAGES.index(here)])} and leaves"
+            )
+        if here == "cli" and there not in CLI_IMPORTS:
+            problems.append(f"{module} imports {name}; the command line calls pipeline")
+    if here not in MAY_SEE_RECIPE and mentions(ast.parse(source), "Recipe"):
+        problems.append(f"{module} mentions Recipe; it takes plain values")
+    return problems
+
+
+def mentions(tree: ast.AST, name: str) -> bool:
+    return any(
+        name in (getattr(node, "id", None), getattr(node, "attr", None))
+        or (isinstance(node, ast.alias) and node.name == name)
+        for node in ast.walk(tree)
+    )
+
+
+def danger_problems(source: str) -> list[str]:
+    """Calls and arguments that load code from data, or hand text to a shell."""
+    problems = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        if ast.unparse(node.func) in FORBIDDEN_CALLS:
+            problems.append(f"line {node.lineno}: {ast.unparse(node.func)}")
+        for keyword in node.keywords:
+            if keyword.arg in FORBIDDEN_KEYWORDS and not (
+                isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+            ):
+                problems.append(f"line {node.lineno}: {keyword.arg}={ast.unparse(keyword.value)}")
+    return problems
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path) or "qlora_lite")
+def test_a_module_imports_only_what_comes_before_it(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert import_problems(source, module_of(path), is_package=path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path) or "qlora_lite")
+def test_nothing_is_unpickled_and_no_foreign_code_is_run(path: Path) -> None:
+    assert danger_problems(path.read_text(encoding="utf-8")) == []
+
+
+def test_every_folder_of_the_package_is_a_stage() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders <= set(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("data.examples", "from qlora_lite.train.loop import train"),
+        ("data.examples", "from ..train import loop"),
+        ("data.examples", "from qlora_lite import train"),
+        ("train.loop", "def f():\n    import qlora_lite.plan.search"),
+        ("train.loop", "import rich.table"),
+        ("train.loop", "from qlora_lite.recipe import Recipe"),
+        ("train.loop", "def f(recipe: schema.Recipe): ..."),
+        ("merge.merge", "import bitsandbytes as bnb"),
+        ("recipe.load", "import torch"),
+        ("units", "from qlora_lite.model import base"),
+        ("cli", "from qlora_lite.train import loop"),
+        ("model.base", "import pickle"),
+    ],
+)
+def test_the_import_rule_sees_a_breach(module: str, source: str) -> None:
+    assert import_problems(source, module) != []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["torch.load(path)", "yaml.load(text, Loader=L)", "run(x, shell=True)", "f(trust_remote_code=flag)", "eval(text)"],
+)
+def test_the_danger_rule_sees_a_breach(source: str) -> None:
+    assert danger_problems(source) != []
+
+
+def test_allowed_neighbours_are_not_breaches() -> None:
+    assert import_problems("from qlora_lite.model.bnb import bitsandbytes\nfrom . import head", "merge.merge") == []
+    assert danger_problems("yaml.safe_load(text)\nrun(x, shell=False)\nmodel.eval()") == []
+
+
+@pytest.mark.parametrize(
+    "statement", ["from qlora_lite.cli import main; main(['--help'])", "import qlora_lite, qlora_lite.recipe"]
+)
+def test_help_and_recipes_do_not_import_torch(statement: str) -> None:
+    code = (
+        "import sys\n"
+        f"try:\n    {statement}\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        f"heavy = sorted({NO_TORCH!r} & set(sys.modules))\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+    )
+    assert done.returncode == 0, done.stderr
