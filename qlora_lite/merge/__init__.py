@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite.merge.proof import Proof, prove_merge
-from qlora_lite.merge.write import MAX_SHARD_BYTES, WriteResult, merge_adapter, staged_folder, write_merged
+from qlora_lite.merge.write import MAX_SHARD_BYTES, WriteResult, merge_adapter, write_merged
+from qlora_lite.model.staging import staged_folder
 
 if TYPE_CHECKING:
     from qlora_lite.data.template import Encoded

@@ -6,11 +6,9 @@ Never from a live model: a merge needs one row block (16 MiB) in memory, whateve
 evaluation that touched live weights cannot reach it. Tensors without an adapter are copied exactly.
 """
 
-import contextlib
 import json
 import math
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +26,9 @@ from qlora_lite.model.safetensors_writer import (
     MAX_SHARD_BYTES,
     ShardedWriter,
     TensorSpec,
-    fsync_folder,
     write_text_durably,
 )
+from qlora_lite.model.staging import staged_folder
 from qlora_lite.units import format_bytes
 
 # Files of a model folder that are neither weights nor about weights.
@@ -172,24 +170,6 @@ def open_pair(
         head = f"{adapter_dir}: the adapter was not trained on this base ({len(problems)} of {len(adapter)} modules)"
         raise ModelError("\n".join([head, *(f"  {problem}" for problem in problems)]))
     return base, adapter
-
-
-@contextlib.contextmanager
-def staged_folder(out_dir: Path | str) -> Iterator[Path]:
-    """An empty folder beside `out_dir` that becomes `out_dir` in one rename when the block ends without an error."""
-    out = Path(out_dir).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists and is not an empty folder; name another folder, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.staging"
-    staging.mkdir()
-    try:
-        yield staging
-        fsync_folder(staging)
-        staging.replace(out)
-        fsync_folder(out.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_options(*, dtype: str, rounding: str, scale: float, compute_dtype: str) -> None:

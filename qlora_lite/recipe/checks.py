@@ -41,7 +41,9 @@ def find_base(text: str, folders: Sequence[Path]) -> tuple[str, list[KeyProblem]
     path, looked = find_file(text, folders)
     if path is not None:
         if os.path.isfile(path) and not path.lower().endswith(".gguf"):
-            return path, [("model.base", f"{wording.printable_path(path)} is a file; expected a folder or a .gguf file")]
+            return path, [
+                ("model.base", f"{wording.printable_path(path)} is a file; expected a folder or a .gguf file")
+            ]
         return path, []
     if not_yet.is_hub_name(text):
         return text, []  # refused by name in not_yet.py
@@ -84,7 +86,7 @@ def refusals(values: dict[str, Any]) -> list[KeyProblem]:
     for key, value in values.items():
         reason = not_yet.refusal(key, value)
         if reason:
-            found.append((key, f"{wording.got(value)} is not in this version; {reason}"))
+            found.append((key, f"{wording.got(value)} {reason}"))
     return found
 
 

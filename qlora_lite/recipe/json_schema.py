@@ -14,19 +14,19 @@ from qlora_lite.recipe.schema import Recipe, section_types
 def recipe_json_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a recipe; each key has a description, its default and its range."""
     schema = Recipe.model_json_schema()
-    reasons = {row.key: row.reason for row in NOT_YET}
+    limits = {row.key: row.instead for row in NOT_YET}
     sections = section_types()
     for name, entry in schema["properties"].items():
         if name in sections:
             inner = schema["$defs"][sections[name].__name__]["properties"]
             for key, value in inner.items():
-                _add_limit(value, reasons.get(f"{name}.{key}"))
+                _add_limit(value, limits.get(f"{name}.{key}"))
         else:
-            _add_limit(entry, reasons.get(name))
+            _add_limit(entry, limits.get(name))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "qlora_lite recipe"}
 
 
-def _add_limit(entry: dict[str, Any], reason: str | None) -> None:
+def _add_limit(entry: dict[str, Any], limit: str | None) -> None:
     entry.pop("title", None)  # pydantic's "Lora Alpha" says nothing new
-    if reason:
-        entry["description"] += f" In this version: {reason}."
+    if limit:
+        entry["description"] += f" In this version: {limit}."

@@ -13,6 +13,7 @@ The stages, each adding to the same list of problems:
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +96,19 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 def _find(path_or_name: str | os.PathLike[str]) -> Path:
     text = os.fspath(path_or_name)
+    shown = wording.printable_path(text)
     path = Path(os.path.expanduser(text))
-    if os.path.isdir(path):
-        raise RecipeError(wording.printable_path(text), ["is a folder; give a .yaml file or the name of a shipped recipe"])
-    if os.path.exists(path):
+    if os.path.exists(path) and not os.path.isdir(path):
         return path
+    missing = "is a folder; give a .yaml file" if os.path.isdir(path) else "no such file"
     if os.path.dirname(text) == "":
         try:
             return shipped.recipe_file(text)
         except UserError as error:
-            raise RecipeError(wording.printable_path(text), [f"no such file, and {error}"]) from error
+            raise RecipeError(shown, [f"{missing}, and {error}"]) from error
     names = [recipe.name for recipe in shipped.list_recipes()]
     hint = f"; the shipped recipe of that name is called {path.stem}" if path.stem in names else ""
-    raise RecipeError(wording.printable_path(text), [f"no such file{hint}"])
+    raise RecipeError(shown, [f"{missing}{hint}"])
 
 
 def _file_entries(path: Path, problems: _Problems) -> dict[str, _Entry]:
@@ -140,11 +141,11 @@ def _flatten(top: yaml_text.Mapping, seen: dict[str, int], problems: _Problems) 
         if _is_repeated(name, node, seen, problems) and name not in sections:
             continue  # of a section given twice, both halves are checked
         section = name
-        if name not in sections and name not in keys:
+        if name not in Recipe.model_fields:
             _add_unknown(name, node, problems)
             # the keys below a misspelt section are checked as well, under the section that was meant
             section = wording.nearest(name, list(sections)) or ""
-            if section not in sections or not isinstance(node.value, yaml_text.Mapping) or section in dict(top.items):
+            if not section or not isinstance(node.value, yaml_text.Mapping):
                 continue
         if section not in sections:
             found.append((name, node))
@@ -192,7 +193,9 @@ def _override_entries(overrides: Sequence[str], problems: _Problems) -> dict[str
             problems.add(where, order, "expected section.key=value, such as --set train.max_steps=10")
             continue
         if not text.strip():
-            problems.add(where, order, f"{wording.printable(key)}: no value after the =; write null if you mean nothing")
+            problems.add(
+                where, order, f"{wording.printable(key)}: no value after the =; write null if you mean nothing"
+            )
             continue
         try:
             node = yaml_text.parse_value(text)
@@ -216,7 +219,7 @@ def _typed(entries: dict[str, _Entry], problems: _Problems) -> dict[str, Any]:
     except ValidationError as error:
         for key in dict.fromkeys(_key_of(part["loc"]) for part in error.errors(include_url=False)):
             entry = entries[key]
-            expected = wording.expected(key, is_refused=lambda value, key=key: bool(not_yet.refusal(key, value)))
+            expected = wording.expected(key, is_refused=partial(_is_refused, key))
             hint = _value_hint(key, entry)
             found = wording.got(entry.value, entry.source)
             problems.add(entry.where, entry.order, f"{key}: expected {expected}, got {found}{hint}")
@@ -224,13 +227,16 @@ def _typed(entries: dict[str, _Entry], problems: _Problems) -> dict[str, Any]:
     return values
 
 
+def _is_refused(key: str, value: Any) -> bool:
+    return not_yet.refusal(key, value) is not None
+
+
 def _value_hint(key: str, entry: _Entry) -> str:
     if isinstance(entry.value, str):
         near = wording.nearest(entry.value, wording.allowed_words(key))
         return f"; did you mean {near}?" if near else ""
-    is_plain = isinstance(entry.value, bool | int | float)
-    if is_plain and wording.expected(key).startswith("text"):
-        return f"; quote it if it is text: '{wording.quoted(entry.source)}'"
+    if isinstance(entry.value, bool | int | float) and wording.expected(key).startswith("text"):
+        return f"; if it is text, quote it: {wording.quoted(entry.source)}"
     return ""
 
 
@@ -252,9 +258,12 @@ def _resolve_files(
 ) -> tuple[str, ...]:
     """Make the paths in `values` absolute, and return what was chosen. A default data file is the shipped one."""
     notes: list[str] = []
-    if "data.train" in entries and "data.eval" not in entries:
+    train, held_out = entries.get("data.train"), entries.get("data.eval")
+    if train and not held_out:
         values["data.eval"] = None
         notes.append("data.eval: null, because data.train is given and data.eval is not; without it nothing is scored")
+    if train and held_out and train.where.startswith("--set") and held_out.value and held_out.where.startswith("line"):
+        notes.append(f"data.train comes from --set, data.eval still from the recipe ({wording.got(held_out.value)})")
     recipe = _whole(values)
     folders = [folder, Path.cwd()]
     wanted = {"model.base": recipe.model.base, "data.train": recipe.data.train, "data.eval": recipe.data.eval}
@@ -276,7 +285,9 @@ def _check(recipe: Recipe, values: dict[str, Any], entries: dict[str, _Entry], p
     """What the version cannot do and what contradicts; keys that are wrong already are left out."""
     wrong = entries.keys() - values.keys()
     dumped = recipe.model_dump()
-    flat = {key: dumped[key] if "." not in key else dumped[key.split(".")[0]][key.split(".")[1]] for key in known_keys()}
+    flat = {
+        key: dumped[key] if "." not in key else dumped[key.split(".")[0]][key.split(".")[1]] for key in known_keys()
+    }
     _add_all(checks.refusals({key: value for key, value in flat.items() if key not in wrong}), entries, problems)
     _add_all(
         [(keys[0], text) for keys, text in checks.contradictions(recipe) if not wrong.intersection(keys)],

@@ -59,7 +59,8 @@ class ModelSection(Section):
     )
     revision: Text | None = Field(None, description="Commit or tag of a model fetched from the hub; null: the newest.")
     quantization: Literal["nf4", "fp4", "int8"] = Field(
-        "nf4", description="How the frozen weights are stored. nf4: 4 bits a weight (QLoRA section 3, arXiv 2305.14314)."
+        "nf4",
+        description="How the frozen weights are stored. nf4: 4 bits a weight (QLoRA section 3, arXiv 2305.14314).",
     )
     double_quant: bool = Field(
         True,
@@ -122,7 +123,8 @@ class DataSection(Section):
     )
     num_train: Count | None = Field(600, description="Use only the first so many training rows; null: all of them.")
     share_prefixes: Auto | bool = Field(
-        "auto", description="Train a passage once with all its questions as branches (a prefix tree). auto: off for now."
+        "auto",
+        description="Train a passage once with all its questions as branches (a prefix tree). auto: off for now.",
     )
     no_answer_text: Text = Field(
         "unanswerable", description="What the model is taught to say when the context holds no answer (SQuAD v2.0)."
@@ -173,13 +175,17 @@ class TrainSection(Section):
     early_stop: Count | None = Field(
         None, description="Stop when the validation loss has not fallen for so many evaluations; null: never."
     )
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="Fixes the order of rows, the initial factors and the dropout.")
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Fixes the order of rows, the initial factors and the dropout."
+    )
 
 
 class MemorySection(Section):
     """How it fits."""
 
-    budget: Auto | Size = Field("auto", description='Memory to stay within, such as "24GiB". auto: what the device has.')
+    budget: Auto | Size = Field(
+        "auto", description='Memory to stay within, such as "24GiB". auto: what the device has.'
+    )
     gradient_checkpointing: Auto | bool = Field(
         "auto",
         description="Keep one hidden state a layer and compute the rest again in the backward pass (arXiv 1604.06174): "
@@ -208,7 +214,8 @@ class MergeSection(Section):
     )
     scale: float = Field(1.0, gt=0, le=100, description="The adapter's update is multiplied by this; 1.0: as trained.")
     proof: Auto | Count = Field(
-        "auto", description="Rows of data.eval on which merged and adapter model are compared. auto: chosen, with reason."
+        "auto",
+        description="Rows of data.eval on which merged and adapter model are compared. auto: chosen, with reason.",
     )
 
 

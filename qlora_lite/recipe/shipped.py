@@ -39,7 +39,9 @@ def recipes_dir() -> Path:
 
 def list_recipes() -> tuple[ShippedRecipe, ...]:
     """Every shipped recipe by name, the default first."""
-    names = sorted((path.stem for path in recipes_dir().glob("*.yaml")), key=lambda name: (name != DEFAULT_RECIPE, name))
+    names = sorted(
+        (path.stem for path in recipes_dir().glob("*.yaml")), key=lambda name: (name != DEFAULT_RECIPE, name)
+    )
     return tuple(ShippedRecipe(name, _first_comment(show_recipe(name))) for name in names)
 
 

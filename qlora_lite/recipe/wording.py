@@ -55,7 +55,7 @@ def _words_of_type(part: dict[str, Any]) -> str:
         case "integer" | "number":
             return _words_of_number(part)
         case "string":
-            return "text"
+            return "text that is not blank" if "pattern" in part else "text"
         case "array":
             return "a list of names such as [a, b]"
         case other:
@@ -71,7 +71,7 @@ def _words_of_number(part: dict[str, Any]) -> str:
         return f"{noun} from {low:,} to {high:,}"
     above, below = part.get("exclusiveMinimum"), part.get("exclusiveMaximum")
     low_words = f"above {above:g}" if above is not None else f"of at least {low:g}"
-    return f"{noun} {low_words} and " + (f"below {below:g}" if below is not None else f"at most {high:,g}")
+    return f"{noun} {low_words} and " + (f"below {below:g}" if below is not None else f"at most {high:,.10g}")
 
 
 def got(value: Any, source: str = "") -> str:
@@ -116,8 +116,8 @@ def nearest_key(key: str) -> str:
     """`train.learning_rat` -> "did you mean train.learning_rate?", also for a right key in the wrong section."""
     keys, sections = list(known_keys()), list(section_types())
     section, _, last = key.rpartition(".")
-    if not section and key in keys:
-        return "did you mean it at the left edge?"
+    if key in keys:  # in a file, `train.epochs: 3` as one word
+        return f"write it as two lines, {section}: and below it {last}:"
     by_last: dict[str, list[str]] = {}
     for known in keys:
         by_last.setdefault(known.rpartition(".")[2], []).append(known)
@@ -138,7 +138,9 @@ def nearest_key(key: str) -> str:
     if found:
         return f"did you mean {_any_of(by_last[found])}?"
     if section in sections:
-        return f"{section} has " + ", ".join(known.rpartition(".")[2] for known in keys if known.startswith(f"{section}."))
+        return f"{section} has " + ", ".join(
+            known.rpartition(".")[2] for known in keys if known.startswith(f"{section}.")
+        )
     return "a recipe has " + ", ".join(Recipe.model_fields)
 
 

@@ -22,8 +22,12 @@ MAX_EVENTS = 20_000  # values and brackets; a recipe that names every layer of a
 _NULL = {"", "~", "null", "Null", "NULL"}
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9]+")
-_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
-_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # YAML 1.2, section 5.1
+_FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_UNPRINTABLE = re.compile(
+    "[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+)  # YAML 1.2, section 5.1
 
 
 class YamlProblem(Exception):
@@ -105,8 +109,7 @@ def plain_value(text: str) -> Any:
     if _INT.fullmatch(text):
         return int(text) if len(text) < 1000 else text  # Python refuses to read ints of many thousand digits
     if _FLOAT.fullmatch(text):
-        return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").replace(".nan", "nan")
-                     .replace(".NaN", "nan").replace(".NAN", "nan"))
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return text
 
 
@@ -114,17 +117,20 @@ def _refuse_what_no_recipe_needs(text: str) -> None:
     """Walk the events, which needs no recursion and builds nothing, and stop at the first that is out of bounds."""
     depth = num_documents = 0
     for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if number > MAX_EVENTS:
             raise YamlProblem(line, f"more than {MAX_EVENTS:,} values; a recipe has fewer than 100")
         if isinstance(event, yaml.DocumentStartEvent):
             num_documents += 1
             if num_documents > 1:
                 raise YamlProblem(line, 'a second document starts here ("---"); a recipe is one document')
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise YamlProblem(line, f"anchors and aliases (&{event.anchor}, *{event.anchor}) are refused; "
-                              "write the value out, or quote it if it is text")  # fmt: skip
-        if getattr(event, "tag", None):
+        if isinstance(event, yaml.NodeEvent) and event.anchor:
+            raise YamlProblem(
+                line,
+                f"anchors and aliases (&{event.anchor}, *{event.anchor}) are refused; "
+                "write the value out, or quote it if it is text",
+            )
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
             raise YamlProblem(line, f"tags ({event.tag}) are refused; write a plain value, or quote it if it is text")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1

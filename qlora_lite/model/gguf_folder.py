@@ -1,0 +1,97 @@
+"""A GGUF file -> a safetensors folder in the cache, one tensor at a time, so that the dense model is never whole in memory.
+
+transformers refuses a GGUF together with a bitsandbytes config, and its own conversion of this architecture builds the dense
+model first. Config and tokenizer come from transformers; tensors from the `gguf` package (format: ggml-org/ggml, docs/gguf.md).
+
+Surprising: llama.cpp stores the rows of the query and key projections in another order (rotary pairs next to each other);
+they are put back into the order that transformers' rotary embedding expects.
+"""
+
+import re
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_lite.errors import ModelError
+from qlora_lite.model.manifest import MANIFEST_NAME, write_manifest
+from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
+from qlora_lite.model.staging import staged_folder
+
+_VERSION = 1  # raise it when the converted folder changes
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_IGNORED = ("rope_freqs.weight",)  # derived from the config
+
+
+def convert_gguf(path: Path, *, cache: Path) -> Path:
+    """The converted folder for the GGUF file `path`; made on the first call. Raises ModelError for an unusable file."""
+    stat = path.stat()
+    key = sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {_VERSION}".encode()).hexdigest()[:16]
+    folder = cache / "converted" / f"{path.stem}-{key}"
+    if (folder / MANIFEST_NAME).is_file():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    with staged_folder(folder) as staging:
+        _convert(path, staging)
+        write_manifest(staging, {"source": path.name})
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    import gguf
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        reader = gguf.GGUFReader(str(path))
+        architecture = reader.fields["general.architecture"].contents()
+        if architecture != "llama":
+            raise ModelError(f"{path}: GGUF architecture {architecture!r} is not supported yet; supported: llama")
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tensors = {_hf_name(path, tensor.name): tensor for tensor in reader.tensors if tensor.name not in _IGNORED}
+    except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError, MemoryError) as error:
+        raise ModelError(f"{path}: not a readable GGUF file ({type(error).__name__}: {error})") from error
+    config.dtype = torch.bfloat16
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    specs = {name: TensorSpec(tuple(int(n) for n in reversed(t.shape)), torch.bfloat16) for name, t in tensors.items()}
+    with ShardedWriter(folder, specs) as writer:
+        for name, tensor in tensors.items():
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            writer.write(name, [_in_hf_order(name, values, config).to(torch.bfloat16)])
+
+
+def _hf_name(path: Path, name: str) -> str:
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if match is None or match.group(2) not in _NAMES:
+        raise ModelError(f"{path}: tensor {name} has no place in a Llama model, so this file is not one we know")
+    layer, part, kind = match.groups()
+    prefix = f"model.layers.{layer}." if layer is not None else ""
+    return f"{prefix}{_NAMES[part]}.{kind}"
+
+
+def _in_hf_order(name: str, values: np.ndarray, config: Any) -> torch.Tensor:
+    """Undo llama.cpp's row order of q_proj and k_proj: [heads, d/2, 2, in] -> [heads, 2, d/2, in]."""
+    tensor = torch.from_numpy(np.array(values))  # a copy: values may be a view of the file
+    if ".q_proj." in name or ".k_proj." in name:
+        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+        half = tensor.shape[0] // heads // 2
+        return tensor.reshape(heads, half, 2, -1).transpose(1, 2).reshape(tensor.shape)
+    return tensor

@@ -1,0 +1,44 @@
+"""Checkpoints on disk: `checkpoints/step-000050/`, whole or not there, the newest few kept.
+
+Written into a staging folder, synced, hashed (manifest last) and renamed, so a half-written one is never picked up.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+from qlora_lite.model.manifest import verify_manifest, write_manifest
+from qlora_lite.model.staging import staged_folder
+from qlora_lite.train.state import TrainState
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def save_checkpoint(state: TrainState, folder: Path, *, keep: int, base_name: str) -> Path:
+    """Write `folder/step-XXXXXX` for the state as it is now and remove all but the newest `keep`; returns its path."""
+    path = folder / f"step-{state.step:06d}"
+    if not path.exists():
+        with staged_folder(path) as staging:
+            state.save(staging, base_name=base_name)
+            write_manifest(staging, {"step": state.step})
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first; their contents are not looked at."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:]))
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are as they were written, and what is wrong with each newer one."""
+    problems: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        wrong = verify_manifest(path)
+        if not wrong:
+            return path, problems
+        problems.append(f"{path.name} is not used: {wrong[0]}")
+    return None, problems

@@ -1,0 +1,159 @@
+"""The training loop: a generator of `StepStats`, one per optimizer step.
+
+    rows of the step -> packed micro-batches -> forward and backward of each -> clip -> AdamW update
+
+The loop knows neither files nor screen: the caller saves, shows and decides when to stop pulling. Between two steps the
+state is whole, and after TrainingStopped it is that of the last good step. accelerate places the model and owns backward
+and clipping.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from accelerate import Accelerator
+
+from qlora_lite.data.batches import Batch, StepSampler, make_batches
+from qlora_lite.data.examples import Examples
+from qlora_lite.errors import TrainingStopped
+from qlora_lite.train.measure import measure_allocations, rss_bytes
+from qlora_lite.train.schedule import learning_rate_at
+from qlora_lite.train.state import TrainState
+from qlora_lite.train.step import forward_backward
+
+_WINDOW = 10  # steps whose mean loss is watched
+_DIVERGED = 2.0  # stop when that mean is this many times the first loss, and
+_DIVERGED_NATS = 1.0  # this many nats above it
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One optimizer step. Losses are in nats per label token, before the update."""
+
+    step: int  # from 1
+    num_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float  # before clipping
+    num_examples: int
+    num_tokens: int
+    num_label_tokens: int
+    num_micro_batches: int
+    step_s: float
+    rss_bytes: int
+    peak_bytes: int | None  # of this step above its start, by the allocator; None where it was not measured
+
+
+def train_steps(
+    state: TrainState,
+    examples: Examples,
+    sampler: StepSampler,
+    *,
+    device: str,
+    micro_batch_tokens: int,
+    learning_rate: float,
+    schedule: str,
+    warmup_ratio: float,
+    max_grad_norm: float,
+) -> Iterator[StepStats]:
+    """Train from `state.step` to the sampler's last step. Raises TrainingStopped for NaN or a diverging loss.
+
+    The step with the largest micro-batch is measured with the allocator; on CUDA all are.
+    """
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+    model = accelerator.prepare_model(state.model, device_placement=False)
+    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    measured_step = _step_with_largest_batch(examples, sampler, micro_batch_tokens, first=state.step)
+    model.train()
+    while state.step < len(sampler):
+        begin = time.perf_counter()
+        step = state.step
+        rows = sampler.rows_of_step(step)
+        batches = [batch.to(device) for batch in make_batches(examples, rows, micro_batch_tokens=micro_batch_tokens)]
+        rate = learning_rate_at(
+            step, num_steps=len(sampler), peak=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio
+        )
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+
+        def compute(batches: list[Batch] = batches, step: int = step) -> tuple[float, float]:
+            loss = forward_backward(
+                model,
+                batches,
+                backward=lambda loss: accelerator.backward(state.scaler.scale(loss)),
+                on_batch=lambda batch, loss: _check_loss(loss, step + 1, batch, examples),
+            )
+            state.scaler.unscale_(state.optimizer)
+            norm = float(accelerator.clip_grad_norm_(factors, max_grad_norm))
+            if not math.isfinite(norm) and not state.scaler.is_enabled():  # with loss scaling the step is skipped instead
+                raise TrainingStopped(_stopped(f"the gradient is {norm}", step + 1, rows, examples))
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+            return loss, norm
+
+        peak_bytes = None
+        try:
+            if device == "cuda" or step == measured_step:
+                with measure_allocations(device) as allocations:
+                    loss, norm = compute()
+                peak_bytes = allocations.peak_bytes
+            else:
+                loss, norm = compute()
+        finally:
+            state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        _watch(state, loss, rows, examples)
+        yield StepStats(
+            step=state.step,
+            num_steps=len(sampler),
+            epoch=state.step / sampler.steps_per_epoch,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            num_examples=len(rows),
+            num_tokens=sum(batch.input_ids_1T.shape[1] for batch in batches),
+            num_label_tokens=sum(len(batch.target_N) for batch in batches),
+            num_micro_batches=len(batches),
+            step_s=time.perf_counter() - begin,
+            rss_bytes=rss_bytes(),
+            peak_bytes=peak_bytes,
+        )
+
+
+def _step_with_largest_batch(examples: Examples, sampler: StepSampler, micro_batch_tokens: int, *, first: int) -> int:
+    """Step that packs the longest row, decided on lengths alone: a step of many tokens fills its micro-batches."""
+    lengths = examples.lengths
+    tokens = {step: int(lengths[sampler.rows_of_step(step)].sum()) for step in range(first, len(sampler))}
+    full = [step for step, total in tokens.items() if total >= micro_batch_tokens]
+    if not full:
+        return max(tokens, key=lambda step: tokens[step], default=first)
+    # The fewer tokens are left over, the fuller the micro-batches: an even split of `total` into ceil(total / limit) parts.
+    return max(full, key=lambda step: tokens[step] / math.ceil(tokens[step] / micro_batch_tokens))
+
+
+def _watch(state: TrainState, loss: float, rows: list[int], examples: Examples) -> None:
+    """Remember the loss and stop when the last few are far above where training began."""
+    state.first_loss = loss if state.first_loss is None else state.first_loss
+    state.history = [*state.history, loss][-_WINDOW:]
+    mean = fmean(state.history)
+    if len(state.history) == _WINDOW and mean > max(_DIVERGED * state.first_loss, state.first_loss + _DIVERGED_NATS):
+        what = f"the loss diverged: {mean:.2f} over the last {_WINDOW} steps, {state.first_loss:.2f} at the first"
+        raise TrainingStopped(_stopped(what, state.step, rows, examples))
+
+
+def _check_loss(loss: float, step: int, batch: Batch, examples: Examples) -> None:
+    if not math.isfinite(loss):
+        raise TrainingStopped(_stopped(f"the loss is {loss}", step, list(batch.rows), examples))
+
+
+def _stopped(what: str, step: int, rows: list[int], examples: Examples) -> str:
+    names = ", ".join(examples.row(row).id for row in rows[:8])
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    return (
+        f"stopped at step {step}: {what}; rows {names}{more}. The last good adapter is kept. "
+        "Look at these rows, or lower train.learning_rate"
+    )

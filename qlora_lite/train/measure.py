@@ -1,0 +1,51 @@
+"""What a step really takes: allocation events on the CPU, the caching allocator's peak on CUDA, and the process's memory."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass
+class Allocations:
+    """Bytes above what was allocated when the measurement began; set when its block ends."""
+
+    peak_bytes: int = 0
+
+
+@contextmanager
+def measure_allocations(device: str) -> Iterator[Allocations]:
+    """Measure the block's peak of allocated device memory above its start, from the allocator itself."""
+    result = Allocations()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield result
+        torch.cuda.synchronize()
+        result.peak_bytes = torch.cuda.max_memory_allocated() - before
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield result
+    result.peak_bytes = _peak_of_events(profiler)
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process: all of it, imports and page cache of mapped files included. 0 outside Linux."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def _peak_of_events(profiler: profile) -> int:
+    """Highest running sum of the allocator's events; an event's size is negative where memory was freed."""
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    running = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        running += event.nbytes()
+        peak = max(peak, running)
+    return peak

@@ -1,0 +1,19 @@
+"""The learning rate of a step: a pure function, so that a resumed run needs to remember nothing."""
+
+import math
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def learning_rate_at(step: int, *, num_steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
+    """The rate of step `step` (from 0): rises in a line over ceil(warmup_ratio * num_steps) steps, then follows `schedule`.
+
+    The first step already learns (rate peak / warmup steps), the last one still does.
+    """
+    warmup = math.ceil(warmup_ratio * num_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (1 - progress) if schedule == "linear" else peak

@@ -1,0 +1,110 @@
+"""Everything of a run that changes while it trains, in one object: what a checkpoint holds and what a retry goes back to.
+
+    factors      the adapter's parameters (saved as adapter/, in PEFT's format)
+    optimizer    its state tensors and step counts
+    random       torch's generators (dropout); the order of the data is a function of seed and step
+    loss scale   of fp16 training
+    step         optimizer steps done; with the seed it also fixes the data position and the learning rate
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from qlora_lite.errors import RunError
+from qlora_lite.model.adapter import save_adapter
+from qlora_lite.train.optimizer import STATE_TENSORS
+
+_TENSORS, _FACTS = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a TrainState at one moment."""
+
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+
+
+@dataclass
+class TrainState:
+    """The changing parts of a run. `snapshot` and `restore` stay in memory, `save` and `load` go through files."""
+
+    model: PeftModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    first_loss: float | None = None  # what divergence is judged against
+    history: list[float] = field(default_factory=list)  # losses of the last steps, newest last
+
+    def snapshot(self) -> Snapshot:
+        """A copy that later steps do not touch."""
+        return Snapshot({name: tensor.detach().clone() for name, tensor in self._tensors().items()}, self._facts())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to `snapshot`, in place. Raises ValueError when it is of another run."""
+        own = self._tensors()
+        if own.keys() != snapshot.tensors.keys():
+            raise ValueError(f"state of another run: {sorted(own.keys() ^ snapshot.tensors.keys())[:3]}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if not name.startswith("random/"):
+                    tensor.copy_(snapshot.tensors[name])
+        self._set_facts(snapshot.facts)
+        torch.set_rng_state(snapshot.tensors["random/cpu"])
+        if "random/cuda" in own:
+            torch.cuda.set_rng_state(snapshot.tensors["random/cuda"])
+
+    def save(self, folder: Path, *, base_name: str) -> None:
+        """Write adapter/, state.safetensors and state.json into `folder`."""
+        save_adapter(self.model, folder / "adapter", base_name=base_name)
+        tensors = {k: v.detach().contiguous() for k, v in self._tensors().items() if not k.startswith("factor/")}
+        save_file(tensors, folder / _TENSORS)
+        (folder / _FACTS).write_text(json.dumps(self._facts(), indent=2) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote. Raises RunError when the files are damaged or of another run."""
+        try:
+            factors = load_file(folder / "adapter" / "adapter_model.safetensors")
+            tensors = load_file(folder / _TENSORS)
+            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            tensors |= {f"factor/{name}": tensor for name, tensor in factors.items()}
+            self.restore(Snapshot(tensors, facts))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise RunError(f"{folder}: not a checkpoint of this run ({type(error).__name__}: {error})") from error
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {"random/cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                saved_name = name.replace(".default.", ".")  # as PEFT's files have it
+                tensors[f"factor/{saved_name}"] = parameter
+                state = self.optimizer.state[parameter]
+                tensors |= {f"optimizer/{saved_name}/{key}": state[key] for key in STATE_TENSORS if key in state}
+        return tensors
+
+    def _facts(self) -> dict[str, Any]:
+        counts = [state["step"] for state in self.optimizer.state.values()]
+        return {
+            "schema_version": 1,
+            "step": self.step,
+            "optimizer_steps": counts,
+            "loss_scale": self.scaler.state_dict(),
+            "first_loss": self.first_loss,
+            "history": self.history,
+        }
+
+    def _set_facts(self, facts: dict[str, Any]) -> None:
+        self.step, self.first_loss, self.history = facts["step"], facts["first_loss"], list(facts["history"])
+        for state, count in zip(self.optimizer.state.values(), facts["optimizer_steps"], strict=True):
+            state["step"] = count
+        if facts["loss_scale"]:
+            self.scaler.load_state_dict(facts["loss_scale"])

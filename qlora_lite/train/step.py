@@ -1,0 +1,50 @@
+"""One optimizer step's arithmetic: micro-batches in, a summed gradient and a loss out.
+
+The loss of a step is the sum over all its label tokens divided by their number. The divisor is the step's, not the
+micro-batch's, so a step can be cut anywhere without changing the gradient (a mean of micro-batch means would weigh a
+micro-batch with few label tokens too much).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from peft import PeftModel
+
+from qlora_lite.data.batches import Batch
+from qlora_lite.model.forward import causal_lm, predicting_states
+from qlora_lite.model.head import summed_loss
+
+
+def batch_loss(model: PeftModel, batch: Batch) -> torch.Tensor:
+    """Cross entropy summed over the batch's label tokens: an fp32 scalar."""
+    hidden_ND = predicting_states(
+        model,
+        input_ids_1T=batch.input_ids_1T,
+        position_ids_1T=batch.position_ids_1T,
+        lengths=batch.lengths,
+        predictor_N=batch.predictor_N,
+    )
+    return summed_loss(causal_lm(model), hidden_ND, batch.target_N)
+
+
+def forward_backward(
+    model: PeftModel,
+    batches: Sequence[Batch],
+    *,
+    backward: Callable[[torch.Tensor], None],
+    on_batch: Callable[[Batch, float], None],
+) -> float:
+    """Add the gradient of the step's loss to `param.grad`; returns that loss, in nats per label token.
+
+    `backward` runs the backward pass of a scalar (loss scaling is its business); `on_batch` sees each batch with its
+    own loss per label token before that, and may raise.
+    """
+    num_label_tokens = sum(len(batch.target_N) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        loss = batch_loss(model, batch)
+        summed = loss.item()
+        on_batch(batch, summed / len(batch.target_N))
+        backward(loss / num_label_tokens)
+        total += summed
+    return total / num_label_tokens
