@@ -1,0 +1,37 @@
+"""qlora_lite: fine-tune a causal language model in little memory, and prove the merge.
+
+    from qlora_lite import load_recipe, make_plan, load_model, train, evaluate, merge
+
+Names are loaded when first used, so that a misspelt recipe or `--help` does not wait for torch.
+"""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Nothing of this package opens a connection unless asked to fetch; the libraries below are told the same.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+if TYPE_CHECKING:
+    from qlora_lite.api import evaluate, load_model, merge, train
+    from qlora_lite.plan import make_plan
+    from qlora_lite.recipe import load_recipe
+
+_HOMES = {
+    "load_recipe": "qlora_lite.recipe",
+    "make_plan": "qlora_lite.plan",
+    "load_model": "qlora_lite.api",
+    "train": "qlora_lite.api",
+    "evaluate": "qlora_lite.api",
+    "merge": "qlora_lite.api",
+}
+__all__ = ["evaluate", "load_model", "load_recipe", "make_plan", "merge", "train"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qlora_lite' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

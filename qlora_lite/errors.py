@@ -7,6 +7,7 @@
         ModelError         (2)     a base model is missing, damaged, or of a kind that is not supported
         RunError           (2)     a run directory is missing, unfinished, unwritable or in use
         TrainingStopped    (2)     the loss became NaN or diverged; names the step and the rows
+      Interrupted     (130,143)    Ctrl-C or SIGTERM, after a checkpoint was written
       DoesNotFit           (3)     the plan needs more memory than the budget
       ProofFailed          (3)     a merged model is not the adapter model
 
@@ -49,7 +50,22 @@ class RunError(UserError):
 
 
 class TrainingStopped(UserError):
-    """Training stopped by itself: the loss is not a number any more, or far above where it began."""
+    """Training stopped by itself: the loss is not a number any more, or far above where it began.
+
+    `state_is_good` says whether the state is still that of the step before (NaN) or has gone astray (divergence).
+    """
+
+    def __init__(self, message: str, *, state_is_good: bool) -> None:
+        super().__init__(message)
+        self.state_is_good = state_is_good
+
+
+class Interrupted(QloraLiteError):
+    """Ctrl-C or SIGTERM: the step was finished and a checkpoint written."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class DoesNotFit(QloraLiteError):

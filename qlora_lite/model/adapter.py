@@ -58,7 +58,9 @@ def load_adapter(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # missing keys are an error below, not a warning
-            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
+            adapted = PeftModel.from_pretrained(
+                model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}: not an adapter of this model ({error})") from error
     return _prepare(adapted, factor_dtype)

@@ -31,7 +31,14 @@ from qlora_lite.model.staging import staged_folder
 _VERSION = 1  # raise it when the artefact's bytes change
 _BLOCK, _NESTED_BLOCK = 64, 256
 _FACTS, _FACTS_BYTES = "quant_state.bitsandbytes__nf4", 256
-_COPIED = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "vocab.json", "merges.txt")
+_COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+)
 QUANTIZATION_CONFIG = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
@@ -76,7 +83,9 @@ def verify_artefact(folder: Path) -> str:
         )
     manifest = read_manifest(folder)
     assert manifest is not None  # verified above
-    hashes = [str(entry["sha256"]) for name, entry in sorted(manifest["files"].items()) if name.endswith(".safetensors")]
+    hashes = [
+        str(entry["sha256"]) for name, entry in sorted(manifest["files"].items()) if name.endswith(".safetensors")
+    ]
     return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -96,7 +105,9 @@ def _linear_names(config: dict[str, Any], source: Path) -> frozenset[str]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise ModelError(f"{source / 'config.json'}: describes no usable model ({type(error).__name__}: {error})") from error
+        raise ModelError(
+            f"{source / 'config.json'}: describes no usable model ({type(error).__name__}: {error})"
+        ) from error
     head = model.get_output_embeddings()
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return frozenset(f"{name}.weight" for name, module in modules if module is not head)
@@ -108,7 +119,9 @@ def _quantize_tensors(
     tensors = dict(open_tensors(source))
     missing = sorted(linear - tensors.keys())
     if missing:
-        raise ModelError(f"{source}: {len(missing)} weights of the model are not in its safetensors, first {missing[0]}")
+        raise ModelError(
+            f"{source}: {len(missing)} weights of the model are not in its safetensors, first {missing[0]}"
+        )
     specs: dict[str, TensorSpec] = {}
     for name, read in tensors.items():
         shape = tuple(read.shape())
@@ -149,7 +162,9 @@ def open_tensors(folder: Path) -> Iterator[tuple[str, _Lazy]]:
         try:
             file = safe_open(str(folder / name), framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{folder / name}: missing or damaged safetensors file ({error}). Fetch it again") from error
+            raise ModelError(
+                f"{folder / name}: missing or damaged safetensors file ({error}). Fetch it again"
+            ) from error
         for tensor in file.keys():  # noqa: SIM118  (safe_open is no mapping)
             yield tensor, _Lazy(file, tensor)
 

@@ -57,9 +57,25 @@ def load_base(artefact: Path, *, device: str, compute: torch.dtype = torch.bfloa
     return LoadedBase(model, load_tokenizer(artefact), weights, constants)
 
 
+def load_merged(folder: Path, *, device: str, compute: torch.dtype = torch.bfloat16) -> LoadedBase:
+    """An ordinary 16-bit checkpoint, such as `merge` writes, whole in memory. Raises ModelError when it does not load."""
+    with _quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=compute, device_map={"": device}, attn_implementation=PACKED, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(f"{folder}: does not load ({type(error).__name__}: {error})") from error
+    model.requires_grad_(False).eval()
+    weights, constants = _resident_bytes(model)
+    return LoadedBase(model, load_tokenizer(folder), weights, constants)
+
+
 def checkpoint_activations(model: PreTrainedModel, *, enable: bool) -> None:
     """Keep one hidden state a layer and compute the rest again in the backward pass (arXiv 1604.06174), or stop doing so."""
-    model._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
+    model._set_gradient_checkpointing(
+        enable=enable, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
+    )
 
 
 def _set_compute_type(model: PreTrainedModel, compute: torch.dtype, device: str) -> None:

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 CHUNK = 256  # label positions projected at once: 48 MiB of fp32 logits at V = 49,152
-ROWS = 16  # a chunk is filled up to a multiple of this: matrix kernels for one row sum up in another order than for many
+ROWS = (
+    16  # a chunk is filled up to a multiple of this: matrix kernels for one row sum up in another order than for many
+)
 NO_LABEL = -100  # what cross_entropy ignores
 
 

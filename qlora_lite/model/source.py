@@ -43,11 +43,15 @@ def read_config(folder: Path) -> dict:
     """The folder's config.json. Raises ModelError when it is missing, damaged or of a kind that is not supported."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder}: no config.json, so this is no model folder. Expected config.json and *.safetensors")
+        raise ModelError(
+            f"{folder}: no config.json, so this is no model folder. Expected config.json and *.safetensors"
+        )
     config = read_json(path)
     model_type = config.get("model_type")
     if model_type not in SUPPORTED_TYPES:
-        raise ModelError(f"{path}: model_type {model_type!r} is not supported yet; supported: {', '.join(SUPPORTED_TYPES)}")
+        raise ModelError(
+            f"{path}: model_type {model_type!r} is not supported yet; supported: {', '.join(SUPPORTED_TYPES)}"
+        )
     return config
 
 

@@ -31,7 +31,7 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
         staging.replace(out)
         fsync_folder(out.parent)
     except OSError as error:
-        if error.errno is None or error.filename is None and error.strerror is None:
+        if error.errno is None or (error.filename is None and error.strerror is None):
             raise
         raise UserError(f"{out}: cannot be written ({error.strerror}); free some room or name another place") from error
     finally:

@@ -9,13 +9,13 @@ Imports neither torch nor transformers, so that a misspelt key is reported at on
     not_yet.py      what this version refuses by name
     checks.py       files and contradictions
     wording.py      expected, got, did you mean
-    load.py         load_recipe, dump_recipe
+    load.py         load_recipe, dump_recipe, load_run_recipe
     shipped.py      the recipes and model names that come with the package
     json_schema.py  the same keys for editors
 """
 
 from qlora_lite.recipe.json_schema import recipe_json_schema
-from qlora_lite.recipe.load import dump_recipe, load_recipe
+from qlora_lite.recipe.load import dump_recipe, load_recipe, load_run_recipe
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.shipped import (
     DEFAULT_RECIPE,
@@ -36,6 +36,7 @@ __all__ = [
     "dump_recipe",
     "list_recipes",
     "load_recipe",
+    "load_run_recipe",
     "recipe_json_schema",
     "recipes_dir",
     "show_recipe",

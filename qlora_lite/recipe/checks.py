@@ -80,13 +80,13 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     return [(keys, sentence) for is_broken, keys, sentence in rules if is_broken]
 
 
-def refusals(values: dict[str, Any]) -> list[KeyProblem]:
-    """Typed values by full key -> those that this version does not carry out."""
+def refusals(values: dict[str, Any], sources: dict[str, str]) -> list[KeyProblem]:
+    """Typed values by full key, and as they were written -> those that this version does not carry out."""
     found = []
     for key, value in values.items():
         reason = not_yet.refusal(key, value)
         if reason:
-            found.append((key, f"{wording.got(value)} {reason}"))
+            found.append((key, f"{wording.got(value, sources.get(key, ''))} {reason}"))
     return found
 
 

@@ -18,6 +18,9 @@ def recipe_json_schema() -> dict[str, Any]:
     sections = section_types()
     for name, entry in schema["properties"].items():
         if name in sections:
+            entry["description"] = sections[
+                name
+            ].__doc__  # pydantic leaves out a description that repeats the section's
             inner = schema["$defs"][sections[name].__name__]["properties"]
             for key, value in inner.items():
                 _add_limit(value, limits.get(f"{name}.{key}"))

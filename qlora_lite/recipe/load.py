@@ -59,12 +59,23 @@ def load_recipe(path_or_name: str | os.PathLike[str], *, overrides: Sequence[str
     Data files and a base model that is a path come back absolute: looked up beside the recipe, then in the current
     folder. Raises RecipeError with every problem in it.
     """
-    path = _find(path_or_name)
+    return _load(_find(path_or_name), overrides, files_must_exist=True)
+
+
+def load_run_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read the `recipe.yaml` of a run, as `dump_recipe` wrote it; its data and base may have moved since.
+
+    So `ask` works when the training data are gone; whoever needs a file says that it is missing. Raises RecipeError.
+    """
+    return _load(Path(path), (), files_must_exist=False)
+
+
+def _load(path: Path, overrides: Sequence[str], *, files_must_exist: bool) -> Recipe:
     problems = _Problems()
     entries = _file_entries(path, problems)
     entries |= _override_entries(overrides, problems)
     values = _typed(entries, problems)
-    notes = _resolve_files(values, entries, path.parent, problems)
+    notes = _resolve_files(values, entries, path.parent, problems if files_must_exist else _Problems())
     recipe = _whole(values)
     _check(recipe, values, entries, problems)
     lines = problems.lines()
@@ -288,7 +299,8 @@ def _check(recipe: Recipe, values: dict[str, Any], entries: dict[str, _Entry], p
     flat = {
         key: dumped[key] if "." not in key else dumped[key.split(".")[0]][key.split(".")[1]] for key in known_keys()
     }
-    _add_all(checks.refusals({key: value for key, value in flat.items() if key not in wrong}), entries, problems)
+    right = {key: value for key, value in flat.items() if key not in wrong}
+    _add_all(checks.refusals(right, {key: entry.source for key, entry in entries.items()}), entries, problems)
     _add_all(
         [(keys[0], text) for keys, text in checks.contradictions(recipe) if not wrong.intersection(keys)],
         entries,

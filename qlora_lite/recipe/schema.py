@@ -227,13 +227,13 @@ class Recipe(Section):
         description="qlora: 4-bit frozen base and trained factors (arXiv 2305.14314); lora: 16-bit frozen base; "
         "full: every weight.",
     )
-    model: ModelSection = Field(ModelSection(), description="The frozen base model, and how it is held.")
-    lora: LoraSection = Field(LoraSection(), description="The low-rank factors that are trained.")
-    data: DataSection = Field(DataSection(), description="The rows that are learned and the rows that are scored.")
-    train: TrainSection = Field(TrainSection(), description="How long, how fast, and what is kept.")
-    memory: MemorySection = Field(MemorySection(), description="How it fits.")
-    eval: EvalSection = Field(EvalSection(), description="How the model is scored before and after.")
-    merge: MergeSection = Field(MergeSection(), description="How the adapter is added into a checkpoint.")
+    model: ModelSection = Field(ModelSection(), description=ModelSection.__doc__)
+    lora: LoraSection = Field(LoraSection(), description=LoraSection.__doc__)
+    data: DataSection = Field(DataSection(), description=DataSection.__doc__)
+    train: TrainSection = Field(TrainSection(), description=TrainSection.__doc__)
+    memory: MemorySection = Field(MemorySection(), description=MemorySection.__doc__)
+    eval: EvalSection = Field(EvalSection(), description=EvalSection.__doc__)
+    merge: MergeSection = Field(MergeSection(), description=MergeSection.__doc__)
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: cuda if there is one.")
 
     # Where it came from: no part of what it says, so no part of equality.

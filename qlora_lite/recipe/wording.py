@@ -13,6 +13,17 @@ from qlora_lite.recipe.schema import LARGEST_COUNT, Recipe, known_keys, section_
 
 _LONGEST_SHOWN = 60
 
+# Names that other tools use and whose spelling leads nowhere.
+_ELSEWHERE = {
+    "lr": "train.learning_rate",
+    "batch_size": "train.examples_per_step",
+    "per_device_train_batch_size": "train.examples_per_step",
+    "gradient_accumulation_steps": "train.micro_batch_tokens",
+    "num_train_epochs": "train.epochs",
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+}
+
 
 @functools.cache
 def _schemas() -> dict[str, dict[str, Any]]:
@@ -84,7 +95,7 @@ def got(value: Any, source: str = "") -> str:
         case yaml_text.Mapping():
             return "a mapping"
         case list() | tuple():
-            return printable("[" + ", ".join(got(item, "null") for item in value) + "]")
+            return printable("[" + ", ".join("null" if item is None else got(item) for item in value) + "]")
         case bool():
             return "true" if value else "false"
         case _:
@@ -121,6 +132,8 @@ def nearest_key(key: str) -> str:
     by_last: dict[str, list[str]] = {}
     for known in keys:
         by_last.setdefault(known.rpartition(".")[2], []).append(known)
+    if last in _ELSEWHERE:
+        return f"did you mean {_ELSEWHERE[last]}?"
     if last in by_last:  # right key, wrong section
         near = nearest(section, sections) if section else None
         same_section = [known for known in by_last[last] if known == f"{near}.{last}"]

@@ -9,6 +9,7 @@ Surprising, and on purpose:
   and `!!python/object` attacks are made.
 """
 
+import codecs
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,8 @@ def decode(data: bytes) -> str:
     if len(data) > MAX_BYTES:
         raise YamlProblem(1, f"larger than {MAX_BYTES:,} bytes; a recipe is a few thousand. Is this the right file?")
     try:
-        text = data.decode("utf-8-sig")
+        data = data.removeprefix(codecs.BOM_UTF8)
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise YamlProblem(
@@ -87,7 +89,7 @@ def parse(text: str) -> Node:
         raise YamlProblem(line, f"not valid YAML: {context}{error.problem}{tab}") from error
     except yaml.YAMLError as error:  # e.g. an unprintable character that came in through --set
         raise YamlProblem(1, f"not valid YAML: {error}") from error
-    except ValueError as error:  # PyYAML computes chr() of escapes such as "\UFFFFFFFF" itself (yaml/pyyaml#832)
+    except (ValueError, OverflowError) as error:  # PyYAML calls chr() on escapes such as "\UFFFFFFFF" unchecked
         raise YamlProblem(1, f"not valid YAML: an escape in a quoted text is wrong ({error})") from error
     return Node(None, 1, "") if top is None else _node(top, top.start_mark.line + 1)
 

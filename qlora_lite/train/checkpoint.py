@@ -30,7 +30,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first; their contents are not looked at."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:]))
+    return sorted(
+        (path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:])
+    )
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:

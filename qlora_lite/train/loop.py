@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
 
-import torch
 from accelerate import Accelerator
 
 from qlora_lite.data.batches import Batch, StepSampler, make_batches
@@ -66,7 +65,6 @@ def train_steps(
     """
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
     model = accelerator.prepare_model(state.model, device_placement=False)
-    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
     measured_step = _step_with_largest_batch(examples, sampler, micro_batch_tokens, first=state.step)
     model.train()
     while state.step < len(sampler):
@@ -80,29 +78,14 @@ def train_steps(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
 
-        def compute(batches: list[Batch] = batches, step: int = step) -> tuple[float, float]:
-            loss = forward_backward(
-                model,
-                batches,
-                backward=lambda loss: accelerator.backward(state.scaler.scale(loss)),
-                on_batch=lambda batch, loss: _check_loss(loss, step + 1, batch, examples),
-            )
-            state.scaler.unscale_(state.optimizer)
-            norm = float(accelerator.clip_grad_norm_(factors, max_grad_norm))
-            if not math.isfinite(norm) and not state.scaler.is_enabled():  # with loss scaling the step is skipped instead
-                raise TrainingStopped(_stopped(f"the gradient is {norm}", step + 1, rows, examples))
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-            return loss, norm
-
         peak_bytes = None
         try:
             if device == "cuda" or step == measured_step:
                 with measure_allocations(device) as allocations:
-                    loss, norm = compute()
+                    loss, norm = _update(state, accelerator, model, batches, examples, max_grad_norm=max_grad_norm)
                 peak_bytes = allocations.peak_bytes
             else:
-                loss, norm = compute()
+                loss, norm = _update(state, accelerator, model, batches, examples, max_grad_norm=max_grad_norm)
         finally:
             state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -124,6 +107,34 @@ def train_steps(
         )
 
 
+def _update(
+    state: TrainState,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    batches: list[Batch],
+    examples: Examples,
+    *,
+    max_grad_norm: float,
+) -> tuple[float, float]:
+    """Forward, backward, clip, AdamW. -> (loss, gradient norm before clipping); raises TrainingStopped before it updates."""
+    step = state.step + 1
+    loss = forward_backward(
+        model,
+        batches,
+        backward=lambda loss: accelerator.backward(state.scaler.scale(loss)),
+        on_batch=lambda batch, loss: _check_loss(loss, step, batch, examples),
+    )
+    state.scaler.unscale_(state.optimizer)
+    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = float(accelerator.clip_grad_norm_(factors, max_grad_norm))
+    if not math.isfinite(norm) and not state.scaler.is_enabled():  # with loss scaling such a step is skipped instead
+        rows = [row for batch in batches for row in batch.rows]
+        raise _stopped(f"the gradient is {norm}", step, rows, examples, state_is_good=True)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    return loss, norm
+
+
 def _step_with_largest_batch(examples: Examples, sampler: StepSampler, micro_batch_tokens: int, *, first: int) -> int:
     """Step that packs the longest row, decided on lengths alone: a step of many tokens fills its micro-batches."""
     lengths = examples.lengths
@@ -142,18 +153,19 @@ def _watch(state: TrainState, loss: float, rows: list[int], examples: Examples) 
     mean = fmean(state.history)
     if len(state.history) == _WINDOW and mean > max(_DIVERGED * state.first_loss, state.first_loss + _DIVERGED_NATS):
         what = f"the loss diverged: {mean:.2f} over the last {_WINDOW} steps, {state.first_loss:.2f} at the first"
-        raise TrainingStopped(_stopped(what, state.step, rows, examples))
+        raise _stopped(what, state.step, rows, examples, state_is_good=False)
 
 
 def _check_loss(loss: float, step: int, batch: Batch, examples: Examples) -> None:
     if not math.isfinite(loss):
-        raise TrainingStopped(_stopped(f"the loss is {loss}", step, list(batch.rows), examples))
+        raise _stopped(f"the loss is {loss}", step, list(batch.rows), examples, state_is_good=True)
 
 
-def _stopped(what: str, step: int, rows: list[int], examples: Examples) -> str:
+def _stopped(what: str, step: int, rows: list[int], examples: Examples, *, state_is_good: bool) -> TrainingStopped:
     names = ", ".join(examples.row(row).id for row in rows[:8])
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-    return (
-        f"stopped at step {step}: {what}; rows {names}{more}. The last good adapter is kept. "
+    message = (
+        f"stopped at step {step}: {what}; rows {names}{more}. The last good checkpoint is kept. "
         "Look at these rows, or lower train.learning_rate"
     )
+    return TrainingStopped(message, state_is_good=state_is_good)

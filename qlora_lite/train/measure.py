@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -43,7 +44,7 @@ def rss_bytes() -> int:
 def _peak_of_events(profiler: profile) -> int:
     """Highest running sum of the allocator's events; an event's size is negative where memory was freed."""
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events: list[Any] = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     running = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         running += event.nbytes()

@@ -18,6 +18,7 @@ import torch
 
 from qlora_lite.model.bnb import bitsandbytes
 
+_bnb_optim: Any = bitsandbytes.optim  # typed in part only
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw")
 # What is saved of a factor's state. The 8-bit maps are constants that all factors share: made anew, never saved.
 STATE_TENSORS = ("state1", "state2", "absmax1", "absmax2", "remainder")
@@ -29,7 +30,9 @@ class _ExactUpdates:
     def init_states(self: Any) -> None:
         """Make the state of every parameter now."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # said in the plan's reasons
+            warnings.filterwarnings(
+                "ignore", message="Paged optimizers are not supported on CPU"
+            )  # said in the plan's reasons
             for group_index, group in enumerate(self.param_groups):
                 for index, parameter in enumerate(group["params"]):
                     if not self.state[parameter]:
@@ -52,15 +55,15 @@ class _ExactUpdates:
         state["remainder"].copy_(exact - p.float())
 
 
-class PagedAdamW8bit(_ExactUpdates, bitsandbytes.optim.PagedAdamW8bit):
+class PagedAdamW8bit(_ExactUpdates, _bnb_optim.PagedAdamW8bit):
     """2 bytes of state a weight in blocks of 256 (arXiv 2110.02861); tensors from 100,000 weights up may page to the host."""
 
 
-class PagedAdamW32bit(_ExactUpdates, bitsandbytes.optim.PagedAdamW32bit):
+class PagedAdamW32bit(_ExactUpdates, _bnb_optim.PagedAdamW32bit):
     """8 bytes of state a weight; tensors from 100,000 weights up may page to the host."""
 
 
-class AdamW(_ExactUpdates, bitsandbytes.optim.AdamW32bit):
+class AdamW(_ExactUpdates, _bnb_optim.AdamW32bit):
     """8 bytes of state a weight, always on the device."""
 
 
@@ -68,9 +71,9 @@ def make_optimizer(
     parameters: Iterable[torch.nn.Parameter], *, name: str, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """One of OPTIMIZERS over the trainable `parameters`, with its state made. Betas and epsilon are AdamW's defaults."""
-    kinds = {"paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW32bit, "adamw": AdamW}
+    kinds: dict[str, Any] = {"paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW32bit, "adamw": AdamW}
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer = kinds[name](trainable, lr=learning_rate, weight_decay=weight_decay)
+    optimizer: Any = kinds[name](trainable, lr=learning_rate, weight_decay=weight_decay)
     optimizer.init_states()
     return optimizer
 

@@ -1,10 +1,10 @@
 """Everything of a run that changes while it trains, in one object: what a checkpoint holds and what a retry goes back to.
 
-    factors      the adapter's parameters (saved as adapter/, in PEFT's format)
-    optimizer    its state tensors and step counts
-    random       torch's generators (dropout); the order of the data is a function of seed and step
-    loss scale   of fp16 training
-    step         optimizer steps done; with the seed it also fixes the data position and the learning rate
+factors      the adapter's parameters (saved as adapter/, in PEFT's format)
+optimizer    its state tensors and step counts
+random       torch's generators (dropout); the order of the data is a function of seed and step
+loss scale   of fp16 training
+step         optimizer steps done; with the seed it also fixes the data position and the learning rate
 """
 
 import json

@@ -1,0 +1,392 @@
+"""The Python interface: load_recipe -> make_plan -> load_model -> train -> evaluate -> merge. No screen, no exit codes.
+
+The command line (pipeline.py) uses nothing else. Everything a run writes goes through `RunDir`.
+"""
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from qlora_lite.data.batches import StepSampler
+from qlora_lite.data.examples import Examples, load_examples
+from qlora_lite.data.template import Encoded
+from qlora_lite.errors import DataError, RunError, TrainingStopped
+from qlora_lite.evaluate import EvalResult, evaluate_model
+from qlora_lite.merge import MergeResult
+from qlora_lite.merge import merge as merge_files
+from qlora_lite.model.adapter import attach_adapter, load_adapter
+from qlora_lite.model.artefact import quantize_base, verify_artefact
+from qlora_lite.model.base import LoadedBase, checkpoint_activations, load_base, load_merged
+from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.staging import staged_folder
+from qlora_lite.plan import Plan, make_plan
+from qlora_lite.recipe import Recipe, dump_recipe, load_recipe, load_run_recipe
+from qlora_lite.run_dir import RunDir
+from qlora_lite.train import (
+    StepStats,
+    TrainState,
+    make_optimizer,
+    newest_valid,
+    save_checkpoint,
+    state_bytes,
+    train_steps,
+)
+from qlora_lite.train.seeds import purpose_seed
+
+PROOF_TOKENS = 2500  # held-out rows of a proof by default: as many as have together about so many tokens
+Which = Literal["base", "adapter", "merged"]
+
+__all__ = ["LoadedModel", "evaluate", "load_model", "load_recipe", "make_plan", "merge", "open_run", "train"]
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to train, ask or score."""
+
+    model: PeftModel | PreTrainedModel
+    tokenizer: Any
+    artefact: Path  # the quantized base's folder
+    base_sha256: str
+    static_bytes: dict[str, int]  # resident before the first step: weights, constants, adapter
+
+
+def load_model(
+    plan: Plan, *, adapter: Path | None = None, progress: Callable[[int, int], None] | None = None
+) -> LoadedModel:
+    """Quantize the plan's base (first time only), load it, and put a new adapter on it, or the saved one at `adapter`.
+
+    `progress(done, total)` counts tensors while quantizing. Raises ModelError.
+    """
+    recipe = plan.recipe
+    artefact = quantize_base(plan.source, cache=plan.cache, progress=progress)
+    sha256 = verify_artefact(artefact)
+    base = load_base(artefact, device=plan.device, compute=plan.types.compute)
+    if adapter is not None:
+        model = load_adapter(base.model, adapter, factor_dtype=plan.types.factors)
+    else:
+        model = attach_adapter(
+            base.model,
+            r=recipe.lora.r,
+            lora_alpha=recipe.lora.lora_alpha,
+            lora_dropout=recipe.lora.lora_dropout,
+            target_modules=_target_modules(recipe),
+            use_rslora=recipe.lora.use_rslora,
+            factor_dtype=plan.types.factors,
+            seed=purpose_seed(recipe.train.seed, "factors"),
+        )
+    checkpoint_activations(causal_lm(model), enable=recipe.memory.gradient_checkpointing is True)
+    return LoadedModel(model, base.tokenizer, artefact, sha256, _static_bytes(base, model))
+
+
+def training_examples(plan: Plan, tokenizer: Any) -> Examples:
+    """The plan's training rows, tokenized. Raises DataError."""
+    data = plan.recipe.data
+    return load_examples(
+        data.train,
+        tokenizer,
+        num_rows=data.num_train,
+        no_answer_text=data.no_answer_text,
+        max_seq_length=_length(plan),
+        cache_dir=plan.cache / "data",
+    )
+
+
+def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = None) -> Examples:
+    """The rows of data.eval (or of `path`), tokenized: at most eval.num_examples of data.eval. Raises DataError."""
+    data = plan.recipe.data
+    file = path or data.eval
+    if file is None:
+        raise DataError("data.eval: null, so there are no held-out rows to score. Set data.eval, or give --data FILE")
+    return load_examples(
+        file,
+        tokenizer,
+        num_rows=plan.recipe.eval.num_examples if path is None else None,
+        no_answer_text=data.no_answer_text,
+        max_seq_length=_length(plan),
+        cache_dir=plan.cache / "data",
+    )
+
+
+def train(
+    plan: Plan,
+    loaded: LoadedModel,
+    run_dir: Path | str,
+    *,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[StepStats]:
+    """Train and keep `run_dir`: one `StepStats` per optimizer step, checkpoints on the way, adapter/ at the end.
+
+    `resume` continues from the newest whole checkpoint. When `should_stop()` becomes true, the step that is under way is
+    finished, a checkpoint written, and the generator ends. Raises RunError, DataError or TrainingStopped.
+    """
+    recipe, run = plan.recipe, RunDir.open(run_dir) if resume else RunDir.create(run_dir)
+    if resume:
+        _refuse_other_recipe(run, recipe)
+    examples = training_examples(plan, loaded.tokenizer)
+    sampler = StepSampler(
+        len(examples),
+        examples_per_step=recipe.train.examples_per_step,
+        epochs=recipe.train.epochs or 1.0,
+        max_steps=recipe.train.max_steps,
+        seed=recipe.train.seed,
+    )
+    optimizer = make_optimizer(
+        loaded.model.parameters(),
+        name=recipe.train.optimizer,
+        learning_rate=recipe.train.learning_rate,
+        weight_decay=recipe.train.weight_decay,
+    )
+    scaler = torch.amp.GradScaler(plan.device, enabled=plan.types.scale_loss)
+    state = TrainState(loaded.model, optimizer, scaler)
+    torch.manual_seed(purpose_seed(recipe.train.seed, "dropout"))
+    if resume:
+        _resume(state, run, say)
+    else:
+        _write_start(run, plan, loaded)
+    base_name = str(loaded.artefact)
+    memory = _Memory(loaded.static_bytes | {"optimizer_bytes": state_bytes(optimizer)})
+    steps = train_steps(
+        state,
+        examples,
+        sampler,
+        device=plan.device,
+        micro_batch_tokens=int(recipe.train.micro_batch_tokens),
+        learning_rate=recipe.train.learning_rate,
+        schedule=recipe.train.schedule,
+        warmup_ratio=recipe.train.warmup_ratio,
+        max_grad_norm=recipe.train.max_grad_norm,
+    )
+    try:
+        for stats in steps:
+            run.append_step(asdict(stats))
+            memory.see(stats)
+            is_last, is_stopped = stats.step == stats.num_steps, should_stop()
+            if is_last or is_stopped or stats.step % recipe.train.save_every_steps == 0:
+                save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base_name=base_name)
+            yield stats
+            if is_stopped and not is_last:
+                return
+    except TrainingStopped as error:
+        if error.state_is_good and state.step > 0:
+            save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base_name=base_name)
+        raise
+    _publish_adapter(run)
+    run.write_json("memory.json", memory.to_json_dict(plan, loaded))
+
+
+def evaluate(
+    plan: Plan,
+    loaded: LoadedModel,
+    *,
+    data: Path | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvalResult:
+    """Score `loaded` on the plan's held-out rows, or on the file `data`. Raises DataError when there are none."""
+    return evaluate_model(
+        loaded.model,
+        loaded.tokenizer,
+        held_out_examples(plan, loaded.tokenizer, path=data),
+        device=plan.device,
+        no_answer_text=plan.recipe.data.no_answer_text,
+        max_new_tokens=plan.recipe.eval.max_new_tokens,
+        micro_batch_tokens=int(plan.recipe.train.micro_batch_tokens),
+        progress=progress,
+    )
+
+
+def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None, *, tokenizer: Any = None) -> MergeResult:
+    """Merge the run's adapter into a dequantized checkpoint at `out` (default: merged/ of the run), with proof.
+
+    Raises ProofFailed when the merged model is not the adapter model, RunError when the run has no adapter.
+    """
+    from qlora_lite.model.base import load_tokenizer
+
+    run, recipe = RunDir.open(run_dir), plan.recipe
+    artefact = run_artefact(plan, run)
+    rows = _proof_rows(plan, tokenizer or load_tokenizer(artefact))
+    return merge_files(
+        artefact,
+        _finished_adapter(run),
+        Path(out) if out is not None else run.merged,
+        rows,
+        dtype=recipe.merge.dtype,
+        rounding=recipe.merge.rounding,
+        scale=recipe.merge.scale,
+        seed=purpose_seed(recipe.train.seed, "rounding"),
+        compute_dtype=plan.types.name,
+        device=plan.device,
+    )
+
+
+def open_run(run_dir: Path | str) -> tuple[RunDir, Plan]:
+    """A run's folder and the plan it was made with. Raises RunError, RecipeError or ModelError."""
+    run = RunDir.open(run_dir)
+    return run, make_plan(load_run_recipe(run.recipe))
+
+
+def load_run_model(plan: Plan, run: RunDir, which: Which) -> LoadedModel:
+    """The run's base, adapter or merged model. For "base" the adapter is there and switched off by `adapter_off`."""
+    if which == "merged":
+        if not (run.merged / "config.json").is_file():
+            raise RunError(f"{run.merged}: not there yet. Make it with: qlora-lite merge {run.path}")
+        base = load_merged(run.merged, device=plan.device, compute=plan.types.compute)
+        return LoadedModel(base.model, base.tokenizer, run.merged, "", {})
+    run_artefact(plan, run)
+    return load_model(plan, adapter=_finished_adapter(run))
+
+
+@contextmanager
+def adapter_off(loaded: LoadedModel) -> Iterator[None]:
+    """The base model alone inside this block."""
+    assert isinstance(loaded.model, PeftModel)
+    with loaded.model.disable_adapter():
+        yield
+
+
+def run_artefact(plan: Plan, run: RunDir) -> Path:
+    """The quantized base the run was trained on. Raises RunError when what is there now is another one."""
+    artefact = quantize_base(plan.source, cache=plan.cache)
+    now, then = verify_artefact(artefact), run.read_json("env.json").get("base_sha256")
+    if then is not None and now != then:
+        raise RunError(
+            f"{run.path}: was trained on another quantized base (SHA-256 {then[:12]}..., now {now[:12]}...). "
+            "Quantizing again may round differently; put the original cache back, or train again"
+        )
+    return artefact
+
+
+def _target_modules(recipe: Recipe) -> str | list[str]:
+    targets = recipe.lora.target_modules
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _length(plan: Plan) -> int:
+    length = plan.recipe.data.max_seq_length
+    assert isinstance(length, int)  # a plan has no auto
+    return length
+
+
+def _static_bytes(base: LoadedBase, model: PeftModel) -> dict[str, int]:
+    adapter = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".lora_" in name)
+    weights = {"weights_bytes": base.weights_bytes, "quant_constants_bytes": base.quant_constants_bytes}
+    return {**weights, "adapter_bytes": adapter}
+
+
+def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel) -> None:
+    run.recipe.write_text(dump_recipe(plan.recipe), encoding="utf-8")
+    run.write_json("plan.json", plan.to_json_dict())
+    packages = ("qlora-lite", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+    run.write_json(
+        "env.json",
+        {
+            "base": str(loaded.artefact),
+            "base_sha256": loaded.base_sha256,
+            "device": plan.device,
+            "num_threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": {name: version(name) for name in packages},
+            "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+    )
+
+
+def _refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
+    """A run goes on with the recipe it began with; another one would silently mix two runs."""
+    before, now = (r.model_dump(mode="json") for r in (load_run_recipe(run.recipe), recipe))
+    changed = [
+        f"{section}.{key} was {before[section][key]}, is {value}"
+        if key
+        else f"{section} was {before[section]}, is {value}"
+        for section, values in now.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+        if (before[section][key] if key else before[section]) != value
+    ]
+    if changed:
+        raise RunError(f"{run.path}: cannot resume with another recipe: {'; '.join(changed)}. Start a new run instead")
+
+
+def _resume(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
+    checkpoint, problems = newest_valid(run.checkpoints)
+    for problem in problems:
+        say(problem)
+    if checkpoint is None:
+        say("no checkpoint yet: training starts at step 1")
+        run.cut_steps(0)
+        return
+    state.load(checkpoint)
+    run.cut_steps(state.step)
+    say(f"continues after step {state.step}, from {checkpoint}")
+
+
+def _publish_adapter(run: RunDir) -> None:
+    """Copy the newest checkpoint's adapter to adapter/, whole or not at all."""
+    checkpoint, _ = newest_valid(run.checkpoints)
+    assert checkpoint is not None  # the last step has just written it
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    with staged_folder(run.adapter) as staging:
+        for path in (checkpoint / "adapter").iterdir():
+            shutil.copyfile(path, staging / path.name)
+
+
+def _finished_adapter(run: RunDir) -> Path:
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise RunError(f"{run.path}: training is not finished, so there is no adapter. Continue it with --resume")
+    return run.adapter
+
+
+def _proof_rows(plan: Plan, tokenizer: Any) -> list[Encoded]:
+    """Held-out rows (training rows where there are none) up to PROOF_TOKENS, or as many as merge.proof says."""
+    has_held_out = plan.recipe.data.eval is not None
+    examples = held_out_examples(plan, tokenizer) if has_held_out else training_examples(plan, tokenizer)
+    asked = plan.recipe.merge.proof
+    if isinstance(asked, int):
+        return [examples.encoded(i) for i in range(min(asked, len(examples)))]
+    rows: list[Encoded] = []
+    tokens = 0
+    for i in range(len(examples)):
+        tokens += int(examples.lengths[i])
+        if rows and tokens > PROOF_TOKENS:
+            break
+        rows.append(examples.encoded(i))
+    return rows
+
+
+class _Memory:
+    """What a run measured: resident tensors by size, and the allocator's peak above them in the largest step."""
+
+    def __init__(self, static_bytes: dict[str, int]) -> None:
+        self.static_bytes = static_bytes
+        self.step_peak_bytes = 0
+        self.rss_bytes = 0
+
+    def see(self, stats: StepStats) -> None:
+        self.step_peak_bytes = max(self.step_peak_bytes, stats.peak_bytes or 0)
+        self.rss_bytes = max(self.rss_bytes, stats.rss_bytes)
+
+    def to_json_dict(self, plan: Plan, loaded: LoadedModel) -> dict[str, Any]:
+        gradients = sum(4 * parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+        measured = {
+            **self.static_bytes,
+            "gradients_bytes": gradients,
+            "activations_bytes": max(0, self.step_peak_bytes - gradients),
+        }
+        ours, full = "QLoRA, measured", "full fine-tuning, by arithmetic"
+        return {
+            "columns": {ours: measured, full: plan.estimate.full},
+            "totals": {ours: sum(measured.values()), full: plan.estimate.full_bytes},
+            "peak_bytes": {"planned": plan.estimate.qlora_bytes, "measured": sum(measured.values())},
+            "rss_bytes": self.rss_bytes,
+        }

@@ -1,0 +1,189 @@
+"""The command line: parses and calls, nothing else. `--json` prints one document on stdout; people's text goes to stderr.
+
+Exit codes: 0 done; 1 our bug; 2 the user can mend it; 3 does not fit, or a proof failed; 130 and 143 stopped by a signal.
+"""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qlora_lite import show
+from qlora_lite.errors import QloraLiteError
+from qlora_lite.recipe import copy_recipe, list_recipes, recipe_json_schema, show_recipe
+
+app = typer.Typer(
+    name="qlora-lite",
+    help="Fine-tune a language model in 4 bits, merge it, and prove the merge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A folder that `train` made.")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+# Full disks, unwritable and missing places: the user's to mend, wherever in the program they are met.
+_MENDABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EFBIG,
+}
+
+
+@app.command()
+def check(
+    recipe: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or shipped names.")],
+    set_: SetOption = [],  # noqa: B006  (typer reads the default; it is never changed)
+    json: JsonOption = False,
+) -> None:
+    """Everything short of training: recipe, data, rendered rows with their trained tokens, lengths."""
+    from qlora_lite import pipeline
+
+    found = pipeline.check(recipe, set_)
+    _print(found[0] if len(found) == 1 else {"recipes": found}, json)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = [],  # noqa: B006
+    run_dir: Annotated[Path | None, typer.Option(help="Where to write; default runs/<recipe>-<n>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Plan, load, train, evaluate, report."""
+    _recipe_first(recipe, set_)
+    from qlora_lite import pipeline
+
+    _print(pipeline.train(recipe, set_, run_dir=run_dir, resume=resume), json)
+
+
+@app.command("eval")
+def evaluate(
+    run_dir: RunArgument,
+    which: Annotated[str, typer.Option(help="base, adapter or merged.")] = "adapter",
+    data: Annotated[Path | None, typer.Option(help="Score this SQuAD file instead of the recipe's.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Exact match, F1 and loss of one of the run's models."""
+    from qlora_lite import pipeline
+
+    _print(pipeline.evaluate(run_dir, which=which, data=data), json)
+
+
+@app.command()
+def merge(
+    run_dir: RunArgument,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Default: RUN_DIR/merged.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """A dequantized 16-bit checkpoint with the adapter added, proved to be the same model."""
+    from qlora_lite import pipeline
+
+    _print(pipeline.merge(run_dir, out), json)
+
+
+@app.command()
+def ask(
+    run_dir: RunArgument,
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    context: Annotated[Path | None, typer.Option(help="A text file with the passage to answer from.")] = None,
+    which: Annotated[str, typer.Option(help="base, adapter, merged or all.")] = "adapter",
+    json: JsonOption = False,
+) -> None:
+    """A streamed answer, with the template of training."""
+    from qlora_lite import pipeline
+
+    _print(pipeline.ask(run_dir, question, context=context, which=which), json)
+
+
+@app.command()
+def report(run_dir: RunArgument, json: JsonOption = False) -> None:
+    """One HTML page about the run."""
+    from qlora_lite import pipeline
+
+    _print(pipeline.report(run_dir), json)
+
+
+@recipes_app.command("list")
+def recipes_list(json: JsonOption = False) -> None:
+    """Name and description of each."""
+    recipes = list_recipes()
+    show.show_table("recipes", ["name", "what"], [[recipe.name, recipe.description] for recipe in recipes])
+    _print({"recipes": [{"name": recipe.name, "description": recipe.description} for recipe in recipes]}, json)
+
+
+@recipes_app.command("show")
+def recipes_show(name: RecipeArgument) -> None:
+    """Print a recipe on stdout."""
+    typer.echo(show_recipe(name), nl=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: RecipeArgument, dest: Annotated[Path, typer.Argument(help="Folder to copy to.")] = Path(".")
+) -> None:
+    """Copy a recipe and its data, to change it."""
+    for path in copy_recipe(name, dest):
+        show.say(f"written: {path}")
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    show.print_json(recipe_json_schema())
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    try:
+        app(standalone_mode=True)
+    except QloraLiteError as error:
+        _leave(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _leave("stopped", 130)
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        where = error.filename or "a file"
+        _leave(
+            f"{where}: {error.strerror}. Free some room there, or name another place; what was written before is whole",
+            2,
+        )
+
+
+def _recipe_first(recipe: str, overrides: list[str]) -> None:
+    """Say what is wrong with a recipe before torch is imported."""
+    from qlora_lite.recipe import load_recipe
+
+    load_recipe(recipe, overrides=overrides)
+
+
+def _print(result: dict[str, Any], json: bool) -> None:
+    if json:
+        show.print_json(result)
+
+
+def _leave(message: str, code: int) -> None:
+    show.say_error(message)
+    sys.stdout.flush()
+    sys.exit(code) if code < 128 else os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Evaluate: a model and held-out examples -> `EvalResult`: exact match, F1, loss, and every prediction.
+
+squad_score.py   the official rules      generate.py   batched greedy answers      scores.py   both, and the loss
+"""
+
+from qlora_lite.evaluate.generate import stream_answer
+from qlora_lite.evaluate.scores import EvalResult, Prediction, by_phrasing, evaluate_model, validation_loss
+from qlora_lite.evaluate.squad_score import Scores, score
+
+__all__ = [
+    "EvalResult",
+    "Prediction",
+    "Scores",
+    "by_phrasing",
+    "evaluate_model",
+    "score",
+    "stream_answer",
+    "validation_loss",
+]

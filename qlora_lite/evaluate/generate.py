@@ -1,0 +1,128 @@
+"""Greedy answers in batches of similar length, with a key/value cache, ending at the token that training ends rows with."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Thread
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, TextIteratorStreamer
+
+from qlora_lite.model.attention import attention_for_generation
+from qlora_lite.model.forward import causal_lm
+
+BATCH_TOKENS = 4096  # prompt tokens of a batch, padding included
+
+
+def generate_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    stop_token: int,
+    max_new_tokens: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """One greedy answer per prompt (token ids from `data.template.encode_prompt`), in their order, stop token removed.
+
+    `progress(done)` is called per batch.
+    """
+    answers: dict[int, str] = {}
+    with generating(model):
+        for indices in _length_batches([len(prompt) for prompt in prompts]):
+            ids_BT, mask_BT = _pad_left([prompts[i] for i in indices], pad=stop_token)
+            width = ids_BT.shape[1]
+            output = _generate(
+                model, ids_BT, mask_BT, config=_config(stop_token=stop_token, max_new_tokens=max_new_tokens)
+            )
+            for i, ids in zip(indices, output[:, width:].tolist(), strict=True):
+                kept = ids[: ids.index(stop_token)] if stop_token in ids else ids
+                answers[i] = tokenizer.decode(kept, skip_special_tokens=True).strip()
+            if progress is not None:
+                progress(len(answers))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def stream_answer(
+    model: PreTrainedModel | PeftModel, tokenizer: Any, prompt: list[int], *, stop_token: int, max_new_tokens: int
+) -> Iterator[str]:
+    """Pieces of text of one greedy answer, as they are generated."""
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids_1T = torch.tensor([prompt])
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            config = _config(stop_token=stop_token, max_new_tokens=max_new_tokens)
+            _generate(model, ids_1T, torch.ones_like(ids_1T), config=config, streamer=streamer)
+        except BaseException as error:  # handed to the reader below
+            failure.append(error)
+            streamer.end()
+
+    with generating(model):
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+    if failure:
+        raise failure[0]
+
+
+@contextmanager
+def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Eval mode and padded attention inside, what was before after."""
+    was_training = model.training
+    model.eval()
+    try:
+        with attention_for_generation(causal_lm(model)):
+            yield
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _generate(
+    model: PreTrainedModel | PeftModel,
+    ids_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    *,
+    config: GenerationConfig,
+    streamer: TextIteratorStreamer | None = None,
+) -> torch.Tensor:
+    device = causal_lm(model).device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on sampling settings of the model's own generation config
+        return causal_lm(model).generate(
+            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config, streamer=streamer
+        )
+
+
+def _config(*, stop_token: int, max_new_tokens: int) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=stop_token,
+        pad_token_id=stop_token,
+    )
+
+
+def _length_batches(lengths: list[int]) -> Iterator[list[int]]:
+    """Indices, longest first, in batches of at most BATCH_TOKENS tokens with padding (or one prompt)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        size = max(1, BATCH_TOKENS // lengths[order[0]])
+        yield order[:size]
+        order = order[size:]
+
+
+def _pad_left(prompts: Sequence[list[int]], *, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> ids [B, T] and mask [B, T]; padding stands left, so that every prompt ends where generation begins."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask

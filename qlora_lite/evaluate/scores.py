@@ -1,0 +1,110 @@
+"""Score a model on held-out questions: exact match and F1 of generated answers, and the validation loss."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from qlora_lite.data.batches import make_batches
+from qlora_lite.data.examples import Examples
+from qlora_lite.data.template import encode_prompt, stop_token_id
+from qlora_lite.evaluate.generate import generate_answers
+from qlora_lite.evaluate.squad_score import aggregate, score
+from qlora_lite.train.step import batch_loss
+
+PHRASINGS = ("trained", "untrained")  # endings of ids in the shipped data: `iz-currency-untrained`
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered question; `gold` is empty where the passage holds no answer."""
+
+    id: str
+    question: str
+    prediction: str
+    gold: tuple[str, ...]
+    exact_match: float  # 0 or 100
+    f1: float  # 0 to 100
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Scores from 0 to 100 as in the official SQuAD script; loss in nats per label token."""
+
+    exact_match: float
+    f1: float
+    loss: float
+    num_examples: int
+    predictions: tuple[Prediction, ...]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The scores without the predictions."""
+        return {key: value for key, value in asdict(self).items() if key != "predictions"}
+
+
+def evaluate_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    examples: Examples,
+    *,
+    device: str,
+    no_answer_text: str,
+    max_new_tokens: int,
+    micro_batch_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvalResult:
+    """Answer and score every example. `progress(done, total)` is called per batch of answers."""
+    rows = [examples.row(i) for i in range(len(examples))]
+    answers = generate_answers(
+        model,
+        tokenizer,
+        [encode_prompt(tokenizer, row.question, row.context) for row in rows],
+        stop_token=stop_token_id(tokenizer),
+        max_new_tokens=max_new_tokens,
+        progress=None if progress is None else lambda done: progress(done, len(rows)),
+    )
+    pairs = [score(a, row.answers, no_answer_text=no_answer_text) for a, row in zip(answers, rows, strict=True)]
+    scores = aggregate(pairs)
+    predictions = tuple(
+        Prediction(row.id, row.question, answer, row.answers, 100 * exact, 100 * f1)
+        for row, answer, (exact, f1) in zip(rows, answers, pairs, strict=True)
+    )
+    loss = validation_loss(model, examples, device=device, micro_batch_tokens=micro_batch_tokens)
+    return EvalResult(scores.exact_match, scores.f1, loss, len(rows), predictions)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: PreTrainedModel | PeftModel, examples: Examples, *, device: str, micro_batch_tokens: int
+) -> float:
+    """Mean loss per label token over all examples, by the same forward pass as training's."""
+    was_training = model.training
+    model.eval()
+    try:
+        batches = make_batches(examples, range(len(examples)), micro_batch_tokens=micro_batch_tokens)
+        total = sum(batch_loss(model, batch.to(device)).item() for batch in batches)
+    finally:
+        model.train(was_training)
+    return total / sum(len(batch.target_N) for batch in batches)
+
+
+def by_phrasing(predictions: Iterable[Prediction]) -> dict[str, dict[str, float]]:
+    """Scores apart for trained and untrained phrasings, where the ids tell which; {} for other data."""
+    groups: dict[str, list[Prediction]] = {name: [] for name in PHRASINGS}
+    for prediction in predictions:
+        ending = prediction.id.rpartition("-")[2]
+        if ending not in groups:
+            return {}
+        groups[ending].append(prediction)
+    return {
+        name: {
+            "exact_match": sum(p.exact_match for p in members) / len(members),
+            "f1": sum(p.f1 for p in members) / len(members),
+            "num_examples": len(members),
+        }
+        for name, members in groups.items()
+        if members
+    }

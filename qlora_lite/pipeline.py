@@ -1,0 +1,295 @@
+"""One function per verb, each reading top to bottom: the table of contents of the program.
+
+Everything a verb computes comes from the Python interface (api.py); here it is put in order and shown. Each function
+returns what `--json` prints.
+"""
+
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qlora_lite import api, show
+from qlora_lite.data.inspect import inspect_rows
+from qlora_lite.data.template import encode_prompt, stop_token_id
+from qlora_lite.errors import Interrupted, RunError, UserError
+from qlora_lite.evaluate import EvalResult, by_phrasing, stream_answer
+from qlora_lite.model.base import load_merged, load_tokenizer
+from qlora_lite.model.bring import default_cache
+from qlora_lite.model.source import find_base, read_config
+from qlora_lite.plan import Plan
+from qlora_lite.recipe import Recipe, load_recipe
+from qlora_lite.run_dir import RunDir
+from qlora_lite.units import format_bytes
+
+WHICH = ("base", "adapter", "merged")
+
+
+def check(recipes: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Everything short of training: the recipe, the data, three rendered rows with their trained tokens, the lengths."""
+    return [_check_one(load_recipe(name, overrides=overrides)) for name in recipes]
+
+
+def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, resume: bool) -> dict[str, Any]:
+    """Plan, load, score, train, score again, and show what it took."""
+    begin = time.perf_counter()
+    recipe = load_recipe(recipe_name, overrides=overrides)
+    if resume and run_dir is None:
+        raise RunError("--resume needs the run to continue: add --run-dir DIR")
+    run_dir = run_dir or RunDir.next_free(Path("runs"), recipe.name)
+    if not resume:
+        RunDir.create(run_dir)  # an unusable folder is said before the long work, not after it
+    with show.phase("planning"):
+        plan = api.make_plan(recipe)
+    show.show_reasons(plan.reasons)
+    loaded = _load(plan)
+    run = RunDir(run_dir)
+    before = run.read_json("eval.json").get("before") if resume else None
+    groups_before: Mapping[str, Any] = {}
+    if plan.recipe.data.eval is not None and before is None:
+        result = _score(plan, loaded, "scoring the base model")
+        before, groups_before = result.to_json_dict(), by_phrasing(result.predictions)
+    _train_steps(plan, loaded, run, resume=resume, command=_resume_command(recipe_name, overrides, run_dir))
+    after, groups = None, {}
+    if plan.recipe.data.eval is not None:
+        result = _score(plan, loaded, "scoring the tuned model")
+        after, groups_after = result.to_json_dict(), by_phrasing(result.predictions)
+        groups = {name: {"before": groups_before.get(name, {}), "after": group} for name, group in groups_after.items()}
+        run.write_json("eval.json", {"before": before, "after": after, "groups": groups})
+        run.write_predictions(asdict(prediction) for prediction in result.predictions)
+        show.show_scores(before, after, groups={f"{name} phrasing": group for name, group in groups.items()})
+    memory = run.read_json("memory.json")
+    show.show_memory(memory["columns"], totals=memory["totals"])
+    summary = _train_summary(run, memory, wall_s=time.perf_counter() - begin)
+    run.write_json("train.json", summary)
+    show.write_report(run.path)
+    show.say(f"done: {run.path} (adapter/, report.html). Next: qlora-lite merge {run.path}")
+    return summary | {"eval": {"before": before, "after": after, "groups": groups}}
+
+
+def evaluate(run_dir: Path, *, which: str, data: Path | None) -> dict[str, Any]:
+    """Score one of the run's models on its held-out rows or on another file."""
+    run, plan = api.open_run(run_dir)
+    with show.phase(f"loading the {which} model"):
+        loaded = api.load_run_model(plan, run, _which(which))
+    if which == "base":
+        with api.adapter_off(loaded):
+            result = _score(plan, loaded, "scoring the base model", data=data)
+    else:
+        result = _score(plan, loaded, f"scoring the {which} model", data=data)
+    scores = result.to_json_dict()
+    groups = {
+        f"{name} phrasing": {"before": {}, "after": group} for name, group in by_phrasing(result.predictions).items()
+    }
+    show.show_scores(None, scores, groups=groups, title=f"{which} model, {result.num_examples} questions")
+    return scores
+
+
+def merge(run_dir: Path, out: Path | None) -> dict[str, Any]:
+    """Merge the adapter into a dequantized checkpoint, prove it, and score it beside the adapter model."""
+    run, plan = api.open_run(run_dir)
+    with show.phase("merging and proving"):
+        result = api.merge(plan, run_dir, out)
+    for warning in result.warnings:
+        show.say_warning(warning)
+    facts = result.to_json_dict()
+    facts["eval"] = {"adapter": run.read_json("eval.json").get("after"), "merged": None}
+    if plan.recipe.data.eval is not None and Path(plan.recipe.data.eval).is_file():
+        with show.phase("loading the merged model"):
+            base = load_merged(result.out, device=plan.device, compute=plan.types.compute)
+        loaded = api.LoadedModel(base.model, base.tokenizer, result.out, "", {})
+        facts["eval"]["merged"] = _score(plan, loaded, "scoring the merged model").to_json_dict()
+    run.write_json("merge.json", facts)
+    show.show_proof(facts)
+    if facts["eval"]["merged"] is not None:
+        show.show_scores(facts["eval"]["adapter"], facts["eval"]["merged"], title="adapter (before) and merged (after)")
+    show.write_report(run.path)
+    show.say(f"merged: {result.out} ({format_bytes(result.total_bytes)}, {result.dtype}, {result.rounding} rounding)")
+    return facts
+
+
+def ask(run_dir: Path, question: str, *, context: Path | None, which: str) -> dict[str, Any]:
+    """Stream an answer with the training template, from one model of the run or from all side by side."""
+    run, plan = api.open_run(run_dir)
+    passage = _read_context(context)
+    wanted = list(WHICH) if which == "all" else [_which(which)]
+    answers: dict[str, str | None] = {}
+    if {"base", "adapter"} & set(wanted):
+        loaded = _load_quietly(plan, run, "adapter")
+        if "base" in wanted:
+            with api.adapter_off(loaded):
+                answers["base"] = _answer(plan, loaded, "base", question, passage)
+        if "adapter" in wanted:
+            answers["adapter"] = _answer(plan, loaded, "adapter", question, passage)
+        del loaded
+    if "merged" in wanted:
+        if which == "all" and not run.merged.is_dir():
+            answers["merged"] = None
+        else:
+            answers["merged"] = _answer(plan, _load_quietly(plan, run, "merged"), "merged", question, passage)
+    if which == "all":
+        show.show_answers(answers, question=question)
+    return {"answers": answers}
+
+
+def report(run_dir: Path) -> dict[str, Any]:
+    """Write the run's one HTML page anew from its files."""
+    return {"path": str(show.write_report(RunDir.open(run_dir).path))}
+
+
+def _check_one(recipe: Recipe) -> dict[str, Any]:
+    show.say(f"{recipe.path or recipe.name}: the recipe is well-formed", style="bold")
+    for note in recipe.notes:
+        show.say(note)
+    source = find_base(recipe.model.base, cache=default_cache())
+    tokenizer = load_tokenizer(source)
+    asked = recipe.data.max_seq_length
+    found = inspect_rows(
+        recipe.data.train,
+        tokenizer,
+        num_rows=recipe.data.num_train,
+        no_answer_text=recipe.data.no_answer_text,
+        max_seq_length=asked if isinstance(asked, int) else None,
+        limit=read_config(source).get("max_position_embeddings"),
+    )
+    for row in found.bad:
+        show.say_warning(f"bad row, left out: {row}")
+    show.show_rows([(row.id, row.tokens) for row in found.rows])
+    show.show_truncation(found.truncation)
+    show.say(
+        f"{found.num_rows} rows, {found.num_dropped} dropped; template: {found.template}; stop token: {found.stop_token}"
+    )
+    show.say(f"proposed data.max_seq_length: {found.proposed_max_seq_length} ({found.reason})")
+    if found.num_rows and found.num_dropped >= found.num_rows:
+        raise UserError(
+            f"data.max_seq_length: at {asked} tokens every row would lose its labels. Use {found.proposed_max_seq_length}, or auto"
+        )
+    return {
+        "recipe": str(recipe.path or recipe.name),
+        "num_rows": found.num_rows,
+        "num_dropped": found.num_dropped,
+        "num_bad": found.num_bad,
+        "format": found.format,
+        "truncation": [asdict(line) for line in found.truncation],
+        "rows": [asdict(row) for row in found.rows],
+        "proposed_max_seq_length": found.proposed_max_seq_length,
+        "reason": found.reason,
+    }
+
+
+def _load(plan: Plan) -> api.LoadedModel:
+    with show.phase("loading the base in 4 bits (quantized once, then read from the cache)") as phase:
+        loaded = api.load_model(plan)
+        phase.note(
+            f"{format_bytes(sum(loaded.static_bytes.values()))} with the adapter, SHA-256 {loaded.base_sha256[:12]}"
+        )
+    return loaded
+
+
+def _load_quietly(plan: Plan, run: RunDir, which: str) -> api.LoadedModel:
+    with show.phase(f"loading the {which} model"):
+        return api.load_run_model(plan, run, _which(which))
+
+
+def _score(plan: Plan, loaded: api.LoadedModel, title: str, *, data: Path | None = None) -> EvalResult:
+    with show.phase(title) as phase:
+        result = api.evaluate(plan, loaded, data=data)
+        phase.note(f"exact match {result.exact_match:.1f}, F1 {result.f1:.1f}, {result.num_examples} questions")
+    return result
+
+
+def _train_steps(plan: Plan, loaded: api.LoadedModel, run: RunDir, *, resume: bool, command: str) -> None:
+    with stop_signals() as stop:
+        steps = api.train(
+            plan, loaded, run.path, resume=resume, should_stop=lambda: stop.number is not None, say=show.say
+        )
+        first = next(steps, None)
+        if first is None:
+            return
+        with show.TrainScreen(first.num_steps, first_step=first.step - 1) as screen:
+            screen.update(first)
+            last = first
+            for last in steps:
+                screen.update(last)
+    if stop.number is not None and last.step < last.num_steps:
+        raise Interrupted(
+            f"stopped after step {last.step} of {last.num_steps}; a checkpoint is written. Continue with:\n  {command}",
+            exit_code=128 + stop.number,
+        )
+
+
+def _train_summary(run: RunDir, memory: Mapping[str, Any], *, wall_s: float) -> dict[str, Any]:
+    steps = run.read_steps()
+    train_s = sum(step["step_s"] for step in steps)
+    return {
+        "run_dir": str(run.path),
+        "num_steps": len(steps),
+        "num_tokens": sum(step["num_tokens"] for step in steps),
+        "train_s": train_s,
+        "wall_s": wall_s,
+        "examples_per_s": sum(step["num_examples"] for step in steps) / train_s,
+        "label_tokens_per_s": sum(step["num_label_tokens"] for step in steps) / train_s,
+        "peak_bytes": memory["peak_bytes"],
+        "rss_bytes": memory["rss_bytes"],
+    }
+
+
+def _answer(plan: Plan, loaded: api.LoadedModel, name: str, question: str, passage: str | None) -> str:
+    pieces = stream_answer(
+        loaded.model,
+        loaded.tokenizer,
+        encode_prompt(loaded.tokenizer, question, passage),
+        stop_token=stop_token_id(loaded.tokenizer),
+        max_new_tokens=plan.recipe.eval.max_new_tokens,
+    )
+    return show.stream_answer(name, pieces).strip()
+
+
+def _read_context(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: not readable as UTF-8 text ({error}). Give --context a text file with the passage"
+        ) from error
+
+
+def _which(which: str) -> api.Which:
+    if which not in WHICH:
+        raise UserError(f"--which: expected one of {', '.join(WHICH)}, got {which!r}")
+    return which  # type: ignore[return-value]
+
+
+def _resume_command(recipe_name: str, overrides: Sequence[str], run_dir: Path) -> str:
+    sets = "".join(f" --set {override}" for override in overrides)
+    return f"qlora-lite train {recipe_name}{sets} --run-dir {run_dir} --resume"
+
+
+class _Stop:
+    number: int | None = None  # of the signal that asked to stop
+
+
+@contextmanager
+def stop_signals() -> Iterator[_Stop]:
+    """Inside, the first Ctrl-C or SIGTERM only sets `number`; a second one stops at once."""
+    stop = _Stop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def remember(number: int, frame: Any) -> None:
+        if stop.number is not None:
+            raise KeyboardInterrupt
+        stop.number = number
+        show.say_warning("finishing this step and writing a checkpoint; once more to stop at once")
+
+    for number in before:
+        signal.signal(number, remember)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

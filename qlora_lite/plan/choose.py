@@ -1,0 +1,145 @@
+"""Turn every `auto` of a recipe into a value, out loud: each choice comes with its reason."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_lite.data.examples import load_examples
+from qlora_lite.data.inspect import propose_max_seq_length
+from qlora_lite.errors import DataError
+from qlora_lite.model.base import load_tokenizer
+from qlora_lite.model.bring import default_cache
+from qlora_lite.model.dtypes import NumberTypes, choose_device, choose_types
+from qlora_lite.model.source import find_base
+from qlora_lite.plan.estimate import Estimate, estimate_memory
+from qlora_lite.recipe import Recipe
+
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}  # enough to hide dequantizing the weights behind the matrix products
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run. `recipe` has no `auto` but the memory budget, which this version takes from the device."""
+
+    recipe: Recipe
+    source: Path  # 16-bit model folder
+    cache: Path
+    device: str
+    types: NumberTypes
+    budget_bytes: int
+    estimate: Estimate
+    reasons: tuple[str, ...]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The plan as plan.json has it."""
+        estimate = self.estimate
+        return {
+            "model": self.recipe.model.base,
+            "budget_bytes": self.budget_bytes,
+            "fits": estimate.qlora_bytes <= self.budget_bytes,
+            "settings": self.recipe.model_dump(mode="json"),
+            "reasons": list(self.reasons),
+            "methods": {
+                "qlora": {"peak_bytes": estimate.qlora_bytes, "parts": estimate.qlora},
+                "full": {"peak_bytes": estimate.full_bytes, "parts": estimate.full},
+            },
+            "savings_vs_full": {
+                "bytes": estimate.full_bytes - estimate.qlora_bytes,
+                "percent": 100 * (1 - estimate.qlora_bytes / estimate.full_bytes),
+            },
+        }
+
+
+def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
+    """Resolve `recipe` for this machine. Reads config, tokenizer and data, no weights (a GGUF is converted on first use).
+
+    Raises UserError subclasses for a model, a device or data that cannot be used.
+    """
+    from transformers import AutoConfig
+
+    cache = cache or default_cache()
+    device, device_reason = choose_device(recipe.device)
+    types = choose_types(recipe.model.dtype, device)
+    source = find_base(recipe.model.base, cache=cache)
+    config = AutoConfig.from_pretrained(str(source), local_files_only=True)
+    length, length_reason = _choose_length(recipe, source, cache, limit=config.max_position_embeddings)
+    micro_batch, micro_batch_reason = _choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
+    checkpointing = recipe.memory.gradient_checkpointing is not False
+    resolved = recipe.model_copy(
+        update={
+            "device": device,
+            "model": recipe.model.model_copy(update={"dtype": types.name, "attention": "sdpa"}),
+            "data": recipe.data.model_copy(
+                update={"format": "squad", "max_seq_length": length, "share_prefixes": False}
+            ),
+            "train": recipe.train.model_copy(update={"micro_batch_tokens": micro_batch}),
+            "memory": recipe.memory.model_copy(update={"gradient_checkpointing": checkpointing}),
+        }
+    )
+    estimate = estimate_memory(
+        config,
+        r=recipe.lora.r,
+        target_modules=recipe.lora.target_modules,
+        optimizer=recipe.train.optimizer,
+        micro_batch_tokens=micro_batch,
+        checkpointing=checkpointing,
+        factor_bytes=types.factors.itemsize,
+    )
+    reasons = [
+        *recipe.notes,
+        f"device: {device_reason}",
+        f"model.dtype: {types.reason}",
+        "model.attention: sdpa, example by example on packed rows",
+        f"data.max_seq_length: {length_reason}",
+        "data.share_prefixes: off; this version trains every question with its own copy of the passage",
+        f"train.micro_batch_tokens: {micro_batch_reason}",
+        f"memory.gradient_checkpointing: {_checkpointing_reason(recipe.memory.gradient_checkpointing)}",
+    ]
+    if device == "cpu" and recipe.train.optimizer.startswith("paged"):
+        reasons.append(
+            f"train.optimizer: {recipe.train.optimizer} pages on CUDA only; on the CPU its state stays where it is"
+        )
+    return Plan(resolved, source, cache, device, types, device_memory_bytes(device), estimate, tuple(reasons))
+
+
+def device_memory_bytes(device: str) -> int:
+    """All memory of the device: of the card, or of the machine."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int) -> tuple[int, str]:
+    asked = recipe.data.max_seq_length
+    if asked != "auto":
+        if asked > limit:
+            raise DataError(
+                f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
+            )
+        return asked, f"{asked}: asked for"
+    examples = load_examples(
+        recipe.data.train,
+        load_tokenizer(source),
+        num_rows=recipe.data.num_train,
+        no_answer_text=recipe.data.no_answer_text,
+        max_seq_length=None,
+        cache_dir=cache / "data",
+    )
+    length, reason = propose_max_seq_length(examples.lengths, limit=limit)
+    return length, f"{length}: {reason}"
+
+
+def _choose_micro_batch(asked: int | str, device: str, length: int) -> tuple[int, str]:
+    if asked != "auto":
+        return int(asked), f"{asked}: asked for"
+    tokens = max(MICRO_BATCH_TOKENS[device], length)
+    return tokens, f"{tokens}: enough to hide dequantizing the weights; does not change the result"
+
+
+def _checkpointing_reason(asked: bool | str) -> str:
+    if asked == "auto":
+        return "on: keeps one hidden state a layer; costs about a third of the speed and saves most activations"
+    return f"{'on' if asked else 'off'}: asked for"

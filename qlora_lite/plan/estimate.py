@@ -1,0 +1,108 @@
+"""Bytes by arithmetic on shapes: QLoRA as this recipe runs it, beside full fine-tuning of the same model.
+
+n weights in the linear layers, m others (embeddings, head, norms), p in the factors, T tokens in the largest micro-batch,
+L layers, D hidden, I intermediate, K key/value width.
+
+    QLoRA   weights n/2 + 2m, constants n/64 + 4n/16384, adapter 2p, optimizer 2p + remainder 2p (8-bit) or 8p + 2p, gradients 4p
+    full    weights 2 bytes, fp32 master 4, AdamW moments 8, gradients 2: 16 bytes a weight
+
+Activations (both): one hidden state a layer is kept, 2*L*T*D, and one layer is computed again: about 10 D, 4 K and 5 I values a
+token in 16 bits and two norms in fp32. An estimate: measured and estimated stand side by side in the run's memory table.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_lite.model.head import CHUNK
+
+FULL_BYTES = {
+    "weights_bytes": 2,
+    "gradients_bytes": 2,
+    "optimizer_bytes": 12,
+}  # per weight; optimizer: master and moments
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Parts in bytes for each method; they sum to the totals."""
+
+    qlora: dict[str, int]
+    full: dict[str, int]
+    num_weights: int
+    num_adapter_weights: int
+
+    @property
+    def qlora_bytes(self) -> int:
+        """Peak of a QLoRA run."""
+        return sum(self.qlora.values())
+
+    @property
+    def full_bytes(self) -> int:
+        """Peak of full fine-tuning."""
+        return sum(self.full.values())
+
+
+def estimate_memory(
+    config: Any,
+    *,
+    r: int,
+    target_modules: str | tuple[str, ...],
+    optimizer: str,
+    micro_batch_tokens: int,
+    checkpointing: bool,
+    factor_bytes: int,
+) -> Estimate:
+    """`config` is a transformers config; nothing is loaded: the model is built on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    quantized = [module.weight.numel() for module in linear.values()]
+    all_weights = sum(parameter.numel() for parameter in model.parameters())
+    targets = [module for name, module in linear.items() if _is_target(name, target_modules)]
+    factors = sum(r * (module.in_features + module.out_features) for module in targets)
+    activations, recompute = _activation_bytes(config, micro_batch_tokens, checkpointing=checkpointing)
+    shared = {
+        "activations_bytes": activations,
+        "recompute_bytes": recompute,
+        "logits_bytes": 3 * 4 * CHUNK * config.vocab_size,  # logits, log-softmax and their gradient, in fp32
+    }
+    qlora = {
+        "weights_bytes": sum(math.ceil(n / 2) for n in quantized) + 2 * (all_weights - sum(quantized)),
+        "quant_constants_bytes": sum(_constants_bytes(n) for n in quantized),
+        "adapter_bytes": factor_bytes * factors,
+        "gradients_bytes": 4 * factors,
+        "optimizer_bytes": (2 if optimizer == "paged_adamw_8bit" else 8) * factors
+        + (2 * factors if factor_bytes == 2 else 0),
+        **shared,
+    }
+    full = {part: each * all_weights for part, each in FULL_BYTES.items()} | shared
+    return Estimate(qlora, full, num_weights=all_weights, num_adapter_weights=factors)
+
+
+def _constants_bytes(num_weights: int) -> int:
+    """absmax (uint8 a block of 64), nested absmax (fp32 a block of 256), two code books and the offset."""
+    blocks = math.ceil(num_weights / 64)
+    return blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256) + 4
+
+
+def _is_target(name: str, target_modules: str | tuple[str, ...]) -> bool:
+    return target_modules == "all-linear" or any(name == t or name.endswith("." + t) for t in target_modules)
+
+
+def _activation_bytes(config: Any, tokens: int, *, checkpointing: bool) -> tuple[int, int]:
+    """(kept for the backward pass, computed again at a time)."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    key_value = config.num_key_value_heads * head_dim
+    layer = tokens * (2 * (10 * hidden + 4 * key_value + 5 * config.intermediate_size) + 2 * 4 * hidden)
+    return (2 * layers * tokens * hidden, layer) if checkpointing else (layers * layer, 0)

@@ -1,0 +1,104 @@
+"""A run's folder: which files it holds and how they are written. JSON files are replaced in one step, logs are appended.
+
+recipe.yaml  plan.json  env.json  steps.jsonl  memory.json  eval.json  predictions.jsonl  merge.json  report.html
+checkpoints/step-XXXXXX/   adapter/ (PEFT's format)   merged/
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qlora_lite.errors import RunError
+from qlora_lite.model.safetensors_writer import write_text_durably
+
+
+class RunDir:
+    """Paths and JSON of one run."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.steps = self.path / "steps.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.merged = self.path / "merged"
+
+    @classmethod
+    def create(cls, path: Path | str) -> "RunDir":
+        """A new, empty run folder. Raises RunError when it exists with something in it or cannot be made."""
+        run = cls(path)
+        try:
+            if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+                raise RunError(
+                    f"{run.path}: already exists and is not empty. Name another --run-dir, or continue it with --resume"
+                )
+            run.path.mkdir(parents=True, exist_ok=True)
+            probe = run.path / ".writable"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise RunError(f"{run.path}: cannot be written ({error.strerror}). Name another --run-dir") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> "RunDir":
+        """An existing run. Raises RunError when there is none."""
+        run = cls(path)
+        if not run.recipe.is_file():
+            raise RunError(
+                f"{run.path}: no recipe.yaml here, so this is no run. Give a folder that `qlora-lite train` made"
+            )
+        return run
+
+    @classmethod
+    def next_free(cls, parent: Path, name: str) -> Path:
+        """`parent/name-1`, or the first number that is free."""
+        number = 1
+        while (parent / f"{name}-{number}").exists():
+            number += 1
+        return parent / f"{name}-{number}"
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Replace `name` in one step."""
+        write_text_durably(self.path / name, json.dumps({"schema_version": 1, **value}, indent=2, default=str) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The file's object, {} where there is none. Raises RunError for a damaged one."""
+        path = self.path / name
+        if not path.is_file():
+            return {}
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunError(f"{path}: damaged ({error}). Remove it and run the step that writes it again") from error
+        if not isinstance(value, dict):
+            raise RunError(f"{path}: damaged (not a JSON object). Remove it and run the step that writes it again")
+        return value
+
+    def append_step(self, stats: dict[str, Any]) -> None:
+        """One line of steps.jsonl."""
+        with self.steps.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(stats) + "\n")
+
+    def read_steps(self) -> list[dict[str, Any]]:
+        """Whole lines of steps.jsonl, oldest first; a half-written last line is left out."""
+        if not self.steps.is_file():
+            return []
+        steps = []
+        for line in self.steps.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                steps.append(json.loads(line))
+            except ValueError:
+                continue
+        return [step for step in steps if isinstance(step, dict) and isinstance(step.get("step"), int)]
+
+    def cut_steps(self, last: int) -> None:
+        """Forget lines after step `last`: a resumed run writes them anew."""
+        kept = [json.dumps(step) + "\n" for step in self.read_steps() if step["step"] <= last]
+        write_text_durably(self.steps, "".join(kept))
+
+    def write_predictions(self, predictions: Iterable[dict[str, Any]]) -> None:
+        """Replace predictions.jsonl."""
+        lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+        write_text_durably(self.path / "predictions.jsonl", lines)

@@ -1,0 +1,354 @@
+"""A recipe is read whole or refused whole: promise 10, the overrides, the paths, and what a run writes down."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_lite.errors import RecipeError
+from qlora_lite.recipe import Recipe, dump_recipe, load_recipe, load_run_recipe
+from qlora_lite.recipe.not_yet import NOT_YET
+from qlora_lite.recipe.schema import known_keys
+
+
+def write(folder: Path, text: str, name: str = "my.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(path: Path | str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides=overrides)
+    return caught.value.problems
+
+
+def test_every_wrong_recipe_key_is_reported_in_one_message_with_line_and_nearest_key(tmp_path):
+    path = write(
+        tmp_path,
+        "methd: qlora\n"  # 1 misspelt
+        "lora:\n"
+        "  r: 16x\n"  # 3 wrong type
+        "  learning_rate: 1e-4\n"  # 4 right key, wrong section
+        "r: 8\n"  # 5 right key, no section
+        "trian:\n"  # 6 misspelt section ...
+        "  learning_rat: 1e-4\n"  # 7 ... with a misspelt key
+        "  seed: -1\n"  # 8 ... and a value out of range
+        "data:\n"
+        "  train: nowhere.json\n"  # 10 no such file
+        "  eval: null\n"
+        "memory: {budget: auto, budget: auto}\n"  # 12 twice
+        "merge: 5\n"  # 13 no section
+        "train: {batch_size: 4}\n",  # 14 another tool's name
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides=["train.max_stepz=3", "lora.use_dora=true"])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path} has 13 problems"
+    assert [line.split(": ")[0] for line in lines[1:]] == [
+        "  line 1  methd",
+        "  line 3  lora.r",
+        "  line 4  lora.learning_rate",
+        "  line 5  r",
+        "  line 6  trian",
+        "  line 7  trian.learning_rat",
+        "  line 8  train.seed",
+        "  line 10 data.train",
+        "  line 12 memory.budget",
+        "  line 13 merge",
+        "  line 14 train.batch_size",
+        "  --set train.max_stepz=3  train.max_stepz",
+        "  --set lora.use_dora=true  lora.use_dora",
+    ]
+    text = str(caught.value)
+    for sentence in (
+        "methd: unknown key; did you mean method?",
+        'lora.r: expected a whole number from 1 to 4,096, got "16x"',
+        "lora.learning_rate: unknown key; did you mean train.learning_rate?",
+        "  r: unknown key; did you mean lora.r?",
+        "trian: unknown key; did you mean train?",
+        "trian.learning_rat: unknown key; did you mean train.learning_rate?",
+        "train.seed: expected a whole number from 0 to 4,294,967,295, got -1",
+        f"no such file; looked at {tmp_path / 'nowhere.json'} and ",
+        "memory.budget: given twice, first on line 12; keep one of them",
+        "merge: expected keys below it, such as merge.dtype, got 5",
+        "train.batch_size: unknown key; did you mean train.examples_per_step?",
+        "train.max_stepz: unknown key; did you mean train.max_steps?",
+        "lora.use_dora: true is not in this version; use false",
+    ):
+        assert sentence in text.replace("line 5  ", "line 5    "), sentence
+
+
+@pytest.mark.parametrize("key", list(known_keys()))
+def test_a_misspelling_of_any_key_is_led_back_to_it(key):
+    wrong = key[:-1] + "q" if len(key.rpartition(".")[2]) > 2 else key + "x"
+    (problem,) = problems_of("smollm2-135m_country-qa", f"{wrong}=1")
+    assert f"{wrong}: unknown key; did you mean {key}?" in problem or key == "lora.r", problem
+
+
+@pytest.mark.parametrize("written", ["2e-4", "2E-4", "0.0002", ".2e-3", "2.0e-04"])
+def test_a_learning_rate_may_be_written_as_people_write_it(tmp_path, written):
+    path = write(tmp_path, f"train: {{learning_rate: {written}}}\n")
+    assert load_recipe(path).train.learning_rate == 2e-4
+    assert load_recipe(path, overrides=[f"train.learning_rate={written}"]).train.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lora.r=16x", 'expected a whole number from 1 to 4,096, got "16x"'),
+        ('lora.r="16"', 'got "16"'),
+        ("lora.r=true", "got true"),
+        ("lora.r=0", "got 0"),
+        ("lora.r=1e1", "got 1e1"),
+        ("lora.r=null", "got null"),
+        ("lora.r=" + "9" * 5000, "got "),
+        ("lora.r=[1]", "got [1]"),
+        ("lora.r={a: 1}", "got a mapping"),
+        ("lora.lora_dropout=1", "below 1, got 1"),
+        ("train.learning_rate=.nan", "got .nan"),
+        ("train.learning_rate=.inf", "got .inf"),
+        ("train.learning_rate=1e999", "got 1e999"),
+        ("train.learning_rate=true", "got true"),
+        ("train.keep_checkpoints=0", "got 0"),
+        ("train.optimizer=adamw_8bt", "did you mean paged_adamw_8bit?"),
+        ("train.schedule=cosin", "did you mean cosine?"),
+        ("method=qlra", 'expected "qlora", got "qlra"; did you mean qlora?'),  # lora and full are not offered
+        ("lora.use_rslora=yes", 'expected true or false, got "yes"'),
+        ("lora.target_modules=q_proj", 'expected "all-linear" or a list of names such as [a, b], got "q_proj"'),
+        ("lora.target_modules=[q_proj, 3]", 'got ["q_proj", 3]'),
+        ("data.no_answer_text=0", 'got 0; if it is text, quote it: "0"'),
+        ('data.no_answer_text=" "', "expected text that is not blank"),
+        ("memory.budget=12 parsecs", 'expected "auto" or a size such as "24GiB", got "12 parsecs"'),
+        ("memory.budget=" + "9" * 400 + "GiB", "expected"),
+        ("merge.proof=true", 'expected "auto" or a whole number above 0, got true'),
+        ("device=gpu", 'expected "auto", "cpu" or "cuda", got "gpu"'),
+        ("data.train=\x1b[31m\udcff", "\\x1b[31m"),
+        ("lora.init_from=\x1b]0;x\x07", "\\x1b]0;x\\x07"),
+        ("train=3", "train: expected keys below it, such as train.epochs, got 3"),
+        ("train.max_steps", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("data.eval=", "no value after the =; write null if you mean nothing"),
+        ("lora.target_modules=[[[", "not valid YAML"),
+        ("lora.target_modules=" + "[" * 100_000, "nested more than 16 deep"),
+        ('data.train="a\\0b"', "no such file"),
+        ('data.train="\\ud800"', "expected text"),
+        ("data.train=" + "x" * 10_000, "no such file"),
+        ("data.train=.", "is a folder; expected a SQuAD JSON file"),
+        ("model.base=smollm2-135", "did you mean smollm2-135m?"),
+        ("model.base=/no/such/folder", "no such folder or .gguf file; looked at /no/such/folder"),
+        ("model.base=org/missing.gguf", "no such folder or .gguf file"),
+    ],
+)
+def test_a_wrong_value_says_what_is_allowed_and_what_was_found(override, expected):
+    (problem,) = problems_of("smollm2-135m_country-qa", override)
+    assert expected in problem
+    assert problem.startswith("--set ")
+    assert problem.isprintable()
+    assert len(problem) < 11_000 and problem.encode("utf-8")
+
+
+def test_a_good_override_mends_a_wrong_value_and_the_last_of_two_counts(tmp_path):
+    path = write(tmp_path, "lora: {r: 16x}\n")
+    assert load_recipe(path, overrides=["lora.r=4", "lora.r=8"]).lora.r == 8
+
+
+def test_overrides_take_lists_text_and_null():
+    recipe = load_recipe(
+        "smollm2-135m_country-qa",
+        overrides=[
+            "lora.target_modules=[q_proj, v_proj]",
+            "data.no_answer_text=no",  # text, not false as in YAML 1.1
+            "data.num_train=null",
+            "train.max_steps=1",
+            "train.epochs=0.5",
+            "merge.proof=12",
+            "merge.dtype=fp32",
+            "memory.gradient_checkpointing=true",
+            "data.share_prefixes=false",
+            "data.max_seq_length=256",
+        ],
+    )
+    assert recipe.lora.target_modules == ("q_proj", "v_proj")
+    assert (recipe.data.no_answer_text, recipe.data.num_train, recipe.data.max_seq_length) == ("no", None, 256)
+    assert (recipe.train.max_steps, recipe.train.epochs) == (1, 0.5)
+    assert (recipe.merge.proof, recipe.merge.dtype) == (12, "fp32")
+    assert recipe.memory.gradient_checkpointing is True and recipe.data.share_prefixes is False
+
+
+REFUSED = {
+    "method": ["lora", "full"],
+    "model.base": ["meta-llama/Llama-3.1-8B", "gpt2-org/gpt2"],
+    "model.revision": ["main"],
+    "model.quantization": ["fp4", "int8"],
+    "model.double_quant": ["false"],
+    "model.attention": ["eager", "flash_attention_2", "flex_attention"],
+    "lora.use_dora": ["true"],
+    "lora.init_from": ["pissa"],
+    "lora.modules_to_save": ["[lm_head]"],
+    "data.format": ["chat", "prompt_completion"],
+    "data.share_prefixes": ["true"],
+    "train.loraplus_ratio": ["16"],
+    "train.eval_every_steps": ["10"],
+    "train.early_stop": ["3"],
+    "memory.budget": ["24GiB", "1000000"],
+    "merge.base": ["original"],
+}
+
+
+def test_every_refusal_has_an_example_here():
+    assert [row.key for row in NOT_YET] == list(REFUSED)
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in REFUSED.items() for value in values])
+def test_what_this_version_does_not_carry_out_is_refused_by_name(key, value):
+    problem = problems_of("smollm2-135m_country-qa", f"{key}={value}")[0]
+    assert problem.startswith(f"--set {key}={value}  {key}: ")
+    assert value.strip("[]") in problem and "not in this version; " in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("train.epochs=null",), "train.epochs: null, and so is train.max_steps: nothing says when to stop"),
+        (("lora.target_modules=[]",), "lora.target_modules: an empty list, so nothing is trainable"),
+        (("train.eval_every_steps=5", "data.eval=null"), "train.eval_every_steps: there is nothing to evaluate on"),
+        (("train.early_stop=5",), "train.early_stop: needs evaluations while training"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(overrides, expected):
+    assert any(expected in problem for problem in problems_of("smollm2-135m_country-qa", *overrides))
+
+
+def test_no_epochs_is_fine_with_max_steps():
+    recipe = load_recipe("smollm2-135m_country-qa", overrides=["train.epochs=null", "train.max_steps=3"])
+    assert (recipe.train.epochs, recipe.train.max_steps) == (None, 3)
+
+
+def test_paths_are_looked_up_beside_the_recipe_then_in_the_current_folder(tmp_path, monkeypatch):
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder in (beside, here):
+        folder.mkdir()
+        (folder / "both.json").write_text("{}")
+    (here / "only_here.json").write_text("{}")
+    (here / "model").mkdir()
+    (beside / "small.gguf").write_bytes(b"GGUF")
+    (here / "notes.txt").write_text("")
+    monkeypatch.chdir(here)
+    path = write(beside, "data: {train: both.json, eval: only_here.json}\nmodel: {base: model}\n")
+    recipe = load_recipe(path)
+    assert recipe.data.train == str(beside / "both.json")
+    assert recipe.data.eval == str(here / "only_here.json")
+    assert recipe.model.base == str(here / "model")
+    assert load_recipe(path, overrides=["model.base=small.gguf"]).model.base == str(beside / "small.gguf")
+    assert "expected a folder or a .gguf file" in problems_of(path, "model.base=notes.txt")[0]
+    (problem,) = problems_of(path, "data.train=bth.json")
+    looked = f"{beside / 'bth.json'} and {here / 'bth.json'}"
+    assert problem.endswith(f"no such file; looked at {looked}; did you mean {beside / 'both.json'}?")
+
+
+def test_a_local_folder_named_like_a_hub_model_is_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("smollm2-135m_country-qa", overrides=["model.base=org/name"])
+    assert recipe.model.base == str(tmp_path / "org" / "name")
+
+
+def test_own_training_data_are_never_scored_on_the_shipped_ones_in_silence(tmp_path):
+    (tmp_path / "mine.json").write_text("{}")
+    recipe = load_recipe(write(tmp_path, "data: {train: mine.json}\n"))
+    assert recipe.data.eval is None
+    assert any("data.eval: null, because" in note for note in recipe.notes)
+    recipe = load_recipe("smollm2-135m_country-qa", overrides=[f"data.train={tmp_path / 'mine.json'}"])
+    assert any("data.eval still from the recipe" in note for note in recipe.notes)
+
+
+def test_a_short_recipe_has_the_defaults_of_the_shipped_one(tmp_path):
+    path = write(tmp_path, "method: qlora\nlora:\n")
+    assert load_recipe(path) == load_recipe("smollm2-135m_country-qa")
+    assert load_recipe(path).notes == ()
+    assert set(Recipe().model_dump()) == set(load_recipe(path).model_dump())
+
+
+def test_a_run_writes_down_a_recipe_that_loads_back_equal(tmp_path):
+    odd = tmp_path / "a: b # ü 1e5"
+    odd.mkdir()
+    for name in ("2e-4", "no"):
+        (odd / name).write_text("{}")
+    recipe = load_recipe(
+        "smollm2-135m_country-qa",
+        overrides=[
+            f"data.train={odd / '2e-4'}",
+            f"data.eval={odd / 'no'}",
+            'data.no_answer_text="1e5"',
+            'lora.target_modules=[q_proj, "no", "1e3", "~", "true", "0o7", "1_0", "2020-01-01"]',
+            "train.learning_rate=1e-05",
+            "train.max_grad_norm=1e8",
+            "data.max_seq_length=512",
+        ],
+    )
+    assert recipe.lora.target_modules[1:4] == ("no", "1e3", "~")
+    again = load_recipe(write(tmp_path, dump_recipe(recipe), "recipe.yaml"))
+    assert again == recipe and hash(again) == hash(recipe)
+    assert (again.name, again.path) == ("recipe", tmp_path / "recipe.yaml")
+    assert dump_recipe(again).splitlines()[1:] == dump_recipe(recipe).splitlines()[1:]
+    assert load_recipe(again.path, overrides=["train.seed=1"]) != again
+
+
+def test_the_recipe_of_a_run_is_read_also_when_its_data_are_gone(tmp_path):
+    for name in ("rows.json", "base.gguf"):
+        (tmp_path / name).write_text("{}")
+    path = write(tmp_path, "data: {train: rows.json, eval: rows.json}\nmodel: {base: base.gguf}\n")
+    recipe = load_recipe(path)
+    saved = write(tmp_path, dump_recipe(recipe), "recipe.yaml")
+    for name in ("rows.json", "base.gguf"):
+        (tmp_path / name).unlink()
+    assert load_run_recipe(saved) == recipe
+    assert len(problems_of(saved)) == 3
+    saved.write_text(saved.read_text().replace("seed: 0", "sed: 0"))
+    with pytest.raises(RecipeError, match=r"did you mean train\.seed"):
+        load_run_recipe(saved)
+    with pytest.raises(RecipeError, match="cannot be read: No such file"):
+        load_run_recipe(tmp_path / "gone.yaml")
+
+
+def test_a_recipe_cannot_be_changed_after_loading():
+    recipe = load_recipe("smollm2-135m_country-qa")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm2-135m_country-q", "did you mean smollm2-135m_country-qa?"),
+        ("nothing-like-it", "shipped recipes: smollm2-135m_country-qa, smollm2-135m_squad"),
+        ("/no/such/folder/smollm2-135m_squad.yaml", "the shipped recipe of that name is called smollm2-135m_squad"),
+        ("a\0b", "no such file"),
+        ("x" * 5000, "no such file"),
+    ],
+)
+def test_a_missing_recipe_is_named_with_what_there_is(name, expected):
+    (problem,) = problems_of(name)
+    assert expected in problem
+
+
+def test_a_folder_or_an_unreadable_file_is_no_recipe(tmp_path):
+    assert "is a folder" in problems_of(tmp_path)[0]
+    if os.geteuid() != 0:
+        path = write(tmp_path, "method: qlora\n")
+        path.chmod(0)
+        assert "cannot be read: Permission denied" in problems_of(path)[0]
+
+
+def test_a_recipe_is_checked_without_importing_torch(tmp_path, repository):
+    code = (
+        "import sys; from qlora_lite.recipe import load_recipe, recipe_json_schema; "
+        "load_recipe('smollm2-135m_country-qa'); recipe_json_schema(); "
+        "sys.exit(', '.join({'torch', 'transformers', 'datasets', 'rich'} & set(sys.modules)) or 0)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(repository)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr
