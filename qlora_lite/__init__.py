@@ -9,10 +9,14 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qlora_lite import import_guard
+
 # Nothing of this package opens a connection unless asked to fetch; the libraries below are told the same.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import_guard.install()
 
 if TYPE_CHECKING:
     from qlora_lite.api import evaluate, load_model, merge, train

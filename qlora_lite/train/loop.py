@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
 
+import torch
 from accelerate import Accelerator
 
 from qlora_lite.data.batches import Batch, StepSampler, make_batches

@@ -1,0 +1,62 @@
+"""Keeps bitsandbytes from downloading and running foreign code while it is imported.
+
+On CPUs with AVX512-BF16 bitsandbytes asks the `kernels` package, *at import*, to fetch a native kernel from a hub and to load it
+(bitsandbytes 0.50, backends/cpu/ops.py). Nobody asked for that. transformers and peft import bitsandbytes by themselves,
+so the order of our own imports cannot help: `install` puts a finder in front that, whoever imports bitsandbytes, hides
+`kernels` for as long as that takes. It can go when bitsandbytes asks before it downloads.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+
+def install() -> None:
+    """Guard the coming import of bitsandbytes; does nothing where it was imported already."""
+    if "bitsandbytes" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "bitsandbytes":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, inner: importlib.abc.Loader) -> None:
+        self._inner = inner
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        with _kernels_hidden():
+            self._inner.exec_module(module)
+
+
+@contextmanager
+def _kernels_hidden() -> Iterator[None]:
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "kernels"}
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` raise ImportError
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would warn that the download nobody asked for has failed
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        sys.modules.update(hidden)
