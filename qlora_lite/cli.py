@@ -149,10 +149,10 @@ def recipes_schema() -> None:
     show.print_json(recipe_json_schema())
 
 
-def main() -> None:
-    """Run the command line and exit with its code."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line (`arguments`, or those of the process) and exit with its code."""
     try:
-        app(standalone_mode=True)
+        app(arguments, standalone_mode=True)
     except QloraLiteError as error:
         _leave(str(error), error.exit_code)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
 from qlora_lite.model.attention import attention_for_generation
 from qlora_lite.model.forward import causal_lm
+from qlora_lite.train.measure import give_back_free_memory
 
 BATCH_TOKENS = 4096  # prompt tokens of a batch, padding included
 
@@ -40,6 +41,7 @@ def generate_answers(
             for i, ids in zip(indices, output[:, width:].tolist(), strict=True):
                 kept = ids[: ids.index(stop_token)] if stop_token in ids else ids
                 answers[i] = tokenizer.decode(kept, skip_special_tokens=True).strip()
+            give_back_free_memory()
             if progress is not None:
                 progress(len(answers))
     return [answers[i] for i in range(len(prompts))]

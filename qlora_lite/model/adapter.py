@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
@@ -47,7 +48,9 @@ def attach_adapter(
     )
     with torch.random.fork_rng(devices=[]):  # the seed of the factors does not disturb any other random stream
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a deprecated name
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     return _prepare(adapted, factor_dtype)
 
 
@@ -57,12 +60,13 @@ def load_adapter(
     """Wrap `model` with the adapter saved in `folder` (PEFT's format). Raises ModelError when it does not belong to the model."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # missing keys are an error below, not a warning
+            warnings.simplefilter("ignore")  # missing keys are an error below, not a warning
             adapted = PeftModel.from_pretrained(
                 model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{folder}: not an adapter of this model ({error})") from error
+    _refuse_other_factors(adapted, folder)
     return _prepare(adapted, factor_dtype)
 
 
@@ -132,6 +136,18 @@ def _factor(linear: torch.nn.Linear, dtype: torch.dtype) -> FactorLinear:
 def _replace(root: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     root.get_submodule(parent)._modules[child] = module
+
+
+def _refuse_other_factors(adapted: PeftModel, folder: Path) -> None:
+    """peft leaves factors that a file lacks at their random start, and passes over those that have no place in the model."""
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
+        found = set(file.keys())
+    for names, what in ((expected - found, "lacks"), (found - expected, "has, but the model has no place for,")):
+        if names:
+            raise ModelError(
+                f"{folder}: not an adapter of this model (it {what} {len(names)} factors, first {min(names)})"
+            )
 
 
 def _refuse_unknown_targets(model: PreTrainedModel, target_modules: list[str]) -> None:

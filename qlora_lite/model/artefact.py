@@ -31,6 +31,14 @@ from qlora_lite.model.staging import staged_folder
 _VERSION = 1  # raise it when the artefact's bytes change
 _BLOCK, _NESTED_BLOCK = 64, 256
 _FACTS, _FACTS_BYTES = "quant_state.bitsandbytes__nf4", 256
+_UNUSABLE_CONFIG = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ZeroDivisionError,
+)  # what transformers raises
 _COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -61,9 +69,9 @@ def quantize_base(source: Path, *, cache: Path, progress: Callable[[int, int], N
     shutil.rmtree(folder, ignore_errors=True)
     config = read_config(source)
     _refuse_quantized(source, config)
-    linear = _linear_names(config, source)
+    shapes, linear = _expected_weights(config, source)
     with staged_folder(folder) as staging:
-        _quantize_tensors(source, staging, linear, progress)
+        _quantize_tensors(source, staging, shapes, linear, progress)
         config |= {"quantization_config": QUANTIZATION_CONFIG, "dtype": "bfloat16"}
         config.pop("torch_dtype", None)
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -97,31 +105,37 @@ def _refuse_quantized(source: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _linear_names(config: dict[str, Any], source: Path) -> frozenset[str]:
-    """Names of the weights that are quantized: every linear layer but the output head, found on a model without memory."""
+def _expected_weights(config: dict[str, Any], source: Path) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """Shapes of the weights that the model needs, and the names of those that are quantized: every linear layer but the head.
+
+    Found on a model without memory. A head that shares the embedding's weight needs none of its own.
+    """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except (*_UNUSABLE_CONFIG, StrictDataclassError) as error:
         raise ModelError(
             f"{source / 'config.json'}: describes no usable model ({type(error).__name__}: {error})"
         ) from error
     head = model.get_output_embeddings()
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return frozenset(f"{name}.weight" for name, module in modules if module is not head)
+    linear = frozenset(f"{name}.weight" for name, module in modules if module is not head)
+    tied = model.all_tied_weights_keys
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}, linear
 
 
 def _quantize_tensors(
-    source: Path, out: Path, linear: frozenset[str], progress: Callable[[int, int], None] | None
+    source: Path,
+    out: Path,
+    shapes: dict[str, tuple[int, ...]],
+    linear: frozenset[str],
+    progress: Callable[[int, int], None] | None,
 ) -> None:
     tensors = dict(open_tensors(source))
-    missing = sorted(linear - tensors.keys())
-    if missing:
-        raise ModelError(
-            f"{source}: {len(missing)} weights of the model are not in its safetensors, first {missing[0]}"
-        )
+    _refuse_other_weights(source, shapes, tensors)
     specs: dict[str, TensorSpec] = {}
     for name, read in tensors.items():
         shape = tuple(read.shape())
@@ -133,6 +147,19 @@ def _quantize_tensors(
                 writer.write(part, [tensor])
             if progress is not None:
                 progress(done + 1, len(tensors))
+
+
+def _refuse_other_weights(source: Path, shapes: dict[str, tuple[int, ...]], tensors: "dict[str, _Lazy]") -> None:
+    """transformers would fill in a missing weight with random numbers."""
+    missing = sorted(shapes.keys() - tensors.keys())
+    if missing:
+        raise ModelError(
+            f"{source}: {len(missing)} weights of the model are not in its safetensors, first {missing[0]}"
+        )
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape())
+        if found != shape:
+            raise ModelError(f"{source}: {name} has shape {list(found)}, its config.json says {list(shape)}")
 
 
 class _Lazy:

@@ -79,6 +79,10 @@ def checkpoint_activations(model: PreTrainedModel, *, enable: bool) -> None:
 
 
 def _set_compute_type(model: PreTrainedModel, compute: torch.dtype, device: str) -> None:
+    """Compute in `compute` throughout: transformers leaves the weights beside the 4-bit ones in the type they are stored in."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # embeddings, norms, head; packed weights are uint8
+            parameter.data = parameter.data.to(compute)
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = compute, True

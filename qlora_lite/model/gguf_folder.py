@@ -36,6 +36,15 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_UNREADABLE = (
+    ValueError,
+    KeyError,
+    IndexError,
+    OSError,
+    OverflowError,
+    TypeError,
+    MemoryError,
+)  # what the libraries raise
 _IGNORED = ("rope_freqs.weight",)  # derived from the config
 
 
@@ -55,6 +64,7 @@ def convert_gguf(path: Path, *, cache: Path) -> Path:
 
 def _convert(path: Path, folder: Path) -> None:
     import gguf
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -65,7 +75,7 @@ def _convert(path: Path, folder: Path) -> None:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         tensors = {_hf_name(path, tensor.name): tensor for tensor in reader.tensors if tensor.name not in _IGNORED}
-    except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError, MemoryError) as error:
+    except (*_UNREADABLE, StrictDataclassError) as error:
         raise ModelError(f"{path}: not a readable GGUF file ({type(error).__name__}: {error})") from error
     config.dtype = torch.bfloat16
     config.architectures = ["LlamaForCausalLM"]

@@ -63,7 +63,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     types = choose_types(recipe.model.dtype, device)
     source = find_base(recipe.model.base, cache=cache)
     config = AutoConfig.from_pretrained(str(source), local_files_only=True)
-    length, length_reason = _choose_length(recipe, source, cache, limit=config.max_position_embeddings)
+    length, length_reason, label_share = _choose_length(recipe, source, cache, limit=config.max_position_embeddings)
     micro_batch, micro_batch_reason = _choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
     checkpointing = recipe.memory.gradient_checkpointing is not False
     resolved = recipe.model_copy(
@@ -83,6 +83,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
         target_modules=recipe.lora.target_modules,
         optimizer=recipe.train.optimizer,
         micro_batch_tokens=micro_batch,
+        label_share=label_share,
         checkpointing=checkpointing,
         factor_bytes=types.factors.itemsize,
     )
@@ -112,14 +113,15 @@ def device_memory_bytes(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int) -> tuple[int, str]:
+def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int) -> tuple[int, str, float]:
+    """-> (max_seq_length, reason, share of tokens that carry a label; 1.0 where the rows were not looked at)."""
     asked = recipe.data.max_seq_length
     if asked != "auto":
         if asked > limit:
             raise DataError(
                 f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
             )
-        return asked, f"{asked}: asked for"
+        return asked, f"{asked}: asked for", 1.0
     examples = load_examples(
         recipe.data.train,
         load_tokenizer(source),
@@ -129,7 +131,7 @@ def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int) -> 
         cache_dir=cache / "data",
     )
     length, reason = propose_max_seq_length(examples.lengths, limit=limit)
-    return length, f"{length}: {reason}"
+    return length, f"{length}: {reason}", float(examples.num_label_tokens.sum() / examples.lengths.sum())
 
 
 def _choose_micro_batch(asked: int | str, device: str, length: int) -> tuple[int, str]:

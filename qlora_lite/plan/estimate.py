@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qlora_lite.model.head import CHUNK
+from qlora_lite.model.head import CHUNK, ROWS
 
 FULL_BYTES = {
     "weights_bytes": 2,
@@ -52,10 +52,14 @@ def estimate_memory(
     target_modules: str | tuple[str, ...],
     optimizer: str,
     micro_batch_tokens: int,
+    label_share: float,
     checkpointing: bool,
     factor_bytes: int,
 ) -> Estimate:
-    """`config` is a transformers config; nothing is loaded: the model is built on the meta device."""
+    """`config` is a transformers config: the model is built on the meta device, nothing is loaded.
+
+    `label_share` is the share of tokens that carry a label.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -71,10 +75,13 @@ def estimate_memory(
     targets = [module for name, module in linear.items() if _is_target(name, target_modules)]
     factors = sum(r * (module.in_features + module.out_features) for module in targets)
     activations, recompute = _activation_bytes(config, micro_batch_tokens, checkpointing=checkpointing)
+    label_tokens = min(CHUNK, ROWS * math.ceil(label_share * micro_batch_tokens / ROWS))
+    logits = 3 * 4 * label_tokens * config.vocab_size  # logits, log-softmax and their gradient, in fp32
+    # The head is done before the first layer is computed again, so only the larger of the two counts at the peak.
     shared = {
         "activations_bytes": activations,
-        "recompute_bytes": recompute,
-        "logits_bytes": 3 * 4 * CHUNK * config.vocab_size,  # logits, log-softmax and their gradient, in fp32
+        "recompute_bytes": recompute if recompute >= logits else 0,
+        "logits_bytes": logits if logits > recompute else 0,
     }
     qlora = {
         "weights_bytes": sum(math.ceil(n / 2) for n in quantized) + 2 * (all_weights - sum(quantized)),

@@ -15,13 +15,20 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 def save_checkpoint(state: TrainState, folder: Path, *, keep: int, base_name: str) -> Path:
-    """Write `folder/step-XXXXXX` for the state as it is now and remove all but the newest `keep`; returns its path."""
+    """Write `folder/step-XXXXXX` for the state as it is now and remove all but the newest `keep`; returns its path.
+
+    A damaged one of this step is replaced. Ones of later steps are damaged too (the run came back to an earlier step), so
+    they count for nothing and are left where they are.
+    """
     path = folder / f"step-{state.step:06d}"
+    if path.exists() and verify_manifest(path):
+        shutil.rmtree(path)
     if not path.exists():
         with staged_folder(path) as staging:
             state.save(staging, base_name=base_name)
             write_manifest(staging, {"step": state.step})
-    for old in list_checkpoints(folder)[:-keep]:
+    up_to_now = [old for old in list_checkpoints(folder) if _step_of(old) <= state.step]
+    for old in up_to_now[:-keep]:
         shutil.rmtree(old)
     return path
 
@@ -30,9 +37,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first; their contents are not looked at."""
     if not folder.is_dir():
         return []
-    return sorted(
-        (path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:])
-    )
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
@@ -44,3 +49,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
             return path, problems
         problems.append(f"{path.name} is not used: {wrong[0]}")
     return None, problems
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

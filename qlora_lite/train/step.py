@@ -13,6 +13,7 @@ from peft import PeftModel
 from qlora_lite.data.batches import Batch
 from qlora_lite.model.forward import causal_lm, predicting_states
 from qlora_lite.model.head import summed_loss
+from qlora_lite.train.measure import give_back_free_memory
 
 
 def batch_loss(model: PeftModel, batch: Batch) -> torch.Tensor:
@@ -46,5 +47,6 @@ def forward_backward(
         summed = loss.item()
         on_batch(batch, summed / len(batch.target_N))
         backward(loss / num_label_tokens)
+        give_back_free_memory()
         total += summed
     return total / num_label_tokens

@@ -267,7 +267,8 @@ def test_own_training_data_are_never_scored_on_the_shipped_ones_in_silence(tmp_p
 
 def test_a_short_recipe_has_the_defaults_of_the_shipped_one(tmp_path):
     path = write(tmp_path, "method: qlora\nlora:\n")
-    assert load_recipe(path) == load_recipe("smollm2-135m_country-qa")
+    own = ["data.num_train=600", "train.learning_rate=2e-4"]
+    assert load_recipe(path) == load_recipe("smollm2-135m_country-qa", overrides=own)
     assert load_recipe(path).notes == ()
     assert set(Recipe().model_dump()) == set(load_recipe(path).model_dump())
 

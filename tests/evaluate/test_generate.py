@@ -1,0 +1,108 @@
+"""Batched greedy answers are what one-by-one greedy decoding gives, and generating leaves the model as it was."""
+
+import pytest
+import torch
+
+import qlora_lite.evaluate.generate as generate
+from qlora_lite.evaluate.generate import generate_answers, generating, stream_answer
+from qlora_lite.model.attention import PACKED, attention_for_generation
+from qlora_lite.model.forward import causal_lm
+from tests.data.tiny_tokenizer import make_tokenizer
+from tests.tiny_model import random_rows, tiny_adapted
+
+NEVER = 319  # a token that this model never picks: answers run to their full length
+LENGTH = 6
+
+
+class Ids:
+    """A tokenizer whose text is the ids."""
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_adapted(compute=torch.float32, factors=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rows = random_rows([1] * 5, prompt=(3, 30))
+    return [rows.encoded(i).input_ids for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(model, prompts):
+    """Greedy ids of each prompt alone: no batch, no padding, no cache, no `generate`."""
+    answers = []
+    with torch.no_grad(), attention_for_generation(causal_lm(model)):
+        for prompt in prompts:
+            ids = list(prompt)
+            for _ in range(LENGTH):
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            answers.append(ids[len(prompt) :])
+    assert not any(NEVER in answer for answer in answers)
+    assert len({tuple(answer) for answer in answers}) > 1
+    return answers
+
+
+def text(ids):
+    return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
+def test_batched_left_padded_answers_equal_one_by_one_answers(model, prompts, one_by_one, batch_tokens, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_TOKENS", batch_tokens)
+    done = []
+    answers = generate_answers(model, Ids(), prompts, stop_token=NEVER, max_new_tokens=LENGTH, progress=done.append)
+    assert answers == [text(ids) for ids in one_by_one]
+    assert done == sorted(done) and done[-1] == len(prompts)
+    assert len(done) == {1: 5, 4096: 1}.get(batch_tokens, len(done))
+
+
+def test_an_answer_ends_before_the_stop_token_while_others_go_on(model, prompts, one_by_one):
+    stop = one_by_one[0][2]
+    answers = generate_answers(model, Ids(), prompts, stop_token=stop, max_new_tokens=LENGTH)
+    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in one_by_one]
+    assert answers == [text(ids) for ids in expected]
+    assert len(expected[0]) <= 2
+
+
+def test_no_prompts_give_no_answers(model):
+    assert generate_answers(model, Ids(), [], stop_token=NEVER, max_new_tokens=LENGTH) == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_and_attention_are_restored(model, prompts, training):
+    model.train(training)
+    generate_answers(model, Ids(), prompts[:1], stop_token=NEVER, max_new_tokens=1)
+    assert model.training is training and causal_lm(model).config._attn_implementation == PACKED
+    with pytest.raises(ZeroDivisionError), generating(model):
+        assert not model.training
+        raise ZeroDivisionError
+    assert model.training is training and causal_lm(model).config._attn_implementation == PACKED
+    model.eval()
+
+
+def test_a_streamed_answer_is_the_batched_answer(model, prompts):
+    tokenizer = make_tokenizer()
+    (whole,) = generate_answers(model, tokenizer, prompts[:1], stop_token=NEVER, max_new_tokens=LENGTH)
+    pieces = list(stream_answer(model, tokenizer, prompts[0], stop_token=NEVER, max_new_tokens=LENGTH))
+    assert "".join(pieces).strip() == whole
+    assert causal_lm(model).config._attn_implementation == PACKED
+
+
+def test_a_failure_while_streaming_reaches_the_reader(model):
+    with pytest.raises(IndexError):
+        list(stream_answer(model, make_tokenizer(), [10**6], stop_token=NEVER, max_new_tokens=2))
+    assert causal_lm(model).config._attn_implementation == PACKED
+
+
+def test_batches_are_long_first_and_never_wider_than_allowed(monkeypatch):
+    monkeypatch.setattr(generate, "BATCH_TOKENS", 20)
+    lengths = [3, 10, 50, 4, 9, 5]
+    batches = list(generate._length_batches(lengths))
+    assert sorted(i for batch in batches for i in batch) == list(range(6))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 20 for batch in batches)
+    assert batches[0] == [2]

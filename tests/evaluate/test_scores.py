@@ -1,0 +1,108 @@
+"""Scores of known answers, and a validation loss that is the mean over label tokens."""
+
+import json
+
+import pytest
+import torch
+
+import qlora_lite.evaluate.scores as scores
+from qlora_lite.data.examples import load_examples
+from qlora_lite.data.template import encode_prompt, stop_token_id
+from qlora_lite.evaluate.scores import Prediction, by_phrasing, evaluate_model, validation_loss
+from qlora_lite.train.step import forward_backward
+from tests.data.conftest import question, squad
+from tests.data.tiny_tokenizer import make_tokenizer
+from tests.tiny_model import random_rows, split_batches, tiny_adapted
+
+QUESTIONS = [
+    question("a", "Which river?", "The Nile", "Nile"),
+    question("b", "Which town?", "Luxor"),
+    question("c", "Who?"),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_adapted()
+
+
+def test_known_answers_get_the_official_scores(model, tmp_path, monkeypatch):
+    (tmp_path / "data.json").write_text(json.dumps(squad(*QUESTIONS)))
+    tokenizer = make_tokenizer()
+    examples = load_examples(
+        tmp_path / "data.json", tokenizer, num_rows=None, no_answer_text="none", max_seq_length=None, cache_dir=tmp_path
+    )
+    seen = {}
+
+    def answers(model, tokenizer, prompts, *, stop_token, max_new_tokens, progress):
+        seen.update(prompts=prompts, stop_token=stop_token, max_new_tokens=max_new_tokens)
+        progress(len(prompts))
+        return ["the nile.", "Luxor and Cairo", "None"]
+
+    monkeypatch.setattr(scores, "generate_answers", answers)
+    done = []
+    result = evaluate_model(
+        model,
+        tokenizer,
+        examples,
+        device="cpu",
+        no_answer_text="none",
+        max_new_tokens=9,
+        micro_batch_tokens=512,
+        progress=lambda *numbers: done.append(numbers),
+    )
+    assert result.num_examples == 3 and done == [(3, 3)]
+    assert [(p.id, p.exact_match, p.f1) for p in result.predictions] == [("a", 100, 100), ("b", 0, 50), ("c", 100, 100)]
+    assert result.exact_match == pytest.approx(200 / 3) and result.f1 == pytest.approx(250 / 3)
+    assert result.predictions[0].gold == ("The Nile", "Nile") and result.predictions[2].gold == ()
+    assert result.loss == validation_loss(model, examples, device="cpu", micro_batch_tokens=512)
+    assert result.to_json_dict() == {
+        "exact_match": result.exact_match, "f1": result.f1, "loss": result.loss, "num_examples": 3
+    }  # fmt: skip
+    rows = [examples.row(i) for i in range(3)]
+    assert seen["prompts"] == [encode_prompt(tokenizer, row.question, row.context) for row in rows]
+    assert (seen["stop_token"], seen["max_new_tokens"]) == (stop_token_id(tokenizer), 9)
+
+
+def test_the_validation_loss_is_the_training_loss_however_it_is_batched(model):
+    rows = random_rows([1, 30, 2, 5])
+    expected = forward_backward(
+        model.eval(), split_batches(rows, 1), backward=lambda loss: None, on_batch=lambda batch, loss: None
+    )
+    for micro_batch_tokens in (1, 40, 4096):
+        loss = validation_loss(model, rows, device="cpu", micro_batch_tokens=micro_batch_tokens)
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_validation_loss_has_no_dropout_leaves_no_gradient_and_restores_the_mode(model, training):
+    rows = random_rows([3, 4])
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleDict) and isinstance(
+            module["default"] if "default" in module else None, torch.nn.Identity
+        ):
+            module["default"] = torch.nn.Dropout(0.5)
+    model.train(training)
+    first, second = (validation_loss(model, rows, device="cpu", micro_batch_tokens=64) for _ in range(2))
+    assert first == second
+    assert model.training is training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.eval()
+
+
+def prediction(name, exact, f1):
+    return Prediction(name, "question", "answer", ("gold",), exact, f1)
+
+
+def test_trained_and_untrained_phrasings_are_scored_apart():
+    predictions = [
+        prediction("iz-currency-trained", 100, 100),
+        prediction("iz-capital-trained", 0, 50),
+        prediction("iz-currency-untrained", 0, 20),
+    ]
+    assert by_phrasing(predictions) == {
+        "trained": {"exact_match": 50, "f1": 75, "num_examples": 2},
+        "untrained": {"exact_match": 0, "f1": 20, "num_examples": 1},
+    }
+    assert by_phrasing([*predictions, prediction("other", 0, 0)]) == {}
+    assert by_phrasing([]) == {}

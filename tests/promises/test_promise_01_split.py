@@ -1,0 +1,62 @@
+"""Promise 1: splitting a step into micro-batches does not change the gradient, also with very unequal label counts."""
+
+import pytest
+import torch
+
+from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.artefact import quantize_base
+from qlora_lite.model.base import checkpoint_activations, load_base
+from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.source import find_base
+from qlora_lite.train.step import batch_loss
+from tests.tiny_model import (
+    UNEQUAL_LABELS,
+    gradients,
+    move_factors,
+    random_rows,
+    relative_difference,
+    split_batches,
+    take_gradients,
+    tiny_adapted,
+)
+
+TOLERANCE = 1e-5
+
+
+def assert_split_does_not_matter(model, rows):
+    whole = gradients(model, split_batches(rows, 1))
+    assert all(gradient.dtype == torch.float32 for gradient in whole.values())
+    assert all(gradient.norm() > 0 for gradient in whole.values())
+    for num_batches in (2, 4, 16):
+        assert relative_difference(gradients(model, split_batches(rows, num_batches)), whole) < TOLERANCE, num_batches
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_micro_batch_split_does_not_change_the_gradient(checkpointing):
+    model = tiny_adapted()
+    checkpoint_activations(causal_lm(model), enable=checkpointing)
+    assert_split_does_not_matter(model, random_rows(UNEQUAL_LABELS))
+
+
+def test_the_order_of_examples_does_not_change_the_gradient():
+    model, rows = tiny_adapted(), random_rows(UNEQUAL_LABELS)
+    batches = split_batches(rows, 4)
+    assert relative_difference(gradients(model, batches[::-1]), gradients(model, batches)) < TOLERANCE
+
+
+def test_a_mean_of_micro_batch_means_would_change_the_gradient():
+    """What many trainers do; shows that the tests above can fail."""
+    model, rows = tiny_adapted(), random_rows(UNEQUAL_LABELS)
+    whole = gradients(model, split_batches(rows, 1))
+    batches = split_batches(rows, 16)
+    for batch in batches:
+        (batch_loss(model, batch) / len(batch.target_N) / len(batches)).backward()
+    assert relative_difference(take_gradients(model), whole) > 0.1
+
+
+@pytest.mark.slow
+def test_micro_batch_split_does_not_change_the_gradient_of_the_real_model(real_home):
+    base = load_base(quantize_base(find_base("smollm2-135m", cache=real_home), cache=real_home), device="cpu")
+    model = attach_adapter(base.model, r=4, lora_alpha=8)
+    move_factors(model, std=0.005)
+    assert_split_does_not_matter(model, random_rows(UNEQUAL_LABELS, vocab=49_000, prompt=(3, 8)))

@@ -1,0 +1,84 @@
+"""Promise 2: the chunked loss equals the full-logits loss, value and gradient, and a full logits tensor never exists."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qlora_lite.model.head import CHUNK, log_probabilities, summed_loss
+from qlora_lite.train.step import batch_loss
+from tests.tiny_model import SIZES, random_rows, split_batches, tiny_adapted
+
+VOCAB, WIDTH = 300, 32
+
+
+def model_with_head(vocab: int = VOCAB, *, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+    head = torch.nn.Linear(WIDTH, vocab, bias=False, dtype=dtype).requires_grad_(False)
+    return SimpleNamespace(get_output_embeddings=lambda: head)
+
+
+def full_loss(model, hidden_ND, target_N):
+    logits_NV = model.get_output_embeddings()(hidden_ND).float()
+    return torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="sum")
+
+
+class LargestStorage(TorchDispatchMode):
+    """Bytes of the largest storage that any operation gave back."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("num_labels", [1, 15, 16, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_loss_equals_full_logits_loss_in_value_and_gradient(num_labels, dtype):
+    model = model_with_head(dtype=dtype)
+    target_N = torch.randint(0, VOCAB, (num_labels,))
+    chunked_ND = torch.randn(num_labels, WIDTH, dtype=dtype).requires_grad_()
+    full_ND = chunked_ND.detach().clone().requires_grad_()
+    chunked, full = summed_loss(model, chunked_ND, target_N), full_loss(model, full_ND, target_N)
+    chunked.backward()
+    full.backward()
+    assert chunked.dtype == torch.float32 and chunked.shape == ()
+    torch.testing.assert_close(chunked, full, rtol=1e-6, atol=0)
+    limit = 1e-5 if dtype == torch.float32 else 2**-8  # one rounding of bf16
+    assert (chunked_ND.grad - full_ND.grad).float().norm() <= limit * full_ND.grad.float().norm()
+    assert chunked_ND.grad.dtype == dtype
+
+
+def test_log_probabilities_come_in_chunks_that_equal_the_whole():
+    model, hidden_ND = model_with_head(), torch.randn(CHUNK + 5, WIDTH)
+    chunks = list(log_probabilities(model, hidden_ND))
+    assert [len(chunk) for chunk in chunks] == [CHUNK, 5]
+    whole = model.get_output_embeddings()(hidden_ND).log_softmax(-1)
+    torch.testing.assert_close(torch.cat(chunks), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_no_tensor_is_larger_than_one_chunk_of_logits():
+    vocab, num_labels = 2048, 4 * CHUNK
+    model, target_N = model_with_head(vocab), torch.randint(0, vocab, (num_labels,))
+    with LargestStorage() as largest:
+        summed_loss(model, torch.randn(num_labels, WIDTH).requires_grad_(), target_N).backward()
+    assert largest.num_bytes == 4 * CHUNK * vocab
+    with LargestStorage() as largest:  # the watch sees the tensor where it exists
+        full_loss(model, torch.randn(num_labels, WIDTH).requires_grad_(), target_N).backward()
+    assert largest.num_bytes == 4 * num_labels * vocab
+
+
+def test_a_training_step_never_holds_logits_of_all_its_tokens():
+    model = tiny_adapted()
+    vocab = model.get_base_model().config.vocab_size
+    assert vocab > SIZES["intermediate_size"]  # else an fp32 gradient in the MLP would be as large
+    (batch,) = split_batches(random_rows([3] * 8, prompt=(60, 60)), 1)
+    num_tokens = batch.input_ids_1T.shape[1]
+    with LargestStorage() as largest:
+        batch_loss(model, batch).backward()
+    assert largest.num_bytes < 4 * num_tokens * vocab  # the loss is computed in fp32

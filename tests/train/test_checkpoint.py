@@ -1,0 +1,92 @@
+"""Checkpoints: whole or not there; the newest valid one is found; the newest few are kept."""
+
+import shutil
+
+import pytest
+
+from qlora_lite.model.manifest import verify_manifest
+from qlora_lite.train.checkpoint import list_checkpoints, newest_valid, save_checkpoint
+
+
+class State:
+    """Stands for a TrainState: a step, and one file."""
+
+    def __init__(self, step=0):
+        self.step = step
+
+    def save(self, folder, *, base_name):
+        (folder / "state.json").write_text(f"{base_name} {self.step}")
+
+
+class KilledState(State):
+    def save(self, folder, *, base_name):
+        super().save(folder, base_name=base_name)
+        raise KeyboardInterrupt
+
+
+def save(folder, *steps, keep=9):
+    for step in steps:
+        path = save_checkpoint(State(step), folder, keep=keep, base_name="base")
+        assert path == folder / f"step-{step:06d}"
+
+
+def names(folder):
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def damage(folder, step):
+    (folder / f"step-{step:06d}" / "state.json").write_text("base X")
+
+
+def test_the_newest_valid_one_is_found_and_each_damaged_one_is_named(tmp_path):
+    save(tmp_path, 5, 10, 15)
+    assert newest_valid(tmp_path) == (tmp_path / "step-000015", [])
+    damage(tmp_path, 15)
+    (tmp_path / "step-000010" / "manifest.json").unlink()
+    path, problems = newest_valid(tmp_path)
+    assert path == tmp_path / "step-000005"
+    assert problems[0].startswith("step-000015 is not used: ") and "state.json" in problems[0]
+    assert problems[1].startswith("step-000010 is not used: ") and "manifest.json: missing" in problems[1]
+
+
+def test_no_checkpoints_are_no_error(tmp_path):
+    assert newest_valid(tmp_path / "nowhere") == (None, [])
+    assert newest_valid(tmp_path) == (None, [])
+
+
+def test_a_run_killed_while_saving_leaves_nothing_to_be_found(tmp_path):
+    save(tmp_path, 5)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(KilledState(10), tmp_path, keep=1, base_name="base")
+    assert names(tmp_path) == ["step-000005"]
+    staged = tmp_path / ".step-000010.abcd.staging"  # what a kill -9 would leave
+    shutil.copytree(tmp_path / "step-000005", staged)
+    assert newest_valid(tmp_path) == (tmp_path / "step-000005", [])
+
+
+def test_the_newest_few_are_kept_in_the_order_of_their_steps(tmp_path):
+    save(tmp_path, 999_998, 999_999, 1_000_000, 1_000_001, keep=3)
+    assert names(tmp_path) == ["step-999999", "step-1000000", "step-1000001"]
+
+
+def test_a_good_checkpoint_of_the_same_step_is_left_alone(tmp_path):
+    save(tmp_path, 5)
+    stamp = (tmp_path / "step-000005" / "state.json").stat().st_mtime_ns
+    save(tmp_path, 5)
+    assert (tmp_path / "step-000005" / "state.json").stat().st_mtime_ns == stamp
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
+    save(tmp_path, 5, 10)
+    damage(tmp_path, 10)
+    save(tmp_path, 10)
+    assert verify_manifest(tmp_path / "step-000010") == []
+    assert newest_valid(tmp_path) == (tmp_path / "step-000010", [])
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_push_out_good_ones(tmp_path):
+    save(tmp_path, 5, 10, 15)
+    damage(tmp_path, 10)
+    damage(tmp_path, 15)
+    save(tmp_path, 7, keep=1)  # resumed from 5
+    assert newest_valid(tmp_path)[0] == tmp_path / "step-000007"
