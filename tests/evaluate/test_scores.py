@@ -78,9 +78,7 @@ def test_the_validation_loss_is_the_training_loss_however_it_is_batched(model):
 def test_the_validation_loss_has_no_dropout_leaves_no_gradient_and_restores_the_mode(model, training):
     rows = random_rows([3, 4])
     for module in model.modules():
-        if isinstance(module, torch.nn.ModuleDict) and isinstance(
-            module["default"] if "default" in module else None, torch.nn.Identity
-        ):
+        if isinstance(module, torch.nn.ModuleDict) and isinstance(module.get("default", None), torch.nn.Identity):
             module["default"] = torch.nn.Dropout(0.5)
     model.train(training)
     first, second = (validation_loss(model, rows, device="cpu", micro_batch_tokens=64) for _ in range(2))

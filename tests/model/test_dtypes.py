@@ -62,5 +62,5 @@ def test_a_device_is_chosen_with_its_reason(card, asked, capability, expected):
 
 def test_cuda_where_there_is_none_is_refused(card):
     card(None)
-    with pytest.raises(UserError, match="torch finds no CUDA device. Use device: cpu or auto"):
+    with pytest.raises(UserError, match=r"torch finds no CUDA device\. Use device: cpu or auto"):
         choose_device("cuda")
