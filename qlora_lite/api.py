@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from qlora_lite.data.batches import StepSampler
@@ -129,11 +130,13 @@ def train(
     """Train and keep `run_dir`: one `StepStats` per optimizer step, checkpoints on the way, adapter/ at the end.
 
     `resume` continues from the newest whole checkpoint. When `should_stop()` becomes true, the step that is under way is
-    finished, a checkpoint written, and the generator ends. Raises RunError, DataError or TrainingStopped.
+    finished, a checkpoint written, and the generator ends. A finished run has no steps left: its state is loaded.
+    Raises RunError, DataError or TrainingStopped.
     """
     recipe, run = plan.recipe, RunDir.open(run_dir) if resume else RunDir.create(run_dir)
     if resume:
-        _refuse_other_recipe(run, recipe)
+        refuse_other_recipe(run, recipe)
+        _refuse_other_base(run, loaded.base_sha256)
     examples = training_examples(plan, loaded.tokenizer)
     sampler = StepSampler(
         len(examples),
@@ -156,7 +159,6 @@ def train(
     else:
         _write_start(run, plan, loaded)
     base_name = str(loaded.artefact)
-    memory = _Memory(loaded.static_bytes | {"optimizer_bytes": state_bytes(optimizer)})
     steps = train_steps(
         state,
         examples,
@@ -171,19 +173,19 @@ def train(
     try:
         for stats in steps:
             run.append_step(asdict(stats))
-            memory.see(stats)
             is_last, is_stopped = stats.step == stats.num_steps, should_stop()
             if is_last or is_stopped or stats.step % recipe.train.save_every_steps == 0:
-                save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base_name=base_name)
+                _save(state, run, recipe, base_name)
             yield stats
             if is_stopped and not is_last:
                 return
     except TrainingStopped as error:
         if error.state_is_good and state.step > 0:
-            save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base_name=base_name)
+            _save(state, run, recipe, base_name)
         raise
     _publish_adapter(run)
-    run.write_json("memory.json", memory.to_json_dict(plan, loaded))
+    resident = loaded.static_bytes | {"optimizer_bytes": state_bytes(optimizer)}
+    run.write_json("memory.json", _measured_memory(plan, loaded, resident, run.read_steps()))
 
 
 def evaluate(
@@ -258,13 +260,32 @@ def adapter_off(loaded: LoadedModel) -> Iterator[None]:
 def run_artefact(plan: Plan, run: RunDir) -> Path:
     """The quantized base the run was trained on. Raises RunError when what is there now is another one."""
     artefact = quantize_base(plan.source, cache=plan.cache)
-    now, then = verify_artefact(artefact), run.read_json("env.json").get("base_sha256")
+    _refuse_other_base(run, verify_artefact(artefact))
+    return artefact
+
+
+def refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
+    """Raise RunError for a resolved `recipe` that is not the run's: another one would silently mix two runs."""
+    before, now = (r.model_dump(mode="json") for r in (load_run_recipe(run.recipe), recipe))
+    changed = [
+        f"{section}.{key} was {before[section][key]}, is {value}"
+        if key
+        else f"{section} was {before[section]}, is {value}"
+        for section, values in now.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+        if (before[section][key] if key else before[section]) != value
+    ]
+    if changed:
+        raise RunError(f"{run.path}: cannot resume with another recipe: {'; '.join(changed)}. Start a new run instead")
+
+
+def _refuse_other_base(run: RunDir, now: str) -> None:
+    then = run.read_json("env.json").get("base_sha256")
     if then is not None and now != then:
         raise RunError(
             f"{run.path}: was trained on another quantized base (SHA-256 {then[:12]}..., now {now[:12]}...). "
             "Quantizing again may round differently; put the original cache back, or train again"
         )
-    return artefact
 
 
 def _target_modules(recipe: Recipe) -> str | list[str]:
@@ -303,19 +324,14 @@ def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel) -> None:
     )
 
 
-def _refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
-    """A run goes on with the recipe it began with; another one would silently mix two runs."""
-    before, now = (r.model_dump(mode="json") for r in (load_run_recipe(run.recipe), recipe))
-    changed = [
-        f"{section}.{key} was {before[section][key]}, is {value}"
-        if key
-        else f"{section} was {before[section]}, is {value}"
-        for section, values in now.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-        if (before[section][key] if key else before[section]) != value
-    ]
-    if changed:
-        raise RunError(f"{run.path}: cannot resume with another recipe: {'; '.join(changed)}. Start a new run instead")
+def _save(state: TrainState, run: RunDir, recipe: Recipe, base_name: str) -> None:
+    try:
+        save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base_name=base_name)
+    except SafetensorError as error:  # what a full disk is called by save_file
+        raise RunError(
+            f"{run.checkpoints}: the checkpoint of step {state.step} cannot be written ({error}). The one before is kept: "
+            "free some room and continue with --resume"
+        ) from error
 
 
 def _resume(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
@@ -364,29 +380,21 @@ def _proof_rows(plan: Plan, tokenizer: Any) -> list[Encoded]:
     return rows
 
 
-class _Memory:
-    """What a run measured: resident tensors by size, and the allocator's peak above them in the largest step."""
-
-    def __init__(self, static_bytes: dict[str, int]) -> None:
-        self.static_bytes = static_bytes
-        self.step_peak_bytes = 0
-        self.rss_bytes = 0
-
-    def see(self, stats: StepStats) -> None:
-        self.step_peak_bytes = max(self.step_peak_bytes, stats.peak_bytes or 0)
-        self.rss_bytes = max(self.rss_bytes, stats.rss_bytes)
-
-    def to_json_dict(self, plan: Plan, loaded: LoadedModel) -> dict[str, Any]:
-        gradients = sum(4 * parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
-        measured = {
-            **self.static_bytes,
-            "gradients_bytes": gradients,
-            "activations_bytes": max(0, self.step_peak_bytes - gradients),
-        }
-        ours, full = "QLoRA, measured", "full fine-tuning, by arithmetic"
-        return {
-            "columns": {ours: measured, full: plan.estimate.full},
-            "totals": {ours: sum(measured.values()), full: plan.estimate.full_bytes},
-            "peak_bytes": {"planned": plan.estimate.qlora_bytes, "measured": sum(measured.values())},
-            "rss_bytes": self.rss_bytes,
-        }
+def _measured_memory(
+    plan: Plan, loaded: LoadedModel, resident: dict[str, int], steps: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What a run measured, all its sittings together: resident tensors by size, and the largest step's peak above them."""
+    peak_bytes = max((step.get("peak_bytes") or 0 for step in steps), default=0)
+    gradients = sum(4 * parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+    measured = {
+        **resident,
+        "gradients_bytes": gradients,
+        "activations_bytes": max(0, peak_bytes - gradients),
+    }
+    ours, full = "QLoRA, measured", "full fine-tuning, by arithmetic"
+    return {
+        "columns": {ours: measured, full: plan.estimate.full},
+        "totals": {ours: sum(measured.values()), full: plan.estimate.full_bytes},
+        "peak_bytes": {"planned": plan.estimate.qlora_bytes, "measured": sum(measured.values())},
+        "rss_bytes": max((step["rss_bytes"] for step in steps), default=0),
+    }

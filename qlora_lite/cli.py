@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 our bug; 2 the user can mend it; 3 does not fit, or a proo
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +48,7 @@ _MENDABLE = {
 
 @app.command()
 def check(
-    recipe: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or shipped names.")],
+    recipe: Annotated[list[str], typer.Argument(metavar="RECIPE", help="Recipe files or shipped names.")],
     set_: SetOption = [],  # noqa: B006  (typer reads the default; it is never changed)
     json: JsonOption = False,
 ) -> None:
@@ -151,12 +152,17 @@ def recipes_schema() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (`arguments`, or those of the process) and exit with its code."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that half-made folders are removed
     try:
         app(arguments, standalone_mode=True)
     except QloraLiteError as error:
         _leave(str(error), error.exit_code)
     except KeyboardInterrupt:
         _leave("stopped", 130)
+    except SystemExit as end:
+        if end.code in (130, 143):  # typer makes 130 of Ctrl-C
+            _leave("stopped", end.code)
+        raise
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise

@@ -4,10 +4,11 @@ Everything a verb computes comes from the Python interface (api.py); here it is 
 returns what `--json` prints.
 """
 
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,41 +41,37 @@ def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, r
     if resume and run_dir is None:
         raise RunError("--resume needs the run to continue: add --run-dir DIR")
     run_dir = run_dir or RunDir.next_free(Path("runs"), recipe.name)
-    if not resume:
-        RunDir.create(run_dir)  # an unusable folder is said before the long work, not after it
-    with show.phase("planning"):
-        plan = api.make_plan(recipe)
-    show.show_reasons(plan.reasons)
-    loaded = _load(plan)
-    run = RunDir(run_dir)
-    before = run.read_json("eval.json").get("before") if resume else None
-    groups_before: Mapping[str, Any] = {}
-    if plan.recipe.data.eval is not None and before is None:
-        result = _score(plan, loaded, "scoring the base model")
-        before, groups_before = result.to_json_dict(), by_phrasing(result.predictions)
-    _train_steps(plan, loaded, run, resume=resume, command=_resume_command(recipe_name, overrides, run_dir))
-    after, groups = None, {}
-    if plan.recipe.data.eval is not None:
-        result = _score(plan, loaded, "scoring the tuned model")
-        after, groups_after = result.to_json_dict(), by_phrasing(result.predictions)
-        groups = {name: {"before": groups_before.get(name, {}), "after": group} for name, group in groups_after.items()}
-        run.write_json("eval.json", {"before": before, "after": after, "groups": groups})
-        run.write_predictions(asdict(prediction) for prediction in result.predictions)
-        show.show_scores(before, after, groups={f"{name} phrasing": group for name, group in groups.items()})
-    memory = run.read_json("memory.json")
-    show.show_memory(memory["columns"], totals=memory["totals"])
-    summary = _train_summary(run, memory, wall_s=time.perf_counter() - begin)
-    run.write_json("train.json", summary)
+    command = _resume_command(recipe_name, overrides, run_dir)
+    # An unusable folder is said before the long work, not after it.
+    with (
+        nullcontext(RunDir.open(run_dir)) if resume else RunDir.creating(run_dir) as run,
+        _told_how_to_go_on(run, command),
+    ):
+        with show.phase("planning"):
+            plan = api.make_plan(recipe)
+        if resume:
+            api.refuse_other_recipe(run, plan.recipe)
+            _refuse_finished(run)
+        show.show_reasons(plan.reasons)
+        loaded = _load(plan)
+        scores = _scores_before(plan, loaded, run)
+        _train_steps(plan, loaded, run, scores, resume=resume, command=command)
+        if plan.recipe.data.eval is not None:
+            scores = _scores_after(plan, loaded, run, scores)
+        memory = run.read_json("memory.json")
+        show.show_memory(memory["columns"], totals=memory["totals"])
+        summary = _train_summary(run, memory, wall_s=time.perf_counter() - begin)
+        run.write_json("train.json", summary)
     show.write_report(run.path)
-    show.say(f"done: {run.path} (adapter/, report.html). Next: qlora-lite merge {run.path}")
-    return summary | {"eval": {"before": before, "after": after, "groups": groups}}
+    show.say(f"done: {run.path} (adapter/, report.html). Next: {shlex.join(['qlora-lite', 'merge', str(run.path)])}")
+    return summary | {"eval": scores}
 
 
 def evaluate(run_dir: Path, *, which: str, data: Path | None) -> dict[str, Any]:
     """Score one of the run's models on its held-out rows or on another file."""
+    name = _which(which)
     run, plan = api.open_run(run_dir)
-    with show.phase(f"loading the {which} model"):
-        loaded = api.load_run_model(plan, run, _which(which))
+    loaded = _load_quietly(plan, run, name)
     if which == "base":
         with api.adapter_off(loaded):
             result = _score(plan, loaded, "scoring the base model", data=data)
@@ -113,9 +110,9 @@ def merge(run_dir: Path, out: Path | None) -> dict[str, Any]:
 
 def ask(run_dir: Path, question: str, *, context: Path | None, which: str) -> dict[str, Any]:
     """Stream an answer with the training template, from one model of the run or from all side by side."""
-    run, plan = api.open_run(run_dir)
     passage = _read_context(context)
     wanted = list(WHICH) if which == "all" else [_which(which)]
+    run, plan = api.open_run(run_dir)
     answers: dict[str, str | None] = {}
     if {"base", "adapter"} & set(wanted):
         loaded = _load_quietly(plan, run, "adapter")
@@ -182,31 +179,69 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
 
 def _load(plan: Plan) -> api.LoadedModel:
     with show.phase("loading the base in 4 bits (quantized once, then read from the cache)") as phase:
-        loaded = api.load_model(plan)
+        loaded = api.load_model(plan, progress=phase.progress)
         phase.note(
             f"{format_bytes(sum(loaded.static_bytes.values()))} with the adapter, SHA-256 {loaded.base_sha256[:12]}"
         )
     return loaded
 
 
-def _load_quietly(plan: Plan, run: RunDir, which: str) -> api.LoadedModel:
+def _load_quietly(plan: Plan, run: RunDir, which: api.Which) -> api.LoadedModel:
     with show.phase(f"loading the {which} model"):
-        return api.load_run_model(plan, run, _which(which))
+        return api.load_run_model(plan, run, which)
 
 
 def _score(plan: Plan, loaded: api.LoadedModel, title: str, *, data: Path | None = None) -> EvalResult:
     with show.phase(title) as phase:
-        result = api.evaluate(plan, loaded, data=data)
+        result = api.evaluate(plan, loaded, data=data, progress=phase.progress)
         phase.note(f"exact match {result.exact_match:.1f}, F1 {result.f1:.1f}, {result.num_examples} questions")
     return result
 
 
-def _train_steps(plan: Plan, loaded: api.LoadedModel, run: RunDir, *, resume: bool, command: str) -> None:
+def _refuse_finished(run: RunDir) -> None:
+    """A run with its last file written; one that was stopped while its adapter was scored still has that to do."""
+    if run.read_json("train.json"):
+        raise RunError(
+            f"{run.path}: is finished ({len(run.read_steps())} steps), so there is nothing to resume. Merge it with: "
+            f"{shlex.join(['qlora-lite', 'merge', str(run.path)])}, or train again in another --run-dir"
+        )
+
+
+def _scores_before(plan: Plan, loaded: api.LoadedModel, run: RunDir) -> dict[str, Any]:
+    """What eval.json holds before training: the base model's scores, from there when the run is resumed."""
+    scores = {key: value for key, value in run.read_json("eval.json").items() if key != "schema_version"}
+    if scores or plan.recipe.data.eval is None:
+        return scores or {"before": None, "after": None, "groups": {}}
+    result = _score(plan, loaded, "scoring the base model")
+    groups = {name: {"before": group, "after": {}} for name, group in by_phrasing(result.predictions).items()}
+    return {"before": result.to_json_dict(), "after": None, "groups": groups}
+
+
+def _scores_after(plan: Plan, loaded: api.LoadedModel, run: RunDir, scores: dict[str, Any]) -> dict[str, Any]:
+    """Score the tuned model, show and keep the scores beside those of before."""
+    result = _score(plan, loaded, "scoring the tuned model")
+    groups = {
+        name: {"before": scores["groups"].get(name, {}).get("before", {}), "after": group}
+        for name, group in by_phrasing(result.predictions).items()
+    }
+    scores = scores | {"after": result.to_json_dict(), "groups": groups}
+    run.write_json("eval.json", scores)
+    run.write_predictions(asdict(prediction) for prediction in result.predictions)
+    shown = {f"{name} phrasing": group for name, group in groups.items()}
+    show.show_scores(scores["before"], scores["after"], groups=shown)
+    return scores
+
+
+def _train_steps(
+    plan: Plan, loaded: api.LoadedModel, run: RunDir, scores: dict[str, Any], *, resume: bool, command: str
+) -> None:
     with stop_signals() as stop:
         steps = api.train(
             plan, loaded, run.path, resume=resume, should_stop=lambda: stop.number is not None, say=show.say
         )
         first = next(steps, None)
+        if scores["before"] is not None:  # not sooner: api.train wants its folder empty
+            run.write_json("eval.json", scores)
         if first is None:
             return
         with show.TrainScreen(first.num_steps, first_step=first.step - 1) as screen:
@@ -266,8 +301,20 @@ def _which(which: str) -> api.Which:
 
 
 def _resume_command(recipe_name: str, overrides: Sequence[str], run_dir: Path) -> str:
-    sets = "".join(f" --set {override}" for override in overrides)
-    return f"qlora-lite train {recipe_name}{sets} --run-dir {run_dir} --resume"
+    sets = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(["qlora-lite", "train", recipe_name, *sets, "--run-dir", str(run_dir), "--resume"])
+
+
+@contextmanager
+def _told_how_to_go_on(run: RunDir, command: str) -> Iterator[None]:
+    """Stopped at once (while loading or scoring, or by a second signal): say what is left and how to continue."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        begun = run.recipe.is_file()
+        message = f"stopped; {'continue with:' if begun else 'nothing was trained yet. Start again with:'}\n  "
+        message += command if begun else command.removesuffix(" --resume")
+        raise Interrupted(message, exit_code=130 if isinstance(stop, KeyboardInterrupt) else 143) from stop
 
 
 class _Stop:
@@ -282,7 +329,7 @@ def stop_signals() -> Iterator[_Stop]:
 
     def remember(number: int, frame: Any) -> None:
         if stop.number is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         stop.number = number
         show.say_warning("finishing this step and writing a checkpoint; once more to stop at once")
 

@@ -5,7 +5,8 @@ checkpoints/step-XXXXXX/   adapter/ (PEFT's format)   merged/
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ class RunDir:
         """A new, empty run folder. Raises RunError when it exists with something in it or cannot be made."""
         run = cls(path)
         try:
-            if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            if run.path.exists() and not run.path.is_dir():
+                raise RunError(f"{run.path}: is a file, so it cannot hold a run. Name another --run-dir")
+            if run.path.exists() and any(run.path.iterdir()):
                 raise RunError(
                     f"{run.path}: already exists and is not empty. Name another --run-dir, or continue it with --resume"
                 )
@@ -40,6 +43,20 @@ class RunDir:
         except OSError as error:
             raise RunError(f"{run.path}: cannot be written ({error.strerror}). Name another --run-dir") from error
         return run
+
+    @classmethod
+    @contextmanager
+    def creating(cls, path: Path | str) -> Iterator["RunDir"]:
+        """`create`; when the block fails before it has written something there, the empty folders go away again."""
+        made = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
+        run = cls.create(path)
+        try:
+            yield run
+        except BaseException:
+            with suppress(OSError):  # rmdir refuses a folder that holds something
+                for folder in made:
+                    folder.rmdir()
+            raise
 
     @classmethod
     def open(cls, path: Path | str) -> "RunDir":
@@ -61,7 +78,9 @@ class RunDir:
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Replace `name` in one step."""
-        write_text_durably(self.path / name, json.dumps({"schema_version": 1, **value}, indent=2, default=str) + "\n")
+        text = json.dumps({"schema_version": 1, **value}, indent=2, default=str) + "\n"
+        with _names(self.path / name):
+            write_text_durably(self.path / name, text)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The file's object, {} where there is none. Raises RunError for a damaged one."""
@@ -78,7 +97,7 @@ class RunDir:
 
     def append_step(self, stats: dict[str, Any]) -> None:
         """One line of steps.jsonl."""
-        with self.steps.open("a", encoding="utf-8") as file:
+        with _names(self.steps), self.steps.open("a", encoding="utf-8") as file:
             file.write(json.dumps(stats) + "\n")
 
     def read_steps(self) -> list[dict[str, Any]]:
@@ -96,9 +115,21 @@ class RunDir:
     def cut_steps(self, last: int) -> None:
         """Forget lines after step `last`: a resumed run writes them anew."""
         kept = [json.dumps(step) + "\n" for step in self.read_steps() if step["step"] <= last]
-        write_text_durably(self.steps, "".join(kept))
+        with _names(self.steps):
+            write_text_durably(self.steps, "".join(kept))
 
     def write_predictions(self, predictions: Iterable[dict[str, Any]]) -> None:
         """Replace predictions.jsonl."""
         lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
-        write_text_durably(self.path / "predictions.jsonl", lines)
+        with _names(self.path / "predictions.jsonl"):
+            write_text_durably(self.path / "predictions.jsonl", lines)
+
+
+@contextmanager
+def _names(path: Path) -> Iterator[None]:
+    """A failed write says which file it was: the system's own error does not, once a file is open."""
+    try:
+        yield
+    except OSError as error:
+        advice = "Free some room; what was written before is whole, and --resume continues from the last checkpoint"
+        raise RunError(f"{path}: cannot be written ({error.strerror}). {advice}") from error

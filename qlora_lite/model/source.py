@@ -8,6 +8,7 @@ import json
 import os
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bring import SHIPPED, shipped_path
@@ -53,6 +54,20 @@ def read_config(folder: Path) -> dict:
             f"{path}: model_type {model_type!r} is not supported yet; supported: {', '.join(SUPPORTED_TYPES)}"
         )
     return config
+
+
+def load_config(folder: Path) -> Any:
+    """The folder's config as transformers' own type. Raises ModelError as `read_config` does, and for values of a wrong kind."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    values = read_config(folder)
+    try:
+        return AutoConfig.for_model(**values)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'}: describes no usable model ({type(error).__name__}: {error})"
+        ) from error
 
 
 def read_json(path: Path) -> dict:

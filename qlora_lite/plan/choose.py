@@ -11,7 +11,7 @@ from qlora_lite.errors import DataError
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import NumberTypes, choose_device, choose_types
-from qlora_lite.model.source import find_base
+from qlora_lite.model.source import find_base, load_config
 from qlora_lite.plan.estimate import Estimate, estimate_memory
 from qlora_lite.recipe import Recipe
 
@@ -56,13 +56,11 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
 
     Raises UserError subclasses for a model, a device or data that cannot be used.
     """
-    from transformers import AutoConfig
-
     cache = cache or default_cache()
     device, device_reason = choose_device(recipe.device)
     types = choose_types(recipe.model.dtype, device)
     source = find_base(recipe.model.base, cache=cache)
-    config = AutoConfig.from_pretrained(str(source), local_files_only=True)
+    config = load_config(source)
     length, length_reason, label_share = _choose_length(recipe, source, cache, limit=config.max_position_embeddings)
     micro_batch, micro_batch_reason = _choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
     checkpointing = recipe.memory.gradient_checkpointing is not False

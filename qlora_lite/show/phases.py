@@ -12,6 +12,8 @@ from typing import Any
 from qlora_lite.show.text import console, safe_text, say
 from qlora_lite.units import format_seconds
 
+LINE_EVERY_S = 10.0
+
 
 @dataclass
 class Phase:
@@ -21,8 +23,20 @@ class Phase:
     remark: str = ""
     elapsed_s: float = 0.0
 
+    live: Any = None  # rich's status line on a terminal
+    _last_line_s: float = 0.0
+
     def note(self, remark: str) -> None:
         self.remark = remark
+
+    def progress(self, done: int, total: int) -> None:
+        """Show `done` of `total`: in place on a terminal, a line every ten seconds elsewhere."""
+        words = f"{safe_text(self.name)}: {done} of {total}"
+        if self.live is not None:
+            self.live.update(words)
+        elif time.perf_counter() - self._last_line_s >= LINE_EVERY_S:
+            self._last_line_s = time.perf_counter()
+            say(words)
 
 
 @contextmanager
@@ -33,7 +47,8 @@ def phase(name: str) -> Iterator[Phase]:
     if not console().is_terminal:
         say(f"{name} ...")
     try:
-        with live:
+        with live as current.live:
+            current._last_line_s = begin
             yield current
         ending = ""
     finally:

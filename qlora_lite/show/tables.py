@@ -71,12 +71,16 @@ def show_scores(
     """Exact match, F1 (both 0 to 100) and loss, before and after.
 
     `groups[name]["before" | "after"]` adds lines for a part of the questions, for instance those of an untrained phrasing.
+    With nothing before there is one column of scores.
     """
     rows = score_rows(before or {}, after or {})
     for name, group in (groups or {}).items():
         for label, old, new, change in score_rows(group.get("before") or {}, group.get("after") or {}):
             rows.append((f"{name}: {label}", old, new, change))
-    show_table(title, ["", "before", "after", "change"], rows)
+    if any(old != "–" for _, old, _, _ in rows):
+        show_table(title, ["", "before", "after", "change"], rows)
+    else:
+        show_table(title, ["", "score"], [(label, new) for label, _, new, _ in rows])
 
 
 def score_rows(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import qlora_lite.evaluate.generate as generate
+from qlora_lite.evaluate import generate
 from qlora_lite.evaluate.generate import generate_answers, generating, stream_answer
 from qlora_lite.model.attention import PACKED, attention_for_generation
 from qlora_lite.model.forward import causal_lm

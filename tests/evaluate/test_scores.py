@@ -3,16 +3,15 @@
 import json
 
 import pytest
-import torch
 
-import qlora_lite.evaluate.scores as scores
 from qlora_lite.data.examples import load_examples
 from qlora_lite.data.template import encode_prompt, stop_token_id
+from qlora_lite.evaluate import scores
 from qlora_lite.evaluate.scores import Prediction, by_phrasing, evaluate_model, validation_loss
 from qlora_lite.train.step import forward_backward
 from tests.data.conftest import question, squad
 from tests.data.tiny_tokenizer import make_tokenizer
-from tests.tiny_model import random_rows, split_batches, tiny_adapted
+from tests.tiny_model import random_rows, set_dropout, split_batches, tiny_adapted
 
 QUESTIONS = [
     question("a", "Which river?", "The Nile", "Nile"),
@@ -77,9 +76,7 @@ def test_the_validation_loss_is_the_training_loss_however_it_is_batched(model):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_validation_loss_has_no_dropout_leaves_no_gradient_and_restores_the_mode(model, training):
     rows = random_rows([3, 4])
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleDict) and isinstance(module.get("default", None), torch.nn.Identity):
-            module["default"] = torch.nn.Dropout(0.5)
+    set_dropout(model, 0.5)
     model.train(training)
     first, second = (validation_loss(model, rows, device="cpu", micro_batch_tokens=64) for _ in range(2))
     assert first == second

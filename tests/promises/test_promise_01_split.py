@@ -1,5 +1,7 @@
 """Promise 1: splitting a step into micro-batches does not change the gradient, also with very unequal label counts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.artefact import quantize_base
 from qlora_lite.model.base import checkpoint_activations, load_base
 from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.head import summed_loss
 from qlora_lite.model.source import find_base
 from qlora_lite.train.step import batch_loss
 from tests.tiny_model import (
@@ -52,6 +55,20 @@ def test_a_mean_of_micro_batch_means_would_change_the_gradient():
     for batch in batches:
         (batch_loss(model, batch) / len(batch.target_N) / len(batches)).backward()
     assert relative_difference(take_gradients(model), whole) > 0.1
+
+
+@pytest.mark.slow
+def test_a_label_alone_has_the_gradient_it_has_among_others():
+    """A head of a real model's size: there the matrix kernel for one row sums in another order than the one for many."""
+    head = torch.nn.Linear(576, 49_152, bias=False, dtype=torch.bfloat16, device="meta").to_empty(device="cpu")
+    torch.nn.init.normal_(head.requires_grad_(False).weight, std=0.024)
+    model = SimpleNamespace(get_output_embeddings=lambda: head)
+    hidden_ND, target_N = torch.randn(40, 576).bfloat16().requires_grad_(), torch.arange(40)
+    summed_loss(model, hidden_ND, target_N).backward()
+    whole, hidden_ND.grad = hidden_ND.grad, None
+    for i in range(40):
+        summed_loss(model, hidden_ND[i : i + 1], target_N[i : i + 1]).backward()
+    assert (hidden_ND.grad.float() - whole.float()).norm() < 1e-6 * whole.float().norm()
 
 
 @pytest.mark.slow

@@ -20,9 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-import qlora_lite.merge.write as write
 from qlora_lite.errors import ProofFailed, UserError
-from qlora_lite.merge import merge, merge_adapter, prove_merge
+from qlora_lite.merge import merge, merge_adapter, proof, prove_merge, write
 from qlora_lite.merge.checkpoint import Checkpoint
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 
@@ -202,8 +201,8 @@ def skipped_module(real):
 def test_a_wrong_merge_fails_the_proof_and_leaves_no_folder(folders, tmp_path, monkeypatch, mistake):
     """The mistake is in the one function that makes merged weights: writer and proof share it, the adapter path does not."""
     wrong = mistake(write.merged_row_blocks)
-    monkeypatch.setattr("qlora_lite.merge.write.merged_row_blocks", wrong)
-    monkeypatch.setattr("qlora_lite.merge.proof.merged_row_blocks", wrong)
+    monkeypatch.setattr(write, "merged_row_blocks", wrong)
+    monkeypatch.setattr(proof, "merged_row_blocks", wrong)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ProofFailed, match="the merged model is not the adapter model"):
         merge(folders.base, folders.adapter, tmp_path / "merged", ROWS)
@@ -213,7 +212,7 @@ def test_a_wrong_merge_fails_the_proof_and_leaves_no_folder(folders, tmp_path, m
 @pytest.mark.parametrize("mistake", [wrong_scaling, skipped_module])
 def test_files_that_do_not_hold_the_merge_fail_the_proof_by_name(folders, tmp_path, monkeypatch, mistake):
     """The mistake is only in what was written."""
-    monkeypatch.setattr("qlora_lite.merge.write.merged_row_blocks", mistake(write.merged_row_blocks))
+    monkeypatch.setattr(write, "merged_row_blocks", mistake(write.merged_row_blocks))
     with pytest.raises(
         ProofFailed, match=r"model\.layers\.\d\..*_proj\.weight: \d+ of \d+ values .* are not the merge"
     ):

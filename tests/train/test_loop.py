@@ -59,7 +59,22 @@ def test_every_step_reports_what_it_did():
     assert state.step == 6
 
 
-def test_the_first_step_reports_the_loss_and_the_norm_of_the_steps_gradient():
+def test_the_optimizer_takes_the_schedules_rate():
+    rows, state = random_rows(LABELS), fresh_state()
+    for s in steps_of(state, rows, sampler_of(rows), learning_rate=5e-4):
+        assert {group["lr"] for group in state.optimizer.param_groups} == {s.learning_rate}
+
+
+def test_the_gradient_is_clipped_before_the_update():
+    rows, state = random_rows(LABELS), fresh_state()
+    before = factors_of(state)
+    next(steps_of(state, rows, sampler_of(rows), max_grad_norm=1e-25))  # far below AdamW's epsilon: no step at all
+    assert same(factors_of(state), before)
+    next(steps_of(state, rows, sampler_of(rows)))
+    assert not same(factors_of(state), before)
+
+
+def test_a_step_reports_the_norm_of_its_gradient_before_clipping():
     rows, state = random_rows(LABELS), fresh_state()
     sampler = sampler_of(rows, max_steps=1)
     batches = make_batches(rows, sampler.rows_of_step(0), micro_batch_tokens=48)

@@ -10,22 +10,14 @@ from qlora_lite.errors import RunError
 from qlora_lite.train.loop import train_steps
 from qlora_lite.train.optimizer import OPTIMIZERS, make_optimizer
 from qlora_lite.train.state import TrainState
-from tests.tiny_model import random_rows, tiny_adapted
+from tests.tiny_model import random_rows, set_dropout, tiny_adapted
 
 ROWS = random_rows([3, 5, 1, 9, 2, 7, 4, 4])
 
 
 def fresh_state(name="adamw", *, r=4, dropout=0.1, **model) -> TrainState:
     model = tiny_adapted(r=r, **model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = dropout
-        elif (
-            isinstance(module, torch.nn.ModuleDict)
-            and "default" in module
-            and isinstance(module["default"], torch.nn.Identity)
-        ):
-            module["default"] = torch.nn.Dropout(dropout)  # peft puts Identity for a dropout of 0
+    set_dropout(model, dropout)
     optimizer = make_optimizer(model.parameters(), name=name, learning_rate=1e-3, weight_decay=0.01)
     return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
