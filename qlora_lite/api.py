@@ -329,7 +329,7 @@ def _save(state: TrainState, run: RunDir, recipe: Recipe, base_name: str) -> Non
         save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base_name=base_name)
     except SafetensorError as error:  # what a full disk is called by save_file
         raise RunError(
-            f"{run.checkpoints}: the checkpoint of step {state.step} cannot be written ({error}). The one before is kept: "
+            f"{run.checkpoints}: the checkpoint of step {state.step} cannot be written ({error}). Earlier ones are kept: "
             "free some room and continue with --resume"
         ) from error
 

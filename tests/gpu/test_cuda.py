@@ -1,0 +1,55 @@
+"""What only a CUDA card can show. Skipped without one; `tools/gpu_check` runs these alone."""
+
+import pytest
+import torch
+
+from qlora_lite.data.batches import StepSampler
+from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.base import checkpoint_activations, load_base
+from qlora_lite.model.dtypes import choose_types
+from qlora_lite.model.forward import causal_lm
+from qlora_lite.train import TrainState, make_optimizer, train_steps
+from tests import tiny_model
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw"])
+def test_twenty_steps_on_the_card_lower_the_loss_and_measure_the_allocator(optimizer: str) -> None:
+    types = choose_types("auto", "cuda")
+    base = load_base(tiny_model.tiny_artefact(), device="cuda", compute=types.compute)
+    model = attach_adapter(base.model, r=8, lora_alpha=16, factor_dtype=types.factors)
+    checkpoint_activations(causal_lm(model), enable=True)
+    rows = tiny_model.random_rows([3] * 8)
+    state = TrainState(
+        model,
+        make_optimizer(model.parameters(), name=optimizer, learning_rate=5e-3, weight_decay=0.0),
+        torch.amp.GradScaler("cuda", enabled=types.scale_loss),
+    )
+    steps = list(
+        train_steps(
+            state,
+            rows,
+            StepSampler(8, examples_per_step=8, epochs=1, max_steps=20, seed=0),
+            device="cuda",
+            micro_batch_tokens=64,
+            learning_rate=5e-3,
+            schedule="constant",
+            warmup_ratio=0.0,
+            max_grad_norm=1.0,
+        )
+    )
+    assert steps[-1].loss < 0.8 * steps[0].loss
+    assert all(step.peak_bytes > 0 for step in steps)
+
+
+def test_the_gradient_on_the_card_is_the_one_of_the_cpu_within_bf16() -> None:
+    rows = tiny_model.random_rows([3] * 4)
+    gradients = {}
+    for device in ("cpu", "cuda"):
+        base = load_base(tiny_model.tiny_artefact(), device=device, compute=torch.float32)
+        model = attach_adapter(base.model, r=4, lora_alpha=8, factor_dtype=torch.float32)
+        tiny_model.move_factors(model)
+        batches = [batch.to(device) for batch in tiny_model.split_batches(rows, 1)]
+        gradients[device] = {name: value.cpu() for name, value in tiny_model.gradients(model, batches).items()}
+    assert tiny_model.relative_difference(gradients["cuda"], gradients["cpu"]) < 1e-2
