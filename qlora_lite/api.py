@@ -239,14 +239,14 @@ def open_run(run_dir: Path | str) -> tuple[RunDir, Plan]:
 
 
 def load_run_model(plan: Plan, run: RunDir, which: Which) -> LoadedModel:
-    """The run's base, adapter or merged model. For "base" the adapter is there and switched off by `adapter_off`."""
+    """The run's base, adapter or merged model. For "base" use it inside `adapter_off`."""
     if which == "merged":
         if not (run.merged / "config.json").is_file():
             raise RunError(f"{run.merged}: not there yet. Make it with: qlora-lite merge {run.path}")
         base = load_merged(run.merged, device=plan.device, compute=plan.types.compute)
         return LoadedModel(base.model, base.tokenizer, run.merged, "", {})
     run_artefact(plan, run)
-    return load_model(plan, adapter=_finished_adapter(run))
+    return load_model(plan, adapter=None if which == "base" else _finished_adapter(run))
 
 
 @contextmanager

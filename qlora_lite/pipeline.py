@@ -115,7 +115,7 @@ def ask(run_dir: Path, question: str, *, context: Path | None, which: str) -> di
     run, plan = api.open_run(run_dir)
     answers: dict[str, str | None] = {}
     if {"base", "adapter"} & set(wanted):
-        loaded = _load_quietly(plan, run, "adapter")
+        loaded = _load_quietly(plan, run, "adapter" if "adapter" in wanted else "base")
         if "base" in wanted:
             with api.adapter_off(loaded):
                 answers["base"] = _answer(plan, loaded, "base", question, passage)

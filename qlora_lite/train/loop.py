@@ -166,7 +166,7 @@ def _stopped(what: str, step: int, rows: list[int], examples: Examples, *, state
     names = ", ".join(examples.row(row).id for row in rows[:8])
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     message = (
-        f"stopped at step {step}: {what}; rows {names}{more}. The last good checkpoint is kept. "
+        f"stopped at step {step}: {what}; rows {names}{more}. Earlier checkpoints are kept. "
         "Look at these rows, or lower train.learning_rate"
     )
     return TrainingStopped(message, state_is_good=state_is_good)
