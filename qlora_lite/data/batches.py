@@ -98,7 +98,8 @@ class StepSampler:
 def make_batches(examples: TokenizedRows, rows: Sequence[int], *, micro_batch_tokens: int) -> list[Batch]:
     """Pack the rows of one step into few, evenly filled micro-batches of at most `micro_batch_tokens` tokens each.
 
-    A single example longer than that is a batch of its own. The largest batch comes first, so running out of memory shows at once.
+    A single example longer than that is a batch of its own. The largest batch comes last, when all
+    gradients are there: that is where a step's memory peaks, and where it is measured.
     Deterministic; raises ValueError when `micro_batch_tokens` is below 1.
     """
     if micro_batch_tokens < 1:
@@ -107,7 +108,7 @@ def make_batches(examples: TokenizedRows, rows: Sequence[int], *, micro_batch_to
     too_long = [[row] for row in rows if lengths[row] > micro_batch_tokens]
     fitting = [row for row in rows if lengths[row] <= micro_batch_tokens]
     groups = [sorted(group) for group in too_long + _split_evenly(fitting, lengths, micro_batch_tokens)]
-    groups.sort(key=lambda group: (-sum(lengths[row] for row in group), group))
+    groups.sort(key=lambda group: (sum(lengths[row] for row in group), group))
     return [pack_batch([examples.encoded(row) for row in group], group) for group in groups]
 
 

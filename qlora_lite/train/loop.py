@@ -10,6 +10,7 @@ and clipping.
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from qlora_lite.data.batches import Batch, StepSampler, make_batches
 from qlora_lite.data.examples import Examples
 from qlora_lite.errors import TrainingStopped
-from qlora_lite.train.measure import measure_allocations, rss_bytes
+from qlora_lite.train.measure import Allocations, measure_allocations, rss_bytes
 from qlora_lite.train.schedule import learning_rate_at
 from qlora_lite.train.state import TrainState
 from qlora_lite.train.step import forward_backward
@@ -62,7 +63,7 @@ def train_steps(
 ) -> Iterator[StepStats]:
     """Train from `state.step` to the sampler's last step. Raises TrainingStopped for NaN or a diverging loss.
 
-    The step with the largest micro-batch is measured with the allocator; on CUDA all are.
+    The step with the largest micro-batch is measured with the allocator, in its last micro-batch; on CUDA all are.
     """
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
     model = accelerator.prepare_model(state.model, device_placement=False)
@@ -79,14 +80,18 @@ def train_steps(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
 
-        peak_bytes = None
+        is_measured = device == "cuda" or step == measured_step
+        allocations = Allocations() if is_measured else None
         try:
-            if device == "cuda" or step == measured_step:
-                with measure_allocations(device) as allocations:
-                    loss, norm = _update(state, accelerator, model, batches, examples, max_grad_norm=max_grad_norm)
-                peak_bytes = allocations.peak_bytes
-            else:
-                loss, norm = _update(state, accelerator, model, batches, examples, max_grad_norm=max_grad_norm)
+            loss, norm = _update(
+                state,
+                accelerator,
+                model,
+                batches,
+                examples,
+                max_grad_norm=max_grad_norm,
+                around_last=measure_allocations(device, allocations) if allocations is not None else None,
+            )
         finally:
             state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -104,7 +109,7 @@ def train_steps(
             num_micro_batches=len(batches),
             step_s=time.perf_counter() - begin,
             rss_bytes=rss_bytes(),
-            peak_bytes=peak_bytes,
+            peak_bytes=None if allocations is None else allocations.peak_bytes + _gradient_bytes(model, batches),
         )
 
 
@@ -116,6 +121,7 @@ def _update(
     examples: Examples,
     *,
     max_grad_norm: float,
+    around_last: AbstractContextManager[object] | None,
 ) -> tuple[float, float]:
     """Forward, backward, clip, AdamW. -> (loss, gradient norm before clipping); raises TrainingStopped before it updates."""
     step = state.step + 1
@@ -124,6 +130,7 @@ def _update(
         batches,
         backward=lambda loss: accelerator.backward(state.scaler.scale(loss)),
         on_batch=lambda batch, loss: _check_loss(loss, step, batch, examples),
+        around_last=around_last,
     )
     state.scaler.unscale_(state.optimizer)
     factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -134,6 +141,12 @@ def _update(
     state.scaler.step(state.optimizer)
     state.scaler.update()
     return loss, norm
+
+
+def _gradient_bytes(model: torch.nn.Module, batches: list[Batch]) -> int:
+    """Gradients that were there before the measured, last micro-batch began: none where it was the only one."""
+    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return 4 * sum(parameter.numel() for parameter in factors) if len(batches) > 1 else 0
 
 
 def _step_with_largest_batch(examples: Examples, sampler: StepSampler, micro_batch_tokens: int, *, first: int) -> int:

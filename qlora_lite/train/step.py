@@ -6,6 +6,7 @@ micro-batch with few label tokens too much).
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from peft import PeftModel
@@ -34,19 +35,24 @@ def forward_backward(
     *,
     backward: Callable[[torch.Tensor], None],
     on_batch: Callable[[Batch, float], None],
+    around_last: AbstractContextManager[object] | None = None,
 ) -> float:
     """Add the gradient of the step's loss to `param.grad`; returns that loss, in nats per label token.
 
     `backward` runs the backward pass of a scalar (loss scaling is its business); `on_batch` sees each batch with its
-    own loss per label token before that, and may raise.
+    own loss per label token before that, and may raise. `around_last` is entered around the last micro-batch, when all
+    gradients are there: the place to measure memory.
     """
     num_label_tokens = sum(len(batch.target_N) for batch in batches)
     total = 0.0
-    for batch in batches:
-        loss = batch_loss(model, batch)
-        summed = loss.item()
-        on_batch(batch, summed / len(batch.target_N))
-        backward(loss / num_label_tokens)
+    for index, batch in enumerate(batches):
+        is_last = index == len(batches) - 1
+        with around_last if is_last and around_last is not None else nullcontext():
+            loss = batch_loss(model, batch)
+            summed = loss.item()
+            on_batch(batch, summed / len(batch.target_N))
+            backward(loss / num_label_tokens)
+            del loss
         give_back_free_memory()
         total += summed
     return total / num_label_tokens
