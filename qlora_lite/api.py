@@ -27,7 +27,7 @@ from qlora_lite.merge import MergeResult
 from qlora_lite.merge import merge as merge_files
 from qlora_lite.model.adapter import attach_adapter, load_adapter
 from qlora_lite.model.artefact import quantize_base, verify_artefact
-from qlora_lite.model.base import LoadedBase, checkpoint_activations, load_base, load_merged
+from qlora_lite.model.base import LoadedBase, checkpoint_activations, load_base, load_merged, load_tokenizer
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.staging import staged_folder
 from qlora_lite.plan import Plan, make_plan
@@ -208,16 +208,14 @@ def evaluate(
     )
 
 
-def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None, *, tokenizer: Any = None) -> MergeResult:
+def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None) -> MergeResult:
     """Merge the run's adapter into a dequantized checkpoint at `out` (default: merged/ of the run), with proof.
 
     Raises ProofFailed when the merged model is not the adapter model, RunError when the run has no adapter.
     """
-    from qlora_lite.model.base import load_tokenizer
-
     run, recipe = RunDir.open(run_dir), plan.recipe
     artefact = run_artefact(plan, run)
-    rows = _proof_rows(plan, tokenizer or load_tokenizer(artefact))
+    rows = _proof_rows(plan, load_tokenizer(artefact))
     return merge_files(
         artefact,
         _finished_adapter(run),

@@ -25,20 +25,12 @@ from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import bitsandbytes
 from qlora_lite.model.manifest import MANIFEST_NAME, read_manifest, verify_manifest, write_manifest
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
-from qlora_lite.model.source import folder_fingerprint, read_config, read_json
+from qlora_lite.model.source import folder_fingerprint, load_config, read_config, read_json
 from qlora_lite.model.staging import staged_folder
 
 _VERSION = 1  # raise it when the artefact's bytes change
 _BLOCK, _NESTED_BLOCK = 64, 256
 _FACTS, _FACTS_BYTES = "quant_state.bitsandbytes__nf4", 256
-_UNUSABLE_CONFIG = (
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    RuntimeError,
-    ZeroDivisionError,
-)  # what transformers raises
 _COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -69,7 +61,7 @@ def quantize_base(source: Path, *, cache: Path, progress: Callable[[int, int], N
     shutil.rmtree(folder, ignore_errors=True)
     config = read_config(source)
     _refuse_quantized(source, config)
-    shapes, linear = _expected_weights(config, source)
+    shapes, linear = _expected_weights(source)
     with staged_folder(folder) as staging:
         _quantize_tensors(source, staging, shapes, linear, progress)
         config |= {"quantization_config": QUANTIZATION_CONFIG, "dtype": "bfloat16"}
@@ -105,18 +97,18 @@ def _refuse_quantized(source: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _expected_weights(config: dict[str, Any], source: Path) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+def _expected_weights(source: Path) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
     """Shapes of the weights that the model needs, and the names of those that are quantized: every linear layer but the head.
 
     Found on a model without memory. A head that shares the embedding's weight needs none of its own.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = load_config(source)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    except (*_UNUSABLE_CONFIG, StrictDataclassError) as error:
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise ModelError(
             f"{source / 'config.json'}: describes no usable model ({type(error).__name__}: {error})"
         ) from error

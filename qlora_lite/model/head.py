@@ -8,8 +8,6 @@ Sums, not means: the caller divides once by the label tokens of the whole optimi
 however the step is split.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -39,13 +37,6 @@ def summed_loss(model: PreTrainedModel, hidden_ND: torch.Tensor, target_N: torch
 def project(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
     """Logits [N, V] in fp32 from hidden states, by the model's own head."""
     return model.get_output_embeddings()(hidden_ND).float()
-
-
-@torch.no_grad()
-def log_probabilities(model: PreTrainedModel, hidden_ND: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Chunks [n, V] of fp32 log-probabilities, n <= CHUNK, in the order of hidden_ND."""
-    for hidden_nD in hidden_ND.split(CHUNK):
-        yield torch.log_softmax(project(model, hidden_nD), dim=-1)
 
 
 def _chunk_loss(model: PreTrainedModel, hidden_nD: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:

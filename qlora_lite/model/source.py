@@ -64,7 +64,7 @@ def load_config(folder: Path) -> Any:
     values = read_config(folder)
     try:
         return AutoConfig.for_model(**values)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(
             f"{folder / 'config.json'}: describes no usable model ({type(error).__name__}: {error})"
         ) from error

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_lite.model.head import CHUNK, log_probabilities, summed_loss
+from qlora_lite.model.head import CHUNK, summed_loss
 from qlora_lite.train.step import batch_loss
 from tests.tiny_model import SIZES, random_rows, split_batches, tiny_adapted
 
@@ -52,14 +52,6 @@ def test_chunked_loss_equals_full_logits_loss_in_value_and_gradient(num_labels, 
     limit = 1e-5 if dtype == torch.float32 else 2**-8  # one rounding of bf16
     assert (chunked_ND.grad - full_ND.grad).float().norm() <= limit * full_ND.grad.float().norm()
     assert chunked_ND.grad.dtype == dtype
-
-
-def test_log_probabilities_come_in_chunks_that_equal_the_whole():
-    model, hidden_ND = model_with_head(), torch.randn(CHUNK + 5, WIDTH)
-    chunks = list(log_probabilities(model, hidden_ND))
-    assert [len(chunk) for chunk in chunks] == [CHUNK, 5]
-    whole = model.get_output_embeddings()(hidden_ND).log_softmax(-1)
-    torch.testing.assert_close(torch.cat(chunks), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_no_tensor_is_larger_than_one_chunk_of_logits():
