@@ -27,7 +27,7 @@ from qlora_lite.merge import MergeResult
 from qlora_lite.merge import merge as merge_files
 from qlora_lite.model.adapter import attach_adapter, load_adapter
 from qlora_lite.model.artefact import quantize_base, verify_artefact
-from qlora_lite.model.base import LoadedBase, checkpoint_activations, load_base, load_merged, load_tokenizer
+from qlora_lite.model.base import LoadedBase, checkpoint_activations, load_base, load_tokenizer
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.staging import staged_folder
 from qlora_lite.plan import Plan, make_plan
@@ -241,7 +241,7 @@ def load_run_model(plan: Plan, run: RunDir, which: Which) -> LoadedModel:
     if which == "merged":
         if not (run.merged / "config.json").is_file():
             raise RunError(f"{run.merged}: not there yet. Make it with: qlora-lite merge {run.path}")
-        base = load_merged(run.merged, device=plan.device, compute=plan.types.compute)
+        base = load_base(run.merged, device=plan.device, compute=plan.types.compute)
         return LoadedModel(base.model, base.tokenizer, run.merged, "", {})
     run_artefact(plan, run)
     return load_model(plan, adapter=None if which == "base" else _finished_adapter(run))

@@ -18,7 +18,7 @@ from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.template import encode_prompt, stop_token_id
 from qlora_lite.errors import Interrupted, RunError, UserError
 from qlora_lite.evaluate import EvalResult, by_phrasing, stream_answer
-from qlora_lite.model.base import load_merged, load_tokenizer
+from qlora_lite.model.base import load_base, load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.source import find_base, read_config
 from qlora_lite.plan import Plan
@@ -96,7 +96,7 @@ def merge(run_dir: Path, out: Path | None) -> dict[str, Any]:
     facts["eval"] = {"adapter": run.read_json("eval.json").get("after"), "merged": None}
     if plan.recipe.data.eval is not None and Path(plan.recipe.data.eval).is_file():
         with show.phase("loading the merged model"):
-            base = load_merged(result.out, device=plan.device, compute=plan.types.compute)
+            base = load_base(result.out, device=plan.device, compute=plan.types.compute)
         loaded = api.LoadedModel(base.model, base.tokenizer, result.out, "", {})
         facts["eval"]["merged"] = _score(plan, loaded, "scoring the merged model").to_json_dict()
     run.write_json("merge.json", facts)

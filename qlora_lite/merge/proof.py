@@ -1,6 +1,6 @@
 """Prove that merged files compute what the adapter model computes, on the user's held-out rows, in fp32 arithmetic.
 
-Five models walk through the layers side by side, one decoder layer in memory at a time:
+Five models are run one after the other, one weight in memory at a time (streamed.py):
 
     base      dequantized weights W
     adapter   W and a separate low-rank path:  y = W x + scale * scaling * B (A x)      <- what training computed
@@ -19,8 +19,6 @@ Compared are log-probabilities [N, V] at the N label positions, by Frobenius nor
 Beside that every stored weight must be a neighbour of its merged value on the grid of the storage dtype, so files that
 lack a module fail, however little it does on these rows. W is what training saw: rounded to its compute dtype, which a
 live `Linear4bit` asked to compute in fp32 would not do (bitsandbytes dequantizes to the dtype of the input).
-
-Left out: models other than those of `SUPPORTED` (others scale embeddings, cap logits or mix attention masks).
 """
 
 import contextlib
@@ -32,18 +30,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lite.errors import ProofFailed, UserError
 from qlora_lite.merge.checkpoint import Checkpoint
 from qlora_lite.merge.lora import LoraFactors
 from qlora_lite.merge.memory import HostMemoryMeter
+from qlora_lite.merge.streamed import StreamedDecoder
 from qlora_lite.merge.write import merged_row_blocks, open_pair
+from qlora_lite.model.head import finish_logits
+from qlora_lite.model.source import load_config
 
 if TYPE_CHECKING:
     from qlora_lite.data.template import Encoded
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+VARIANTS = ("base", "adapter", "merged", "nearest", "stored")
 MAX_ARITHMETIC_RATIO = 0.01
 # Two fp32 forwards that sum in another order differ by about 1e-6 a log-probability; differences up to this (RMS over
 # all log-probabilities) are no evidence of a wrong merge.
@@ -80,27 +80,23 @@ def prove_merge(
 ) -> Proof:
     """Compare the files of `merged_dir` with the adapter model; see the module's docstring for what and how.
 
-    Memory: one decoder layer and one block of the head in fp32, and 5 hidden states of every token. Raises ProofFailed
-    when the merge is wrong or not finite, UserError for a kind of model or rows that it cannot compare.
+    Memory: one weight and one block of the head in fp32, and what 4,096 tokens need in one layer. Raises ProofFailed when
+    the merge is wrong or not finite, UserError where there are no rows.
     """
     if not encoded_rows:
         raise UserError(f"{merged_dir}: a merge is proved on held-out rows, and there are none")
     with HostMemoryMeter() as meter, torch.no_grad(), _full_fp32():
         base, adapter = open_pair(base_dir, adapter_dir, compute_dtype=compute_dtype)
-        walk = _Walk(base, adapter, Checkpoint(merged_dir), scale=scale, device=device)
-        hidden = walk.embed([row.input_ids for row in encoded_rows])
-        for index in range(walk.num_layers):
-            walk.run_layer(index, hidden)
-        final = walk.predictors(hidden, [row.label_start for row in encoded_rows])
-        sums = walk.compare(final)
+        models = _Models(base, adapter, Checkpoint(merged_dir), scale=scale, device=device)
+        sums = models.compare({variant: models.predictors(variant, encoded_rows) for variant in VARIANTS})
     num_label_tokens = sum(len(row.input_ids) - row.label_start for row in encoded_rows)
     return _judge(
         sums, merged_dir, num_rows=len(encoded_rows), num_tokens=num_label_tokens, peak_bytes=meter.peak_bytes
     )
 
 
-class _Walk:
-    """The models side by side. Hidden states are `{variant: [one [1, T, D] fp32 tensor a row]}`."""
+class _Models:
+    """The five models: what each reads for a weight, and its last hidden states."""
 
     def __init__(
         self,
@@ -112,77 +108,30 @@ class _Walk:
         device: str,
     ) -> None:
         self.base, self.adapter, self.merged, self.scale, self.device = base, adapter, merged, scale, device
-        config = _plain_config(base)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-        self.names = {id(module): name for name, module in model.named_modules()}
-        self.decoder = model.get_decoder()
-        self.rotary = type(self.decoder.rotary_emb)(config).to(device)
-        self.window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        self.num_layers = len(self.decoder.layers)
-        self.embedding = f"{self.names[id(model.get_input_embeddings())]}.weight"
-        head = f"{self.names[id(model.get_output_embeddings())]}.weight"
-        self.head = head if head in base else self.embedding  # tied
+        self.decoder = StreamedDecoder(_plain_config(base), device=device)
+        embedding, head = f"{self.decoder.embedding}.weight", f"{self.decoder.head}.weight"
+        self.head = head if head in base else embedding  # tied
         dtypes = {merged.dtype(f"{module}.weight") for module in adapter if f"{module}.weight" in merged}
         self.stored_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        self.unseen = set(adapter)  # modules that no step of the walk has met
+        self.is_head_adapted = self.head != embedding and self.decoder.head in adapter
+        met = {*self.decoder.modules, *([self.decoder.head] if self.is_head_adapted else [])}
+        unseen = adapter.keys() - met
+        if unseen:
+            raise ProofFailed(f"the proof met no layer for {len(unseen)} adapter modules, first {min(unseen)}")
         missing = [name for name in base.names if name not in merged]
         if missing:
             raise ProofFailed(f"{merged.folder}: {len(missing)} tensors of the base are missing, first {missing[0]}")
 
-    def embed(self, rows: Sequence[Sequence[int]]) -> dict[str, list[Tensor]]:
-        longest = max(len(row) for row in rows)
-        if self.window is not None and longest > self.window:
-            raise UserError(
-                f"the proof knows plain causal attention; a row of {longest} tokens leaves the sliding "
-                f"window of {self.window}: give it shorter rows"
-            )
-        ids = [torch.tensor(row) for row in rows]
-        from_base = [self.base.stored(self.embedding)[row].float().to(self.device)[None] for row in ids]
-        from_files = [self.merged.stored(self.embedding)[row].float().to(self.device)[None] for row in ids]
-        return {variant: list(from_base) for variant in ("base", "adapter", "merged", "nearest")} | {
-            "stored": from_files
-        }
-
-    def run_layer(self, index: int, hidden: dict[str, list[Tensor]]) -> None:
-        """Advance every model through one layer; the layer's weights exist only in here."""
-        layer = self.decoder.layers[index]
-        prefix = self.names[id(layer)]
-        assert not list(layer.buffers()), f"{prefix}: buffers cannot be rebuilt from files"
-        layer.to_empty(device=self.device).eval().requires_grad_(False)
-        weights = {f"{prefix}.{name}": parameter for name, parameter in layer.named_parameters()}
-        adapted = {name: self.adapter[name.removesuffix(".weight")] for name in weights if self._has_adapter(name)}
-        self.unseen -= {name.removesuffix(".weight") for name in adapted}
-        for name, weight in weights.items():
-            _fill(weight, self.base.row_blocks(name))
-        self._run(layer, prefix, hidden["base"])
-        with self._low_rank_path(layer, prefix):
-            self._run(layer, prefix, hidden["adapter"])
-        for name, factors in adapted.items():
-            _fill(weights[name], merged_row_blocks(self.base, name, factors, self.scale))
-        self._run(layer, prefix, hidden["merged"])
-        for name, weight in weights.items():
-            self._check_stored(name, weight, exact=name not in adapted)
-            if name in adapted:
-                weight.copy_(weight.to(self.stored_dtype))
-        self._run(layer, prefix, hidden["nearest"])
-        for name, weight in weights.items():
-            _fill(weight, self.merged.row_blocks(name))
-        with self._fp16_range(layer, prefix):
-            self._run(layer, prefix, hidden["stored"])
-        layer.to("meta")
-
-    def predictors(self, hidden: dict[str, list[Tensor]], label_starts: Sequence[int]) -> dict[str, Tensor]:
-        """Normed hidden states [N, D] of the positions that predict a label: the one before each label."""
-        norm = self.decoder.norm.to_empty(device=self.device)
-        prefix = self.names[id(norm)]
-        final = {}
-        for variant, states in hidden.items():
-            for name, weight in norm.named_parameters():
-                source = self.merged if variant == "stored" else self.base
-                _fill(weight, source.row_blocks(f"{prefix}.{name}"))
-            rows = [state[0, start - 1 : -1] for state, start in zip(states, label_starts, strict=True)]
-            final[variant] = norm(torch.cat(rows))
+    def predictors(self, variant: str, rows: "Sequence[Encoded]") -> Tensor:
+        """Last hidden states [N, D] of one model at the positions that predict a label: the one before each label."""
+        with contextlib.ExitStack() as hooks:
+            if variant == "adapter":
+                hooks.enter_context(self._low_rank_path())
+            if variant == "stored" and self.stored_dtype == torch.float16:
+                hooks.enter_context(self._fp16_range())
+            states = self.decoder.last_hidden_states([row.input_ids for row in rows], _Variant(self, variant))
+        final = torch.cat([state[row.label_start - 1 : -1] for state, row in zip(states, rows, strict=True)])
+        _require_finite(final, variant, "the last hidden states")
         return final
 
     def compare(self, final: dict[str, Tensor]) -> dict[str, float]:
@@ -204,19 +153,13 @@ class _Walk:
                 sums[key] += (log_probs[left] - log_probs[right]).square_().sum(dtype=torch.float64).item()
             same = log_probs["stored"].argmax(-1) == log_probs["adapter"].argmax(-1)
             sums["equal_greedy"] += float(same.sum())
-        if self.unseen:
-            raise ProofFailed(
-                f"the proof met no layer for {len(self.unseen)} adapter modules, first {min(self.unseen)}"
-            )
         return sums | {"values": float(num * vocabulary), "positions": float(num)}
 
     def _logits(self, hidden: dict[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
         """[n, V] of every model, the head's rows (tokens) read block by block."""
         count = next(iter(hidden.values())).shape[0]
         logits = {variant: torch.empty(count, vocabulary, device=self.device) for variant in hidden}
-        factors = self.adapter.get(self.head.removesuffix(".weight")) if self.head != self.embedding else None
-        if factors is not None:
-            self.unseen.discard(self.head.removesuffix(".weight"))
+        factors = self.adapter[self.decoder.head] if self.is_head_adapted else None
         merged = (
             self.base.row_blocks(self.head)
             if factors is None
@@ -226,7 +169,7 @@ class _Walk:
         for plain, kept, stored in zip(
             self.base.row_blocks(self.head), merged, self._aligned_stored(self.head), strict=True
         ):
-            self._compare_weights(self.head, stored, kept, exact=factors is None)
+            self.compare_weights(self.head, stored, kept, exact=factors is None)
             stop = start + plain.shape[0]
             rounded = kept if factors is None else kept.to(self.stored_dtype).float()
             of = {"base": plain, "adapter": plain, "merged": kept, "nearest": rounded, "stored": stored}
@@ -235,59 +178,56 @@ class _Walk:
             start = stop
         if factors is not None:
             logits["adapter"] += _low_rank(hidden["adapter"], factors, self.scale)
-        return logits
+        config = self.decoder.model.config
+        return {variant: finish_logits(values, config) for variant, values in logits.items()}
 
-    def _run(self, layer: nn.Module, prefix: str, states: list[Tensor]) -> None:
-        for i, state in enumerate(states):
-            position_ids = torch.arange(state.shape[1], device=self.device)[None]
-            rotary = self.rotary(state, position_ids)
-            out = layer(state, attention_mask=None, position_ids=position_ids, position_embeddings=rotary)
-            states[i] = out[0] if isinstance(out, tuple) else out
-            _require_finite(states[i], "a", prefix)
-
-    def _has_adapter(self, name: str) -> bool:
-        return name.endswith(".weight") and name.removesuffix(".weight") in self.adapter
+    def row_blocks(self, name: str, variant: str) -> Iterator[Tensor]:
+        """The values that one of the models has for a weight. Every weight of the merged files is checked on the way."""
+        factors = self.adapter.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if variant == "stored":
+            yield from self.merged.row_blocks(name)
+        elif variant in ("base", "adapter"):
+            yield from self.base.row_blocks(name)
+        else:
+            plain = self.base.row_blocks(name)
+            kept = plain if factors is None else merged_row_blocks(self.base, name, factors, self.scale)
+            if variant == "nearest":
+                yield from kept if factors is None else (block.to(self.stored_dtype).float() for block in kept)
+                return
+            for block, stored in zip(kept, self._aligned_stored(name), strict=True):
+                self.compare_weights(name, stored, block, exact=factors is None)
+                yield block
 
     @contextlib.contextmanager
-    def _low_rank_path(self, layer: nn.Module, prefix: str) -> Iterator[None]:
-        """Add B (A x) beside each adapted module of `layer`."""
+    def _low_rank_path(self) -> Iterator[None]:
+        """Add B (A x) beside each adapted module."""
         with contextlib.ExitStack() as hooks:
-            for name, module in layer.named_modules():
-                factors = self.adapter.get(f"{prefix}.{name}")
-                if factors is not None:
+            for name, module in self.decoder.modules.items():
+                if name in self.adapter:
 
-                    def add(_: nn.Module, args: Any, out: Tensor, factors: LoraFactors = factors) -> Tensor:
+                    def add(_: nn.Module, args: Any, out: Tensor, factors: LoraFactors = self.adapter[name]) -> Tensor:
                         return out + _low_rank(args[0], factors, self.scale)
 
                     hooks.callback(module.register_forward_hook(add).remove)
             yield
 
     @contextlib.contextmanager
-    def _fp16_range(self, layer: nn.Module, prefix: str) -> Iterator[None]:
+    def _fp16_range(self) -> Iterator[None]:
         """For a model stored in fp16: refuse one whose activations would overflow when it runs in fp16."""
         with contextlib.ExitStack() as hooks:
-            for name, module in layer.named_modules() if self.stored_dtype == torch.float16 else ():
+            for name, module in self.decoder.model.get_decoder().named_modules():
 
                 def check(_: nn.Module, args: Any, out: Any, name: str = name) -> None:
                     value = out[0] if isinstance(out, tuple) else out
-                    largest = float(value.abs().max())
+                    largest = float(value.abs().max()) if isinstance(value, Tensor) else 0.0
                     if not largest <= _FP16_MAX:
-                        where = f"{prefix}.{name}".rstrip(".")
                         raise ProofFailed(
-                            f"{where}: reaches {largest:.3g} on the held-out rows, and fp16 ends at {_FP16_MAX:.0f}; "
+                            f"{name}: reaches {largest:.3g} on the held-out rows, and fp16 ends at {_FP16_MAX:.0f}; "
                             "try --set merge.dtype=bf16"
                         )
 
                 hooks.callback(module.register_forward_hook(check).remove)
             yield
-
-    def _check_stored(self, name: str, merged: Tensor, *, exact: bool) -> None:
-        start = 0
-        merged = merged.reshape(merged.shape[0], -1)
-        for stored in self._aligned_stored(name):
-            stop = start + stored.shape[0]
-            self._compare_weights(name, stored, merged[start:stop].cpu(), exact=exact)
-            start = stop
 
     def _aligned_stored(self, name: str) -> Iterator[Tensor]:
         """fp32 blocks of a merged tensor, cut as the base's blocks are."""
@@ -297,7 +237,7 @@ class _Walk:
             )
         yield from self.merged.row_blocks(name)
 
-    def _compare_weights(self, name: str, stored: Tensor, merged: Tensor, *, exact: bool) -> None:
+    def compare_weights(self, name: str, stored: Tensor, merged: Tensor, *, exact: bool) -> None:
         """Every stored value is one of the two neighbours of its merged value (the very value for a copied tensor)."""
         if exact:
             wrong = stored != merged.to(self.merged.dtype(name)).float()
@@ -314,6 +254,25 @@ class _Walk:
             raise ProofFailed(
                 f"{name}: {count} of {wrong.numel()} values in {self.merged.folder} are not the merge of base and adapter"
             )
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One model's weights, as the streamed decoder asks for them."""
+
+    models: _Models
+    name: str
+
+    def row_blocks(self, name: str) -> Iterator[Tensor]:
+        return self.models.row_blocks(name, self.name)
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        from_base, from_files = (
+            files.stored(name)[indices].float() for files in (self.models.base, self.models.merged)
+        )
+        if self.name == "merged":
+            self.models.compare_weights(name, from_files, from_base, exact=True)
+        return from_files if self.name == "stored" else from_base
 
 
 def _judge(
@@ -352,21 +311,11 @@ def _judge(
 
 
 def _plain_config(base: Checkpoint) -> Any:
-    """The model's config without quantization; UserError for a kind of model that the walk does not know."""
-    kind = base.config.get("model_type")
-    if kind not in SUPPORTED:
-        raise UserError(f"{base.folder}: a merge can be proved for {', '.join(SUPPORTED)}; this model is {kind!r}")
-    values = {key: value for key, value in base.config.items() if key not in ("quantization_config", "model_type")}
-    return AutoConfig.for_model(kind, **values)
-
-
-def _fill(weight: Tensor, blocks: Iterator[Tensor]) -> None:
-    rows = weight.view(weight.shape[0], -1)
-    start = 0
-    for block in blocks:
-        rows[start : start + block.shape[0]] = block.to(weight.device)
-        start += block.shape[0]
-    assert start == rows.shape[0]
+    """The model's config without quantization."""
+    config = load_config(base.folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _low_rank(x: Tensor, factors: LoraFactors, scale: float) -> Tensor:

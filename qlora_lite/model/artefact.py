@@ -13,22 +13,24 @@ few constants per tensor.
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import bitsandbytes
 from qlora_lite.model.manifest import MANIFEST_NAME, read_manifest, verify_manifest, write_manifest
+from qlora_lite.model.published import LazyTensor, published_weights
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
-from qlora_lite.model.source import folder_fingerprint, load_config, read_config, read_json
+from qlora_lite.model.skeleton import empty_model
+from qlora_lite.model.source import folder_fingerprint, load_config, read_config
 from qlora_lite.model.staging import staged_folder
 
-_VERSION = 1  # raise it when the artefact's bytes change
+_VERSION = 2  # raise it when the artefact's bytes change
 _BLOCK, _NESTED_BLOCK = 64, 256
 _FACTS, _FACTS_BYTES = "quant_state.bitsandbytes__nf4", 256
 _COPIED = (
@@ -61,16 +63,19 @@ def quantize_base(source: Path, *, cache: Path, progress: Callable[[int, int], N
     shutil.rmtree(folder, ignore_errors=True)
     config = read_config(source)
     _refuse_quantized(source, config)
-    shapes, linear = _expected_weights(source)
+    model = empty_model(load_config(source))
+    weights = published_weights(source, model)
     with staged_folder(folder) as staging:
-        _quantize_tensors(source, staging, shapes, linear, progress)
-        config |= {"quantization_config": QUANTIZATION_CONFIG, "dtype": "bfloat16"}
+        _quantize_tensors(weights.tensors, staging, linear_weights(model), progress)
+        config |= {"quantization_config": QUANTIZATION_CONFIG | _left_out(model), "dtype": "bfloat16"}
+        config |= {"tie_word_embeddings": weights.is_tied}
         config.pop("torch_dtype", None)
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for pattern in _COPIED:
             for path in source.glob(pattern):
                 shutil.copyfile(path, staging / path.name)
-        write_manifest(staging, {"quantization": "nf4, double quantization", "source": source.name})
+        facts = {"quantization": "nf4, double quantization", "source": source.name, "num_vision": weights.num_vision}
+        write_manifest(staging, facts)
     return folder
 
 
@@ -89,6 +94,12 @@ def verify_artefact(folder: Path) -> str:
     return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
 
 
+def _left_out(model: PreTrainedModel) -> dict[str, Any]:
+    """The head keeps 16 bits. Said by name, because transformers guesses otherwise which linear layers those are."""
+    head = model.get_output_embeddings()
+    return {"llm_int8_skip_modules": [name for name, module in model.named_modules() if module is head]}
+
+
 def _refuse_quantized(source: Path, config: dict[str, Any]) -> None:
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "?")
@@ -97,40 +108,22 @@ def _refuse_quantized(source: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _expected_weights(source: Path) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-    """Shapes of the weights that the model needs, and the names of those that are quantized: every linear layer but the head.
-
-    Found on a model without memory. A head that shares the embedding's weight needs none of its own.
-    """
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(source)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise ModelError(
-            f"{source / 'config.json'}: describes no usable model ({type(error).__name__}: {error})"
-        ) from error
+def linear_weights(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the weights that are quantized: those of every linear layer but the head (QLoRA section 4)."""
     head = model.get_output_embeddings()
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    linear = frozenset(f"{name}.weight" for name, module in modules if module is not head)
-    tied = model.all_tied_weights_keys
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}, linear
+    return frozenset(f"{name}.weight" for name, module in modules if module is not head)
 
 
 def _quantize_tensors(
-    source: Path,
+    tensors: dict[str, LazyTensor],
     out: Path,
-    shapes: dict[str, tuple[int, ...]],
     linear: frozenset[str],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    tensors = dict(open_tensors(source))
-    _refuse_other_weights(source, shapes, tensors)
     specs: dict[str, TensorSpec] = {}
     for name, read in tensors.items():
-        shape = tuple(read.shape())
+        shape = read.shape()
         specs |= _quantized_specs(name, shape) if name in linear else {name: TensorSpec(shape, torch.bfloat16)}
     with ShardedWriter(out, specs) as writer:
         for done, (name, read) in enumerate(tensors.items()):
@@ -139,53 +132,6 @@ def _quantize_tensors(
                 writer.write(part, [tensor])
             if progress is not None:
                 progress(done + 1, len(tensors))
-
-
-def _refuse_other_weights(source: Path, shapes: dict[str, tuple[int, ...]], tensors: "dict[str, _Lazy]") -> None:
-    """transformers would fill in a missing weight with random numbers."""
-    missing = sorted(shapes.keys() - tensors.keys())
-    if missing:
-        raise ModelError(
-            f"{source}: {len(missing)} weights of the model are not in its safetensors, first {missing[0]}"
-        )
-    for name, shape in shapes.items():
-        found = tuple(tensors[name].shape())
-        if found != shape:
-            raise ModelError(f"{source}: {name} has shape {list(found)}, its config.json says {list(shape)}")
-
-
-class _Lazy:
-    """One tensor of a safetensors file, read when asked for."""
-
-    def __init__(self, file: Any, name: str) -> None:
-        self._file, self._name = file, name
-
-    def shape(self) -> list[int]:
-        return self._file.get_slice(self._name).get_shape()
-
-    def value(self) -> torch.Tensor:
-        return self._file.get_tensor(self._name)
-
-
-def open_tensors(folder: Path) -> Iterator[tuple[str, _Lazy]]:
-    """(name, lazy tensor) of every tensor in the folder's safetensors files. Raises ModelError for missing or damaged files."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or any("/" in str(name) for name in weight_map.values()):
-            raise ModelError(f"{index}: no usable weight_map")
-        names = sorted(set(weight_map.values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        try:
-            file = safe_open(str(folder / name), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{folder / name}: missing or damaged safetensors file ({error}). Fetch it again"
-            ) from error
-        for tensor in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-            yield tensor, _Lazy(file, tensor)
 
 
 def _quantized(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -5,8 +5,12 @@ long [T, D] input. Here each example's slice goes through `scaled_dot_product_at
 built and every example is computed exactly as it would be alone, whatever shares the row: the split of a step into
 micro-batches cannot change a gradient (tests/promises/test_promise_01_split.py).
 
+A sliding window (Mistral, Gemma, ...) or a soft cap on the scores (Gemma 2, arXiv 2408.00118) needs a mask or the scores
+themselves; then queries go in blocks, so that memory grows with the length and not with its square.
+
 Registered through transformers' `AttentionInterface`. No mask function is registered under its name, so transformers builds
-no mask. Generation pads and keeps a cache: `attention_for_generation` switches to transformers' own "sdpa" and back.
+no mask. BLOOM and Falcon compute attention in their own modules: `packs_rows` is false for them and forward.py runs their
+examples one at a time. Generation pads and keeps a cache: `attention_for_generation` switches to transformers' own and back.
 """
 
 from collections.abc import Iterator
@@ -17,6 +21,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 PACKED = "qlora_lite_packed"
+QUERY_BLOCK = 512  # queries at once where scores or a mask are needed
 
 
 def packed_attention(
@@ -29,32 +34,107 @@ def packed_attention(
     lengths: tuple[int, ...],
     scaling: float,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each example of a packed row.
 
-    query is [1, H, T, d], key and value [1, H_kv, T, d], `lengths` sums to T; returns [1, T, H, d]. The signature is that of
+    query is [1, H, T, d], key and value [1, H_kv, T, d], `lengths` sums to T; returns [1, T, H, d]. With `sliding_window` a
+    query sees so many keys, its own included; `softcap` bounds scores to c * tanh(score / c). The signature is that of
     transformers' attention functions, which pass further keywords that do not matter here.
     """
     outputs = [
-        torch.nn.functional.scaled_dot_product_attention(
-            one_query, one_key, one_value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True
-        )
-        for one_query, one_key, one_value in zip(
-            query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True
-        )
+        _one_example(*qkv, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
+        for qkv in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def packs_rows(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
+    """Whether the attention of a model or a class of models goes through `AttentionInterface`, so that several examples may share a row.
+
+    The attribute is transformers' own and private; tests/model/test_attention.py knows what it must be for each architecture.
+    """
+    return bool(model._supports_attention_backend)
 
 
 @contextmanager
 def attention_for_generation(model: PreTrainedModel) -> Iterator[None]:
     """Padded batches with a key/value cache inside this block, packed rows again after it."""
-    model.set_attn_implementation("sdpa")
+    before = model.config._attn_implementation
+    model.set_attn_implementation(padded_attention(type(model)))
     try:
         yield
     finally:
-        model.set_attn_implementation(PACKED)
+        model.set_attn_implementation(before)
+
+
+def padded_attention(kind: type[PreTrainedModel]) -> str:
+    """transformers' name of the attention that a padded batch takes: "eager" where sdpa cannot compute it (soft caps, BLOOM)."""
+    return "sdpa" if kind._supports_sdpa else "eager"
+
+
+def _one_example(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """[1, H, L, d] of one example of L tokens."""
+    length = query.shape[2]
+    if softcap is None and (window is None or length <= window):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True
+        )
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        positions_q = torch.arange(start, stop, device=query.device)[:, None]
+        positions_k = torch.arange(first, stop, device=query.device)[None]
+        visible_qk = positions_k <= positions_q
+        if window is not None:
+            visible_qk &= positions_k > positions_q - window
+        attend = _sdpa if softcap is None else _soft_capped
+        blocks.append(
+            attend(
+                query[:, :, start:stop],
+                key[:, :, first:stop],
+                value[:, :, first:stop],
+                visible_qk,
+                scaling=scaling,
+                dropout=dropout,
+                softcap=softcap,
+            )
+        )
+    return torch.cat(blocks, dim=2)
+
+
+def _sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible_qk: torch.Tensor, *, scaling: float,
+    dropout: float, softcap: None,
+) -> torch.Tensor:  # fmt: skip
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible_qk, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+
+
+def _soft_capped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible_qk: torch.Tensor, *, scaling: float,
+    dropout: float, softcap: float,
+) -> torch.Tensor:  # fmt: skip
+    """Scores in the compute type and their softmax in fp32, as transformers' eager attention has it."""
+    num_groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(num_groups, dim=1), value.repeat_interleave(num_groups, dim=1)
+    scores_qk = torch.tanh((query @ key.mT) * scaling / softcap) * softcap
+    scores_qk = scores_qk.masked_fill(~visible_qk, torch.finfo(scores_qk.dtype).min)
+    weights_qk = torch.softmax(scores_qk, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.nn.functional.dropout(weights_qk, p=dropout) @ value
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -1,4 +1,4 @@
-"""Load the frozen base from its artefact: transformers' model with bitsandbytes' 4-bit layers, and its tokenizer."""
+"""Load the frozen base from its folder: transformers' model with bitsandbytes' 4-bit layers, and its tokenizer."""
 
 import logging
 from dataclasses import dataclass
@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qlora_lite.errors import ModelError
-from qlora_lite.model.attention import PACKED
+from qlora_lite.model.attention import PACKED, packs_rows, padded_attention
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
+from qlora_lite.model.skeleton import empty_model, model_class
+from qlora_lite.model.source import load_config
+from qlora_lite.model.weights import fill_model
+
+_DROPOUT = (
+    *("attention_dropout", "hidden_dropout", "dropout", "activation_dropout", "layerdrop", "classifier_dropout"),
+    *("embd_pdrop", "resid_pdrop", "embedding_dropout", "residual_dropout"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,38 +43,26 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{folder}: no readable tokenizer ({type(error).__name__}: {error})") from error
 
 
-def load_base(artefact: Path, *, device: str, compute: torch.dtype = torch.bfloat16) -> LoadedBase:
-    """The frozen model of `artefact` (see artefact.py), its 4-bit weights dequantized to `compute` whenever they are used.
+def load_base(folder: Path, *, device: str, compute: torch.dtype = torch.bfloat16) -> LoadedBase:
+    """The frozen model in `folder`: a quantized base (artefact.py) or a 16-bit checkpoint such as `merge` writes.
 
-    Raises ModelError when the folder does not load.
+    4-bit weights are dequantized to `compute` whenever they are used, all others are kept in it. Raises ModelError when the
+    folder does not load.
     """
+    config = load_config(folder)
+    _switch_off_dropout(config)
+    kind = model_class(config)
     with _quiet_transformers():
+        model = empty_model(
+            config, dtype=compute, attn_implementation=PACKED if packs_rows(kind) else padded_attention(kind)
+        )
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(artefact),
-                dtype=compute,
-                device_map={"": device},
-                attn_implementation=PACKED,
-                local_files_only=True,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"{artefact}: does not load as a 4-bit model ({type(error).__name__}: {error})") from error
-    keep_weights_unpacked(model)
-    _set_compute_type(model, compute, device)
-    model.requires_grad_(False).eval()
-    weights, constants = _resident_bytes(model)
-    return LoadedBase(model, load_tokenizer(artefact), weights, constants)
-
-
-def load_merged(folder: Path, *, device: str, compute: torch.dtype = torch.bfloat16) -> LoadedBase:
-    """An ordinary 16-bit checkpoint, such as `merge` writes, whole in memory. Raises ModelError when it does not load."""
-    with _quiet_transformers():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=compute, device_map={"": device}, attn_implementation=PACKED, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            fill_model(model, folder, device=device, compute=compute)
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{folder}: does not load ({type(error).__name__}: {error})") from error
+    keep_weights_unpacked(model)
     model.requires_grad_(False).eval()
     weights, constants = _resident_bytes(model)
     return LoadedBase(model, load_tokenizer(folder), weights, constants)
@@ -78,20 +75,14 @@ def checkpoint_activations(model: PreTrainedModel, *, enable: bool) -> None:
     )
 
 
-def _set_compute_type(model: PreTrainedModel, compute: torch.dtype, device: str) -> None:
-    """Compute in `compute` throughout: transformers leaves the weights beside the 4-bit ones in the type they are stored in."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():  # embeddings, norms, head; packed weights are uint8
-            parameter.data = parameter.data.to(compute)
-    for name, module in model.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype, module.compute_type_is_set = compute, True
-            if device == "cpu" and module.in_features % 64 == 32:
-                # bitsandbytes 0.50's AVX512 kernel takes the wrong absmax there; can go when upstream reads it right
-                raise ModelError(
-                    f"{name}: bitsandbytes computes 4-bit layers of width {module.in_features} (32 more than a multiple of 64) "
-                    "wrongly on the CPU. Use device: cuda for this model"
-                )
+def _switch_off_dropout(config: Any) -> None:
+    """The base computes in training what it computes in inference; the one dropout is `lora.lora_dropout`.
+
+    Some published configs ask for more (OPT: 0.1 of every layer's output), meant for training all weights from scratch.
+    """
+    for name in _DROPOUT:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
 
 
 def _resident_bytes(model: PreTrainedModel) -> tuple[int, int]:

@@ -4,6 +4,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from qlora_lite.model.attention import packs_rows
+
 
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model itself, with or without an adapter around it."""
@@ -18,7 +20,14 @@ def predicting_states(
     lengths: tuple[int, ...],
     predictor_N: torch.Tensor,
 ) -> torch.Tensor:
-    """Last hidden states [N, D] at the positions `predictor_N` of a packed row of T tokens (see data/batches.py)."""
-    decoder = causal_lm(model).get_decoder()
-    output = decoder(input_ids=input_ids_1T, position_ids=position_ids_1T, use_cache=False, lengths=lengths)
-    return output.last_hidden_state[0, predictor_N]
+    """Last hidden states [N, D] at the positions `predictor_N` of a packed row of T tokens (see data/batches.py).
+
+    A model whose attention cannot keep the examples of a row apart (BLOOM, Falcon) runs them one at a time.
+    """
+    base = causal_lm(model)
+    decoder = base.get_decoder()
+    if packs_rows(base):
+        output = decoder(input_ids=input_ids_1T, position_ids=position_ids_1T, use_cache=False, lengths=lengths)
+        return output.last_hidden_state[0, predictor_N]
+    examples = [decoder(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in input_ids_1T.split(lengths, 1)]
+    return torch.cat(examples)[predictor_N]

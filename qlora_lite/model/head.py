@@ -10,7 +10,7 @@ however the step is split.
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 CHUNK = 256  # label positions projected at once: 48 MiB of fp32 logits at V = 49,152
 ROWS = (
@@ -36,7 +36,15 @@ def summed_loss(model: PreTrainedModel, hidden_ND: torch.Tensor, target_N: torch
 
 def project(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
     """Logits [N, V] in fp32 from hidden states, by the model's own head."""
-    return model.get_output_embeddings()(hidden_ND).float()
+    return finish_logits(model.get_output_embeddings()(hidden_ND).float(), model.config)
+
+
+def finish_logits(logits_NV: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """What some models do to the head's product: a soft cap (Gemma, arXiv 2408.00118) or a divisor (Granite)."""
+    cap, divisor = getattr(config, "final_logit_softcapping", None), getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        logits_NV = logits_NV / divisor
+    return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
 
 
 def _chunk_loss(model: PreTrainedModel, hidden_nD: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:

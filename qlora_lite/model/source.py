@@ -14,7 +14,25 @@ from qlora_lite.errors import ModelError
 from qlora_lite.model.bring import SHIPPED, shipped_path
 from qlora_lite.model.gguf_folder import convert_gguf
 
-SUPPORTED_TYPES = ("llama",)
+# transformers' model_type -> what people call it. Each is carried from published files to a proved merge in
+# tests/test_architectures.py.
+ARCHITECTURES = {
+    "llama": "Llama 2 and 3, SmolLM2",
+    "smollm3": "SmolLM3",
+    "qwen2": "Qwen2, Qwen2.5",
+    "qwen3": "Qwen3",
+    "mistral": "Mistral",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+    "phi3": "Phi-3, Phi-4",
+    "bloom": "BLOOM",
+    "falcon": "Falcon",
+    "gpt_neox": "GPT-NeoX, Pythia",
+    "opt": "OPT",
+    "olmo2": "OLMo 2",
+    "granite": "Granite",
+    "starcoder2": "StarCoder2",
+}
 _LARGEST_JSON_BYTES = 64 * 2**20
 
 
@@ -40,34 +58,70 @@ def find_base(base: str, *, cache: Path) -> Path:
     return path
 
 
-def read_config(folder: Path) -> dict:
-    """The folder's config.json. Raises ModelError when it is missing, damaged or of a kind that is not supported."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """The language model's part of the folder's config.json.
+
+    Raises ModelError when it is missing, damaged or of a kind that is not supported, by name and with the reason.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(
             f"{folder}: no config.json, so this is no model folder. Expected config.json and *.safetensors"
         )
     config = read_json(path)
+    if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), dict):
+        config = _language_model(config)
     model_type = config.get("model_type")
-    if model_type not in SUPPORTED_TYPES:
+    if model_type not in ARCHITECTURES:
         raise ModelError(
-            f"{path}: model_type {model_type!r} is not supported yet; supported: {', '.join(SUPPORTED_TYPES)}"
+            f"{path}: model_type {model_type!r} is not supported{_why_not(config)}; supported: {', '.join(ARCHITECTURES)}"
         )
     return config
 
 
 def load_config(folder: Path) -> Any:
-    """The folder's config as transformers' own type. Raises ModelError as `read_config` does, and for values of a wrong kind."""
+    """The language model's config as transformers' own type. Raises ModelError as `read_config` does, and for values of a wrong kind."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     values = read_config(folder)
     try:
-        return AutoConfig.for_model(**values)
+        config = AutoConfig.for_model(**values)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(
             f"{folder / 'config.json'}: describes no usable model ({type(error).__name__}: {error})"
         ) from error
+    config.name_or_path = str(folder)
+    return config
+
+
+def context_window(config: Any) -> int | None:
+    """Most positions the model can take; None where nothing in it has a length (BLOOM: ALiBi, arXiv 2108.12409)."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _language_model(config: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 3's `text_config` as a model of its own: what the whole says about tokens and types belongs to it too."""
+    shared = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    text: dict[str, Any] = config["text_config"]
+    return {"dtype": dtype, **shared, **text, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+
+
+def _why_not(config: dict[str, Any]) -> str:
+    """The reason, where the config shows one: most models that are not supported are of one of four kinds."""
+    model_type = str(config.get("model_type"))
+    if any(key in config for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
+        return ": a mixture of experts, whose expert weights are no linear layers that could be quantized one by one"
+    if "vision_config" in config or "audio_config" in config:
+        return ": it takes pictures or sound; only Gemma 3's language model is taken from such a checkpoint"
+    if config.get("is_encoder_decoder"):
+        return ": an encoder and a decoder; only decoders (causal language models) are tuned here"
+    if any(word in model_type for word in ("mamba", "rwkv", "recurrent", "ssm", "jamba", "zamba", "bamba")) or any(
+        key in config for key in ("state_size", "ssm_cfg", "mamba_d_state", "layers_block_type")
+    ):
+        return ": a state-space or recurrent model, whose layers are not only linear layers and attention"
+    return ""
 
 
 def read_json(path: Path) -> dict:

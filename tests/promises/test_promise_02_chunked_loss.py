@@ -16,7 +16,7 @@ VOCAB, WIDTH = 300, 32
 
 def model_with_head(vocab: int = VOCAB, *, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
     head = torch.nn.Linear(WIDTH, vocab, bias=False, dtype=dtype).requires_grad_(False)
-    return SimpleNamespace(get_output_embeddings=lambda: head)
+    return SimpleNamespace(get_output_embeddings=lambda: head, config=SimpleNamespace())
 
 
 def full_loss(model, hidden_ND, target_N):

@@ -1,0 +1,31 @@
+"""A model without memory: all its modules and buffers, every weight on the meta device. What shapes and names are read from."""
+
+from typing import Any
+
+from accelerate import init_empty_weights
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from qlora_lite.errors import ModelError
+
+# What a config can say that makes no sense surfaces in many ways while the modules are built.
+_UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError)
+
+
+def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
+    """The causal language model that `config` describes, its parameters on meta, its buffers (rotary frequencies) real.
+
+    `settings` go to transformers (`dtype`, `attn_implementation`). Raises ModelError for a config that describes no model.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, **settings)
+    except _UNUSABLE as error:
+        raise ModelError(
+            f"{config.name_or_path or config.model_type}: its config.json describes no usable model ({type(error).__name__}: {error})"
+        ) from error
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """transformers' class of the causal language model that `config` describes."""
+    kind: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return kind

@@ -1,0 +1,206 @@
+"""Every supported architecture, from files as they are published to a proved merge and an answer (tests/architectures.py)."""
+
+import functools
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qlora_lite.evaluate.generate import generate_answers
+from qlora_lite.merge import merge
+from qlora_lite.model.adapter import attach_adapter, save_adapter
+from qlora_lite.model.artefact import linear_weights, quantize_base
+from qlora_lite.model.attention import packs_rows, padded_attention
+from qlora_lite.model.base import checkpoint_activations, load_base
+from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.head import project
+from qlora_lite.model.published import published_weights
+from qlora_lite.model.skeleton import empty_model
+from qlora_lite.model.source import ARCHITECTURES, load_config
+from qlora_lite.plan.estimate import estimate_memory
+from qlora_lite.train.optimizer import make_optimizer
+from qlora_lite.train.step import batch_loss, forward_backward
+from tests.architectures import PUBLISHED, own_weights, write_published
+from tests.tiny_model import linear4bit_layers, move_factors, random_rows, split_batches
+
+LONG, SHORT = (24, 30), (3, 8)  # prompts beyond and within the sliding windows of 16 tokens
+# transformers gives Falcon's linear layers, a subclass of nn.Linear, no 4-bit weights, so it cannot read such a base itself.
+PLAIN_READS_4_BIT = [name for name in PUBLISHED if not name.startswith("falcon")]
+every_architecture = pytest.mark.parametrize("name", list(PUBLISHED))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def root() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="qlora-lite-architectures-"))
+    _root.append(folder)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+_root: list[Path] = []
+
+
+@functools.cache
+def published(name: str) -> Path:
+    return write_published(_root[-1] / name, name)
+
+
+@functools.cache
+def artefact(name: str) -> Path:
+    return quantize_base(published(name), cache=_root[-1] / "cache")
+
+
+def plain(folder: Path, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    """The model as transformers reads it, without us."""
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, device_map="cpu", local_files_only=True
+    ).eval()
+
+
+def full_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """[T, V] by the model's own forward."""
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def test_the_table_has_every_architecture():
+    kinds = {row.config["model_type"] for row in PUBLISHED.values()} - {"gemma3"}
+    assert kinds == set(ARCHITECTURES)
+
+
+@every_architecture
+def test_published_keys_go_to_the_modules_that_transformers_gives_them(name):
+    model = empty_model(load_config(published(name)))
+    found = published_weights(published(name), model)
+    row = PUBLISHED[name]
+    expected = {key: tensor.to(row.dtype) for key, tensor in own_weights(name).items()}
+    if row.is_tied:
+        del expected["lm_head.weight"]
+    assert (found.is_tied, found.num_vision) == (row.is_tied, row.num_vision)
+    assert found.tensors.keys() == expected.keys()
+    assert all(torch.equal(found.tensors[key].value(), tensor) for key, tensor in expected.items())
+    if name != "gemma3":  # which transformers reads as the vision model
+        theirs = plain(published(name), row.dtype).state_dict()
+        assert all(torch.equal(theirs[key], tensor) for key, tensor in expected.items())
+
+
+@every_architecture
+def test_every_linear_layer_but_the_head_is_in_4_bits(name):
+    model = load_base(artefact(name), device="cpu").model
+    names = {f"{layer}.weight" for layer in linear4bit_layers(model)}
+    assert names == linear_weights(empty_model(load_config(artefact(name)))) and names
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+
+
+@every_architecture
+def test_chunked_loss_of_a_packed_row_equals_the_full_logits_of_each_example(name):
+    """Promise 2, and packing: value and gradient, also where the row leaves a sliding window."""
+    model = attach_adapter(load_base(artefact(name), device="cpu", compute=torch.float32).model, r=4, lora_alpha=8,
+                           factor_dtype=torch.float32)  # fmt: skip
+    move_factors(model)
+    rows = random_rows([3, 1, 5], prompt=LONG)
+    (batch,) = split_batches(rows, 1)
+    packed = batch_loss(model, batch)
+    packed.backward()
+    gradients = take_gradients(model)
+    base = causal_lm(model)
+    base.set_attn_implementation(padded_attention(type(base)))
+    full = torch.zeros(())
+    for index in range(len(rows)):
+        example = rows.encoded(index)
+        logits_NV = full_logits(model, example.input_ids)[example.label_start - 1 : -1]
+        target_N = torch.tensor(example.input_ids[example.label_start :])
+        full = full + torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="sum")
+    full.backward()
+    torch.testing.assert_close(packed, full, rtol=1e-5, atol=0)
+    theirs = take_gradients(model)
+    difference = sum((gradients[key] - theirs[key]).square().sum() for key in theirs)
+    assert difference.sqrt() <= 2e-4 * sum(value.square().sum() for value in theirs.values()).sqrt()
+
+
+def take_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@every_architecture
+def test_from_published_files_to_a_proved_merge_and_an_answer(name, tmp_path):
+    loaded = load_base(artefact(name), device="cpu")
+    model = attach_adapter(loaded.model, r=8, lora_alpha=16)
+    checkpoint_activations(causal_lm(model), enable=True)
+    rows = random_rows([3, 6, 2, 5], prompt=SHORT)
+    losses = train_a_little(model, split_batches(rows, 2))
+    assert losses[-1] < 0.8 * losses[0], losses
+
+    save_adapter(model, tmp_path / "adapter", base_name=str(artefact(name)))
+    ids = rows.encoded(0).input_ids
+    model.eval()
+    check_plain_peft(name, tmp_path / "adapter", model, ids)
+
+    encoded = [rows.encoded(i) for i in range(len(rows))]
+    result = merge(artefact(name), tmp_path / "adapter", tmp_path / "merged", encoded)
+    assert result.num_merged == len(linear4bit_layers(loaded.model))
+    assert result.adapter_effect > 1 and result.arithmetic_ratio < 0.01 and result.storage_ratio < 0.2
+
+    merged, ours = (
+        plain(tmp_path / "merged", torch.float32),
+        load_base(tmp_path / "merged", device="cpu", compute=torch.float32),
+    )
+    assert causal_lm(ours.model).config.model_type == merged.config.model_type
+    with torch.no_grad():
+        decoder = ours.model.get_decoder()
+        packing = {"lengths": (len(ids),)} if packs_rows(ours.model) else {}
+        states = decoder(input_ids=torch.tensor([ids]), use_cache=False, **packing).last_hidden_state[0]
+        torch.testing.assert_close(project(ours.model, states), full_logits(merged, ids), rtol=1e-4, atol=1e-3)
+    prompts = [encoded[i].input_ids[: encoded[i].label_start] for i in (0, 1)]
+    batched = generate_answers(ours.model, ours.tokenizer, prompts, stop_token=2, max_new_tokens=6)
+    assert batched == [plain_answer(merged, ours.tokenizer, prompt) for prompt in prompts]
+    stats = estimate_memory(load_config(artefact(name)), r=8, target_modules="all-linear", optimizer="adamw",
+                            micro_batch_tokens=256, label_share=0.1, checkpointing=True, factor_bytes=2)  # fmt: skip
+    assert stats.num_adapter_weights == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def train_a_little(model, batches, *, num_steps: int = 20) -> list[float]:
+    optimizer = make_optimizer(model.parameters(), name="adamw", learning_rate=1e-2, weight_decay=0.0)
+    model.train()
+    losses = []
+    for _ in range(num_steps):
+        losses.append(
+            forward_backward(model, batches, backward=torch.Tensor.backward, on_batch=lambda batch, loss: None)
+        )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+def check_plain_peft(name: str, adapter: Path, model: PeftModel, ids: list[int]) -> None:
+    """peft alone finds a place for every factor on what transformers alone reads, and computes the same logits."""
+    folder = artefact(name) if name in PLAIN_READS_4_BIT else published(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # peft warns of factors that are missing or left over
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        theirs = PeftModel.from_pretrained(plain(folder), str(adapter), autocast_adapter_dtype=False).eval()
+    factors = {key: p for key, p in theirs.named_parameters() if "lora_" in key}
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert {key.replace(".default", ""): p.dtype for key, p in factors.items()} == {
+        key: t.dtype for key, t in saved.items()
+    }
+    assert all(torch.equal(p, saved[key.replace(".default", "")]) for key, p in factors.items())
+    if name in PLAIN_READS_4_BIT:
+        base = causal_lm(model)
+        base.set_attn_implementation(padded_attention(type(base)))
+        with torch.no_grad():
+            torch.testing.assert_close(full_logits(model, ids), full_logits(theirs, ids), rtol=0, atol=0.05)
+
+
+def plain_answer(model, tokenizer, prompt: list[int]) -> str:
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=2)
+    ids = out[0, len(prompt) :].tolist()
+    return tokenizer.decode(ids[: ids.index(2)] if 2 in ids else ids, skip_special_tokens=True).strip()
