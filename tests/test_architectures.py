@@ -19,6 +19,7 @@ from qlora_lite.model.adapter import attach_adapter, save_adapter
 from qlora_lite.model.artefact import linear_weights, quantize_base
 from qlora_lite.model.attention import packs_rows, padded_attention
 from qlora_lite.model.base import checkpoint_activations, load_base
+from qlora_lite.model.bnb import keep_weights_unpacked
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import project
 from qlora_lite.model.published import published_weights
@@ -136,7 +137,7 @@ def test_from_published_files_to_a_proved_merge_and_an_answer(name, tmp_path):
     model = attach_adapter(loaded.model, r=8, lora_alpha=16)
     checkpoint_activations(causal_lm(model), enable=True)
     rows = random_rows([3, 6, 2, 5], prompt=SHORT)
-    losses = train_a_little(model, split_batches(rows, 2))
+    losses = train_until_the_loss_has_fallen(model, split_batches(rows, 2))
     assert losses[-1] < 0.8 * losses[0], losses
 
     save_adapter(model, tmp_path / "adapter", base_name=str(artefact(name)))
@@ -167,11 +168,12 @@ def test_from_published_files_to_a_proved_merge_and_an_answer(name, tmp_path):
     assert stats.num_adapter_weights == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def train_a_little(model, batches, *, num_steps: int = 20) -> list[float]:
+def train_until_the_loss_has_fallen(model, batches, *, share: float = 0.8, most_steps: int = 80) -> list[float]:
+    """Losses of as many steps as it takes to come below `share` of the first one."""
     optimizer = make_optimizer(model.parameters(), name="adamw", learning_rate=1e-2, weight_decay=0.0)
     model.train()
-    losses = []
-    for _ in range(num_steps):
+    losses: list[float] = []
+    while len(losses) < most_steps and (not losses or losses[-1] >= share * losses[0]):
         losses.append(
             forward_backward(model, batches, backward=torch.Tensor.backward, on_batch=lambda batch, loss: None)
         )
@@ -187,6 +189,7 @@ def check_plain_peft(name: str, adapter: Path, model: PeftModel, ids: list[int])
         warnings.simplefilter("error")  # peft warns of factors that are missing or left over
         warnings.filterwarnings("ignore", category=FutureWarning)
         theirs = PeftModel.from_pretrained(plain(folder), str(adapter), autocast_adapter_dtype=False).eval()
+    keep_weights_unpacked(theirs)
     factors = {key: p for key, p in theirs.named_parameters() if "lora_" in key}
     saved = load_file(adapter / "adapter_model.safetensors")
     assert {key.replace(".default", ""): p.dtype for key, p in factors.items()} == {
@@ -197,7 +200,7 @@ def check_plain_peft(name: str, adapter: Path, model: PeftModel, ids: list[int])
         base = causal_lm(model)
         base.set_attn_implementation(padded_attention(type(base)))
         with torch.no_grad():
-            torch.testing.assert_close(full_logits(model, ids), full_logits(theirs, ids), rtol=0, atol=0.05)
+            torch.testing.assert_close(full_logits(model, ids), full_logits(theirs, ids), rtol=0, atol=0.02)
 
 
 def plain_answer(model, tokenizer, prompt: list[int]) -> str:

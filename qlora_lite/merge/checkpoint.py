@@ -1,4 +1,4 @@
-"""Read a model folder tensor by tensor: NF4 or 16-bit safetensors in, fp32 row blocks out.
+"""Read a model folder tensor by tensor: quantized or 16-bit safetensors in, fp32 row blocks out.
 
 Files are memory-mapped, so what is read costs page cache and no process memory; only one block of fp32 values (16 MiB)
 exists at a time. A 4-bit tensor comes out as training computes with it: bitsandbytes' own dequantization, rounded to
@@ -11,7 +11,7 @@ Surprising: bitsandbytes 0.50's AVX512 kernel reads the wrong `absmax` where the
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,39 @@ from torch import Tensor
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import bitsandbytes
+from qlora_lite.model.published import published_weights
+from qlora_lite.model.quantization import SCALES, parts_of, stored_quantization
+from qlora_lite.model.skeleton import empty_model
+from qlora_lite.model.source import load_config, read_config
 
 # Rows of a block: as many as make 16 MiB in fp32. Results do not depend on it.
 ROW_BLOCK_ELEMENTS = 4 * 2**20
 _LARGEST_QUANT_BLOCK = 4096
 
-_QUANT_STATE = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
-_QUANT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *_QUANT_STATE)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Checkpoint:
-    """The tensors of a model folder. `compute_dtype` is the one that training dequantizes 4-bit weights to.
+    """The tensors of a model folder, with the values that training in `compute_dtype` has; None: as they are stored.
 
-    `names` holds the tensors as a model knows them: the parts of a 4-bit tensor count as one.
-    Raises ModelError where files are missing or damaged, or quantized in another way than bitsandbytes 4-bit.
+    `names` holds the tensors as a model knows them: the parts of a quantized tensor count as one. `keys` says what the files
+    call them, where that differs. Raises ModelError where files are missing or damaged, or quantized otherwise than by
+    bitsandbytes.
     """
 
-    def __init__(self, folder: Path | str, *, compute_dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        config: dict[str, Any] | None = None,
+        keys: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = Path(folder)
-        self.compute_dtype = compute_dtype
-        self.config: dict[str, Any] = read_json(self.folder / "config.json")
-        _refuse_other_quantization(self.folder, self.config)
+        self._dequantized_dtype = compute_dtype or torch.bfloat16
+        self._compute_dtype = compute_dtype
+        self.config: dict[str, Any] = config or read_json(self.folder / "config.json")
+        self.quantization = stored_quantization(self.config, self.folder)
         self._files: dict[str, Any] = {}  # tensor name -> open file; tensors are read from it when asked for
         for path in _weight_files(self.folder):
             try:
@@ -50,30 +61,44 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
             self._files.update(dict.fromkeys(file.keys(), file))
-        quantized = {name.removesuffix(end) for name in self._files for end in _QUANT_STATE if name.endswith(end)}
-        parts = {name + part for name in quantized for part in _QUANT_PARTS}
-        self.quantized = frozenset(quantized)
-        self.names = tuple(sorted(name for name in self._files if name not in parts))
+        self._keys = keys
+        self._parts = parts_of(self._files)
+        self.quantized = frozenset(self._parts)
+        parts = {part for others in self._parts.values() for part in others}
+        self.names = tuple(sorted(keys or (name for name in self._files if name not in parts)))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in (self._keys or self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name in self.quantized:
+        if name in self.quantized and not self._is_int8:
             return tuple(self._quant_state(name).shape)
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """What the values of `name` are on the grid of: the compute dtype for a 4-bit tensor, else the stored dtype."""
+        """What the values of `name` are on the grid of."""
         if name in self.quantized:
-            return self.compute_dtype
-        stored = self._files[name].get_slice(name).get_dtype()
-        return _DTYPES[stored] if stored in _DTYPES else self._files[name].get_tensor(name).dtype
+            return self._dequantized_dtype
+        stored = self._stored_dtype(name)
+        return stored if self.is_as_stored(name) or self._compute_dtype is None else self._compute_dtype
+
+    def is_as_stored(self, name: str) -> bool:
+        """Whether training computes with the very values in the file: not quantized, nor rounded to another type."""
+        if name in self.quantized:
+            return False
+        stored = self._stored_dtype(name)
+        return self._compute_dtype in (None, stored) or not stored.is_floating_point
 
     def stored(self, name: str) -> Tensor:
         """The tensor as it is in the file, memory-mapped (4-bit: the packed bytes)."""
-        tensor: Tensor = self._files[name].get_tensor(name)
+        key = self._key(name)
+        tensor: Tensor = self._files[key].get_tensor(key)
         return tensor
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """Some rows of a tensor that is not quantized, in fp32: those of an embedding's tokens."""
+        values = self.stored(name)[indices].float()
+        return values if self.is_as_stored(name) else values.to(self.dtype(name)).float()
 
     def row_blocks(self, name: str) -> Iterator[Tensor]:
         """The values of `name` in fp32, as blocks of whole rows [rows, width] (fresh memory, the caller's to change).
@@ -81,20 +106,24 @@ class Checkpoint:
         A tensor with one dimension is one row for each value; one with more than two is flattened behind the first.
         """
         num_rows, width = _rows_and_width(self.shape(name))
-        if name not in self.quantized:
+        if name not in self.quantized or self._is_int8:
             stored = self.stored(name).reshape(num_rows, width)
+            scales = self._row_scales(name) if name in self.quantized else None
             for start, stop in row_ranges(num_rows, width):
-                yield stored[start:stop].to(torch.float32, copy=True)
+                values = stored[start:stop].to(torch.float32, copy=True)
+                if scales is not None:
+                    values *= scales[start:stop, None]
+                yield values if self.is_as_stored(name) else values.to(self.dtype(name)).float()
             return
         state, packed = self._quant_state(name), self.stored(name).reshape(-1)
         absmax = _absmax(state)
         for start, stop in row_ranges(num_rows, width):
-            flat = _dequantize(packed, absmax, state, start * width, stop * width, self.compute_dtype)
+            flat = _dequantize(packed, absmax, state, start * width, stop * width, self._dequantized_dtype)
             yield flat.view(stop - start, width).float()
 
     def kernel_misreads(self, name: str) -> bool:
         """Whether bitsandbytes' forward on this machine's CPU dequantizes 4-bit tensor `name` to other values."""
-        if name not in self.quantized:
+        if name not in self.quantized or self._is_int8:
             return False
         state = self._quant_state(name)
         width = state.shape[-1]
@@ -104,13 +133,32 @@ class Checkpoint:
         num, absmax = rows * width, _absmax(state)[: -(-rows * width // state.blocksize)]
         packed = self.stored(name).reshape(-1)[: (num + 1) // 2]
         as_forward = torch.ops.bitsandbytes.dequantize_4bit(
-            packed.view(-1, 1), absmax, state.blocksize, state.quant_type, (rows, width), self.compute_dtype
+            packed.view(-1, 1), absmax, state.blocksize, state.quant_type, (rows, width), self._dequantized_dtype
         )
-        flat = _dequantize(packed, absmax, state, 0, num, self.compute_dtype)
+        flat = _dequantize(packed, absmax, state, 0, num, self._dequantized_dtype)
         return not torch.equal(as_forward.reshape(-1), flat)
 
+    @property
+    def _is_int8(self) -> bool:
+        return self.quantization is not None and self.quantization.kind == "int8"
+
+    def _key(self, name: str) -> str:
+        return self._keys[name] if self._keys is not None else name
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        stored = self._slice(name).get_dtype()
+        return _DTYPES[stored] if stored in _DTYPES else self.stored(name).dtype
+
+    def _slice(self, name: str) -> Any:
+        key = self._key(name)
+        return self._files[key].get_slice(key)
+
+    def _row_scales(self, name: str) -> Tensor:
+        """[out] of an int8 tensor: value = stored * scale (LLM.int8, arXiv 2208.07339)."""
+        return self.stored(f"{name.removesuffix('.weight')}.{SCALES}").float() / 127
+
     def _quant_state(self, name: str) -> Any:
-        parts = {name + part: self.stored(name + part) for part in _QUANT_PARTS if name + part in self._files}
+        parts = {part: self.stored(part) for part in self._parts[name]}
         return bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device("cpu"))
 
 
@@ -145,13 +193,19 @@ def _weight_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _refuse_other_quantization(folder: Path, config: dict[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if quantization and not (quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit")):
-        raise ModelError(
-            f"{folder / 'config.json'}: quantized with {quantization.get('quant_method')}; "
-            "a merge reads bitsandbytes 4-bit or plain 16-bit and 32-bit weights"
-        )
+def open_checkpoint(folder: Path | str, *, compute_dtype: torch.dtype | None = None) -> Checkpoint:
+    """A model folder whose names are its model's own: a quantized base as it is, a 16-bit one through its published keys.
+
+    Raises ModelError as `Checkpoint` and `published_weights` do.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if stored_quantization(config, folder) is not None:
+        return Checkpoint(folder, compute_dtype=compute_dtype, config=config)
+    weights = published_weights(folder, empty_model(load_config(folder)))
+    config["tie_word_embeddings"] = weights.is_tied
+    keys = {name: tensor.key for name, tensor in weights.tensors.items()}
+    return Checkpoint(folder, compute_dtype=compute_dtype, config=config, keys=keys)
 
 
 def _rows_and_width(shape: tuple[int, ...]) -> tuple[int, int]:

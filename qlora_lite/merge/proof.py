@@ -267,9 +267,7 @@ class _Variant:
         return self.models.row_blocks(name, self.name)
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        from_base, from_files = (
-            files.stored(name)[indices].float() for files in (self.models.base, self.models.merged)
-        )
+        from_base, from_files = self.models.base.rows(name, indices), self.models.merged.rows(name, indices)
         if self.name == "merged":
             self.models.compare_weights(name, from_files, from_base, exact=True)
         return from_files if self.name == "stored" else from_base
@@ -311,8 +309,9 @@ def _judge(
 
 
 def _plain_config(base: Checkpoint) -> Any:
-    """The model's config without quantization."""
+    """The model's config without quantization, its head tied or not as the files have it."""
     config = load_config(base.folder)
+    config.tie_word_embeddings = base.config.get("tie_word_embeddings", config.tie_word_embeddings)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.errors import ModelError, UserError
-from qlora_lite.merge.checkpoint import Checkpoint, row_ranges
+from qlora_lite.merge.checkpoint import Checkpoint, open_checkpoint
 from qlora_lite.merge.lora import LoraFactors, add_delta_, read_adapter
 from qlora_lite.merge.memory import HostMemoryMeter
 from qlora_lite.merge.rounding import DTYPES, ROUNDINGS, make_rounder
@@ -137,25 +137,19 @@ def merged_row_blocks(base: Checkpoint, name: str, factors: LoraFactors, scale: 
 
 
 def stored_blocks(base: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Blocks of a tensor without adapter in `dtype`: exact where the base already lies on its grid."""
-    if name in base.quantized:
-        for block in base.row_blocks(name):
-            yield _checked(block.to(dtype), name, str(dtype))
+    """Blocks of a tensor without adapter in `dtype`: the file's own where training computed with these."""
+    if base.is_as_stored(name) and base.dtype(name) == dtype:
+        yield base.stored(name)
         return
-    stored = base.stored(name)
-    if stored.dtype == dtype:
-        yield stored
-        return
-    flat = stored.reshape(-1)
-    for start, stop in row_ranges(flat.numel(), 1):
-        yield _checked(flat[start:stop].to(dtype), name, str(dtype))
+    for block in base.row_blocks(name):
+        yield _checked(block.to(dtype), name, str(dtype))
 
 
 def open_pair(
     base_dir: Path | str, adapter_dir: Path | str, *, compute_dtype: str
 ) -> tuple[Checkpoint, Mapping[str, LoraFactors]]:
     """Base and adapter, after checking that every adapter module meets a base weight of its shape."""
-    base = Checkpoint(base_dir, compute_dtype=DTYPES[compute_dtype])
+    base = open_checkpoint(base_dir, compute_dtype=DTYPES[compute_dtype])
     adapter = read_adapter(adapter_dir)
     problems = []
     for module, factors in adapter.items():

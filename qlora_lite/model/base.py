@@ -15,9 +15,11 @@ from transformers.utils import logging as transformers_logging
 from qlora_lite.errors import ModelError
 from qlora_lite.model.attention import PACKED, packs_rows, padded_attention
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
+from qlora_lite.model.published import published_weights
+from qlora_lite.model.quantization import stored_quantization
 from qlora_lite.model.skeleton import empty_model, model_class
-from qlora_lite.model.source import load_config
-from qlora_lite.model.weights import fill_model
+from qlora_lite.model.source import load_config, read_config
+from qlora_lite.model.weights import fill_model, fill_plain
 
 _DROPOUT = (
     *("attention_dropout", "hidden_dropout", "dropout", "activation_dropout", "layerdrop", "classifier_dropout"),
@@ -44,20 +46,20 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_base(folder: Path, *, device: str, compute: torch.dtype = torch.bfloat16) -> LoadedBase:
-    """The frozen model in `folder`: a quantized base (artefact.py) or a 16-bit checkpoint such as `merge` writes.
+    """The frozen model in `folder`: a quantized base (artefact.py) or a 16-bit folder, as published or as `merge` writes it.
 
-    4-bit weights are dequantized to `compute` whenever they are used, all others are kept in it. Raises ModelError when the
-    folder does not load.
+    Quantized weights are dequantized to `compute` whenever they are used, all others are kept in it. Raises ModelError when
+    the folder does not load.
     """
     config = load_config(folder)
     _switch_off_dropout(config)
-    kind = model_class(config)
     with _quiet_transformers():
-        model = empty_model(
-            config, dtype=compute, attn_implementation=PACKED if packs_rows(kind) else padded_attention(kind)
-        )
         try:
-            fill_model(model, folder, device=device, compute=compute)
+            if stored_quantization(read_config(folder), folder) is not None:
+                model = _empty(config, compute)
+                fill_model(model, folder, device=device, compute=compute)
+            else:
+                model = _plain_model(config, folder, device=device, compute=compute)
             if (folder / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -66,6 +68,24 @@ def load_base(folder: Path, *, device: str, compute: torch.dtype = torch.bfloat1
     model.requires_grad_(False).eval()
     weights, constants = _resident_bytes(model)
     return LoadedBase(model, load_tokenizer(folder), weights, constants)
+
+
+def _plain_model(config: Any, folder: Path, *, device: str, compute: torch.dtype) -> PreTrainedModel:
+    model = _empty(config, compute)
+    weights = published_weights(folder, model)
+    if (
+        not weights.is_tied and model.all_tied_weights_keys
+    ):  # the files hold a head of its own, whatever the config says
+        config.tie_word_embeddings = False
+        model = _empty(config, compute)
+    fill_plain(model, weights.tensors, device=device, compute=compute)
+    return model
+
+
+def _empty(config: Any, compute: torch.dtype) -> PreTrainedModel:
+    kind = model_class(config)
+    attention = PACKED if packs_rows(kind) else padded_attention(kind)
+    return empty_model(config, dtype=compute, attn_implementation=attention)
 
 
 def checkpoint_activations(model: PreTrainedModel, *, enable: bool) -> None:
@@ -86,14 +106,17 @@ def _switch_off_dropout(config: Any) -> None:
 
 
 def _resident_bytes(model: PreTrainedModel) -> tuple[int, int]:
+    """-> (parameters and buffers, quantization constants); shared tensors count once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    constants = 0
+    constants: list[torch.Tensor] = []
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             state = module.weight.quant_state
-            parts = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-            constants += sum(part.nbytes for part in parts)
-    return sum(tensor.nbytes for tensor in tensors.values()), constants
+            nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+            constants += [state.absmax, state.code, *nested]
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            constants.append(module.weight.SCB)
+    return sum(tensor.nbytes for tensor in tensors.values()), sum(tensor.nbytes for tensor in constants)
 
 
 class _quiet_transformers:

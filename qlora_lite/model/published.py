@@ -33,13 +33,13 @@ class LazyTensor:
     """One tensor of a safetensors file, read when asked for."""
 
     def __init__(self, file: Any, key: str) -> None:
-        self._file, self._key = file, key
+        self._file, self.key = file, key
 
     def shape(self) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(self._key).get_shape())
+        return tuple(self._file.get_slice(self.key).get_shape())
 
     def value(self) -> torch.Tensor:
-        tensor: torch.Tensor = self._file.get_tensor(self._key)
+        tensor: torch.Tensor = self._file.get_tensor(self.key)
         return tensor
 
 

@@ -1,4 +1,4 @@
-"""Put the tensors of a model folder into an empty model: 16-bit ones as they are, 4-bit ones as bitsandbytes' layers.
+"""Put the tensors of a model folder into an empty model: 16-bit ones as they are, quantized ones as bitsandbytes' layers.
 
 transformers' own loader replaces only layers whose type is exactly `nn.Linear`: it leaves Falcon, whose layers are a subclass,
 in 16 bits. Here a layer is replaced when the files hold its quantized weight, and nothing else decides. Values are copied: files are
@@ -13,62 +13,53 @@ from transformers import PreTrainedModel
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import bitsandbytes
 from qlora_lite.model.published import LazyTensor, open_tensors
-
-QUANT_STATE = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
-QUANT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *QUANT_STATE)
+from qlora_lite.model.quantization import OUTLIERS, SCALES, parts_of
 
 
 def fill_model(model: PreTrainedModel, folder: Path, *, device: str, compute: torch.dtype) -> None:
-    """Read every weight of `model` (see skeleton.py) from `folder`'s safetensors, whose names are the model's own.
+    """Read every weight of `model` (see skeleton.py) from the quantized `folder`, whose names are the model's own.
 
-    4-bit weights are dequantized to `compute` whenever they are used, all others are stored in it. Raises ModelError for
+    Quantized weights are dequantized to `compute` whenever they are used, all others are stored in it. Raises ModelError for
     weights that are missing or have no place.
     """
     stored = dict(open_tensors(folder))
-    quantized = {name.removesuffix(end) for name in stored for end in QUANT_STATE if name.endswith(end)}
-    parts = {name: _parts(name, stored) for name in quantized}
-    plain = stored.keys() - quantized - {part for found in parts.values() for part in found}
+    parts = parts_of(stored)
+    plain = stored.keys() - parts.keys() - {part for found in parts.values() for part in found}
     wanted = model.state_dict().keys()
     tied = model.all_tied_weights_keys.keys() - plain
-    missing, unknown = wanted - plain - quantized - tied, (plain | quantized) - wanted
+    missing, unknown = wanted - plain - parts.keys() - tied, (plain | parts.keys()) - wanted
     if missing or unknown:
         some = min(missing | unknown)
         raise ModelError(f"{folder}: {len(missing)} weights are missing and {len(unknown)} have no place, first {some}")
-    for name in plain:
-        _set(model, name, torch.nn.Parameter(stored[name].value().to(device, compute, copy=True), requires_grad=False))
-    for name in quantized:
-        layer = _four_bit_layer(model, name.removesuffix(".weight"), compute=compute, device=device)
-        layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(
-            data=stored[name].value().clone(),
-            quantized_stats={part: stored[part].value().clone() for part in parts[name]},
-            device=device,
-            module=layer,
-        )
+    fill_plain(model, {name: stored[name] for name in plain}, device=device, compute=compute)
+    for name, others in parts.items():
+        tensors = {part: stored[part].value().clone() for part in (name, *others)}
+        put = _put_int8 if tensors[name].dtype == torch.int8 else _put_4_bit
+        put(model, name, tensors, device=device, compute=compute)
+    # peft asks for these two
+    model.is_loaded_in_4bit = any(isinstance(layer, bitsandbytes.nn.Linear4bit) for layer in model.modules())
+    model.is_loaded_in_8bit = bool(parts) and not model.is_loaded_in_4bit
+
+
+def fill_plain(model: PreTrainedModel, tensors: dict[str, LazyTensor], *, device: str, compute: torch.dtype) -> None:
+    """Put 16-bit `tensors`, by module name, into `model` in the type `compute`; buffers go to the device too."""
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        value, expected = tensor.value(), module.get_parameter(attribute).shape
+        if value.shape != expected:
+            raise ModelError(f"{name}: has shape {list(value.shape)}, the model's is {list(expected)}")
+        parameter = torch.nn.Parameter(value.to(device, compute, copy=True), requires_grad=False)
+        module.register_parameter(attribute, parameter)
     for module in model.modules():
         module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
     model.tie_weights()
-    model.is_loaded_in_4bit = bool(quantized)  # peft asks for it
 
 
-def _parts(name: str, stored: dict[str, LazyTensor]) -> list[str]:
-    return [name + part for part in QUANT_PARTS if name + part in stored]
-
-
-def _set(model: PreTrainedModel, name: str, parameter: torch.nn.Parameter) -> None:
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    expected = module.get_parameter(attribute).shape
-    if parameter.shape != expected:
-        raise ModelError(f"{name}: has shape {list(parameter.shape)}, the model's is {list(expected)}")
-    module.register_parameter(attribute, parameter)
-
-
-def _four_bit_layer(
-    model: PreTrainedModel, name: str, *, compute: torch.dtype, device: str
-) -> "bitsandbytes.nn.Linear4bit":
-    """The linear layer `name`, replaced by an empty 4-bit one that keeps its bias."""
-    linear = model.get_submodule(name)
-    assert isinstance(linear, torch.nn.Linear), f"{name} is a {type(linear).__name__}"
+def _put_4_bit(
+    model: PreTrainedModel, name: str, tensors: dict[str, torch.Tensor], *, device: str, compute: torch.dtype
+) -> None:
+    linear = _linear(model, name)
     if device == "cpu" and linear.in_features % 64 == 32:
         # bitsandbytes 0.50's AVX512 kernel takes the wrong absmax there; can go when upstream reads it right
         raise ModelError(
@@ -78,6 +69,35 @@ def _four_bit_layer(
     layer = bitsandbytes.nn.Linear4bit(
         linear.in_features, linear.out_features, bias=False, compute_dtype=compute, device="meta"
     )
-    layer.bias, layer.compute_type_is_set = linear.bias, True
-    model.set_submodule(name, layer)
-    return layer
+    layer.compute_type_is_set = True
+    layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(
+        data=tensors.pop(name), quantized_stats=tensors, device=device, module=layer
+    )
+    _replace(model, name, layer, bias=linear.bias)
+
+
+def _put_int8(
+    model: PreTrainedModel, name: str, tensors: dict[str, torch.Tensor], *, device: str, compute: torch.dtype
+) -> None:
+    linear = _linear(model, name)
+    layer = bitsandbytes.nn.Linear8bitLt(
+        linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=OUTLIERS, device="meta"
+    )
+    values, scales = tensors[name].to(device), tensors[f"{name.removesuffix('.weight')}.{SCALES}"].to(device)
+    layer.weight = bitsandbytes.nn.Int8Params(
+        values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
+    )
+    _replace(model, name, layer, bias=linear.bias)
+
+
+def _linear(model: PreTrainedModel, name: str) -> torch.nn.Linear:
+    linear = model.get_submodule(name.removesuffix(".weight"))
+    if not isinstance(linear, torch.nn.Linear):
+        raise ModelError(f"{name}: is quantized in the file and belongs to a {type(linear).__name__} in the model")
+    return linear
+
+
+def _replace(model: PreTrainedModel, name: str, layer: torch.nn.Module, *, bias: torch.nn.Parameter | None) -> None:
+    """Put the quantized `layer` where the model's own is; a bias stays, in 16 bits."""
+    layer.bias = bias
+    model.set_submodule(name.removesuffix(".weight"), layer)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qlora_lite.model.head import CHUNK, ROWS
+from qlora_lite.model.skeleton import empty_model
 
 FULL_BYTES = {
     "weights_bytes": 2,
@@ -60,10 +61,7 @@ def estimate_memory(
 
     `label_share` is the share of tokens that carry a label.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config)
     head = model.get_output_embeddings()
     linear = {
         name: module
@@ -74,7 +72,8 @@ def estimate_memory(
     all_weights = sum(parameter.numel() for parameter in model.parameters())
     targets = [module for name, module in linear.items() if _is_target(name, target_modules)]
     factors = sum(r * (module.in_features + module.out_features) for module in targets)
-    activations, recompute = _activation_bytes(config, micro_batch_tokens, checkpointing=checkpointing)
+    intermediate = max(module.in_features for module in linear.values())
+    activations, recompute = _activation_bytes(config, micro_batch_tokens, intermediate, checkpointing=checkpointing)
     label_tokens = min(CHUNK, ROWS * math.ceil(label_share * micro_batch_tokens / ROWS))
     logits = 3 * 4 * label_tokens * config.vocab_size  # logits, log-softmax and their gradient, in fp32
     # The head is done before the first layer is computed again, so only the larger of the two counts at the peak.
@@ -106,10 +105,10 @@ def _is_target(name: str, target_modules: str | tuple[str, ...]) -> bool:
     return target_modules == "all-linear" or any(name == t or name.endswith("." + t) for t in target_modules)
 
 
-def _activation_bytes(config: Any, tokens: int, *, checkpointing: bool) -> tuple[int, int]:
-    """(kept for the backward pass, computed again at a time)."""
+def _activation_bytes(config: Any, tokens: int, intermediate: int, *, checkpointing: bool) -> tuple[int, int]:
+    """(kept for the backward pass, computed again at a time). `intermediate` is the MLP's width."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    key_value = config.num_key_value_heads * head_dim
-    layer = tokens * (2 * (10 * hidden + 4 * key_value + 5 * config.intermediate_size) + 2 * 4 * hidden)
+    key_value = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim
+    layer = tokens * (2 * (10 * hidden + 4 * key_value + 5 * intermediate) + 2 * 4 * hidden)
     return (2 * layers * tokens * hidden, layer) if checkpointing else (layers * layer, 0)
