@@ -1,7 +1,8 @@
 """Read a PEFT LoRA folder: `adapter_config.json` and `adapter_model.safetensors` in, factors of each module out.
 
-delta_W = scaling * B @ A, scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
-What changes this formula (DoRA, biases, saved modules, ...) is refused by name, also settings that we do not know.
+W' = W + scaling * B @ A, scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); with DoRA (arXiv
+2402.09353) every row of that is then brought to its trained length. What changes these formulas (biases, saved modules, ...)
+is refused by name, also settings that we do not know.
 """
 
 import math
@@ -17,11 +18,22 @@ from torch import Tensor
 
 from qlora_lite.errors import ModelError
 from qlora_lite.merge.checkpoint import read_json
+from qlora_lite.model.dora import row_norms
 
-_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+_PREFIX, _A, _B, _M = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 # Settings that decide where and how factors were trained, but not what they add once they are trained.
 _INERT = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "peft_type", "bias", "init_lora_weights"),
+    *(
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "peft_type",
+        "bias",
+        "init_lora_weights",
+    ),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "eva_config"),
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
     *("megatron_core", "qalora_group_size"),  # have defaults that are not empty, and act only with other settings
@@ -31,11 +43,12 @@ _INIT_KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # PiSSA, OLoR
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """The two factors of one module, memory-mapped in the dtype they were saved in."""
+    """The two factors of one module, memory-mapped in the dtype they were saved in, and DoRA's row lengths."""
 
     a_RI: Tensor  # [r, in_features]
     b_OR: Tensor  # [out_features, r]
     scaling: float
+    magnitude_O: Tensor | None = None  # [out_features], fp32
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,7 +83,11 @@ def read_adapter(folder: Path | str) -> dict[str, LoraFactors]:
             shapes = f"lora_A {list(a_RI.shape)}, lora_B {list(b_OR.shape)}"
             problems.append(f"{module}: {shapes}, but adapter_config.json says r={r}")
             continue
-        adapter[module] = LoraFactors(a_RI, b_OR, scaling)
+        magnitude_O = tensors.get(_PREFIX + module + _M)
+        if (magnitude_O is not None) != bool(config.get("use_dora")):
+            problems.append(f"{module}: {'has' if magnitude_O is not None else 'lacks'} DoRA's magnitudes")
+            continue
+        adapter[module] = LoraFactors(a_RI, b_OR, scaling, magnitude_O)
     _refuse(folder, problems, "the adapter does not fit together")
     if not adapter:
         raise ModelError(f"{path}: holds no LoRA factors")
@@ -85,10 +102,23 @@ def rank_and_scaling(config: dict[str, Any], module: str) -> tuple[int, float]:
     return r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
 
 
-def add_delta_(weight_rows: Tensor, factors: LoraFactors, *, start: int, scale: float) -> None:
-    """Add scale * scaling * (B @ A)[start : start + rows] to fp32 rows of the weight, in place and in fp32."""
-    b_rows = factors.b_OR[start : start + weight_rows.shape[0]].float()
-    weight_rows.addmm_(b_rows, factors.a_RI.to(torch.float32), alpha=scale * factors.scaling)
+def change_rows_(weight_rows: Tensor, factors: LoraFactors, *, start: int, scale: float) -> None:
+    """Turn fp32 rows of the weight, from row `start` on, into rows of W + scale * (W' - W), in place and in fp32."""
+    rows = slice(start, start + weight_rows.shape[0])
+    b_rows, a_RI = factors.b_OR[rows].float(), factors.a_RI.to(torch.float32)
+    if factors.magnitude_O is None:
+        weight_rows.addmm_(b_rows, a_RI, alpha=scale * factors.scaling)
+        return
+    share_O = factors.magnitude_O[rows].float() / tuned_norms(weight_rows, factors, start=start)
+    weight_rows.mul_((1 + scale * (share_O - 1))[:, None])
+    weight_rows.addmm_(b_rows * (scale * factors.scaling * share_O)[:, None], a_RI)
+
+
+def tuned_norms(weight_rows: Tensor, factors: LoraFactors, *, start: int) -> Tensor:
+    """||W + scaling * B A|| of fp32 rows of the weight, from row `start` on (model/dora.py)."""
+    a_RI = factors.a_RI.float()
+    b_rows = factors.scaling * factors.b_OR[start : start + weight_rows.shape[0]].float()
+    return row_norms(weight_rows.square().sum(1), weight_rows @ a_RI.T, a_RI, b_rows)
 
 
 def _unsupported_settings(config: dict[str, Any]) -> list[str]:
@@ -110,8 +140,8 @@ def _refuse(folder: Path, problems: Iterable[str], what: str) -> None:
 
 
 def _is_factor(name: str) -> bool:
-    return name.startswith(_PREFIX) and name.endswith((_A, _B))
+    return name.startswith(_PREFIX) and name.endswith((_A, _B, _M))
 
 
 def _module_name(name: str) -> str:
-    return name.removeprefix(_PREFIX).removesuffix(_A).removesuffix(_B)
+    return name.removeprefix(_PREFIX).removesuffix(_A).removesuffix(_B).removesuffix(_M)

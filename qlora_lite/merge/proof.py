@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from qlora_lite.errors import ProofFailed, UserError
 from qlora_lite.merge.checkpoint import Checkpoint
-from qlora_lite.merge.lora import LoraFactors
+from qlora_lite.merge.lora import LoraFactors, tuned_norms
 from qlora_lite.merge.memory import HostMemoryMeter
 from qlora_lite.merge.streamed import StreamedDecoder
 from qlora_lite.merge.write import merged_row_blocks, open_pair
@@ -177,7 +177,8 @@ class _Models:
                 logits[variant][:, start:stop] = states @ of[variant].to(self.device).T
             start = stop
         if factors is not None:
-            logits["adapter"] += _low_rank(hidden["adapter"], factors, self.scale)
+            share_O = self._length_shares(self.decoder.head)
+            logits["adapter"] = _adapted(logits["adapter"], hidden["adapter"], factors, share_O, self.scale)
         config = self.decoder.model.config
         return {variant: finish_logits(values, config) for variant, values in logits.items()}
 
@@ -204,12 +205,30 @@ class _Models:
         with contextlib.ExitStack() as hooks:
             for name, module in self.decoder.modules.items():
                 if name in self.adapter:
+                    factors, share_O = self.adapter[name], self._length_shares(name)
 
-                    def add(_: nn.Module, args: Any, out: Tensor, factors: LoraFactors = self.adapter[name]) -> Tensor:
-                        return out + _low_rank(args[0], factors, self.scale)
+                    def add(
+                        module: nn.Module,
+                        args: Any,
+                        out: Tensor,
+                        factors: LoraFactors = factors,
+                        share_O: Tensor | None = share_O,
+                    ) -> Tensor:
+                        bias = 0 if module.bias is None else module.bias
+                        return _adapted(out - bias, args[0], factors, share_O, self.scale) + bias
 
                     hooks.callback(module.register_forward_hook(add).remove)
             yield
+
+    def _length_shares(self, module: str) -> Tensor | None:
+        """DoRA: by how much each row of W + B A is stretched, [out]; None for plain LoRA."""
+        factors, norms, start = self.adapter[module], [], 0
+        if factors.magnitude_O is None:
+            return None
+        for block in self.base.row_blocks(f"{module}.weight"):
+            norms.append(tuned_norms(block, factors, start=start))
+            start += block.shape[0]
+        return (factors.magnitude_O.float() / torch.cat(norms)).to(self.device)
 
     @contextlib.contextmanager
     def _fp16_range(self) -> Iterator[None]:
@@ -315,6 +334,13 @@ def _plain_config(base: Checkpoint) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _adapted(plain: Tensor, x: Tensor, factors: LoraFactors, share_O: Tensor | None, scale: float) -> Tensor:
+    """What the adapter makes of a layer's product `plain` = W x; `share_O` is DoRA's."""
+    if share_O is None:
+        return plain + _low_rank(x, factors, scale)
+    return plain + scale * (share_O * (plain + _low_rank(x, factors, 1.0)) - plain)
 
 
 def _low_rank(x: Tensor, factors: LoraFactors, scale: float) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qlora_lite.errors import ModelError, UserError
 from qlora_lite.merge.checkpoint import Checkpoint, open_checkpoint
-from qlora_lite.merge.lora import LoraFactors, add_delta_, read_adapter
+from qlora_lite.merge.lora import LoraFactors, change_rows_, read_adapter
 from qlora_lite.merge.memory import HostMemoryMeter
 from qlora_lite.merge.rounding import DTYPES, ROUNDINGS, make_rounder
 from qlora_lite.model.safetensors_writer import (
@@ -131,7 +131,7 @@ def merged_row_blocks(base: Checkpoint, name: str, factors: LoraFactors, scale: 
     """Row blocks of the merged weight in fp32, not rounded. What is written and what is proved both come from here."""
     start = 0
     for block in base.row_blocks(name):
-        add_delta_(block, factors, start=start, scale=scale)
+        change_rows_(block, factors, start=start, scale=scale)
         yield block
         start += block.shape[0]
 

@@ -5,7 +5,7 @@ lora_alpha / R, or lora_alpha / sqrt(R) for rsLoRA (arXiv 2312.03732). B starts 
 
 peft places, names, saves and loads the factors. One thing is ours: `FactorLinear` computes a factor's weight gradient in
 fp32. bf16 autograd rounds each micro-batch's gradient to 8 bits before it is added up (5e-3 off after 16 micro-batches);
-in fp32 the split of a step no longer shows.
+in fp32 the split of a step no longer shows. DoRA's layer is ours too (dora.py).
 """
 
 import warnings
@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import keep_weights_unpacked
+from qlora_lite.model.dora import Dora
 
 
 def attach_adapter(
@@ -29,6 +31,7 @@ def attach_adapter(
     lora_dropout: float = 0.0,
     target_modules: str | list[str] = "all-linear",
     use_rslora: bool = False,
+    use_dora: bool = False,
     factor_dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> PeftModel:
@@ -45,13 +48,14 @@ def attach_adapter(
         lora_dropout=lora_dropout,
         target_modules=target_modules,
         use_rslora=use_rslora,
+        use_dora=use_dora,
     )
     with torch.random.fork_rng(devices=[]):  # the seed of the factors does not disturb any other random stream
         torch.manual_seed(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a deprecated name
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    return _prepare(adapted, factor_dtype)
+    return _prepare(adapted, factor_dtype, is_new=True)
 
 
 def load_adapter(
@@ -67,7 +71,7 @@ def load_adapter(
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{folder}: not an adapter of this model ({error})") from error
     _refuse_other_factors(adapted, folder)
-    return _prepare(adapted, factor_dtype)
+    return _prepare(adapted, factor_dtype, is_new=False)
 
 
 def save_adapter(model: PeftModel, folder: Path, *, base_name: str) -> None:
@@ -117,10 +121,13 @@ def _product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left.float() @ right.float()
 
 
-def _prepare(adapted: PeftModel, factor_dtype: torch.dtype) -> PeftModel:
+def _prepare(adapted: PeftModel, factor_dtype: torch.dtype, *, is_new: bool) -> PeftModel:
     for name, module in list(adapted.named_modules()):
         if type(module) is torch.nn.Linear and name.split(".")[-2:-1] in (["lora_A"], ["lora_B"]):
             _replace(adapted, name, _factor(module, factor_dtype))
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer) and layer.lora_magnitude_vector:
+            _set_up_dora(layer, is_new=is_new)
     keep_weights_unpacked(adapted)
     return adapted
 
@@ -131,6 +138,15 @@ def _factor(linear: torch.nn.Linear, dtype: torch.dtype) -> FactorLinear:
     if factor.weight.requires_grad:
         factor.weight.grad_dtype = torch.float32
     return factor
+
+
+def _set_up_dora(layer: LoraLayer, *, is_new: bool) -> None:
+    """Our way to compute the layer, and magnitudes in fp32: the weight's own for a new adapter, else the loaded ones."""
+    dora = Dora(layer)
+    holder = layer.lora_magnitude_vector["default"]
+    loaded = torch.nn.Parameter(holder.weight.detach().float(), requires_grad=holder.weight.requires_grad)
+    holder.weight = dora.first_magnitudes() if is_new else loaded
+    layer.lora_variant["default"] = dora
 
 
 def _replace(root: torch.nn.Module, name: str, module: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from qlora_lite.errors import ModelError
-from qlora_lite.merge.lora import add_delta_, rank_and_scaling, read_adapter
+from qlora_lite.merge.lora import change_rows_, rank_and_scaling, read_adapter
 
 
 class Block(torch.nn.Module):
@@ -41,7 +41,7 @@ def test_the_delta_is_the_one_peft_computes(tmp_path, settings):
         expected = model.base_model.model.get_submodule(name).get_delta_weight("default")
         rows = torch.zeros(factors.shape)
         for start in range(0, factors.shape[0], 3):
-            add_delta_(rows[start : start + 3], factors, start=start, scale=0.5)
+            change_rows_(rows[start : start + 3], factors, start=start, scale=0.5)
         torch.testing.assert_close(rows, 0.5 * expected)
 
 

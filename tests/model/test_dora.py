@@ -1,0 +1,121 @@
+"""DoRA: the layer against its formula, peft's own layer and a merge; magnitudes that learn in fp32."""
+
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qlora_lite.merge import merge
+from qlora_lite.model.adapter import attach_adapter, load_adapter, save_adapter
+from qlora_lite.model.bnb import keep_weights_unpacked
+from qlora_lite.model.dora import dequantized, row_norms
+from tests.tiny_model import gradients, move_factors, random_rows, split_batches, tiny_artefact, tiny_base
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def dora_model(*, compute: torch.dtype = torch.float32, moved: bool = True, **settings) -> PeftModel:
+    model = attach_adapter(
+        tiny_base(compute=compute).model, r=4, lora_alpha=8, use_dora=True, factor_dtype=compute, **settings
+    )
+    if moved:
+        move_factors(model, std=0.2)
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def dense(layer) -> torch.Tensor:
+    """m * (W + s B A) / ||W + s B A||, as the paper writes it."""
+    weight = dequantized(layer.get_base_layer()).float()
+    change = layer.scaling["default"] * layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+    tuned = weight + change
+    return layer.lora_magnitude_vector["default"].weight[:, None] * tuned / tuned.norm(dim=1, keepdim=True)
+
+
+def test_the_layer_is_the_papers_formula():
+    layer = dora_model().get_base_model().get_submodule(LAYER)
+    x = torch.randn(5, 192)
+    torch.testing.assert_close(layer(x), x @ dense(layer).T, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_from_thin_products_are_the_norms_of_the_dense_weight():
+    weight, a, b = torch.randn(40, 64), torch.randn(4, 64), torch.randn(40, 4)
+    torch.testing.assert_close(row_norms(weight.square().sum(1), weight @ a.T, a, b), (weight + b @ a).norm(dim=1))
+    b[3] = -(weight[3] @ torch.linalg.pinv(a))  # a row that lies in A's span vanishes
+    weight[3] = -b[3] @ a
+    assert row_norms(weight.square().sum(1), weight @ a.T, a, b)[3] < 1e-2
+
+
+def test_training_starts_at_the_base_model():
+    model = dora_model(compute=torch.bfloat16, moved=False).eval()
+    ids = torch.tensor([random_rows([3]).encoded(0).input_ids])
+    model.get_base_model().set_attn_implementation("sdpa")
+    with torch.no_grad():
+        tuned = model(input_ids=ids, use_cache=False).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(tuned, base, rtol=0, atol=0.05)  # a factor of 1 is rounded to bf16 here and there
+
+
+def test_magnitudes_are_fp32_and_every_part_has_a_gradient():
+    model = dora_model(compute=torch.bfloat16)
+    found = gradients(model, split_batches(random_rows([3, 5]), 1))
+    kinds = {"lora_A", "lora_B", "lora_magnitude_vector"}
+    assert {next(kind for kind in kinds if kind in name) for name in found} == kinds
+    assert all(gradient.dtype == torch.float32 and gradient.norm() > 0 for gradient in found.values())
+    assert {p.dtype for name, p in model.named_parameters() if "magnitude" in name} == {torch.float32}
+
+
+def test_gradients_are_those_of_the_formula_with_the_norm_held_constant():
+    layer = dora_model().get_base_model().get_submodule(LAYER)
+    x = torch.randn(5, 192)
+    layer(x).square().sum().backward()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    m = layer.lora_magnitude_vector["default"].weight
+    found = [p.grad.clone() for p in (a, b, m)]
+    for parameter in (a, b, m):
+        parameter.grad = None
+    weight = dequantized(layer.get_base_layer()).float()
+    tuned = weight + layer.scaling["default"] * b @ a
+    (x @ (m[:, None] * tuned / tuned.norm(dim=1, keepdim=True).detach()).T).square().sum().backward()
+    for ours, parameter in zip(found, (a, b, m), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_merge_is_the_adapter_model(scale, tmp_path):
+    model = dora_model(compute=torch.bfloat16)
+    save_adapter(model, tmp_path / "adapter", base_name="base")
+    rows = random_rows([3, 5, 2])
+    result = merge(
+        tiny_artefact(), tmp_path / "adapter", tmp_path / "merged", [rows.encoded(i) for i in range(3)], scale=scale
+    )
+    assert result.adapter_effect > 1 and result.arithmetic_ratio < 0.01
+    if scale == 1.0:
+        layer = model.get_base_model().get_submodule(LAYER)
+        merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{LAYER}.weight"].float()
+        assert (merged - dense(layer)).norm() < 0.01 * dense(layer).norm()
+
+
+def test_plain_peft_reads_it_and_computes_the_same(tmp_path):
+    model = dora_model(compute=torch.bfloat16).eval()
+    save_adapter(model, tmp_path, base_name=str(tiny_artefact()))
+    theirs = AutoModelForCausalLM.from_pretrained(str(tiny_artefact()), dtype=torch.bfloat16, device_map="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        theirs = PeftModel.from_pretrained(theirs, str(tmp_path), autocast_adapter_dtype=False).eval()
+    keep_weights_unpacked(theirs)
+    again = load_adapter(tiny_base().model, tmp_path).eval()
+    ids = torch.tensor([random_rows([3]).encoded(0).input_ids])
+    for one in (model, again):
+        one.get_base_model().set_attn_implementation("sdpa")
+    with torch.no_grad():
+        ours = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(again(input_ids=ids, use_cache=False).logits, ours)
+        torch.testing.assert_close(theirs(input_ids=ids, use_cache=False).logits, ours, rtol=0.05, atol=0.1)
