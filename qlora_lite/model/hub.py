@@ -37,7 +37,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from pydantic import BaseModel, Field, ValidationError
 
 from qlora_lite.errors import ModelError
-from qlora_lite.model.manifest import sha256_manifest, verify_manifest, write_manifest
+from qlora_lite.model.manifest import sha256_manifest, sha256_of_file, verify_manifest, write_manifest
 from qlora_lite.model.safetensors_writer import write_text_durably
 from qlora_lite.model.source import read_config, read_json
 from qlora_lite.model.staging import publish_folder
@@ -130,13 +130,13 @@ def open_hub() -> Iterator[Hub]:
 def look_up(hub: Hub, repo: str, revision: str | None) -> Listing:
     """Ask which commit `revision` is now, and for the sizes and hashes of its files.
 
-    Raises ModelError when there is no such model, revision or connection, when a token is needed, and when the answer
-    cannot be one of the hub's.
+    Raises ModelError when there is no such model, revision or connection, when a token is needed, when the answer cannot be
+    one of the hub's, and when the model has no safetensors weights.
     """
     url = f"{hub.endpoint}/api/models/{repo}/revision/{quote(revision or DEFAULT_REVISION, safe='')}"
     with _clear_errors(hub, repo, revision):
         response = hub.client.get(url, params={"blobs": True})
-        hf_raise_for_status(response)
+        _raise_for_status(response)
     try:
         answer = _Answer.model_validate_json(response.content)
     except ValidationError as error:
@@ -153,7 +153,9 @@ def look_up(hub: Hub, repo: str, revision: str | None) -> Listing:
         file.rfilename: HubFile(file.size, file.lfs.sha256 if file.lfs else None, None if file.lfs else file.blobId)
         for file in answer.siblings
     }
-    return Listing(repo, revision, answer.sha, files)
+    listing = Listing(repo, revision, answer.sha, files)
+    _refuse_without_weights(listing)
+    return listing
 
 
 def fetch_files(hub: Hub, listing: Listing, *, cache: Path, progress: Progress | None = None) -> Path:
@@ -167,11 +169,12 @@ def fetch_files(hub: Hub, listing: Listing, *, cache: Path, progress: Progress |
     with _alone(partial), _clear_errors(hub, listing.repo, listing.revision, partial):
         if folder.is_dir() and verify_manifest(folder):  # damaged since: what is still right need not come again
             folder.replace(partial)
-            _remove(partial, _wrong_files(partial, listing, sha256_manifest(partial)))
+            _remove(partial, _wrong_files(listing, partial, _hashes(sha256_manifest(partial))))
         if not folder.is_dir():
             partial.mkdir(exist_ok=True)
             _download(hub, listing, partial, progress)
-            _write_checked_manifest(hub, listing, partial)
+            facts = {"repo": listing.repo, "commit": listing.commit, "endpoint": hub.endpoint}
+            _refuse_wrong(listing, partial, _hashes(write_manifest(partial, facts)["files"]))
             publish_folder(partial, folder)
         _remember(listing, cache=cache)
     return folder
@@ -211,6 +214,14 @@ def _clear_errors(hub: Hub, repo: str, revision: str | None, partial: Path | Non
         raise ModelError(f"{error.filename or partial}: {what}{_what_stays(partial)}") from error
 
 
+def _raise_for_status(response: httpx2.Response) -> None:
+    """The library's errors, also where the body of one is nothing that the library can read."""
+    try:
+        hf_raise_for_status(response)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise httpx2.RemoteProtocolError(f"status {response.status_code}, in no form of the hub's") from error
+
+
 def _what_stays(partial: Path | None) -> str:
     """The end of such a message; a folder in which nothing has come goes away."""
     if partial is None:
@@ -240,15 +251,15 @@ def _refusal(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | No
 
 def _download(hub: Hub, listing: Listing, partial: Path, progress: Progress | None) -> None:
     """Bring every file that is taken into `partial`, whatever is there already; nothing else stays there."""
-    _refuse_without_weights(listing)
-    _make_room(listing, partial, [CONFIG, *([INDEX] if INDEX in listing.files else [])])
-    _bring(hub, listing, partial, CONFIG)
+    described = [CONFIG, *([INDEX] if INDEX in listing.files else [])]
+    _refuse_full_disk(listing, partial, described)
+    for name in described:
+        _bring(hub, listing, partial, name)
+        _refuse_wrong(listing, partial, {name: sha256_of_file(partial / name)})
     _refuse_unusable(listing, partial)
-    if INDEX in listing.files:
-        _bring(hub, listing, partial, INDEX)
     names = _taken(listing, partial)
     _remove(partial, [path.name for path in partial.iterdir() if path.name not in names])
-    _make_room(listing, partial, names)
+    _refuse_full_disk(listing, partial, names)
     total = sum(listing.files[name].num_bytes for name in names)
     done = sum(path.stat().st_size for path in partial.iterdir())
 
@@ -288,8 +299,7 @@ def _refuse_unusable(listing: Listing, partial: Path) -> None:
         if "quantization_config" in config:
             raise ModelError(f"{partial / CONFIG}: its weights are quantized already; fetch the 16-bit original")
     except ModelError as error:
-        _remove(partial, [CONFIG])
-        _what_stays(partial)
+        shutil.rmtree(partial)
         reason = str(error).replace(str(partial), listing.repo)
         raise ModelError(f"{reason}. No weights were fetched") from error
 
@@ -298,19 +308,19 @@ def _taken(listing: Listing, partial: Path) -> list[str]:
     """The files to fetch, the weights last: those that the index names, or the only one."""
     if INDEX in listing.files:
         weight_map = read_json(partial / INDEX).get("weight_map")
-        shards = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
         odd = [
             name for name in shards if not (isinstance(name, str) and _SHARD.fullmatch(name) and name in listing.files)
         ]
         if odd or not shards:
             raise ModelError(f"{listing.repo}: its {INDEX} does not name weights that are there, such as {odd[:1]}")
-        weights = [INDEX, *sorted(shards)]
+        weights = [INDEX, *sorted(set(shards))]
     else:
         weights = [WEIGHTS]
     return [CONFIG, *sorted(name for name in listing.files if _TAKEN_TOO.fullmatch(name)), *weights]
 
 
-def _make_room(listing: Listing, partial: Path, names: Iterable[str]) -> None:
+def _refuse_full_disk(listing: Listing, partial: Path, names: Iterable[str]) -> None:
     missing = sum(listing.files[name].num_bytes for name in names)
     missing -= sum(path.stat().st_size for path in partial.iterdir())
     free = shutil.disk_usage(partial).free
@@ -345,7 +355,7 @@ def _append(hub: Hub, url: str, path: Path, *, num_bytes: int, count: Callable[[
     """Write what `path` lacks of `num_bytes`. Raises httpx2.TransportError where the connection ends too early."""
     have = _size(path)
     with hub.client.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as response:
-        hf_raise_for_status(response)
+        _raise_for_status(response)
         if have and response.status_code != httpx2.codes.PARTIAL_CONTENT:  # the whole file comes instead
             path.unlink()
             count(-have)
@@ -365,28 +375,33 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _write_checked_manifest(hub: Hub, listing: Listing, partial: Path) -> None:
-    facts = {"repo": listing.repo, "commit": listing.commit, "endpoint": hub.endpoint}
-    wrong = _wrong_files(partial, listing, write_manifest(partial, facts)["files"])
+def _refuse_wrong(listing: Listing, folder: Path, hashes: Mapping[str, str]) -> None:
+    wrong = _wrong_files(listing, folder, hashes)
     if wrong:
-        _remove(partial, wrong)
+        _remove(folder, wrong)
+        others = f" with {len(wrong) - 1} others" if wrong[1:] else ""
         raise ModelError(
-            f"{listing.repo}: {wrong[0]} did not come as the hub says it is (its hash differs), so it was removed"
-            f"{f', and so were {len(wrong) - 1} others' if wrong[1:] else ''}. Run the same command again"
+            f"{listing.repo}: {wrong[0]} did not come as the hub says it is (its hash differs), so it was removed{others}. "
+            "Run the same command again"
         )
 
 
-def _wrong_files(folder: Path, listing: Listing, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The names in `found` (a manifest's files) whose size or hash is not what the hub lists; unlisted ones are wrong too."""
-    return [name for name, entry in found.items() if not _is_right(folder / name, listing.files.get(name), entry)]
+def _wrong_files(listing: Listing, folder: Path, hashes: Mapping[str, str]) -> list[str]:
+    """Those of `hashes` (name -> SHA-256 of what is there) that are not what the hub lists."""
+    return [name for name, sha256 in hashes.items() if not _is_right(folder / name, sha256, listing.files.get(name))]
 
 
-def _is_right(path: Path, listed: HubFile | None, entry: Mapping[str, Any]) -> bool:
-    if listed is None or entry["bytes"] != listed.num_bytes:
+def _is_right(path: Path, sha256: str, listed: HubFile | None) -> bool:
+    if listed is None or path.stat().st_size != listed.num_bytes:
         return False
     if listed.sha256 is not None:
-        return bool(entry["sha256"] == listed.sha256)
+        return sha256 == listed.sha256
     return listed.git_sha1 is None or _git_sha1(path) == listed.git_sha1
+
+
+def _hashes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """A manifest's files -> SHA-256 by name."""
+    return {name: entry["sha256"] for name, entry in files.items()}
 
 
 def _git_sha1(path: Path) -> str:
