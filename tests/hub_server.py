@@ -48,6 +48,7 @@ class FakeHub:
     longer: set[str] = field(default_factory=set)  # files that come with a byte too many
     error_body: bytes = b'{"error": "no"}'
     listing: dict[str, Any] = field(default_factory=dict)  # keys of the listing that are answered otherwise
+    raw_listing: bytes | None = None  # instead of the whole listing
     extra_siblings: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
 
@@ -112,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         commit = hub.revisions.get(revision, revision)
         if commit not in hub.models[repo]:
             return self._refuse(404, "RevisionNotFound")
+        if hub.raw_listing is not None:
+            return self._send(200, hub.raw_listing, {})
         siblings = [sibling(name, content) for name, content in hub.models[repo][commit].items()]
         document = {"id": repo, "sha": commit, "siblings": siblings + hub.extra_siblings} | hub.listing
         return self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})

@@ -1,4 +1,5 @@
-"""Bring the small real model that newcomers and the slow tests use: `python -m qlora_lite.model.bring smollm2-135m`.
+"""Bring the small real model that newcomers and the slow tests use: `python -m qlora_lite.model.bring smollm2-135m`, or
+`qlora-lite fetch smollm2-135m`.
 
     in    a shipped name and the cache folder
     out   CACHE/models/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf, checked by hash, with its LICENSE beside it

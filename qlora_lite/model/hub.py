@@ -141,7 +141,7 @@ def look_up(hub: Hub, repo: str, revision: str | None) -> Listing:
         answer = _Answer.model_validate_json(response.content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"]) or "all of it"
         raise ModelError(
             f"{hub.endpoint}: its answer about {repo} is not the hub's protocol ({where}: {first['msg']})"
         ) from error
@@ -166,7 +166,7 @@ def fetch_files(hub: Hub, listing: Listing, *, cache: Path, progress: Progress |
     """
     folder = commit_folder(listing.repo, listing.commit, cache=cache)
     partial = folder.with_name(f".{folder.name}.partial")
-    with _alone(partial), _clear_errors(hub, listing.repo, listing.revision, partial):
+    with _clear_errors(hub, listing.repo, listing.revision, partial), _alone(partial):
         if folder.is_dir() and verify_manifest(folder):  # damaged since: what is still right need not come again
             folder.replace(partial)
             _remove(partial, _wrong_files(listing, partial, _hashes(sha256_manifest(partial))))
@@ -210,7 +210,7 @@ def _clear_errors(hub: Hub, repo: str, revision: str | None, partial: Path | Non
         what = f"no connection to {hub.endpoint}, or it broke ({type(error).__name__}: {error})"
         raise ModelError(f"{repo}: {what}{_what_stays(partial)}") from error
     except OSError as error:
-        what = f"cannot be written ({error.strerror or error}); free some room there"
+        what = f"cannot be written ({error.strerror or error}); free some room there, or set QLORA_LITE_HOME to another place"
         raise ModelError(f"{error.filename or partial}: {what}{_what_stays(partial)}") from error
 
 

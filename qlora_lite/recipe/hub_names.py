@@ -84,7 +84,7 @@ def read_revisions(repo: str, *, cache: Path) -> tuple[str | None, dict[str, str
         kept = json.loads(revisions_file(repo, cache=cache).read_text(encoding="utf-8"))
         newest, revisions = kept["newest"], dict(kept["revisions"])
         is_sound = all(is_commit(commit) for commit in (newest, *revisions.values()))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None, {}
     return (newest, revisions) if is_sound else (None, {})
 

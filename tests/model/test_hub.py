@@ -26,6 +26,7 @@ TAKEN = {
     "chat_template.jinja": b"{{ messages }}",
     "README.md": b"# Tiny",
     "LICENSE": b"Apache",
+    "NOTICE": b"",
     "model.safetensors": WEIGHTS,
 }
 LEFT = {
@@ -46,6 +47,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with fake_hub({REPO: {COMMIT: TAKEN | LEFT}}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         yield hub
 
 
@@ -87,6 +89,11 @@ def test_a_model_is_fetched_whole_without_pickles_code_or_second_copies_and_with
         name: hashlib.sha256(content).hexdigest() for name, content in TAKEN.items()
     }
     assert not partial_folder(tmp_path).exists()
+
+
+def test_a_pull_request_is_a_revision_like_any_other(hub, tmp_path):
+    hub.revisions["refs/pr/1"] = COMMIT
+    assert fetch(tmp_path, revision="refs/pr/1") == find_fetched(REPO, "refs/pr/1", cache=tmp_path)
 
 
 def test_the_index_says_which_shards_are_taken(hub, tmp_path):
@@ -214,6 +221,12 @@ def test_a_disk_that_fills_up_on_the_way_keeps_what_came(hub, tmp_path, monkeypa
         f"{partial_folder(tmp_path)}: cannot be written (No space left on device); free some room"
     )
     assert (partial_folder(tmp_path) / "model.safetensors").read_bytes() == WEIGHTS[:100_000]
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path):
+    (tmp_path / "hub").write_bytes(b"a file")
+    message = refused(tmp_path)
+    assert str(tmp_path / "hub") in message and "cannot be written" in message and "QLORA_LITE_HOME" in message
 
 
 def test_two_do_not_fetch_the_same_model_at_once(hub, tmp_path):
@@ -369,6 +382,17 @@ def test_an_answer_that_is_not_the_hubs_is_refused(hub, tmp_path, listing, words
     message = refused(tmp_path)
     assert f"{hub.url}: its answer about {REPO} is not the hub's protocol" in message and words in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"<html>Log in to this network</html>", b"[]", b"[" * 100_000, b"\xff"],
+    ids=["empty", "html", "list", "deep", "bytes"],
+)
+def test_an_answer_that_is_no_json_object_is_refused(hub, tmp_path, text):
+    hub.raw_listing = text
+    message = refused(tmp_path)
+    assert "is not the hub's protocol (all of it: " in message and message.isprintable()
 
 
 def test_another_commit_than_the_one_asked_for_is_refused(hub, tmp_path):
