@@ -96,7 +96,7 @@ def test_a_fetch_that_is_stopped_says_how_to_go_on_and_goes_on(hub):
 
 def test_a_hub_that_goes_away_is_one_message_and_exit_code_2(hub):
     hub.is_down = True
-    refused(run("fetch", REPO), f"{REPO}: no connection to {hub.url}")
+    refused(run_cli("fetch", REPO), f"{REPO}: no connection to {hub.url}")
 
 
 def test_a_user_who_asked_for_no_connection_gets_none(hub):
