@@ -13,6 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_lite import import_guard
 
+# What the user says about connections, before we say it for the libraries: with it, `fetch` opens none either.
+OFFLINE_ASKED = any(
+    os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+)
 # Nothing of this package opens a connection unless asked to fetch; the libraries below are told the same.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

@@ -14,7 +14,14 @@ import typer
 
 from qlora_lite import show
 from qlora_lite.errors import QloraLiteError
-from qlora_lite.recipe import copy_recipe, list_recipes, recipe_json_schema, show_recipe
+from qlora_lite.recipe import (
+    SHIPPED_MODELS,
+    copy_recipe,
+    list_recipes,
+    parse_hub_name,
+    recipe_json_schema,
+    show_recipe,
+)
 
 app = typer.Typer(
     name="qlora-lite",
@@ -44,6 +51,19 @@ _MENDABLE = {
     errno.EISDIR,
     errno.EFBIG,
 }
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME[@REVISION]", help="ORG/NAME on the hub, or a shipped model.")],
+    json: JsonOption = False,
+) -> None:
+    """Bring a model into the cache. The only command that opens a connection."""
+    if name not in SHIPPED_MODELS:
+        parse_hub_name(name)  # says what is wrong with a name before torch is imported
+    from qlora_lite import pipeline
+
+    _print(pipeline.fetch(name), json)
 
 
 @app.command()

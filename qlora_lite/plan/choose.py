@@ -14,6 +14,7 @@ from qlora_lite.model.dtypes import NumberTypes, choose_device, choose_types
 from qlora_lite.model.source import find_base, load_config
 from qlora_lite.plan.estimate import Estimate, estimate_memory
 from qlora_lite.recipe import Recipe
+from qlora_lite.recipe.hub_names import commit_of, is_hub_name
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}  # enough to hide dequantizing the weights behind the matrix products
 
@@ -59,7 +60,8 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     cache = cache or default_cache()
     device, device_reason = choose_device(recipe.device)
     types = choose_types(recipe.model.dtype, device)
-    source = find_base(recipe.model.base, cache=cache)
+    source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
+    commit = commit_of(source) if is_hub_name(recipe.model.base) else None
     config = load_config(source)
     length, length_reason, label_share = _choose_length(recipe, source, cache, limit=config.max_position_embeddings)
     micro_batch, micro_batch_reason = _choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
@@ -67,7 +69,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     resolved = recipe.model_copy(
         update={
             "device": device,
-            "model": recipe.model.model_copy(update={"dtype": types.name, "attention": "sdpa"}),
+            "model": recipe.model.model_copy(update={"revision": commit, "dtype": types.name, "attention": "sdpa"}),
             "data": recipe.data.model_copy(
                 update={"format": "squad", "max_seq_length": length, "share_prefixes": False}
             ),
@@ -87,6 +89,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     )
     reasons = [
         *recipe.notes,
+        *([f"model.revision: {commit}, {_revision_reason(recipe.model.revision)}"] if commit else []),
         f"device: {device_reason}",
         f"model.dtype: {types.reason}",
         "model.attention: sdpa, example by example on packed rows",
@@ -109,6 +112,10 @@ def device_memory_bytes(device: str) -> int:
 
         return int(torch.cuda.get_device_properties(0).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _revision_reason(asked: str | None) -> str:
+    return f"which {asked} was when it was fetched" if asked else "the newest that was fetched"
 
 
 def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int) -> tuple[int, str, float]:

@@ -8,12 +8,14 @@ Imports neither torch nor transformers, so that a misspelt key is reported at on
     schema.py       the keys: type, range, default, meaning
     not_yet.py      what this version refuses by name
     checks.py       files and contradictions
+    hub_names.py    org/name -> the folder that fetch made
     wording.py      expected, got, did you mean
     load.py         load_recipe, dump_recipe, load_run_recipe
     shipped.py      the recipes and model names that come with the package
     json_schema.py  the same keys for editors
 """
 
+from qlora_lite.recipe.hub_names import parse_hub_name
 from qlora_lite.recipe.json_schema import recipe_json_schema
 from qlora_lite.recipe.load import dump_recipe, load_recipe, load_run_recipe
 from qlora_lite.recipe.schema import Recipe
@@ -37,6 +39,7 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "load_run_recipe",
+    "parse_hub_name",
     "recipe_json_schema",
     "recipes_dir",
     "show_recipe",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lite.recipe import not_yet, wording
+from qlora_lite.recipe import hub_names, not_yet, wording
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.shipped import SHIPPED_MODELS
 
@@ -34,28 +34,48 @@ def find_data_file(key: str, text: str, folders: Sequence[Path]) -> tuple[str, l
     return path, []
 
 
-def find_base(text: str, folders: Sequence[Path]) -> tuple[str, list[KeyProblem]]:
-    """`model.base` -> a shipped name as it is, or the absolute path of a folder or a .gguf file."""
+def find_base(text: str, folders: Sequence[Path], *, revision: str | None) -> tuple[str, list[KeyProblem]]:
+    """`model.base` -> a shipped or hub name as it is, or the absolute path of a folder or a .gguf file.
+
+    `org/name` is a folder of that name where there is one, unless `model.revision` says that the hub is meant.
+    """
     if text in SHIPPED_MODELS:
         return text, []
     path, looked = find_file(text, folders)
-    if path is not None:
+    is_hub_name = hub_names.is_hub_name(text)
+    if path is not None and not (is_hub_name and revision is not None):
         if os.path.isfile(path) and not path.lower().endswith(".gguf"):
             return path, [
                 ("model.base", f"{wording.printable_path(path)} is a file; expected a folder or a .gguf file")
             ]
         return path, []
-    if not_yet.is_hub_name(text):
-        return text, []  # refused by name in not_yet.py
+    if is_hub_name:
+        return text, _not_fetched(text, revision, looked)
     near = wording.nearest(text, list(SHIPPED_MODELS))
     hint = f"; did you mean {near}?" if near else f"{_similar_file(looked)}; shipped names: {', '.join(SHIPPED_MODELS)}"
     return text, [("model.base", f"no such folder or .gguf file; looked at {_places(looked)}{hint}")]
 
 
+def _not_fetched(repo: str, revision: str | None, looked: Sequence[str]) -> list[KeyProblem]:
+    if revision is not None and not hub_names.is_revision(revision):
+        return [("model.revision", f"expected a branch, tag or commit, got {wording.quoted(revision)}")]
+    if hub_names.find_fetched(repo, revision, cache=hub_names.default_cache()) is not None:
+        return []
+    at = f" at revision {revision}" if revision else ""
+    command = hub_names.fetch_command(repo, revision)
+    sentence = f"{repo} is no folder here, and was not fetched from the hub{at}; fetch it once with: {command}"
+    return [("model.base", sentence + _similar_file(looked))]
+
+
 def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     """Keys that are right one by one and wrong together -> (the keys, the first is where to mend it; the sentence)."""
-    lora, train = recipe.lora, recipe.train
+    model, lora, train = recipe.model, recipe.lora, recipe.train
     rules: list[tuple[bool, tuple[str, ...], str]] = [
+        (
+            model.revision is not None and not hub_names.is_hub_name(model.base),
+            ("model.revision", "model.base"),
+            "belongs to a model of the hub, and model.base names none; use null",
+        ),
         (
             train.epochs is None and train.max_steps is None,
             ("train.epochs", "train.max_steps"),

@@ -282,7 +282,7 @@ def _resolve_files(
         if text is None or (key in entries and key not in values):  # null, or a problem already
             continue
         if key == "model.base":
-            path, found = checks.find_base(text, folders)
+            path, found = checks.find_base(text, folders, revision=recipe.model.revision)
         else:
             path, found = checks.find_data_file(
                 key, text, folders if key in entries else [*folders, shipped.recipes_dir()]

@@ -3,7 +3,6 @@
 One row per refusal; the issue that builds the thing deletes its row (and nothing else here).
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,25 +18,12 @@ class NotYet:
     why: str = "is not in this version"
 
 
-def is_hub_name(base: Any) -> bool:
-    """`org/name`, as the Hugging Face hub writes it; a path that was found is absolute and so never one."""
-    looks_so = isinstance(base, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]*[\w-]", base) is not None
-    return looks_so and not base.lower().endswith((".gguf", ".json", ".safetensors"))
-
-
 def _is_none_of(*carried_out: Any) -> Callable[[Any], bool]:
     return lambda value: value not in carried_out
 
 
 NOT_YET: tuple[NotYet, ...] = (
     NotYet("method", _is_none_of("qlora"), "use qlora"),
-    NotYet(
-        "model.base",
-        is_hub_name,
-        "give a folder, a .gguf or a shipped name",
-        why="is no folder here, so it would be a hub name, and fetch is not in this version",
-    ),
-    NotYet("model.revision", _is_none_of(None), "use null", why="belongs to fetch, which is not in this version"),
     NotYet("model.quantization", _is_none_of("nf4"), "use nf4"),
     NotYet("model.double_quant", _is_none_of(True), "use true"),
     NotYet("model.attention", _is_none_of("auto", "sdpa"), "use auto or sdpa"),

@@ -54,10 +54,13 @@ class ModelSection(Section):
 
     base: Text = Field(
         "smollm2-135m",
-        description="The model to tune: a folder with config.json and safetensors, a .gguf file, or a shipped name "
-        "(smollm2-135m). A relative path is looked up beside the recipe, then in the current folder.",
+        description="The model to tune: a folder with config.json and safetensors, a .gguf file, a shipped name "
+        "(smollm2-135m), or a hub name such as org/name that `qlora-lite fetch org/name` brought. "
+        "A relative path is looked up beside the recipe, then in the current folder.",
     )
-    revision: Text | None = Field(None, description="Commit or tag of a model fetched from the hub; null: the newest.")
+    revision: Text | None = Field(
+        None, description="Branch, tag or commit of a hub name; null: what was fetched last. The run keeps the commit."
+    )
     quantization: Literal["nf4", "fp4", "int8"] = Field(
         "nf4",
         description="How the frozen weights are stored. nf4: 4 bits a weight (QLoRA section 3, arXiv 2305.14314).",

@@ -22,7 +22,7 @@ def test_a_base_that_is_not_there_is_refused_with_what_a_base_can_be(tmp_path, n
 
 
 def test_a_shipped_model_that_was_not_brought_names_the_command_that_brings_it(tmp_path):
-    with pytest.raises(ModelError, match=r"not in the cache.*python -m qlora_lite\.model\.bring smollm2-135m"):
+    with pytest.raises(ModelError, match=r"not in the cache.*qlora-lite fetch smollm2-135m"):
         find_base("smollm2-135m", cache=tmp_path)
 
 

@@ -180,8 +180,6 @@ def test_overrides_take_lists_text_and_null():
 
 REFUSED = {
     "method": ["lora", "full"],
-    "model.base": ["meta-llama/Llama-3.1-8B", "gpt2-org/gpt2"],
-    "model.revision": ["main"],
     "model.quantization": ["fp4", "int8"],
     "model.double_quant": ["false"],
     "model.attention": ["eager", "flash_attention_2", "flex_attention"],
