@@ -146,10 +146,11 @@ def train(
         seed=recipe.train.seed,
     )
     optimizer = make_optimizer(
-        loaded.model.parameters(),
+        loaded.model.named_parameters(),
         name=recipe.train.optimizer,
         learning_rate=recipe.train.learning_rate,
         weight_decay=recipe.train.weight_decay,
+        loraplus_ratio=recipe.train.loraplus_ratio,
     )
     scaler = torch.amp.GradScaler(plan.device, enabled=plan.types.scale_loss)
     state = TrainState(loaded.model, optimizer, scaler)

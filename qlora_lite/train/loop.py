@@ -21,6 +21,7 @@ from qlora_lite.data.batches import Batch, StepSampler, make_batches
 from qlora_lite.data.examples import Examples
 from qlora_lite.errors import TrainingStopped
 from qlora_lite.train.measure import Allocations, measure_allocations, rss_bytes
+from qlora_lite.train.optimizer import set_learning_rate
 from qlora_lite.train.schedule import learning_rate_at
 from qlora_lite.train.state import TrainState
 from qlora_lite.train.step import forward_backward
@@ -38,7 +39,7 @@ class StepStats:
     num_steps: int
     epoch: float
     loss: float
-    learning_rate: float
+    learning_rate: float  # of factors A; LoRA+ multiplies it for B
     grad_norm: float  # before clipping
     num_examples: int
     num_tokens: int
@@ -77,8 +78,7 @@ def train_steps(
         rate = learning_rate_at(
             step, num_steps=len(sampler), peak=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio
         )
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(state.optimizer, rate)
 
         is_measured = device == "cuda" or step == measured_step
         allocations = Allocations() if is_measured else None

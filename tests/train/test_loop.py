@@ -19,7 +19,7 @@ POISON = 299  # a token that only the row made by `poisoned_rows` has
 
 def fresh_state(**model) -> TrainState:
     model = tiny_adapted(**model)
-    optimizer = make_optimizer(model.parameters(), name="adamw", learning_rate=1e-3, weight_decay=0.0)
+    optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=1e-3, weight_decay=0.0)
     return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
 
