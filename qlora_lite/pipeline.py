@@ -20,10 +20,12 @@ from qlora_lite.errors import Interrupted, RunError, UserError
 from qlora_lite.evaluate import EvalResult, by_phrasing, stream_answer
 from qlora_lite.model.base import load_merged, load_tokenizer
 from qlora_lite.model.bring import default_cache
+from qlora_lite.model.manifest import read_manifest
 from qlora_lite.model.source import find_base, read_config
 from qlora_lite.plan import Plan
 from qlora_lite.recipe import Recipe, load_recipe
 from qlora_lite.run_dir import RunDir
+from qlora_lite.train import refuse_missing_trackers
 from qlora_lite.units import format_bytes
 
 WHICH = ("base", "adapter", "merged")
@@ -42,7 +44,8 @@ def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, r
         raise RunError("--resume needs the run to continue: add --run-dir DIR")
     run_dir = run_dir or RunDir.next_free(Path("runs"), recipe.name)
     command = _resume_command(recipe_name, overrides, run_dir)
-    # An unusable folder is said before the long work, not after it.
+    # A missing package and an unusable folder are said before the long work, not after it.
+    refuse_missing_trackers(recipe.train.trackers)
     with (
         nullcontext(RunDir.open(run_dir)) if resume else RunDir.creating(run_dir) as run,
         _told_how_to_go_on(run, command),
@@ -249,7 +252,7 @@ def _train_steps(
             last = first
             for last in steps:
                 screen.update(last)
-    if stop.number is not None and last.step < last.num_steps:
+    if stop.number is not None and not run.is_trained:
         raise Interrupted(
             f"stopped after step {last.step} of {last.num_steps}; a checkpoint is written. Continue with:\n  {command}",
             exit_code=128 + stop.number,
@@ -258,10 +261,14 @@ def _train_steps(
 
 def _train_summary(run: RunDir, memory: Mapping[str, Any], *, wall_s: float) -> dict[str, Any]:
     steps = run.read_steps()
+    eval_losses = [step["eval_loss"] for step in steps if step.get("eval_loss") is not None]
     train_s = sum(step["step_s"] for step in steps)
     return {
         "run_dir": str(run.path),
         "num_steps": len(steps),
+        "stopped_early": steps[-1]["step"] < steps[-1]["num_steps"],
+        "adapter_step": read_manifest(run.adapter)["step"],
+        "eval_loss": {"best": min(eval_losses), "last": eval_losses[-1]} if eval_losses else None,
         "num_tokens": sum(step["num_tokens"] for step in steps),
         "train_s": train_s,
         "wall_s": wall_s,

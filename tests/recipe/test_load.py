@@ -190,8 +190,6 @@ REFUSED = {
     "lora.modules_to_save": ["[lm_head]"],
     "data.format": ["chat", "prompt_completion"],
     "data.share_prefixes": ["true"],
-    "train.eval_every_steps": ["10"],
-    "train.early_stop": ["3"],
     "memory.budget": ["24GiB", "1000000"],
     "merge.base": ["original"],
 }

@@ -7,6 +7,7 @@ import torch
 
 from qlora_lite.data.batches import StepSampler
 from qlora_lite.errors import RunError
+from qlora_lite.train.best import Best
 from qlora_lite.train.loop import train_steps
 from qlora_lite.train.optimizer import OPTIMIZERS, make_optimizer
 from qlora_lite.train.state import TrainState
@@ -113,6 +114,15 @@ def test_the_loss_scale_comes_back(tmp_path):
     other.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     other.load(tmp_path)
     assert other.scaler.state_dict()["scale"] == 1024.0
+
+
+@pytest.mark.parametrize("best", [None, Best(40, 0.5, num_since=2)])
+def test_the_best_evaluation_comes_back(best, tmp_path):
+    state, other = fresh_state(), fresh_state()
+    state.best, other.best = best, Best(1, 9.0)
+    state.save(tmp_path, base_name="tiny")
+    other.load(tmp_path)
+    assert other.best == best
 
 
 def damage_facts(folder):
