@@ -9,7 +9,7 @@ taken out of the environment. Their packages are imported only when a run asks f
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,12 @@ def open_trackers(
     if trackers:
         folder.mkdir(parents=True, exist_ok=True)
         PartialState(cpu=device == "cpu")  # accelerate's logging asks for it; the loop's Accelerator finds the same one
-    with redirect_stdout(sys.stderr):  # trackio prints; stdout is for --json
+    with ExitStack() as opened:
         for tracker in trackers:
-            tracker.start()
-    try:
+            with redirect_stdout(sys.stderr):  # trackio prints; stdout is for --json
+                tracker.start()
+            opened.callback(_finish, tracker)
         yield lambda stats: _log(trackers, stats)
-    finally:
-        with redirect_stdout(sys.stderr):
-            for tracker in trackers:
-                tracker.finish()
 
 
 def tracked_values(stats: StepStats) -> dict[str, float]:
@@ -78,6 +75,11 @@ def tracked_values(stats: StepStats) -> dict[str, float]:
 def _log(trackers: Sequence[GeneralTracker], stats: StepStats) -> None:
     for tracker in trackers:
         tracker.log(tracked_values(stats), step=stats.step)
+
+
+def _finish(tracker: GeneralTracker) -> None:
+    with redirect_stdout(sys.stderr):
+        tracker.finish()
 
 
 def _make(name: str, folder: Path, *, run_name: str, first_step: int, settings: Mapping[str, Any]) -> GeneralTracker:
