@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,8 +29,9 @@ from qlora_lite.merge import merge as merge_files
 from qlora_lite.model.adapter import attach_adapter, load_adapter
 from qlora_lite.model.artefact import quantize_base, verify_artefact
 from qlora_lite.model.base import LoadedBase, checkpoint_activations, load_base, load_merged, load_tokenizer
+from qlora_lite.model.factors import FACTORS_FILE, copy_factors
 from qlora_lite.model.forward import causal_lm
-from qlora_lite.model.manifest import write_manifest
+from qlora_lite.model.manifest import sha256_of_file, write_manifest
 from qlora_lite.model.staging import staged_folder
 from qlora_lite.plan import Plan, make_plan
 from qlora_lite.recipe import Recipe, dump_recipe, load_recipe, load_run_recipe
@@ -71,6 +72,7 @@ def load_model(
 ) -> LoadedModel:
     """Quantize the plan's base (first time only), load it, and put a new adapter on it, or the saved one at `adapter`.
 
+    A new one has the factors of the recipe's lora.init_from, where that is given.
     `progress(done, total)` counts tensors while quantizing. Raises ModelError.
     """
     recipe = plan.recipe
@@ -90,6 +92,8 @@ def load_model(
             factor_dtype=plan.types.factors,
             seed=purpose_seed(recipe.train.seed, "factors"),
         )
+        if recipe.lora.init_from is not None:
+            copy_factors(model, Path(recipe.lora.init_from))
     checkpoint_activations(causal_lm(model), enable=recipe.memory.gradient_checkpointing is True)
     return LoadedModel(model, base.tokenizer, artefact, sha256, _static_bytes(base, model))
 
@@ -265,7 +269,9 @@ def load_run_model(plan: Plan, run: RunDir, which: Which) -> LoadedModel:
         base = load_merged(run.merged, device=plan.device, compute=plan.types.compute)
         return LoadedModel(base.model, base.tokenizer, run.merged, "", {})
     run_artefact(plan, run)
-    return load_model(plan, adapter=None if which == "base" else _finished_adapter(run))
+    if which == "base":
+        return load_model(_without_start(plan))
+    return load_model(plan, adapter=_finished_adapter(run))
 
 
 @contextmanager
@@ -307,6 +313,12 @@ def _refuse_other_base(run: RunDir, now: str) -> None:
         )
 
 
+def _without_start(plan: Plan) -> Plan:
+    """The plan with a new adapter that starts at zero: the base alone does not need lora.init_from, which may be gone."""
+    lora = plan.recipe.lora.model_copy(update={"init_from": None})
+    return replace(plan, recipe=plan.recipe.model_copy(update={"lora": lora}))
+
+
 def _target_modules(recipe: Recipe) -> str | list[str]:
     targets = recipe.lora.target_modules
     return targets if isinstance(targets, str) else list(targets)
@@ -333,6 +345,7 @@ def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel) -> None:
         {
             "base": str(loaded.artefact),
             "base_sha256": loaded.base_sha256,
+            "init_from": _start_of(plan.recipe),
             "device": plan.device,
             "num_threads": torch.get_num_threads(),
             "python": platform.python_version(),
@@ -341,6 +354,12 @@ def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel) -> None:
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
     )
+
+
+def _start_of(recipe: Recipe) -> dict[str, str] | None:
+    """Where the factors came from, and what they were."""
+    folder = recipe.lora.init_from
+    return None if folder is None else {"path": folder, "sha256": sha256_of_file(Path(folder) / FACTORS_FILE)}
 
 
 def _validation(plan: Plan, loaded: LoadedModel) -> Callable[[], float]:

@@ -211,11 +211,12 @@ def _refuse_finished(run: RunDir) -> None:
 
 
 def _scores_before(plan: Plan, loaded: api.LoadedModel, run: RunDir) -> dict[str, Any]:
-    """What eval.json holds before training: the base model's scores, from there when the run is resumed."""
+    """What eval.json holds before training: the scores of where it starts, from there when the run is resumed."""
     scores = {key: value for key, value in run.read_json("eval.json").items() if key != "schema_version"}
     if scores or plan.recipe.data.eval is None:
         return scores or {"before": None, "after": None, "groups": {}}
-    result = _score(plan, loaded, "scoring the base model")
+    start = "base model" if plan.recipe.lora.init_from is None else "adapter that training starts from"
+    result = _score(plan, loaded, f"scoring the {start}")
     groups = {name: {"before": group, "after": {}} for name, group in by_phrasing(result.predictions).items()}
     return {"before": result.to_json_dict(), "after": None, "groups": groups}
 

@@ -96,7 +96,11 @@ class LoraSection(Section):
         False, description="Scale by lora_alpha / sqrt(r), which keeps large ranks learning (rsLoRA, arXiv 2312.03732)."
     )
     use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA, arXiv 2402.09353).")
-    init_from: Text | None = Field(None, description="An adapter folder to start from; null: B = 0, A random.")
+    init_from: Text | None = Field(
+        None,
+        description="An adapter folder (PEFT's format, such as RUN_DIR/adapter) whose factors training starts from; r, "
+        "lora_alpha, use_rslora and target_modules must be its own. null: B = 0, A random.",
+    )
     modules_to_save: Names = Field(
         (), description="Layers trained whole and stored with the adapter, such as [lm_head]; []: none."
     )

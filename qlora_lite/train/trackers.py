@@ -41,11 +41,10 @@ def open_trackers(
 ) -> Iterator[Callable[[StepStats], None]]:
     """Inside, a function that logs a step to each of `names`; files go below `folder`, `settings` are shown with the run.
 
-    `first_step` is the first that will be logged: what an interrupted run logged after its checkpoint is replaced in
-    TensorBoard; trackio continues its run; W&B, which cannot continue offline, starts another of the same name.
-    Raises UserError for a package that is missing.
+    Their packages must be there (`refuse_missing_trackers`). `first_step` is the first step that will be logged: those that
+    an interrupted run logged after its checkpoint give way in TensorBoard and are there twice in trackio, which continues
+    its run; W&B, which cannot continue offline, starts another of the same name.
     """
-    refuse_missing_trackers(names)
     trackers = [
         _make(name, folder, run_name=run_name, first_step=first_step, settings=settings)
         for name in dict.fromkeys(names)
