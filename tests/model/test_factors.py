@@ -45,13 +45,16 @@ def test_fp32_factors_are_rounded_to_the_models_type(saved):
         assert torch.equal(factor, exact[name.replace(".default.", ".")].bfloat16()), name
 
 
+FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+
+
 @pytest.mark.parametrize(
     ("adapter", "expected"),
     [
-        ({"r": 8}, "28 of its factors have another shape, first base_model.model.model.layers.0.mlp.down_proj.lora_A.weight with 4x192 instead of 8x192"),
-        ({"r": 4, "target_modules": ["q_proj"]}, "24 of its factors have no place in the model, first "),
+        ({"r": 8}, f"28 of its factors have another shape, first {FIRST} with 4x192 instead of 8x192"),
+        ({"r": 4, "target_modules": ["q_proj"]}, f"24 of its factors have no place in the model, first {FIRST}"),
     ],
-)  # fmt: skip
+)
 def test_factors_that_do_not_fit_are_counted_and_named_and_nothing_is_copied(adapter, expected, saved):
     model = attach_adapter(tiny_base().model, lora_alpha=8, **adapter)
     before = factors_of(model)

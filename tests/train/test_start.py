@@ -40,7 +40,8 @@ def test_a_run_goes_on_from_the_adapter_of_another_and_remembers_which(tmp_path:
 
 def test_the_dropout_is_the_recipes_not_the_saved_adapters(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, max_steps=1)
-    list(train(plan := make_plan(load_recipe(recipe)), load_model(plan), tmp_path / "first"))
+    plan = make_plan(load_recipe(recipe))
+    list(train(plan, load_model(plan), tmp_path / "first"))
     overrides = [f"lora.init_from={tmp_path / 'first' / 'adapter'}", "lora.lora_dropout=0.25"]
     model = load_model(make_plan(load_recipe(recipe, overrides=overrides))).model
     rates = {module["default"].p for name, module in model.named_modules() if name.endswith("lora_dropout")}
