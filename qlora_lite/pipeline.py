@@ -261,14 +261,15 @@ def _train_steps(
 
 
 def _train_summary(run: RunDir, memory: Mapping[str, Any], *, wall_s: float) -> dict[str, Any]:
-    steps = run.read_steps()
+    steps, manifest = run.read_steps(), read_manifest(run.adapter)
+    assert manifest is not None  # training has just published it
     eval_losses = [step["eval_loss"] for step in steps if step.get("eval_loss") is not None]
     train_s = sum(step["step_s"] for step in steps)
     return {
         "run_dir": str(run.path),
         "num_steps": len(steps),
         "stopped_early": steps[-1]["step"] < steps[-1]["num_steps"],
-        "adapter_step": read_manifest(run.adapter)["step"],
+        "adapter_step": manifest["step"],
         "eval_loss": {"best": min(eval_losses), "last": eval_losses[-1]} if eval_losses else None,
         "num_tokens": sum(step["num_tokens"] for step in steps),
         "train_s": train_s,

@@ -3,9 +3,8 @@
     rows of the step -> packed micro-batches -> forward and backward of each -> clip -> AdamW update
 
 The loop knows neither files nor screen: the caller saves, shows and decides when to stop pulling. Between two steps the
-state is whole, and after TrainingStopped it is that of the last good step. Validation is a function it is given; it comes
-after the update, and its seconds are no part of the step's. accelerate places the model and owns backward
-and clipping.
+state is whole, and after TrainingStopped it is that of the last good step. Validation is a function it is given, called
+after the update; its seconds are no part of the step's. accelerate places the model and owns backward and clipping.
 """
 
 import math
