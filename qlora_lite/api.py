@@ -7,8 +7,9 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,15 @@ from qlora_lite.data.batches import StepSampler
 from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.template import Encoded
 from qlora_lite.errors import DataError, RunError, TrainingStopped
-from qlora_lite.evaluate import EvalResult, evaluate_model
+from qlora_lite.evaluate import EvalResult, evaluate_model, validation_loss
 from qlora_lite.merge import MergeResult
 from qlora_lite.merge import merge as merge_files
 from qlora_lite.model.adapter import attach_adapter, load_adapter
 from qlora_lite.model.artefact import quantize_base, verify_artefact
 from qlora_lite.model.base import LoadedBase, checkpoint_activations, load_base, load_tokenizer
+from qlora_lite.model.factors import FACTORS_FILE, copy_factors
 from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.manifest import sha256_of_file, write_manifest
 from qlora_lite.model.staging import staged_folder
 from qlora_lite.plan import Plan, make_plan
 from qlora_lite.recipe import Recipe, dump_recipe, load_recipe, load_run_recipe
@@ -36,8 +39,11 @@ from qlora_lite.run_dir import RunDir
 from qlora_lite.train import (
     StepStats,
     TrainState,
+    best_valid,
     make_optimizer,
     newest_valid,
+    open_trackers,
+    refuse_missing_trackers,
     save_checkpoint,
     state_bytes,
     train_steps,
@@ -66,6 +72,7 @@ def load_model(
 ) -> LoadedModel:
     """Quantize the plan's base (first time only), load it, and put a new adapter on it, or the saved one at `adapter`.
 
+    A new one has the factors of the recipe's lora.init_from, where that is given.
     `progress(done, total)` counts tensors while quantizing. Raises ModelError.
     """
     recipe = plan.recipe
@@ -85,6 +92,8 @@ def load_model(
             factor_dtype=plan.types.factors,
             seed=purpose_seed(recipe.train.seed, "factors"),
         )
+        if recipe.lora.init_from is not None:
+            copy_factors(model, Path(recipe.lora.init_from))
     checkpoint_activations(causal_lm(model), enable=recipe.memory.gradient_checkpointing is True)
     return LoadedModel(model, base.tokenizer, artefact, sha256, _static_bytes(base, model))
 
@@ -130,14 +139,18 @@ def train(
     """Train and keep `run_dir`: one `StepStats` per optimizer step, checkpoints on the way, adapter/ at the end.
 
     `resume` continues from the newest whole checkpoint. When `should_stop()` becomes true, the step that is under way is
-    finished, a checkpoint written, and the generator ends. A finished run has no steps left: its state is loaded.
-    Raises RunError, DataError or TrainingStopped.
+    finished, a checkpoint written, and the generator ends. A finished run has no steps left. Afterwards `loaded` holds the
+    factors that adapter/ holds: those of the lowest validation loss where the recipe asks for evaluations, else the last.
+    Raises RunError, DataError, TrainingStopped, or UserError for a tracker that is not installed.
     """
-    recipe, run = plan.recipe, RunDir.open(run_dir) if resume else RunDir.create(run_dir)
+    recipe = plan.recipe
+    refuse_missing_trackers(recipe.train.trackers)
+    run = RunDir.open(run_dir) if resume else RunDir.create(run_dir)
     if resume:
         refuse_other_recipe(run, recipe)
         _refuse_other_base(run, loaded.base_sha256)
     examples = training_examples(plan, loaded.tokenizer)
+    evaluate_now = _validation(plan, loaded) if recipe.train.eval_every_steps is not None else None
     sampler = StepSampler(
         len(examples),
         examples_per_step=recipe.train.examples_per_step,
@@ -146,10 +159,11 @@ def train(
         seed=recipe.train.seed,
     )
     optimizer = make_optimizer(
-        loaded.model.parameters(),
+        loaded.model.named_parameters(),
         name=recipe.train.optimizer,
         learning_rate=recipe.train.learning_rate,
         weight_decay=recipe.train.weight_decay,
+        loraplus_ratio=recipe.train.loraplus_ratio,
     )
     scaler = torch.amp.GradScaler(plan.device, enabled=plan.types.scale_loss)
     state = TrainState(loaded.model, optimizer, scaler)
@@ -169,21 +183,32 @@ def train(
         schedule=recipe.train.schedule,
         warmup_ratio=recipe.train.warmup_ratio,
         max_grad_norm=recipe.train.max_grad_norm,
+        evaluate=evaluate_now,
+        eval_every_steps=recipe.train.eval_every_steps or 1,
+        early_stop=recipe.train.early_stop,
     )
     try:
-        for stats in steps:
-            run.append_step(asdict(stats))
-            is_last, is_stopped = stats.step == stats.num_steps, should_stop()
-            if is_last or is_stopped or stats.step % recipe.train.save_every_steps == 0:
-                _save(state, run, recipe, base_name)
-            yield stats
-            if is_stopped and not is_last:
-                return
+        with _trackers(plan, run, first_step=state.step + 1) as track:
+            for stats in steps:
+                run.append_step(asdict(stats))
+                track(stats)
+                is_last, is_stopped = state.is_over(stats.num_steps, early_stop=recipe.train.early_stop), should_stop()
+                is_best = state.best is not None and state.best.step == stats.step
+                if is_last or is_stopped or is_best or stats.step % recipe.train.save_every_steps == 0:
+                    _save(state, run, recipe, base_name)
+                yield stats
+                if is_stopped and not is_last:
+                    return
     except TrainingStopped as error:
         if error.state_is_good and state.step > 0:
             _save(state, run, recipe, base_name)
         raise
-    _publish_adapter(run)
+    if state.step < len(sampler):
+        say(
+            f"stopped early after step {state.step} of {len(sampler)}: the validation loss has not fallen for "
+            f"{recipe.train.early_stop} evaluations"
+        )
+    _publish_adapter(state, run, say)
     resident = loaded.static_bytes | {"optimizer_bytes": state_bytes(optimizer)}
     run.write_json("memory.json", _measured_memory(plan, loaded, resident, run.read_steps()))
 
@@ -244,7 +269,9 @@ def load_run_model(plan: Plan, run: RunDir, which: Which) -> LoadedModel:
         base = load_base(run.merged, device=plan.device, compute=plan.types.compute)
         return LoadedModel(base.model, base.tokenizer, run.merged, "", {})
     run_artefact(plan, run)
-    return load_model(plan, adapter=None if which == "base" else _finished_adapter(run))
+    if which == "base":
+        return load_model(_without_start(plan))
+    return load_model(plan, adapter=_finished_adapter(run))
 
 
 @contextmanager
@@ -286,6 +313,12 @@ def _refuse_other_base(run: RunDir, now: str) -> None:
         )
 
 
+def _without_start(plan: Plan) -> Plan:
+    """The plan with a new adapter that starts at zero: the base alone does not need lora.init_from, which may be gone."""
+    lora = plan.recipe.lora.model_copy(update={"init_from": None})
+    return replace(plan, recipe=plan.recipe.model_copy(update={"lora": lora}))
+
+
 def _target_modules(recipe: Recipe) -> str | list[str]:
     targets = recipe.lora.target_modules
     return targets if isinstance(targets, str) else list(targets)
@@ -312,6 +345,7 @@ def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel) -> None:
         {
             "base": str(loaded.artefact),
             "base_sha256": loaded.base_sha256,
+            "init_from": _start_of(plan.recipe),
             "device": plan.device,
             "num_threads": torch.get_num_threads(),
             "python": platform.python_version(),
@@ -319,6 +353,34 @@ def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel) -> None:
             "versions": {name: version(name) for name in packages},
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
+    )
+
+
+def _start_of(recipe: Recipe) -> dict[str, str] | None:
+    """Where the factors came from, and what they were."""
+    folder = recipe.lora.init_from
+    return None if folder is None else {"path": folder, "sha256": sha256_of_file(Path(folder) / FACTORS_FILE)}
+
+
+def _validation(plan: Plan, loaded: LoadedModel) -> Callable[[], float]:
+    """A function that measures the loss on the held-out rows as the model is now, by evaluation's own code."""
+    return partial(
+        validation_loss,
+        loaded.model,
+        held_out_examples(plan, loaded.tokenizer),
+        device=plan.device,
+        micro_batch_tokens=int(plan.recipe.train.micro_batch_tokens),
+    )
+
+
+def _trackers(plan: Plan, run: RunDir, *, first_step: int) -> AbstractContextManager[Callable[[StepStats], None]]:
+    return open_trackers(
+        plan.recipe.train.trackers,
+        run.trackers,
+        run_name=run.path.resolve().name,
+        first_step=first_step,
+        settings=plan.recipe.model_dump(mode="json"),
+        device=plan.device,
     )
 
 
@@ -345,18 +407,30 @@ def _resume(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
     say(f"continues after step {state.step}, from {checkpoint}")
 
 
-def _publish_adapter(run: RunDir) -> None:
-    """Copy the newest checkpoint's adapter to adapter/, whole or not at all."""
-    checkpoint, _ = newest_valid(run.checkpoints)
-    assert checkpoint is not None  # the last step has just written it
+def _publish_adapter(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
+    """Copy the adapter of the best checkpoint to adapter/, whole or not at all, and leave the model with its factors.
+
+    adapter/manifest.json names the step and hashes the files.
+    """
+    last_step, best = state.step, state.best
+    checkpoint, problems = best_valid(run.checkpoints, best)
+    for problem in problems:
+        say(problem)
+    assert checkpoint is not None  # the last step has just written one
+    state.load(checkpoint)
     shutil.rmtree(run.adapter, ignore_errors=True)
     with staged_folder(run.adapter) as staging:
         for path in (checkpoint / "adapter").iterdir():
             shutil.copyfile(path, staging / path.name)
+        write_manifest(staging, {"step": state.step})
+    if best is not None and state.step == best.step:
+        last = run.read_steps()[-1]["eval_loss"]
+        others = f"; the last step's was {last:.3f}" if best.step != last_step else ", and it was the last"
+        say(f"adapter/ is step {best.step}'s, with the lowest validation loss, {best.eval_loss:.3f}{others}")
 
 
 def _finished_adapter(run: RunDir) -> Path:
-    if not (run.adapter / "adapter_config.json").is_file():
+    if not run.is_trained:
         raise RunError(f"{run.path}: training is not finished, so there is no adapter. Continue it with --resume")
     return run.adapter
 

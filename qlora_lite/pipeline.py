@@ -27,6 +27,7 @@ from qlora_lite.plan import Plan
 from qlora_lite.recipe import Recipe, load_recipe, parse_hub_name
 from qlora_lite.recipe.hub_names import fetch_command
 from qlora_lite.run_dir import RunDir
+from qlora_lite.train import refuse_missing_trackers
 from qlora_lite.units import format_bytes
 
 WHICH = ("base", "adapter", "merged")
@@ -72,7 +73,8 @@ def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, r
         raise RunError("--resume needs the run to continue: add --run-dir DIR")
     run_dir = run_dir or RunDir.next_free(Path("runs"), recipe.name)
     command = _resume_command(recipe_name, overrides, run_dir)
-    # An unusable folder is said before the long work, not after it.
+    # A missing package and an unusable folder are said before the long work, not after it.
+    refuse_missing_trackers(recipe.train.trackers)
     with (
         nullcontext(RunDir.open(run_dir)) if resume else RunDir.creating(run_dir) as run,
         _told_how_to_go_on(run, command),
@@ -258,11 +260,12 @@ def _refuse_finished(run: RunDir) -> None:
 
 
 def _scores_before(plan: Plan, loaded: api.LoadedModel, run: RunDir) -> dict[str, Any]:
-    """What eval.json holds before training: the base model's scores, from there when the run is resumed."""
+    """What eval.json holds before training: the scores of where it starts, from there when the run is resumed."""
     scores = {key: value for key, value in run.read_json("eval.json").items() if key != "schema_version"}
     if scores or plan.recipe.data.eval is None:
         return scores or {"before": None, "after": None, "groups": {}}
-    result = _score(plan, loaded, "scoring the base model")
+    start = "base model" if plan.recipe.lora.init_from is None else "adapter that training starts from"
+    result = _score(plan, loaded, f"scoring the {start}")
     groups = {name: {"before": group, "after": {}} for name, group in by_phrasing(result.predictions).items()}
     return {"before": result.to_json_dict(), "after": None, "groups": groups}
 
@@ -299,7 +302,7 @@ def _train_steps(
             last = first
             for last in steps:
                 screen.update(last)
-    if stop.number is not None and last.step < last.num_steps:
+    if stop.number is not None and not run.is_trained:
         raise Interrupted(
             f"stopped after step {last.step} of {last.num_steps}; a checkpoint is written. Continue with:\n  {command}",
             exit_code=128 + stop.number,
@@ -307,11 +310,16 @@ def _train_steps(
 
 
 def _train_summary(run: RunDir, memory: Mapping[str, Any], *, wall_s: float) -> dict[str, Any]:
-    steps = run.read_steps()
+    steps, manifest = run.read_steps(), read_manifest(run.adapter)
+    assert manifest is not None  # training has just published it
+    eval_losses = [step["eval_loss"] for step in steps if step.get("eval_loss") is not None]
     train_s = sum(step["step_s"] for step in steps)
     return {
         "run_dir": str(run.path),
         "num_steps": len(steps),
+        "stopped_early": steps[-1]["step"] < steps[-1]["num_steps"],
+        "adapter_step": manifest["step"],
+        "eval_loss": {"best": min(eval_losses), "last": eval_losses[-1]} if eval_losses else None,
         "num_tokens": sum(step["num_tokens"] for step in steps),
         "train_s": train_s,
         "wall_s": wall_s,

@@ -1,7 +1,7 @@
 """A run's folder: which files it holds and how they are written. JSON files are replaced in one step, logs are appended.
 
 recipe.yaml  plan.json  env.json  steps.jsonl  memory.json  eval.json  predictions.jsonl  merge.json  report.html
-checkpoints/step-XXXXXX/   adapter/ (PEFT's format)   merged/
+checkpoints/step-XXXXXX/   adapter/ (PEFT's format, and a manifest that names its step)   merged/   trackers/
 """
 
 import json
@@ -24,6 +24,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
+        self.trackers = self.path / "trackers"
 
     @classmethod
     def create(cls, path: Path | str) -> "RunDir":
@@ -75,6 +76,11 @@ class RunDir:
         while (parent / f"{name}-{number}").exists():
             number += 1
         return parent / f"{name}-{number}"
+
+    @property
+    def is_trained(self) -> bool:
+        """Training has come to its end: an adapter is published only then."""
+        return (self.adapter / "adapter_config.json").is_file()
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Replace `name` in one step."""

@@ -4,6 +4,7 @@
 Both return problems as (key, sentence) and never stop at the first.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.shipped import SHIPPED_MODELS
 
 KeyProblem = tuple[str, str]
+
+_ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
 
 
 def find_file(text: str, folders: Sequence[Path]) -> tuple[str | None, list[str]]:
@@ -32,6 +35,47 @@ def find_data_file(key: str, text: str, folders: Sequence[Path]) -> tuple[str, l
     if not os.access(path, os.R_OK):
         return path, [(key, f"{wording.printable_path(path)} may not be read; change its permissions")]
     return path, []
+
+
+def find_adapter(text: str, folders: Sequence[Path]) -> tuple[str, list[KeyProblem]]:
+    """`lora.init_from` -> absolute path of an adapter folder; the text itself when nothing was found, with the problem."""
+    path, looked = find_file(text, folders)
+    if path is None:
+        return text, [("lora.init_from", f"no such folder; looked at {_places(looked)}{_similar_file(looked)}")]
+    if not os.path.isfile(os.path.join(path, _ADAPTER_CONFIG)):
+        below = os.path.join(path, "adapter")
+        is_run = os.path.isfile(os.path.join(below, _ADAPTER_CONFIG))
+        hint = f"; did you mean {wording.printable_path(below)}?" if is_run else ""
+        return path, [("lora.init_from", f"{wording.printable_path(path)} has no {_ADAPTER_CONFIG} in it{hint}")]
+    return path, []
+
+
+def adapter_differences(recipe: Recipe) -> list[KeyProblem]:
+    """Where the recipe and the adapter at its `lora.init_from` (PEFT's format) disagree about what is trained.
+
+    Its tensors are not looked at: whether layers and shapes agree is found when they are loaded.
+    """
+    assert recipe.lora.init_from is not None
+    path = os.path.join(recipe.lora.init_from, _ADAPTER_CONFIG)
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        return [("lora.init_from", f"{wording.printable_path(path)} is not readable as JSON ({error})")]
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        return [("lora.init_from", f"{wording.printable_path(path)} describes no LoRA adapter")]
+    problems = []
+    for key, before_it_was_written in (("r", None), ("lora_alpha", None), ("use_rslora", False), ("use_dora", False)):
+        ours, theirs = getattr(recipe.lora, key), config.get(key, before_it_was_written)
+        if ours != theirs:
+            sentence = (
+                f"{wording.got(ours)}, but the adapter of lora.init_from has {wording.got(theirs)}; write the same"
+            )
+            problems.append((f"lora.{key}", sentence))
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        sentence = "some of its layers have a rank or an alpha of their own (rank_pattern, alpha_pattern), which a recipe cannot say"
+        problems.append(("lora.init_from", sentence))
+    return problems
 
 
 def find_base(text: str, folders: Sequence[Path], *, revision: str | None) -> tuple[str, list[KeyProblem]]:

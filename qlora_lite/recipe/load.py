@@ -289,6 +289,10 @@ def _resolve_files(
             )
         values[key] = path
         _add_all(found, entries, problems)
+    if recipe.lora.init_from is not None:
+        values["lora.init_from"], found = checks.find_adapter(recipe.lora.init_from, folders)
+        found = found or checks.adapter_differences(_whole(values))
+        _add_all([problem for problem in found if problem[0] not in entries.keys() - values.keys()], entries, problems)
     return tuple(notes)
 
 

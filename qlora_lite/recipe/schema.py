@@ -35,6 +35,7 @@ Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 Text = Annotated[str, Field(pattern=r"\S")]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_list_to_tuple)]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_list_to_tuple)]
 Size = Annotated[
     int,
     BeforeValidator(_size_to_bytes),
@@ -98,7 +99,11 @@ class LoraSection(Section):
         False, description="Scale by lora_alpha / sqrt(r), which keeps large ranks learning (rsLoRA, arXiv 2312.03732)."
     )
     use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA, arXiv 2402.09353).")
-    init_from: Text | None = Field(None, description="An adapter folder to start from; null: B = 0, A random.")
+    init_from: Text | None = Field(
+        None,
+        description="An adapter folder (PEFT's format, such as RUN_DIR/adapter) whose factors training starts from; r, "
+        "lora_alpha, use_rslora and target_modules must be its own. null: B = 0, A random.",
+    )
     modules_to_save: Names = Field(
         (), description="Layers trained whole and stored with the adapter, such as [lm_head]; []: none."
     )
@@ -170,13 +175,24 @@ class TrainSection(Section):
     loraplus_ratio: float = Field(
         1.0, ge=1, le=1e6, description="Learning rate of B divided by that of A (LoRA+, arXiv 2402.12354); 1.0: equal."
     )
-    eval_every_steps: Count | None = Field(None, description="Validation loss after every so many steps; null: never.")
+    eval_every_steps: Count | None = Field(
+        None,
+        description="Validation loss on data.eval after every so many steps and after the last; the adapter with the lowest "
+        "is kept. null: never.",
+    )
     save_every_steps: int = Field(
         50, ge=1, le=LARGEST_COUNT, description="A checkpoint after every so many steps; one is always made at the end."
     )
-    keep_checkpoints: int = Field(2, ge=1, le=100_000, description="How many of the newest checkpoints stay on disk.")
+    keep_checkpoints: int = Field(
+        2, ge=1, le=100_000, description="How many of the newest checkpoints stay on disk, besides the best."
+    )
     early_stop: Count | None = Field(
         None, description="Stop when the validation loss has not fallen for so many evaluations; null: never."
+    )
+    trackers: Trackers = Field(
+        (),
+        description="Dashboards that are fed: tensorboard, wandb (offline), trackio (local); files in RUN_DIR/trackers. "
+        "[]: none.",
     )
     seed: int = Field(
         0, ge=0, le=2**32 - 1, description="Fixes the order of rows, the initial factors and the dropout."

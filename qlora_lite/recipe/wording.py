@@ -68,7 +68,8 @@ def _words_of_type(part: dict[str, Any]) -> str:
         case "string":
             return "text that is not blank" if "pattern" in part else "text"
         case "array":
-            return "a list of names such as [a, b]"
+            words = [f'"{word}"' for word in part["items"].get("enum", ())]
+            return f"a list of {_any_of(words)}" if words else "a list of names such as [a, b]"
         case other:
             return str(other)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import RunError
+from qlora_lite.show.curves import Line, running_mean, svg_curve
 from qlora_lite.show.tables import proof_rows, savings, score_rows
 from qlora_lite.show.text import safe_text
 from qlora_lite.units import format_bytes, format_seconds
@@ -49,6 +50,7 @@ def render_report(run_dir: Path) -> str:
     sections = [
         ("Scores", _scores(files.mapping("eval.json"))),
         ("Loss", _loss_curve(steps) + _pace(steps)),
+        ("Learning rate and gradient norm", _optimizer_curves(steps)),
         ("Memory", _memory(files.mapping("memory.json"), files.mapping("plan.json"))),
         ("Proof of the merge", _proof(files.mapping("merge.json"))),
         ("Settings and why", _reasons(files.mapping("plan.json")) + _recipe(files.text("recipe.yaml"))),
@@ -110,50 +112,36 @@ def _scores(scores: Mapping[str, Any]) -> str:
 
 
 def _loss_curve(steps: Sequence[Mapping[str, Any]]) -> str:
-    """An inline SVG: each step's loss as a faint line, their running mean as a strong one; steps without a finite loss are left out."""
-    by_step = {step["step"]: step["loss"] for step in steps if _finite(step.get("step")) and _finite(step.get("loss"))}
-    if len(by_step) < 2:
+    """Each step's loss as a faint line, their running mean as a strong one, and the validation loss where it was measured."""
+    losses, validation = _points(steps, "loss"), _points(steps, "eval_loss")
+    if len(losses) < 2:
         return ""
-    xs = sorted(by_step)  # a resumed run may hold a step twice: the later line counts
-    ys = [by_step[x] for x in xs]
-    means = [
-        sum(ys[max(0, i - SMOOTH_STEPS + 1) : i + 1]) / len(ys[max(0, i - SMOOTH_STEPS + 1) : i + 1])
-        for i in range(len(ys))
-    ]
-    low, high = min(ys), max(ys)
-    pad = (high - low) * 0.05 or 0.5
-    low, high = low - pad, high + pad
-    width, height, left, bottom, top = 720, 260, 48, 28, 8
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (width - left - 8) * (x - xs[0]) / (xs[-1] - xs[0]),
-            top + (height - bottom - top) * (high - y) / (high - low),
+    means = running_mean(losses, SMOOTH_STEPS)
+    lines = [Line(losses, "each"), Line(means, "mean")]
+    (first, begin), (last, end) = means[0], means[-1]
+    label = f"training loss from step {first} to step {last}: {begin:.3f} to {end:.3f}"
+    legend = f"each step, and the mean of the last {SMOOTH_STEPS} steps; at the end {end:.3f}"
+    if validation:
+        best_step, best = min(validation, key=lambda point: point[1])
+        lines.append(Line(validation, "eval", has_dots=True))
+        legend += (
+            f". Dots: validation loss, lowest {best:.3f} after step {best_step}, at the end {validation[-1][1]:.3f}"
         )
-
-    def line(values: Sequence[float], kind: str) -> str:
-        return f'<polyline class="{kind}" points="{" ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in zip(xs, values, strict=True))}"/>'
-
-    parts = []
-    for tick in _ticks(low, high):
-        y = at(xs[0], tick)[1]
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in (tick for tick in _ticks(xs[0], xs[-1]) if tick == int(tick)):
-        parts.append(f'<text x="{at(tick, low)[0]:.1f}" y="{height - 8}" text-anchor="middle">{tick:g}</text>')
-    parts += [line(ys, "each"), line(means, "mean")]
-    label = f"training loss from step {xs[0]} to step {xs[-1]}: {means[0]:.3f} to {means[-1]:.3f}"
-    legend = f'<p class="note">each step, and the mean of the last {SMOOTH_STEPS} steps; at the end {means[-1]:.3f}</p>'
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>{legend}'
+    return svg_curve(lines, label=label) + f'<p class="note">{legend}</p>'
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers between `low` and `high`."""
-    rough = (high - low) / 5
-    scale = 10 ** math.floor(math.log10(rough))
-    spacing = next(scale * nice for nice in (1, 2, 5, 10) if scale * nice >= rough)
-    first = math.ceil(low / spacing)
-    return [round(index * spacing, 10) for index in range(first, math.floor(high / spacing) + 1)]
+def _optimizer_curves(steps: Sequence[Mapping[str, Any]]) -> str:
+    curves = ""
+    for key, name in (("learning_rate", "learning rate"), ("grad_norm", "gradient norm before clipping")):
+        curve = svg_curve([Line(_points(steps, key), "mean")], label=f"{name} of each step", height=140)
+        curves += f'<p class="note">{name}</p>{curve}' if curve else ""
+    return curves
+
+
+def _points(steps: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of each step that has a finite value; a resumed run may hold a step twice: the later line counts."""
+    by_step = {step["step"]: step[key] for step in steps if _finite(step.get("step")) and _finite(step.get(key))}
+    return sorted(by_step.items())
 
 
 def _pace(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -276,9 +264,9 @@ _PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
-:root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --line: #e3e7ee; --card: #fff; --page: #f5f7fa; --accent: #2f6fde; --good: #16794a; }
+:root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --line: #e3e7ee; --card: #fff; --page: #f5f7fa; --accent: #2f6fde; --eval: #b4570a; --good: #16794a; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8f0; --soft: #94a0b4; --line: #2a3242; --card: #181e2a; --page: #10141d; --accent: #6ea3ff; --good: #5fd39b; }
+  :root { --ink: #e4e8f0; --soft: #94a0b4; --line: #2a3242; --card: #181e2a; --page: #10141d; --accent: #6ea3ff; --eval: #f0a060; --good: #5fd39b; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 60rem; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
@@ -293,6 +281,7 @@ ul { margin: 0 0 .75rem; padding-left: 1.2rem; } summary { cursor: pointer; colo
 pre { overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; } .grid { stroke: var(--line); }
 polyline { fill: none; stroke: var(--accent); stroke-linejoin: round; } .each { opacity: .35; } .mean { stroke-width: 2.5; }
+polyline.eval { stroke: var(--eval); stroke-dasharray: 4 3; } circle.eval { fill: var(--eval); }
 </style>
 </head>
 <body>

@@ -5,7 +5,8 @@
             screen.update(stats)
 
 Losses and speeds are means over the last `WINDOW` steps, the loss weighted by label tokens: a single step of a few
-questions jumps too much to read. Time left is the remaining steps at the mean pace of that window.
+questions jumps too much to read. Time left is the remaining steps at the mean pace of that window, evaluations not counted.
+A step with a validation loss always gets its line.
 """
 
 import time
@@ -47,6 +48,8 @@ class StepLike(Protocol):
     def rss_bytes(self) -> int: ...
     @property
     def peak_bytes(self) -> int | None: ...
+    @property
+    def eval_loss(self) -> float | None: ...
 
 
 class TrainScreen:
@@ -58,6 +61,7 @@ class TrainScreen:
         self._recent: deque[StepLike] = deque(maxlen=WINDOW)
         self._highest_rss_bytes = 0
         self._last_line_s = float("-inf")
+        self._validation = ""  # words about the newest evaluation
         self._progress = _progress() if console().is_terminal else None
         self._task = TaskID(0)
         if self._progress is not None:
@@ -78,16 +82,17 @@ class TrainScreen:
         """Show one more step."""
         self._recent.append(stats)
         self._highest_rss_bytes = max(self._highest_rss_bytes, stats.rss_bytes)
+        if stats.eval_loss is not None:
+            self._validation = f"  validation loss {stats.eval_loss:.3f} after step {stats.step}"
+        details = f"learning rate {stats.learning_rate:.1e}  gradient norm {stats.grad_norm:.2f}{self._validation}"
         if self._progress is not None:
-            self._progress.update(self._task, completed=stats.step, total=stats.num_steps, words=self._words(stats))
+            words = f"{self._words(stats)}\n{details}"
+            self._progress.update(self._task, completed=stats.step, total=stats.num_steps, words=words)
             return
-        now_s, is_last = time.monotonic(), stats.step >= stats.num_steps
-        if is_last or now_s - self._last_line_s >= self.line_every_s:
+        now_s, is_due = time.monotonic(), stats.step >= stats.num_steps or stats.eval_loss is not None
+        if is_due or now_s - self._last_line_s >= self.line_every_s:
             self._last_line_s = now_s
-            say(
-                f"step {stats.step}/{stats.num_steps}  epoch {stats.epoch:.2f}  {self._words(stats)}  "
-                f"learning rate {stats.learning_rate:.1e}  gradient norm {stats.grad_norm:.2f}"
-            )
+            say(f"step {stats.step}/{stats.num_steps}  epoch {stats.epoch:.2f}  {self._words(stats)}  {details}")
 
     def _words(self, stats: StepLike) -> str:
         busy_s = max(sum(step.step_s for step in self._recent), 1e-9)

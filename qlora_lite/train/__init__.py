@@ -1,12 +1,25 @@
 """Train: a loaded model and tokenized examples -> `StepStats`, one an optimizer step, and a `TrainState` that can be saved.
 
 loop.py   the generator        step.py      forward, backward, one divisor      optimizer.py   AdamW that keeps small steps
-state.py  all that changes     checkpoint.py   it on disk                        schedule.py, measure.py
+state.py  all that changes     checkpoint.py   it on disk                        best.py        the lowest validation loss
+trackers.py  for dashboards    schedule.py, measure.py
 """
 
-from qlora_lite.train.checkpoint import newest_valid, save_checkpoint
+from qlora_lite.train.checkpoint import best_valid, newest_valid, save_checkpoint
 from qlora_lite.train.loop import StepStats, train_steps
 from qlora_lite.train.optimizer import make_optimizer, state_bytes
 from qlora_lite.train.state import TrainState
+from qlora_lite.train.trackers import open_trackers, refuse_missing_trackers
 
-__all__ = ["StepStats", "TrainState", "make_optimizer", "newest_valid", "save_checkpoint", "state_bytes", "train_steps"]
+__all__ = [
+    "StepStats",
+    "TrainState",
+    "best_valid",
+    "make_optimizer",
+    "newest_valid",
+    "open_trackers",
+    "refuse_missing_trackers",
+    "save_checkpoint",
+    "state_bytes",
+    "train_steps",
+]

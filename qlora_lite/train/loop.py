@@ -3,15 +3,15 @@
     rows of the step -> packed micro-batches -> forward and backward of each -> clip -> AdamW update
 
 The loop knows neither files nor screen: the caller saves, shows and decides when to stop pulling. Between two steps the
-state is whole, and after TrainingStopped it is that of the last good step. accelerate places the model and owns backward
-and clipping.
+state is whole, and after TrainingStopped it is that of the last good step. Validation is a function it is given, called
+after the update; its seconds are no part of the step's. accelerate places the model and owns backward and clipping.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -20,7 +20,9 @@ from accelerate import Accelerator
 from qlora_lite.data.batches import Batch, StepSampler, make_batches
 from qlora_lite.data.examples import Examples
 from qlora_lite.errors import TrainingStopped
+from qlora_lite.train.best import best_after
 from qlora_lite.train.measure import Allocations, measure_allocations, rss_bytes
+from qlora_lite.train.optimizer import set_learning_rate
 from qlora_lite.train.schedule import learning_rate_at
 from qlora_lite.train.state import TrainState
 from qlora_lite.train.step import forward_backward
@@ -32,13 +34,13 @@ _DIVERGED_NATS = 1.0  # this many nats above it
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimizer step. Losses are in nats per label token, before the update."""
+    """One optimizer step. Losses are in nats per label token: `loss` before the update, `eval_loss` after it."""
 
     step: int  # from 1
     num_steps: int
     epoch: float
     loss: float
-    learning_rate: float
+    learning_rate: float  # of factors A; LoRA+ multiplies it for B
     grad_norm: float  # before clipping
     num_examples: int
     num_tokens: int
@@ -47,6 +49,7 @@ class StepStats:
     step_s: float
     rss_bytes: int
     peak_bytes: int | None  # of this step above its start, by the allocator; None where it was not measured
+    eval_loss: float | None = None  # on held-out rows; None where it was not due
 
 
 def train_steps(
@@ -60,16 +63,21 @@ def train_steps(
     schedule: str,
     warmup_ratio: float,
     max_grad_norm: float,
+    evaluate: Callable[[], float] | None = None,
+    eval_every_steps: int = 1,
+    early_stop: int | None = None,
 ) -> Iterator[StepStats]:
     """Train from `state.step` to the sampler's last step. Raises TrainingStopped for NaN or a diverging loss.
 
+    `evaluate` gives the validation loss; it is called after every `eval_every_steps` steps and after the last, and must
+    leave model and random numbers as they were. Training ends early when that loss has not fallen for `early_stop` calls.
     The step with the largest micro-batch is measured with the allocator, in its last micro-batch; on CUDA all are.
     """
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
     model = accelerator.prepare_model(state.model, device_placement=False)
     measured_step = _step_with_largest_batch(examples, sampler, micro_batch_tokens, first=state.step)
     model.train()
-    while state.step < len(sampler):
+    while not state.is_over(len(sampler), early_stop=early_stop):
         begin = time.perf_counter()
         step = state.step
         rows = sampler.rows_of_step(step)
@@ -77,8 +85,7 @@ def train_steps(
         rate = learning_rate_at(
             step, num_steps=len(sampler), peak=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio
         )
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(state.optimizer, rate)
 
         is_measured = device == "cuda" or step == measured_step
         allocations = Allocations() if is_measured else None
@@ -96,7 +103,7 @@ def train_steps(
             state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         _watch(state, loss, rows, examples)
-        yield StepStats(
+        stats = StepStats(
             step=state.step,
             num_steps=len(sampler),
             epoch=state.step / sampler.steps_per_epoch,
@@ -111,6 +118,8 @@ def train_steps(
             rss_bytes=rss_bytes(),
             peak_bytes=None if allocations is None else allocations.peak_bytes + _gradient_bytes(model, batches),
         )
+        is_due = state.step % eval_every_steps == 0 or state.step == len(sampler)
+        yield stats if evaluate is None or not is_due else _evaluated(state, stats, evaluate())
 
 
 def _update(
@@ -141,6 +150,14 @@ def _update(
     state.scaler.step(state.optimizer)
     state.scaler.update()
     return loss, norm
+
+
+def _evaluated(state: TrainState, stats: StepStats, eval_loss: float) -> StepStats:
+    if not math.isfinite(eval_loss):
+        message = f"stopped at step {state.step}: the validation loss is {eval_loss}. Earlier checkpoints are kept. "
+        raise TrainingStopped(message + "Lower train.learning_rate", state_is_good=False)
+    state.best = best_after(state.best, step=state.step, eval_loss=eval_loss)
+    return replace(stats, eval_loss=eval_loss)
 
 
 def _gradient_bytes(model: torch.nn.Module, batches: list[Batch]) -> int:

@@ -68,14 +68,33 @@ class AdamW(_ExactUpdates, _bnb_optim.AdamW32bit):
 
 
 def make_optimizer(
-    parameters: Iterable[torch.nn.Parameter], *, name: str, learning_rate: float, weight_decay: float
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    *,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    loraplus_ratio: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """One of OPTIMIZERS over the trainable `parameters`, with its state made. Betas and epsilon are AdamW's defaults."""
+    """One of OPTIMIZERS over what is trainable, with its state made. Betas and epsilon are AdamW's defaults.
+
+    Factors B learn `loraplus_ratio` times as fast as the rest (LoRA+, arXiv 2402.12354): see `set_learning_rate`.
+    """
     kinds: dict[str, Any] = {"paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW32bit, "adamw": AdamW}
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer: Any = kinds[name](trainable, lr=learning_rate, weight_decay=weight_decay)
+    b_factors, others = [], []
+    for parameter_name, parameter in named_parameters:
+        if parameter.requires_grad:
+            (b_factors if ".lora_B." in parameter_name else others).append(parameter)
+    groups = [{"params": others, "lr_ratio": 1.0}, {"params": b_factors, "lr_ratio": loraplus_ratio}]
+    optimizer: Any = kinds[name](groups, lr=learning_rate, weight_decay=weight_decay)
+    set_learning_rate(optimizer, learning_rate)
     optimizer.init_states()
     return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """The rate of the next step: `learning_rate`, and the LoRA+ ratio times as much for factors B."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_ratio"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

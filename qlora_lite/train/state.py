@@ -5,10 +5,11 @@ optimizer    its state tensors and step counts
 random       torch's generators (dropout); the order of the data is a function of seed and step
 loss scale   of fp16 training
 step         optimizer steps done; with the seed it also fixes the data position and the learning rate
+best         the lowest validation loss so far, and the step it was measured after
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_lite.errors import RunError
 from qlora_lite.model.adapter import save_adapter
+from qlora_lite.train.best import Best
 from qlora_lite.train.optimizer import STATE_TENSORS
 
 _TENSORS, _FACTS = "state.safetensors", "state.json"
@@ -42,6 +44,12 @@ class TrainState:
     step: int = 0
     first_loss: float | None = None  # what divergence is judged against
     history: list[float] = field(default_factory=list)  # losses of the last steps, newest last
+    best: Best | None = None  # None before the first evaluation
+
+    def is_over(self, num_steps: int, *, early_stop: int | None = None) -> bool:
+        """All steps are done, or the validation loss has not fallen for `early_stop` evaluations (None: not looked at)."""
+        has_stalled = early_stop is not None and self.best is not None and self.best.num_since >= early_stop
+        return self.step >= num_steps or has_stalled
 
     def snapshot(self) -> Snapshot:
         """A copy that later steps do not touch."""
@@ -100,10 +108,12 @@ class TrainState:
             "loss_scale": self.scaler.state_dict(),
             "first_loss": self.first_loss,
             "history": self.history,
+            "best": None if self.best is None else asdict(self.best),
         }
 
     def _set_facts(self, facts: dict[str, Any]) -> None:
         self.step, self.first_loss, self.history = facts["step"], facts["first_loss"], list(facts["history"])
+        self.best = None if facts["best"] is None else Best(**facts["best"])
         for state, count in zip(self.optimizer.state.values(), facts["optimizer_steps"], strict=True):
             state["step"] = count
         if facts["loss_scale"]:

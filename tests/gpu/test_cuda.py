@@ -23,7 +23,7 @@ def test_twenty_steps_on_the_card_lower_the_loss_and_measure_the_allocator(optim
     rows = tiny_model.random_rows([3] * 8)
     state = TrainState(
         model,
-        make_optimizer(model.parameters(), name=optimizer, learning_rate=5e-3, weight_decay=0.0),
+        make_optimizer(model.named_parameters(), name=optimizer, learning_rate=5e-3, weight_decay=0.0),
         torch.amp.GradScaler("cuda", enabled=types.scale_loss),
     )
     steps = list(

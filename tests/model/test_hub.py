@@ -308,7 +308,7 @@ def test_the_library_stays_offline_while_and_after_we_fetch(hub, tmp_path):
         (TAKEN | {"config.json": b"[1]"}, f"^{REPO}/config.json: expected a JSON object"),
         (
             TAKEN | {"config.json": b'{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}'},
-            "weights are quantized already; fetch the 16-bit original",
+            "quantized with gptq, which cannot be read here",
         ),
     ],
     ids=["pickle", "gguf", "adapter", "empty", "bert", "list", "quantized"],

@@ -1,5 +1,6 @@
 """A recipe is read whole or refused whole: promise 10, the overrides, the paths, and what a run writes down."""
 
+import json
 import os
 import subprocess
 import sys
@@ -184,13 +185,9 @@ REFUSED = {
     "model.double_quant": ["false"],
     "model.attention": ["eager", "flash_attention_2", "flex_attention"],
     "lora.use_dora": ["true"],
-    "lora.init_from": ["pissa"],
     "lora.modules_to_save": ["[lm_head]"],
     "data.format": ["chat", "prompt_completion"],
     "data.share_prefixes": ["true"],
-    "train.loraplus_ratio": ["16"],
-    "train.eval_every_steps": ["10"],
-    "train.early_stop": ["3"],
     "memory.budget": ["24GiB", "1000000"],
     "merge.base": ["original"],
 }
@@ -245,6 +242,68 @@ def test_paths_are_looked_up_beside_the_recipe_then_in_the_current_folder(tmp_pa
     (problem,) = problems_of(path, "data.train=bth.json")
     looked = f"{beside / 'bth.json'} and {here / 'bth.json'}"
     assert problem.endswith(f"no such file; looked at {looked}; did you mean {beside / 'both.json'}?")
+
+
+def adapter_folder(folder: Path, **config: object) -> Path:
+    folder.mkdir(parents=True)
+    document = {"peft_type": "LORA", "r": 8, "lora_alpha": 32, "target_modules": ["q_proj"]} | config
+    (folder / "adapter_config.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_an_adapter_to_start_from_is_looked_up_beside_the_recipe_and_must_agree_with_it(tmp_path):
+    adapter = adapter_folder(tmp_path / "runs" / "one" / "adapter", use_rslora=True)
+    path = write(tmp_path, "lora: {init_from: runs/one/adapter, r: 8}\n")
+    (problem,) = problems_of(path)
+    assert problem.endswith("lora.use_rslora: false, but the adapter of lora.init_from has true; write the same")
+    assert load_recipe(path, overrides=["lora.use_rslora=true"]).lora.init_from == str(adapter)
+    problems = problems_of(path, "lora.r=16", "lora.lora_alpha=16")
+    assert [problem.split("  ")[-1] for problem in problems] == [
+        "lora.r: 16, but the adapter of lora.init_from has 8; write the same",
+        "lora.lora_alpha: 16, but the adapter of lora.init_from has 32; write the same",
+        "lora.use_rslora: false, but the adapter of lora.init_from has true; write the same",
+    ]
+    assert len(problems_of(path, "lora.r=16x", "lora.use_rslora=true")) == 1  # a wrong value is not compared as well
+
+
+def test_a_folder_that_is_no_adapter_is_refused_with_the_one_that_was_meant(tmp_path):
+    adapter_folder(tmp_path / "run" / "adapter")
+    (tmp_path / "empty").mkdir()
+    path = write(tmp_path, "lora: {r: 8}\n")
+    for name, expected in (
+        ("run", f"has no adapter_config.json in it; did you mean {tmp_path / 'run' / 'adapter'}?"),
+        ("empty", f"{tmp_path / 'empty'} has no adapter_config.json in it"),
+        ("nowhere", f"no such folder; looked at {tmp_path / 'nowhere'} and "),
+    ):
+        (problem,) = problems_of(path, f"lora.init_from={name}")
+        assert expected in problem, name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[" * 100_000, "is not readable as JSON"),
+        ("\udcff", "is not readable as JSON"),
+        ("[]", "describes no LoRA adapter"),
+        ('{"peft_type": "IA3"}', "describes no LoRA adapter"),
+        ('{"peft_type": "LORA", "r": {}, "lora_alpha": 32}', "has "),
+        ('{"peft_type": "LORA", "r": 8, "lora_alpha": 32, "alpha_pattern": {"q_proj": 4}}', "alpha_pattern"),
+    ],
+)
+def test_an_adapter_that_the_recipe_cannot_continue_is_refused(text, expected, tmp_path):
+    folder = adapter_folder(tmp_path / "adapter")
+    (folder / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    (problem,) = problems_of(write(tmp_path, "lora: {init_from: adapter, r: 8}\n"))
+    assert expected in problem and problem.isprintable()
+
+
+def test_a_run_that_started_from_an_adapter_is_read_also_when_that_is_gone(tmp_path):
+    folder = adapter_folder(tmp_path / "adapter")
+    recipe = load_recipe(write(tmp_path, "lora: {init_from: adapter, r: 8}\n"))
+    saved = write(tmp_path, dump_recipe(recipe), "recipe.yaml")
+    (folder / "adapter_config.json").unlink()
+    folder.rmdir()
+    assert load_run_recipe(saved) == recipe
 
 
 def test_a_local_folder_named_like_a_hub_model_is_a_folder(tmp_path, monkeypatch):

@@ -51,7 +51,16 @@ def run_dir(tmp_path):
         json.dumps({"id": "1", "question": EVIL, "answers": ["Oslo", EVIL], "after": EVIL}) + "\n"
     )
     steps = [
-        {"step": step, "loss": 3 / step, "step_s": 2.0, "num_examples": 8, "num_label_tokens": 50}
+        {
+            "step": step,
+            "loss": 3 / step,
+            "learning_rate": 1e-3 / step,
+            "grad_norm": 0.5,
+            "eval_loss": 2.5 - step / 20 if step % 10 == 0 else None,
+            "step_s": 2.0,
+            "num_examples": 8,
+            "num_label_tokens": 50,
+        }
         for step in range(1, 30)
     ]
     (folder / "steps.jsonl").write_text("\n".join(json.dumps(step) for step in steps))
@@ -73,10 +82,25 @@ def test_a_whole_run_has_every_section(run_dir):
         "method: qlora",
         "Oslo",
         "2.13.0",
+        "Learning rate and gradient norm",
+        "Dots: validation loss, lowest 1.500 after step 20, at the end 1.500",
     ):
         assert expected in words, expected
     assert "could not be read" not in words
     assert sorted(file.name for file in run_dir.iterdir() if "report" in file.name) == ["report.html"]
+
+
+def test_validation_losses_are_dots_over_the_loss_and_each_rate_has_its_curve(run_dir):
+    page = Page(show.write_report(run_dir).read_text())
+    assert page.tags.count("svg") == 3 and page.tags.count("polyline") == 5
+    assert page.tags.count("circle") == 2
+
+
+def test_a_run_without_evaluations_has_no_dots(run_dir):
+    lines = [json.loads(line) | {"eval_loss": None} for line in (run_dir / "steps.jsonl").read_text().splitlines()]
+    (run_dir / "steps.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = Page(show.write_report(run_dir).read_text())
+    assert "circle" not in page.tags and "Dots" not in " ".join(page.words)
 
 
 def test_nothing_in_the_data_becomes_a_tag_or_a_link(run_dir):

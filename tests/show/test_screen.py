@@ -24,6 +24,7 @@ class Stats:
     step_s: float = 2.0
     rss_bytes: int = 2**30
     peak_bytes: int | None = None
+    eval_loss: float | None = None
 
 
 @pytest.fixture
@@ -64,6 +65,26 @@ def test_two_memory_meters_are_named(written):
     with show.TrainScreen(1) as train_screen:
         train_screen.update(Stats(1, num_steps=1, peak_bytes=2**29))
     assert "process 1 GiB, allocator peak 512 MiB" in stream.getvalue()
+
+
+def test_a_step_with_a_validation_loss_always_gets_a_line(written):
+    stream = written(terminal=False)
+    with show.TrainScreen(9, line_every_s=1000) as train_screen:
+        for step in range(1, 6):
+            train_screen.update(Stats(step, num_steps=9, eval_loss=1.25 if step == 3 else None))
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 1/9", "step 3/9"]
+    assert lines[0].endswith("learning rate 2.0e-04  gradient norm 1.00")
+    assert lines[1].endswith("gradient norm 1.00  validation loss 1.250 after step 3")
+
+
+def test_a_terminal_shows_learning_rate_gradient_norm_and_the_newest_validation_loss(written):
+    stream = written(terminal=True)
+    with show.TrainScreen(2) as train_screen:
+        train_screen.update(Stats(1, num_steps=2, eval_loss=1.25))
+        train_screen.update(Stats(2, num_steps=2))
+    last = stream.getvalue().rsplit("loss 2.000", 1)[1]
+    assert "learning rate 2.0e-04  gradient norm 1.00  validation loss 1.250 after step 1" in last
 
 
 def test_a_terminal_gets_a_bar_and_a_phase_may_run_inside_it(written):

@@ -1,18 +1,19 @@
-"""Checkpoints: whole or not there; the newest valid one is found; the newest few are kept."""
+"""Checkpoints: whole or not there; the newest valid one and the best are found; these and the newest few are kept."""
 
 import shutil
 
 import pytest
 
 from qlora_lite.model.manifest import verify_manifest
-from qlora_lite.train.checkpoint import list_checkpoints, newest_valid, save_checkpoint
+from qlora_lite.train.best import Best
+from qlora_lite.train.checkpoint import best_valid, list_checkpoints, newest_valid, save_checkpoint
 
 
 class State:
     """Stands for a TrainState: a step, and one file."""
 
-    def __init__(self, step=0):
-        self.step = step
+    def __init__(self, step=0, best=None):
+        self.step, self.best = step, best
 
     def save(self, folder, *, base_name):
         (folder / "state.json").write_text(f"{base_name} {self.step}")
@@ -90,3 +91,21 @@ def test_damaged_checkpoints_of_later_steps_do_not_push_out_good_ones(tmp_path):
     damage(tmp_path, 15)
     save(tmp_path, 7, keep=1)  # resumed from 5
     assert newest_valid(tmp_path)[0] == tmp_path / "step-000007"
+
+
+def test_the_best_one_is_kept_besides_the_newest_few(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(State(step, best=Best(1, 0.5)), tmp_path, keep=2, base_name="base")
+    assert names(tmp_path) == ["step-000001", "step-000003", "step-000004"]
+    save_checkpoint(State(5, best=Best(4, 0.4)), tmp_path, keep=1, base_name="base")  # a new best lets the old one go
+    assert names(tmp_path) == ["step-000004", "step-000005"]
+
+
+def test_the_best_one_is_found_and_when_it_is_damaged_the_newest_takes_its_place_out_loud(tmp_path):
+    save(tmp_path, 5, 10)
+    assert best_valid(tmp_path, None) == (tmp_path / "step-000010", [])
+    assert best_valid(tmp_path, Best(5, 0.5)) == (tmp_path / "step-000005", [])
+    damage(tmp_path, 5)
+    path, problems = best_valid(tmp_path, Best(5, 0.5))
+    assert path == tmp_path / "step-000010"
+    assert problems[0].startswith("step-000005, the best one, is not used, the newest is: ")

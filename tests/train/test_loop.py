@@ -7,6 +7,8 @@ import torch
 
 from qlora_lite.data.batches import StepSampler, make_batches
 from qlora_lite.errors import TrainingStopped
+from qlora_lite.train import loop
+from qlora_lite.train.best import Best
 from qlora_lite.train.loop import train_steps
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.schedule import learning_rate_at
@@ -19,7 +21,7 @@ POISON = 299  # a token that only the row made by `poisoned_rows` has
 
 def fresh_state(**model) -> TrainState:
     model = tiny_adapted(**model)
-    optimizer = make_optimizer(model.parameters(), name="adamw", learning_rate=1e-3, weight_decay=0.0)
+    optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=1e-3, weight_decay=0.0)
     return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
 
@@ -132,6 +134,60 @@ def test_a_stopped_generator_leaves_a_state_that_goes_on_where_it_was():
     parts += [s.loss for s in steps_of(halves, rows, sampler)]
     assert parts == losses
     assert same(factors_of(halves), factors_of(whole))
+
+
+def test_validation_comes_every_few_steps_and_after_the_last_and_the_best_is_remembered():
+    rows, state = random_rows(LABELS), fresh_state()
+    losses = iter([3.0, 2.0, 2.5])
+    stats = list(
+        steps_of(state, rows, sampler_of(rows, max_steps=5), evaluate=lambda: next(losses), eval_every_steps=2)
+    )
+    assert [s.eval_loss for s in stats] == [None, 3.0, None, 2.0, 2.5]
+    assert state.best == Best(4, 2.0, num_since=1)
+
+
+def test_validation_sees_the_model_after_the_update():
+    rows, state = random_rows(LABELS), fresh_state()
+    seen = []
+
+    def evaluate():
+        seen.append(factors_of(state))
+        return 1.0
+
+    for _ in steps_of(state, rows, sampler_of(rows, max_steps=2), evaluate=evaluate):
+        assert same(seen[-1], factors_of(state))
+    assert len(seen) == 2 and not same(seen[0], seen[1])
+
+
+def test_the_seconds_of_an_evaluation_are_no_part_of_the_step(monkeypatch):
+    rows, now_s = random_rows(LABELS), [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now_s[0])
+
+    def evaluate():
+        now_s[0] += 1000
+        return 1.0
+
+    stats = list(steps_of(fresh_state(), rows, sampler_of(rows, max_steps=3), evaluate=evaluate))
+    assert now_s[0] == 3000 and [s.step_s for s in stats] == [0, 0, 0]
+
+
+def test_training_stops_early_when_validation_has_not_fallen_for_so_many_evaluations():
+    rows, state = random_rows(LABELS), fresh_state()
+    losses = iter([3.0, 2.0, 2.0, 2.1, 0.0])
+    settings = {"evaluate": lambda: next(losses), "eval_every_steps": 2, "early_stop": 2}
+    sampler = sampler_of(rows, max_steps=20)
+    stats = list(steps_of(state, rows, sampler, **settings))
+    assert [s.step for s in stats] == [1, 2, 3, 4, 5, 6, 7, 8] and stats[-1].eval_loss == 2.1
+    assert state.is_over(20, early_stop=2) and not state.is_over(20)
+    assert list(steps_of(state, rows, sampler, **settings)) == []  # a resumed one has nothing left to do
+
+
+def test_a_validation_loss_that_is_no_number_stops_training():
+    rows, state = random_rows(LABELS), fresh_state()
+    steps = steps_of(state, rows, sampler_of(rows), evaluate=lambda: float("nan"))
+    with pytest.raises(TrainingStopped, match="stopped at step 1: the validation loss is nan") as caught:
+        next(steps)
+    assert not caught.value.state_is_good and state.best is None
 
 
 def poisoned_rows():

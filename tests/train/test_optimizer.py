@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_lite.model.bnb import bitsandbytes
-from qlora_lite.train.optimizer import OPTIMIZERS, STATE_TENSORS, make_optimizer, state_bytes
+from qlora_lite.train.optimizer import OPTIMIZERS, STATE_TENSORS, make_optimizer, set_learning_rate, state_bytes
 from qlora_lite.train.state import TrainState
 from qlora_lite.train.step import forward_backward
 from tests.tiny_model import random_rows, split_batches, tiny_adapted
@@ -17,6 +17,10 @@ def parameter(*shape, dtype=BF16, scale=0.05):
     value = torch.nn.Parameter((torch.randn(*shape) * scale).to(dtype))
     value.grad_dtype = FP32
     return value
+
+
+def named(*parameters):
+    return [(f"factor_{index}", parameter) for index, parameter in enumerate(parameters)]
 
 
 def run(model, batches, *, num_steps, optimizer, learning_rate=2e-4):
@@ -39,7 +43,9 @@ def trained(factors_dtype, *, optimizer_of=None, num_steps=40):
     """-> (losses, exact factors as one fp32 vector) after `num_steps` on the same few rows."""
     model = tiny_adapted(factors=factors_dtype)
     model.train()
-    make = optimizer_of or (lambda factors: make_optimizer(factors, name="adamw", learning_rate=2e-4, weight_decay=0.0))
+    make = optimizer_of or (
+        lambda factors: make_optimizer(named(*factors), name="adamw", learning_rate=2e-4, weight_decay=0.0)
+    )
     optimizer = make(factors_of(model))
     losses = run(model, split_batches(random_rows([4] * 4), 1), num_steps=num_steps, optimizer=optimizer)
     vector = [p.float() + optimizer.state[p].get("remainder", torch.zeros(1)).float() for p in factors_of(model)]
@@ -67,7 +73,7 @@ def test_updates_far_below_a_bf16_step_add_up():
     weight = parameter(16, 16)
     weight.data.fill_(0.05)
     start = weight.detach().float().clone()
-    optimizer = make_optimizer([weight], name="adamw", learning_rate=1e-5, weight_decay=0.0)
+    optimizer = make_optimizer(named(weight), name="adamw", learning_rate=1e-5, weight_decay=0.0)
     for _ in range(1000):
         weight.grad = torch.ones(16, 16)
         optimizer.step()
@@ -78,7 +84,7 @@ def test_updates_far_below_a_bf16_step_add_up():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_factor_and_remainder_are_the_two_halves_of_the_fp32_update(name):
     weight = parameter(64, 128)
-    optimizer = make_optimizer([weight], name=name, learning_rate=1e-3, weight_decay=0.1)
+    optimizer = make_optimizer(named(weight), name=name, learning_rate=1e-3, weight_decay=0.1)
     exact = torch.nn.Parameter(weight.detach().float())
     kinds = {"paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit", "adamw": "AdamW32bit"}
     reference = getattr(bitsandbytes.optim, kinds[name])([exact], lr=1e-3, weight_decay=0.1)
@@ -101,7 +107,7 @@ def test_it_is_torchs_adamw(name, limit):
     weight = parameter(64, 128, dtype=FP32)
     start = weight.detach().clone()
     reference = torch.nn.Parameter(start.clone())
-    ours = make_optimizer([weight], name=name, learning_rate=1e-3, weight_decay=0.1)
+    ours = make_optimizer(named(weight), name=name, learning_rate=1e-3, weight_decay=0.1)
     theirs = torch.optim.AdamW([reference], lr=1e-3, weight_decay=0.1)
     for _ in range(10):
         weight.grad = torch.randn(64, 128)
@@ -116,7 +122,7 @@ def test_it_is_torchs_adamw(name, limit):
 def test_state_bytes_are_exact(name, dtype):
     large, small = (64, 128), (16, 64)  # 8-bit state from 4,096 weights up
     optimizer = make_optimizer(
-        [parameter(*large, dtype=dtype), parameter(*large, dtype=dtype), parameter(*small, dtype=dtype)],
+        named(parameter(*large, dtype=dtype), parameter(*large, dtype=dtype), parameter(*small, dtype=dtype)),
         name=name,
         learning_rate=1e-3,
         weight_decay=0.0,
@@ -134,7 +140,7 @@ def test_state_bytes_are_exact(name, dtype):
 
 def test_8_bit_maps_are_shared_and_not_saved(tmp_path):
     model = tiny_adapted(r=64)
-    optimizer = make_optimizer(model.parameters(), name="paged_adamw_8bit", learning_rate=1e-3, weight_decay=0.0)
+    optimizer = make_optimizer(model.named_parameters(), name="paged_adamw_8bit", learning_rate=1e-3, weight_decay=0.0)
     states = [state for state in optimizer.state.values() if "qmap1" in state]
     assert len(states) > 1
     assert {id(state["qmap1"]) for state in states} == {id(states[0]["qmap1"])}
@@ -145,5 +151,49 @@ def test_8_bit_maps_are_shared_and_not_saved(tmp_path):
 
 def test_only_what_trains_gets_state():
     frozen = parameter(8, 8).requires_grad_(False)
-    optimizer = make_optimizer([frozen, parameter(8, 8)], name="adamw", learning_rate=1e-3, weight_decay=0.0)
+    optimizer = make_optimizer(named(frozen, parameter(8, 8)), name="adamw", learning_rate=1e-3, weight_decay=0.0)
     assert len(optimizer.state) == 1
+
+
+def factor_updates(*, ratio, factors, learning_rate=1e-4):
+    """Factor name -> what one step adds to it, with the remainder, in fp32."""
+    model = tiny_adapted(factors=factors)
+    model.train()
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(
+        model.named_parameters(), name="adamw", learning_rate=learning_rate, weight_decay=0.0, loraplus_ratio=ratio
+    )
+    run(model, split_batches(random_rows([4] * 4), 1), num_steps=1, optimizer=optimizer)
+    return {
+        name: p.detach().float() + optimizer.state[p].get("remainder", torch.zeros(1)).float() - before[name]
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("factors", [FP32, BF16])
+def test_with_loraplus_b_moves_16_times_as_far_in_the_first_step_and_a_as_far_as_without(factors):
+    plain, plus = factor_updates(ratio=1.0, factors=factors), factor_updates(ratio=16.0, factors=factors)
+    assert plain.keys() == plus.keys() and any("lora_B" in name for name in plain)
+    for name, update in plus.items():
+        if "lora_A" in name:
+            assert torch.equal(update, plain[name]), name
+        else:  # as exact as adding 1e-4 to a factor of 0.05 in 16 (two halves of bf16) or 24 bits is
+            limit = 2e-6 if factors == BF16 else 2e-7
+            torch.testing.assert_close(update, 16 * plain[name], rtol=0, atol=16 * limit)
+            assert update.abs().max() > 1e-3
+
+
+def test_the_schedule_multiplies_both_rates():
+    model = tiny_adapted()
+    optimizer = make_optimizer(
+        model.named_parameters(), name="adamw", learning_rate=1e-3, weight_decay=0.1, loraplus_ratio=4.0
+    )
+    set_learning_rate(optimizer, 5e-4)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trained_names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(rates) == len(trained_names)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert rates[id(p)] == (2e-3 if "lora_B" in name else 5e-4), name
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1]

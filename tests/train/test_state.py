@@ -7,6 +7,7 @@ import torch
 
 from qlora_lite.data.batches import StepSampler
 from qlora_lite.errors import RunError
+from qlora_lite.train.best import Best
 from qlora_lite.train.loop import train_steps
 from qlora_lite.train.optimizer import OPTIMIZERS, make_optimizer
 from qlora_lite.train.state import TrainState
@@ -15,10 +16,12 @@ from tests.tiny_model import random_rows, set_dropout, tiny_adapted
 ROWS = random_rows([3, 5, 1, 9, 2, 7, 4, 4])
 
 
-def fresh_state(name="adamw", *, r=4, dropout=0.1, **model) -> TrainState:
+def fresh_state(name="adamw", *, r=4, dropout=0.1, ratio=1.0, **model) -> TrainState:
     model = tiny_adapted(r=r, **model)
     set_dropout(model, dropout)
-    optimizer = make_optimizer(model.parameters(), name=name, learning_rate=1e-3, weight_decay=0.01)
+    optimizer = make_optimizer(
+        model.named_parameters(), name=name, learning_rate=1e-3, weight_decay=0.01, loraplus_ratio=ratio
+    )
     return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
 
@@ -65,13 +68,14 @@ def test_going_back_to_a_snapshot_and_on_again_is_the_same_run(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_saved_state_loaded_into_new_objects_goes_on_as_the_same_run(name, tmp_path):
-    state = fresh_state(name, r=64)
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_a_saved_state_loaded_into_new_objects_goes_on_as_the_same_run(name, ratio, tmp_path):
+    state = fresh_state(name, r=64, ratio=ratio)
     advance(state, 2)
     state.save(tmp_path, base_name="tiny")
     losses = advance(state, 3)
     end, facts = everything(state), state.snapshot().facts
-    other = fresh_state(name, r=64, moved=False)
+    other = fresh_state(name, r=64, ratio=ratio, moved=False)
     torch.manual_seed(99)
     other.load(tmp_path)
     assert other.step == 2
@@ -110,6 +114,15 @@ def test_the_loss_scale_comes_back(tmp_path):
     other.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     other.load(tmp_path)
     assert other.scaler.state_dict()["scale"] == 1024.0
+
+
+@pytest.mark.parametrize("best", [None, Best(40, 0.5, num_since=2)])
+def test_the_best_evaluation_comes_back(best, tmp_path):
+    state, other = fresh_state(), fresh_state()
+    state.best, other.best = best, Best(1, 9.0)
+    state.save(tmp_path, base_name="tiny")
+    other.load(tmp_path)
+    assert other.best == best
 
 
 def damage_facts(folder):

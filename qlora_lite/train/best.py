@@ -1,0 +1,19 @@
+"""The lowest validation loss of a run so far: which checkpoint stays, which adapter is published, when to stop early."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Best:
+    """The evaluation with the lowest loss, in nats per label token, and how many evaluations came after it."""
+
+    step: int
+    eval_loss: float
+    num_since: int = 0  # evaluations after it; none of them was lower
+
+
+def best_after(best: Best | None, *, step: int, eval_loss: float) -> Best:
+    """The best after one more evaluation; of equal losses the earlier one stays."""
+    if best is None or eval_loss < best.eval_loss:
+        return Best(step, eval_loss)
+    return replace(best, num_since=best.num_since + 1)
