@@ -91,9 +91,9 @@ def prove_merge(
         hidden = walk.embed([row.input_ids for row in encoded_rows])
         for index in range(walk.num_layers):
             walk.run_layer(index, hidden)
-        final = walk.predictors(hidden, [row.label_start for row in encoded_rows])
+        final = walk.predictors(hidden, [row.predictors for row in encoded_rows])
         sums = walk.compare(final)
-    num_label_tokens = sum(len(row.input_ids) - row.label_start for row in encoded_rows)
+    num_label_tokens = sum(row.num_label_tokens for row in encoded_rows)
     return _judge(
         sums, merged_dir, num_rows=len(encoded_rows), num_tokens=num_label_tokens, peak_bytes=meter.peak_bytes
     )
@@ -172,7 +172,7 @@ class _Walk:
             self._run(layer, prefix, hidden["stored"])
         layer.to("meta")
 
-    def predictors(self, hidden: dict[str, list[Tensor]], label_starts: Sequence[int]) -> dict[str, Tensor]:
+    def predictors(self, hidden: dict[str, list[Tensor]], predictors: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Normed hidden states [N, D] of the positions that predict a label: the one before each label."""
         norm = self.decoder.norm.to_empty(device=self.device)
         prefix = self.names[id(norm)]
@@ -181,7 +181,7 @@ class _Walk:
             for name, weight in norm.named_parameters():
                 source = self.merged if variant == "stored" else self.base
                 _fill(weight, source.row_blocks(f"{prefix}.{name}"))
-            rows = [state[0, start - 1 : -1] for state, start in zip(states, label_starts, strict=True)]
+            rows = [state[0, list(positions)] for state, positions in zip(states, predictors, strict=True)]
             final[variant] = norm(torch.cat(rows))
         return final
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_lite.data.examples import load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
+from qlora_lite.data.read import find_format
 from qlora_lite.errors import DataError
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
@@ -61,6 +62,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     types = choose_types(recipe.model.dtype, device)
     source = find_base(recipe.model.base, cache=cache)
     config = load_config(source)
+    data_format, format_reason = _choose_format(recipe)
     length, length_reason, label_share = _choose_length(recipe, source, cache, limit=config.max_position_embeddings)
     micro_batch, micro_batch_reason = _choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
     checkpointing = recipe.memory.gradient_checkpointing is not False
@@ -69,7 +71,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
             "device": device,
             "model": recipe.model.model_copy(update={"dtype": types.name, "attention": "sdpa"}),
             "data": recipe.data.model_copy(
-                update={"format": "squad", "max_seq_length": length, "share_prefixes": False}
+                update={"format": data_format, "max_seq_length": length, "share_prefixes": False}
             ),
             "train": recipe.train.model_copy(update={"micro_batch_tokens": micro_batch}),
             "memory": recipe.memory.model_copy(update={"gradient_checkpointing": checkpointing}),
@@ -90,6 +92,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
         f"device: {device_reason}",
         f"model.dtype: {types.reason}",
         "model.attention: sdpa, example by example on packed rows",
+        f"data.format: {data_format}: {format_reason}",
         f"data.max_seq_length: {length_reason}",
         "data.share_prefixes: off; this version trains every question with its own copy of the passage",
         f"train.micro_batch_tokens: {micro_batch_reason}",
@@ -111,6 +114,14 @@ def device_memory_bytes(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def _choose_format(recipe: Recipe) -> tuple[str, str]:
+    data = recipe.data
+    if not all(Path(path).exists() for path, _ in data.train_files):  # a run may be asked when its data are gone
+        return data.format, "the training data are not there"
+    held_out = ((data.eval, 1.0),) if data.eval is not None and Path(data.eval).exists() else ()
+    return find_format((*data.train_files, *held_out), format=data.format)
+
+
 def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int) -> tuple[int, str, float]:
     """-> (max_seq_length, reason, share of tokens that carry a label; 1.0 where the rows were not looked at)."""
     asked = recipe.data.max_seq_length
@@ -121,14 +132,15 @@ def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int) -> 
             )
         return asked, f"{asked}: asked for", 1.0
     examples = load_examples(
-        recipe.data.train,
+        recipe.data.train_files,
         load_tokenizer(source),
+        format=recipe.data.format,
         num_rows=recipe.data.num_train,
         no_answer_text=recipe.data.no_answer_text,
         max_seq_length=None,
         cache_dir=cache / "data",
     )
-    length, reason = propose_max_seq_length(examples.lengths, limit=limit)
+    length, reason = propose_max_seq_length(examples.lengths, limit=limit, is_text=examples.is_text)
     return length, f"{length}: {reason}", float(examples.num_label_tokens.sum() / examples.lengths.sum())
 
 

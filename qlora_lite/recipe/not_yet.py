@@ -44,7 +44,6 @@ NOT_YET: tuple[NotYet, ...] = (
     NotYet("lora.use_dora", _is_none_of(False), "use false"),
     NotYet("lora.init_from", _is_none_of(None), "use null"),
     NotYet("lora.modules_to_save", _is_none_of(()), "use []"),
-    NotYet("data.format", _is_none_of("auto", "squad"), "convert the file to SQuAD JSON and use auto or squad"),
     NotYet("data.share_prefixes", _is_none_of("auto", False), "use auto, which means off for now"),
     NotYet("train.loraplus_ratio", _is_none_of(1.0), "use 1.0"),
     NotYet("train.eval_every_steps", _is_none_of(None), "use null; scores are taken before and after training"),

@@ -188,7 +188,6 @@ REFUSED = {
     "lora.use_dora": ["true"],
     "lora.init_from": ["pissa"],
     "lora.modules_to_save": ["[lm_head]"],
-    "data.format": ["chat", "prompt_completion"],
     "data.share_prefixes": ["true"],
     "train.loraplus_ratio": ["16"],
     "train.eval_every_steps": ["10"],
