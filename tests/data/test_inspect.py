@@ -72,7 +72,7 @@ def test_a_row_that_loses_context_and_an_unanswerable_one_are_among_those_shown(
 
 def test_characters_of_several_tokens_are_shown_once(tokenizer):
     ids = tokenizer("é🐪x", add_special_tokens=False)["input_ids"]
-    tokens = render_tokens(tokenizer, Encoded(ids, label_start=2))
+    tokens = render_tokens(tokenizer, Encoded(ids, ((2, len(ids)),)))
     assert "".join(text for text, _ in tokens) == "é🐪x"
     assert len(tokens) == len(ids)
 

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from qlora_lite.data.examples import load_examples
-from qlora_lite.data.template import encode_prompt, stop_token_id
+from qlora_lite.data.prompts import question_prompt
+from qlora_lite.data.template import ChatTemplate
 from qlora_lite.evaluate import scores
 from qlora_lite.evaluate.scores import Prediction, by_phrasing, evaluate_model, validation_loss
 from qlora_lite.train.step import forward_backward
-from tests.data.conftest import question, squad
+from tests.data.conftest import CONTEXT, question, squad
 from tests.data.tiny_tokenizer import make_tokenizer
 from tests.tiny_model import random_rows, set_dropout, split_batches, tiny_adapted
 
@@ -58,9 +59,10 @@ def test_known_answers_get_the_official_scores(model, tmp_path, monkeypatch):
     assert result.to_json_dict() == {
         "exact_match": result.exact_match, "f1": result.f1, "loss": result.loss, "num_examples": 3
     }  # fmt: skip
-    rows = [examples.row(i) for i in range(3)]
-    assert seen["prompts"] == [encode_prompt(tokenizer, row.question, row.context) for row in rows]
-    assert (seen["stop_token"], seen["max_new_tokens"]) == (stop_token_id(tokenizer), 9)
+    template = ChatTemplate(tokenizer)
+    asked = [question_prompt(template, each["question"], CONTEXT, format="squad")[0] for each in QUESTIONS]
+    assert seen["prompts"] == asked
+    assert (seen["stop_token"], seen["max_new_tokens"]) == (template.stop_token_id, 9)
 
 
 def test_the_validation_loss_is_the_training_loss_however_it_is_batched(model):

@@ -6,7 +6,8 @@ import pytest
 
 from qlora_lite.data.batches import make_batches
 from qlora_lite.data.examples import load_examples
-from qlora_lite.data.template import encode_prompt
+from qlora_lite.data.prompts import question_prompt
+from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import DataError
 from tests.data.tiny_tokenizer import make_tokenizer
 
@@ -46,7 +47,7 @@ def test_no_label_is_on_a_prompt_or_pad_token(load):
     labelled = set((batch.predictor_N + 1).tolist())
     start = 0
     for row, length, answer in zip(batch.rows, batch.lengths, ("The Nile", "Luxor", "none"), strict=True):
-        prompt = encode_prompt(tokenizer, examples.row(row).question, CONTEXT)
+        prompt, _ = question_prompt(ChatTemplate(tokenizer), examples.row(row).question, CONTEXT, format="squad")
         assert batch.input_ids_1T[0, start : start + len(prompt)].tolist() == prompt
         assert labelled & set(range(start, start + length)) == set(range(start + len(prompt), start + length))
         assert tokenizer.decode(batch.input_ids_1T[0, start + len(prompt) : start + length]) == answer + "<|im_end|>"
@@ -61,6 +62,6 @@ def test_truncation_is_counted_and_no_row_is_without_its_answer(load):
     for index, answer in enumerate(("The Nile", "Luxor")):
         encoded = examples.encoded(index)
         assert len(encoded.input_ids) <= 200
-        assert tokenizer.decode(encoded.input_ids[encoded.label_start :]) == answer + "<|im_end|>"
+        assert tokenizer.decode([encoded.input_ids[p + 1] for p in encoded.predictors]) == answer + "<|im_end|>"
     with pytest.raises(DataError, match="every one of the 3 rows would lose its answer"):
         load(30)
