@@ -219,8 +219,8 @@ def _record(example: Example) -> dict[str, Any]:
         "num_label_tokens": encoded.num_label_tokens,
         "id": example.id,
         "question": example.question,
-        "answers": example.answers,
-        "whole_prompt_ids": example.whole_prompt_ids,
+        "answers": None if example.answers is None else list(example.answers),
+        "whole_prompt_ids": None if example.whole_prompt_ids is None else list(example.whole_prompt_ids),
     }
 
 

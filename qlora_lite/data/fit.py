@@ -75,15 +75,18 @@ class TemplateNotes:
     @property
     def sentences(self) -> tuple[str, ...]:
         """What to say; empty when nothing was changed."""
-        merged = (
-            f"the chat template has no system role: the system's text of {self.num_merged} conversations was put before "
-            f"their first user message"
-        )
-        split = (
-            f"the chat template rewrites earlier turns: {self.num_split} conversations make several examples each, every turn "
-            f"behind what inference sees at that turn"
-        )
-        return (merged,) * bool(self.num_merged) + (split,) * bool(self.num_split)
+        said = []
+        if self.num_merged:
+            said.append(
+                f"the chat template has no system role: the system's text of {self.num_merged} conversations was put before "
+                f"their first user message"
+            )
+        if self.num_split:
+            said.append(
+                f"the chat template rewrites earlier turns: {self.num_split} conversations make several examples each, every "
+                f"turn behind what inference sees at that turn"
+            )
+        return tuple(said)
 
 
 def _turn_examples(template: ChatTemplate, row: Conversation) -> list[Example]:

@@ -18,16 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qlora_lite.data.prompts import alpaca_text
-from qlora_lite.data.rows import (
-    BadRow,
-    Conversation,
-    Document,
-    Message,
-    Row,
-    kind,
-    problem_with_text,
-    short,
-)
+from qlora_lite.data.rows import BadRow, Conversation, Document, Message, Row, kind, problem_with_text, short
 from qlora_lite.data.squad import check_columns
 
 # Format -> the sets of columns it may have; the first format that has one of its sets is the one.
@@ -68,9 +59,7 @@ def find_columns(columns: Sequence[str], *, format: str) -> tuple[str, tuple[str
 def read_row(format: str, values: dict[str, Any], place: str) -> Row | BadRow:
     """One row's columns -> the row. `place` names a row without an id, such as "line 7"."""
     given = values.get("id")
-    has_id = (isinstance(given, str) and given.strip() != "") or (
-        isinstance(given, int) and not isinstance(given, bool)
-    )
+    has_id = type(given) in (int, str) and not _is_blank(str(given))
     name = str(given) if has_id else place
     if format == "squad":
         return check_columns(values | {"id": name}, place)
@@ -97,10 +86,10 @@ def _sharegpt(values: dict[str, Any], name: str) -> Conversation:
         where = f"conversations[{position}]"
         if not isinstance(turn, dict):
             raise _Unusable(f"{where}: expected an object with from and value, got {kind(turn)}")
-        role = _SHAREGPT_ROLES.get(turn.get("from", ""))
-        if role is None:
-            raise _Unusable(f'{where}.from: "{short(str(turn.get("from")))}", known are {", ".join(_SHAREGPT_ROLES)}')
-        messages.append({"role": role, "content": turn.get("value")})
+        speaker = str(turn.get("from"))
+        if speaker not in _SHAREGPT_ROLES:
+            raise _Unusable(f'{where}.from: "{short(speaker)}", known are {", ".join(_SHAREGPT_ROLES)}')
+        messages.append({"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")})
     return _conversation(name, _messages(messages, "conversations"), values)
 
 
@@ -114,8 +103,7 @@ def _prompt_completion(values: dict[str, Any], name: str) -> Conversation:
 
 def _alpaca(values: dict[str, Any], name: str) -> Conversation:
     instruction, output = (_text(values.get(column), column) for column in ("instruction", "output"))
-    given = values.get("input") or ""
-    added = _text(given, "input") if given != "" else ""
+    added = "" if _is_blank(values.get("input")) else _text(values["input"], "input")
     return _conversation(name, [_user(alpaca_text(instruction, added)), _assistant(output)], values)
 
 
@@ -134,9 +122,9 @@ _READERS: dict[str, Callable[[dict[str, Any], str], Conversation | Document]] = 
 
 def _conversation(name: str, messages: list[Message], values: dict[str, Any], *, num_prompt: int = 0) -> Conversation:
     """The messages up to the last answer: what follows it is not trained and not seen by what is."""
-    system = values.get("system")
-    if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
-        messages, num_prompt = [{"role": "system", "content": system}, *messages], num_prompt + 1
+    if not _is_blank(values.get("system")) and messages and messages[0]["role"] != "system":
+        system = {"role": "system", "content": _text(values["system"], "system")}
+        messages, num_prompt = [system, *messages], num_prompt + 1
     while messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     row = Conversation(name, tuple(messages), _tools(values.get("tools")), first_trained=max(1, num_prompt))
@@ -163,15 +151,10 @@ def _message(message: Any, where: str) -> Message:
         raise _Unusable(f'{where}.role: "{short(str(message.get("role")))}", known are {", ".join(_ROLES)}')
     kept = {key: value for key, value in message.items() if value is not None}
     content = _joined(kept.get("content", ""), where)
-    calls = kept.get("tool_calls") or []
-    if calls:
-        kept["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    else:
-        kept.pop("tool_calls", None)
-    is_empty = isinstance(content, str) and not content.strip()
+    calls = _tool_calls(kept.pop("tool_calls", []), f"{where}.tool_calls")
     may_be_empty = bool(calls) or message["role"] in ("system", "tool")
-    content = "" if is_empty and may_be_empty else _text(content, f"{where}.content")
-    return kept | {"content": content}
+    content = "" if _is_blank(content) and may_be_empty else _text(content, f"{where}.content")
+    return kept | {"content": content} | ({"tool_calls": calls} if calls else {})
 
 
 def _joined(content: Any, where: str) -> Any:
@@ -185,19 +168,26 @@ def _joined(content: Any, where: str) -> Any:
     return "".join(part["text"] for part in content)
 
 
-def _tool_call(call: Any, where: str) -> Any:
+def _tool_calls(given: Any, where: str) -> list[Any]:
     """The OpenAI format has a call's arguments as JSON text; chat templates expect the object."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise _Unusable(f"{where}: expected an object with function.name and function.arguments")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments, f"{where}.function.arguments")
-    return {**call, "function": {**function, "arguments": arguments}}
+    if not isinstance(given, list):
+        raise _Unusable(f"{where}: expected a list, got {kind(given)}")
+    calls = []
+    for position, call in enumerate(given):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _Unusable(f"{where}[{position}]: expected an object with function.name and function.arguments")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments, f"{where}[{position}].function.arguments")
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return calls
 
 
 def _tools(given: Any) -> tuple[Any, ...]:
-    tools = _parsed(given, "tools") if isinstance(given, str) and given.strip() else given or []
+    if _is_blank(given):
+        return ()
+    tools = _parsed(given, "tools") if isinstance(given, str) else given
     if not isinstance(tools, list):
         raise _Unusable(f"tools: expected a list of JSON schemas, got {kind(tools)}")
     return tuple(tools)
@@ -208,6 +198,10 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _Unusable(f"{where}: not JSON: {str(error)[:100]}") from error
+
+
+def _is_blank(given: Any) -> bool:
+    return given is None or (isinstance(given, str) and not given.strip())
 
 
 def _text(given: Any, where: str) -> str:

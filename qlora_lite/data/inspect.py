@@ -93,13 +93,14 @@ def inspect_rows(
     tried = sorted({*TABLE_LENGTHS, used, int(whole_B.max())})
     table = {length: _truncation_line(length, whole_B, shortest_B) for length in tried}
     shown = _choose_rows(whole_B, shortest_B, unanswerable_B, used)
-    version = " v2.0" if unanswerable_B.any() else " v1.1"
+    is_nested = all(file.kind == "squad" for file in mix.files)
+    version = "v2.0" if unanswerable_B.any() else "v1.1"
     return DataReport(
         num_rows=len(whole_B),
         num_dropped=table[used].num_dropped,
         num_bad=mix.num_bad,
         bad=mix.bad,
-        format=f"SQuAD{version} JSON" if mix.format == "squad" else mix.format,
+        format=f"SQuAD {version} JSON" if is_nested else mix.format,
         format_reason=find_format(source, format=format)[1],
         template=template.name,
         notes=notes.sentences,

@@ -35,13 +35,14 @@ class RowFile:
     """A checked file. Iterating reads it again and yields its `num_rows` usable rows in file order."""
 
     path: Path
+    kind: FileKind
     format: str
     num_rows: int
     num_bad: int
     bad: tuple[str, ...]  # the first 20 bad rows, named, with their reason
 
     def __iter__(self) -> Iterator[Row]:
-        return (row for row in _read(self.path, self.format) if not isinstance(row, BadRow))
+        return (row for row in _read(self.path, self.kind, self.format) if not isinstance(row, BadRow))
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,11 @@ def find_format(source: Source, *, format: str) -> tuple[str, str]:
         return format, "asked for"
     found = {}
     for path, _ in as_pairs(source):
-        name, columns = _find_format(path, "auto", file_kind(path))
-        found[path] = name, f"{path.name} {f'has {columns}' if columns else 'is nested as SQuAD publishes it'}"
-    names = {name for name, _ in found.values()}
-    if len(names) == 1:
-        return names.pop(), next(reason for _, reason in found.values())
-    return "auto", "; ".join(f"{path.name} is {name}" for path, (name, _) in found.items())
+        found[path] = _find_format(path, file_kind(path), "auto")
+    if len({name for name, _ in found.values()}) > 1:
+        return "auto", "; ".join(f"{path.name} is {name}: {why}" for path, (name, why) in found.items())
+    path, (name, why) = next(iter(found.items()))
+    return name, f"{path.name}: {why}"
 
 
 def as_pairs(source: Source) -> list[tuple[Path, float]]:
@@ -124,15 +124,17 @@ def as_pairs(source: Source) -> list[tuple[Path, float]]:
 def file_identity(path: Path) -> list[str]:
     """What decides the rows of a file, or of a folder that `datasets` saved. Raises DataError when it cannot be read."""
     if path.is_dir():
-        return [text for file in sorted(path.iterdir()) if file.is_file() for text in (file.name, hash_file(file))]
+        files = sorted(file for file in path.iterdir() if file.suffix in (".arrow", ".json"))
+        return [text for file in files for text in (file.name, hash_file(file))]
     return [path.suffix.lower(), hash_file(path)]  # the suffix tells csv from tsv
 
 
 def _check_file(path: Path, format: str, max_bad_share: float) -> RowFile:
-    name, _ = _find_format(path, format, file_kind(path))
+    kind = file_kind(path)
+    name, _ = _find_format(path, kind, format)
     num_rows, num_bad = 0, 0
     named: list[str] = []
-    for row in _read(path, name):
+    for row in _read(path, kind, name):
         if not isinstance(row, BadRow):
             num_rows += 1
             continue
@@ -140,31 +142,30 @@ def _check_file(path: Path, format: str, max_bad_share: float) -> RowFile:
         if len(named) < NUM_NAMED:
             named.append(str(row))
     if num_bad + num_rows == 0:
-        what = "no questions: nothing in data[].paragraphs[].qas[]" if name == "squad" else "no rows"
+        what = "no questions: nothing in data[].paragraphs[].qas[]" if kind == "squad" else "no rows"
         raise DataError(f"{path}: {what}.")
     if num_rows == 0 or num_bad > max_bad_share * (num_rows + num_bad):
         raise DataError(_too_many_bad(path, num_rows, num_bad, named, max_bad_share))
-    return RowFile(path=path, format=name, num_rows=num_rows, num_bad=num_bad, bad=tuple(named))
+    return RowFile(path=path, kind=kind, format=name, num_rows=num_rows, num_bad=num_bad, bad=tuple(named))
 
 
-def _find_format(path: Path, format: str, kind: FileKind) -> tuple[str, str]:
-    """-> (format, its columns in words; "" for a nested file)."""
+def _find_format(path: Path, kind: FileKind, format: str) -> tuple[str, str]:
+    """-> (format, why)."""
     assert format in (*FORMATS, "auto"), format
     if kind == "squad":
         if format in ("auto", "squad"):
-            return "squad", ""
+            return "squad", "nested, as SQuAD is published"
         raise DataError(
-            f"{path}: one JSON object, which only SQuAD files are; {format} is a row per object (json or jsonl)."
+            f"{path}: one JSON object, which only SQuAD files are; {format} is an object per row (json or jsonl)."
         )
     found = find_columns(open_table(path, kind).columns, format=format)
     if isinstance(found, str):
         raise DataError(f"{path}: {found}. Rename the columns, or choose another data.format.")
     name, columns = found
-    return name, f"the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}"
+    return name, f"it has the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}"
 
 
-def _read(path: Path, format: str) -> Iterator[Row | BadRow]:
-    kind = file_kind(path)
+def _read(path: Path, kind: FileKind, format: str) -> Iterator[Row | BadRow]:
     if kind == "squad":
         yield from read_questions(path)
         return

@@ -43,7 +43,8 @@ def check_question(context: Any, question: Any, where: str) -> QuestionRow | Bad
     """A question object of the nested shape and its passage -> the row. `where` names it when its id cannot."""
     if not isinstance(question, dict):
         return BadRow(where, f"expected an object, got {kind(question)}")
-    name = f'id "{short(question["id"])}"' if isinstance(question.get("id"), str) and question["id"] else where
+    has_id = isinstance(question.get("id"), str) and question["id"] not in ("", where)
+    name = f'id "{short(question["id"])}"' if has_id else where
     texts = {"id": question.get("id"), "context": context, "question": question.get("question")}
     for key, text in texts.items():
         if problem := problem_with_text(text):

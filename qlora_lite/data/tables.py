@@ -52,9 +52,9 @@ def file_kind(path: Path) -> FileKind:
     return "jsonl" if _begins_with_a_row(text) else "squad"
 
 
-def open_table(path: Path, file_kind: FileKind) -> Table:
+def open_table(path: Path, what: FileKind) -> Table:
     """Open a file of rows. Raises DataError when it cannot be read, now or while its rows are."""
-    match file_kind:
+    match what:
         case "csv":
             return _csv_table(path)
         case "parquet":
@@ -62,7 +62,7 @@ def open_table(path: Path, file_kind: FileKind) -> Table:
         case "saved":
             return _saved_table(path)
         case _:
-            rows = _jsonl_rows(path) if file_kind == "jsonl" else _json_rows(path)
+            rows = _jsonl_rows(path) if what == "jsonl" else _json_rows(path)
             return _table_of_objects(path, rows)
 
 
@@ -72,7 +72,8 @@ def _begins_with_a_row(text: bytes) -> bool:
     if not line.startswith(b"{") or not (newline or len(text) < _PEEK_BYTES):
         return False
     try:
-        return "data" not in json.loads(line)
+        values = json.loads(line)
+        return bool(values) and "data" not in values
     except (ValueError, RecursionError):
         return False
 
@@ -109,25 +110,25 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers of many thousand digits
         return f"not JSON: {str(error)[:100]}"
-    return values if isinstance(values, dict) else f"expected an object, got {kind(values)}"
+    return values if isinstance(values, dict) else _no_object(values)
+
+
+def _no_object(values: Any) -> str:
+    return f"expected an object, got {kind(values)}"
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     events = json_stream.read_events(path)
     next(events)  # the list
     for number, (event, value) in enumerate(json_stream.items(events), start=1):
-        values = json_stream.build(path, event, value, events) if event == "start_map" else None
-        if values is None:
-            what = json_stream.KINDS.get(event, event)
-            raise DataError(f"{path}: row {number}: expected an object, got {what}. {EXPECTED}")
-        yield f"row {number}", values
+        values = json_stream.build(path, event, value, events)
+        yield f"row {number}", values if isinstance(values, dict) else _no_object(values)
     for _ in events:  # what follows the list is an error that only reading on finds
         pass
 
 
 def _csv_table(path: Path) -> Table:
-    # Of the whole process, but only ever raised to what a row may hold anyway.
-    csv.field_size_limit(4 * MAX_TEXT_CHARS)
+    csv.field_size_limit(4 * MAX_TEXT_CHARS)  # of the whole process; the default, 131,072, is less than a text may have
     rows = _csv_rows(path)
     _, header = next(rows)
     assert isinstance(header, dict)
