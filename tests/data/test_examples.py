@@ -91,6 +91,36 @@ def test_whatever_changes_the_rows_changes_the_fingerprint(load, write, monkeypa
     assert len(seen) == 7
 
 
+def test_weights_names_and_kind_of_the_files_change_the_fingerprint(load, write):
+    rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(4))
+    one, two = write(rows, "one.jsonl"), write(rows, "two.jsonl")
+    sources = (one, [(one, 2.0)], [(one, 0.5)], [(one, 1.0), (one, 1.0)], [(one, 1.0), (two, 1.0)])
+    assert len({load(source).fingerprint for source in sources}) == 5
+    assert load(two).fingerprint == load(one).fingerprint == load([(one, 1.0)]).fingerprint
+    assert [len(load(source)) for source in sources] == [4, 8, 2, 8, 8]
+
+
+def test_texts_conversations_and_questions_come_back_as_they_were_written(load, write, tokenizer):
+    talk = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(4)]
+    files = [
+        (write("".join(json.dumps({"text": "word " * 60}) + "\n"), "text.jsonl"), 1.0),
+        (write(json.dumps([{"messages": talk}]), "chat.json"), 1.0),
+        (write(squad(*QUESTIONS)), 1.0),
+    ]
+    examples = load(files, max_seq_length=200)
+    template, position = ChatTemplate(tokenizer), 0
+    for row in module.read_mix(files):
+        for example in fit_row(template, row, no_answer_text="none", max_seq_length=200)[0]:
+            assert examples.encoded(position) == example.encoded
+            assert examples.prompt_ids(position) == example.prompt_ids
+            assert examples.row(position) == Asked(example.id, example.question, example.answers)
+            position += 1
+    assert position == len(examples) > 5
+    assert [len(examples.encoded(i).spans) for i in range(len(examples))].count(2) == 1, "the conversation"
+    assert examples.counts.num_read == 5 and not examples.is_text
+    assert load(files[0][0]).is_text
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "note", "gone"])
 def test_a_damaged_cache_is_written_again(load, write, damage):
     path = write(squad(*QUESTIONS))

@@ -18,6 +18,7 @@ def system(content):
     return {"role": "system", "content": content}
 
 
+WITH_SYSTEM = (system("s"), user("a"), assistant("b"))
 TALK = [user("a"), assistant("b"), user("c"), assistant("d")]
 SHAREGPT = [
     {"from": "human", "value": "a"},
@@ -38,10 +39,10 @@ GOOD = [
     ("prompt_completion", {"question": "a", "answer": "b"}, Conversation("7", (user("a"), assistant("b")))),
     ("prompt_completion", {"prompt": TALK[:3], "completion": TALK[3:]}, Conversation("7", tuple(TALK), first_trained=3)),
     ("prompt_completion", {"prompt": TALK[:3], "completion": "d"}, Conversation("7", tuple(TALK), first_trained=3)),
-    ("prompt_completion", {"prompt": "a", "completion": "b", "system": "s"}, Conversation("7", (system("s"), user("a"), assistant("b")), first_trained=2)),
+    ("prompt_completion", {"prompt": "a", "completion": "b", "system": "s"}, Conversation("7", WITH_SYSTEM, first_trained=2)),
     ("alpaca", {"instruction": "a", "input": "", "output": "b"}, Conversation("7", (user("a"), assistant("b")))),
     ("alpaca", {"instruction": "a", "input": "i", "output": "b"}, Conversation("7", (user("a\n\ni"), assistant("b")))),
-    ("alpaca", {"instruction": "a", "output": "b", "system": "s"}, Conversation("7", (system("s"), user("a"), assistant("b")))),
+    ("alpaca", {"instruction": "a", "output": "b", "system": "s"}, Conversation("7", WITH_SYSTEM)),
     ("text", {"text": "Once upon a time"}, Document("7", "Once upon a time")),
     ("squad", {**SQUAD, "answers": {"text": ["The Nile"], "answer_start": [0]}}, QUESTION),
     ("squad", {**SQUAD, "answers": [{"text": "The Nile", "answer_start": 3}]}, QUESTION),

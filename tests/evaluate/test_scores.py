@@ -65,6 +65,49 @@ def test_known_answers_get_the_official_scores(model, tmp_path, monkeypatch):
     assert (seen["stop_token"], seen["max_new_tokens"]) == (template.stop_token_id, 9)
 
 
+def load_jsonl(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    settings = {"num_rows": None, "no_answer_text": "none", "max_seq_length": 120, "cache_dir": tmp_path}
+    return load_examples(path, make_tokenizer(), **settings)
+
+
+SETTINGS = {"device": "cpu", "no_answer_text": "none", "max_new_tokens": 3, "micro_batch_tokens": 512}
+
+
+def test_plain_text_has_a_loss_and_no_other_score(model, tmp_path, monkeypatch):
+    examples = load_jsonl(tmp_path, {"text": "The Nile flows. " * 20}, {"text": "And ends."})
+    monkeypatch.setattr(scores, "generate_answers", lambda *args, **kwargs: pytest.fail("nothing is asked"))
+    result = evaluate_model(model, make_tokenizer(), examples, **SETTINGS)
+    assert (result.exact_match, result.f1, result.predictions) == (None, None, ())
+    assert result.loss == validation_loss(model, examples, device="cpu", micro_batch_tokens=512)
+    assert result.num_examples == len(examples) > 2
+    assert json.loads(json.dumps(result.to_json_dict()))["exact_match"] is None
+
+
+def test_the_last_answer_of_a_conversation_is_compared(model, tmp_path, monkeypatch):
+    turns = [("user", "Which river?"), ("assistant", "The Nile."), ("user", "Which town?"), ("assistant", "Luxor")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    examples = load_jsonl(
+        tmp_path, {"messages": messages[:2]}, {"messages": [{"role": "user", "content": "."}, *messages[1:]]}
+    )
+    tokenizer = make_tokenizer()
+    asked = []
+
+    def answers(model, tokenizer, prompts, **settings):
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return ["the nile", "Cairo"]
+
+    monkeypatch.setattr(scores, "generate_answers", answers)
+    result = evaluate_model(model, tokenizer, examples, **SETTINGS)
+    assert [(p.question, p.gold, p.exact_match) for p in result.predictions] == [
+        ("Which river?", ("The Nile.",), 100),
+        ("Which town?", ("Luxor",), 0),
+    ]
+    assert result.exact_match == 50
+    assert "The Nile.<|im_end|>" in asked[1] and asked[1].endswith("<|im_start|>assistant\n")
+
+
 def test_the_validation_loss_is_the_training_loss_however_it_is_batched(model):
     rows = random_rows([1, 30, 2, 5])
     expected = forward_backward(

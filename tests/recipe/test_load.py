@@ -255,6 +255,36 @@ def test_paths_are_looked_up_beside_the_recipe_then_in_the_current_folder(tmp_pa
     assert problem.endswith(f"no such file; looked at {looked}; did you mean {beside / 'both.json'}?")
 
 
+def test_several_training_files_are_paths_or_have_weights_and_each_is_looked_up(tmp_path, monkeypatch):
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder in (beside, here):
+        folder.mkdir()
+    for path in (beside / "a.jsonl", here / "b.csv"):
+        path.write_text("{}")
+    monkeypatch.chdir(here)
+    path = write(beside, "data:\n  train:\n    - a.jsonl\n    - {path: b.csv, weight: 0.5}\n  eval: null\n")
+    files = ((str(beside / "a.jsonl"), 1.0), (str(here / "b.csv"), 0.5))
+    recipe = load_recipe(path)
+    assert recipe.data.train_files == files
+    assert load_recipe(path, overrides=["data.train=[a.jsonl, {path: b.csv, weight: 0.5}]"]) == recipe
+    assert load_recipe(path, overrides=["data.train=a.jsonl"]).data.train_files == files[:1]
+    assert load_recipe(write(tmp_path, dump_recipe(recipe), "recipe.yaml")) == recipe
+    problems = problems_of(path, "data.train=[b.jsonl, {path: c.csv}]")
+    assert [problem.partition("looked at ")[2].partition(" ")[0] for problem in problems] == [
+        str(beside / "b.jsonl"),
+        str(beside / "c.csv"),
+    ]
+    (problem,) = problems_of(path, "data.train=[{path: b.csv, wieght: 2}]")
+    assert "expected text that is not blank or a list of files, each a path or {path: ..., weight: ...}" in problem
+
+
+def test_a_folder_that_datasets_saved_is_a_data_file(tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    recipe = load_recipe(write(tmp_path, "data: {train: saved, eval: null}\n"))
+    assert recipe.data.train == str(tmp_path / "saved")
+
+
 def test_a_local_folder_named_like_a_hub_model_is_a_folder(tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
