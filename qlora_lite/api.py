@@ -102,8 +102,9 @@ def training_examples(plan: Plan, tokenizer: Any) -> Examples:
     """The plan's training rows, tokenized. Raises DataError."""
     data = plan.recipe.data
     return load_examples(
-        data.train,
+        data.train_files,
         tokenizer,
+        format=data.format,
         num_rows=data.num_train,
         no_answer_text=data.no_answer_text,
         max_seq_length=_length(plan),
@@ -112,7 +113,10 @@ def training_examples(plan: Plan, tokenizer: Any) -> Examples:
 
 
 def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = None) -> Examples:
-    """The rows of data.eval (or of `path`), tokenized: at most eval.num_examples of data.eval. Raises DataError."""
+    """The rows of data.eval (or of `path`, whatever its format), tokenized: at most eval.num_examples of data.eval.
+
+    Raises DataError.
+    """
     data = plan.recipe.data
     file = path or data.eval
     if file is None:
@@ -120,6 +124,7 @@ def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = N
     return load_examples(
         file,
         tokenizer,
+        format=data.format if path is None else "auto",
         num_rows=plan.recipe.eval.num_examples if path is None else None,
         no_answer_text=data.no_answer_text,
         max_seq_length=_length(plan),
@@ -150,6 +155,8 @@ def train(
         refuse_other_recipe(run, recipe)
         _refuse_other_base(run, loaded.base_sha256)
     examples = training_examples(plan, loaded.tokenizer)
+    for note in examples.counts.notes:
+        say(note)
     evaluate_now = _validation(plan, loaded) if recipe.train.eval_every_steps is not None else None
     sampler = StepSampler(
         len(examples),

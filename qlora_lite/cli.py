@@ -98,7 +98,7 @@ def train(
 def evaluate(
     run_dir: RunArgument,
     which: Annotated[str, typer.Option(help="base, adapter or merged.")] = "adapter",
-    data: Annotated[Path | None, typer.Option(help="Score this SQuAD file instead of the recipe's.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Score this file instead of the recipe's.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Exact match, F1 and loss of one of the run's models."""

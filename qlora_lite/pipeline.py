@@ -15,7 +15,8 @@ from typing import Any
 
 from qlora_lite import OFFLINE_ASKED, api, show
 from qlora_lite.data.inspect import inspect_rows
-from qlora_lite.data.template import encode_prompt, stop_token_id
+from qlora_lite.data.prompts import question_prompt
+from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import Interrupted, RunError, UserError
 from qlora_lite.evaluate import EvalResult, by_phrasing, stream_answer
 from qlora_lite.model.base import load_base, load_tokenizer
@@ -126,7 +127,7 @@ def merge(run_dir: Path, out: Path | None) -> dict[str, Any]:
         show.say_warning(warning)
     facts = result.to_json_dict()
     facts["eval"] = {"adapter": run.read_json("eval.json").get("after"), "merged": None}
-    if plan.recipe.data.eval is not None and Path(plan.recipe.data.eval).is_file():
+    if plan.recipe.data.eval is not None and Path(plan.recipe.data.eval).exists():
         with show.phase("loading the merged model"):
             base = load_base(result.out, device=plan.device, compute=plan.types.compute)
         loaded = api.LoadedModel(base.model, base.tokenizer, result.out, "", {})
@@ -197,8 +198,9 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     asked = recipe.data.max_seq_length
     found = inspect_rows(
-        recipe.data.train,
+        recipe.data.train_files,
         tokenizer,
+        format=recipe.data.format,
         num_rows=recipe.data.num_train,
         no_answer_text=recipe.data.no_answer_text,
         max_seq_length=asked if isinstance(asked, int) else None,
@@ -208,9 +210,12 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
         show.say_warning(f"bad row, left out: {row}")
     show.show_rows([(row.id, row.tokens) for row in found.rows])
     show.show_truncation(found.truncation)
+    show.say(f"format: {found.format} ({found.format_reason})")
     show.say(
         f"{found.num_rows} rows, {found.num_dropped} dropped; template: {found.template}; stop token: {found.stop_token}"
     )
+    for note in found.notes:
+        show.say(note)
     show.say(f"proposed data.max_seq_length: {found.proposed_max_seq_length} ({found.reason})")
     if found.num_rows and found.num_dropped >= found.num_rows:
         raise UserError(
@@ -222,6 +227,8 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
         "num_dropped": found.num_dropped,
         "num_bad": found.num_bad,
         "format": found.format,
+        "format_reason": found.format_reason,
+        "notes": list(found.notes),
         "truncation": [asdict(line) for line in found.truncation],
         "rows": [asdict(row) for row in found.rows],
         "proposed_max_seq_length": found.proposed_max_seq_length,
@@ -246,8 +253,16 @@ def _load_quietly(plan: Plan, run: RunDir, which: api.Which) -> api.LoadedModel:
 def _score(plan: Plan, loaded: api.LoadedModel, title: str, *, data: Path | None = None) -> EvalResult:
     with show.phase(title) as phase:
         result = api.evaluate(plan, loaded, data=data, progress=phase.progress)
-        phase.note(f"exact match {result.exact_match:.1f}, F1 {result.f1:.1f}, {result.num_examples} questions")
+        phase.note(_scores_in_words(result))
     return result
+
+
+def _scores_in_words(result: EvalResult) -> str:
+    if result.exact_match is None or result.f1 is None:
+        return (
+            f"loss {result.loss:.3f}, {result.num_examples} texts; exact match and F1 need answers, plain text has none"
+        )
+    return f"exact match {result.exact_match:.1f}, F1 {result.f1:.1f}, {result.num_examples} questions"
 
 
 def _refuse_finished(run: RunDir) -> None:
@@ -331,12 +346,10 @@ def _train_summary(run: RunDir, memory: Mapping[str, Any], *, wall_s: float) -> 
 
 
 def _answer(plan: Plan, loaded: api.LoadedModel, name: str, question: str, passage: str | None) -> str:
+    template = ChatTemplate(loaded.tokenizer)
+    prompt, stop_token = question_prompt(template, question, passage, format=plan.recipe.data.format)
     pieces = stream_answer(
-        loaded.model,
-        loaded.tokenizer,
-        encode_prompt(loaded.tokenizer, question, passage),
-        stop_token=stop_token_id(loaded.tokenizer),
-        max_new_tokens=plan.recipe.eval.max_new_tokens,
+        loaded.model, loaded.tokenizer, prompt, stop_token=stop_token, max_new_tokens=plan.recipe.eval.max_new_tokens
     )
     return show.stream_answer(name, pieces).strip()
 

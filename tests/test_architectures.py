@@ -115,8 +115,8 @@ def test_chunked_loss_of_a_packed_row_equals_the_full_logits_of_each_example(nam
     full = torch.zeros(())
     for index in range(len(rows)):
         example = rows.encoded(index)
-        logits_NV = full_logits(model, example.input_ids)[example.label_start - 1 : -1]
-        target_N = torch.tensor(example.input_ids[example.label_start :])
+        logits_NV = full_logits(model, example.input_ids)[example.predictors]
+        target_N = torch.tensor([example.input_ids[i + 1] for i in example.predictors])
         full = full + torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="sum")
     full.backward()
     torch.testing.assert_close(packed, full, rtol=1e-5, atol=0)
@@ -160,7 +160,7 @@ def test_from_published_files_to_a_proved_merge_and_an_answer(name, tmp_path):
         packing = {"lengths": (len(ids),)} if packs_rows(ours.model) else {}
         states = decoder(input_ids=torch.tensor([ids]), use_cache=False, **packing).last_hidden_state[0]
         torch.testing.assert_close(project(ours.model, states), full_logits(merged, ids), rtol=1e-4, atol=1e-3)
-    prompts = [encoded[i].input_ids[: encoded[i].label_start] for i in (0, 1)]
+    prompts = [encoded[i].input_ids[: encoded[i].spans[0][0]] for i in (0, 1)]
     batched = generate_answers(ours.model, ours.tokenizer, prompts, stop_token=2, max_new_tokens=6)
     assert batched == [plain_answer(merged, ours.tokenizer, prompt) for prompt in prompts]
     stats = estimate_memory(load_config(artefact(name)), r=8, target_modules="all-linear", optimizer="adamw",

@@ -348,7 +348,7 @@ HOSTILE_DATA: dict[str, tuple[bytes, str]] = {
     "binary": (bytes(range(256)) * 20, "not JSON"),
     "no-questions": (b'{"data": []}', "no questions"),
     "deep": (b'{"data":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than 64 levels deep"),
-    "deep-unclosed": (b"[" * 100_000, "expected an object"),
+    "deep-unclosed": (b"[" * 100_000, "nested more than 64 levels deep"),
 }
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lite.data.batches import Batch, pack_batch
-from qlora_lite.data.squad import QuestionRow
+from qlora_lite.data.rows import QuestionRow
 from qlora_lite.data.template import Encoded
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.artefact import quantize_base
@@ -113,7 +113,8 @@ def random_rows(labels: Sequence[int], *, vocab: int = 300, prompt: tuple[int, i
     examples = []
     for num_labels in labels:
         length = rng.randint(*prompt)
-        examples.append(Encoded([rng.randrange(3, vocab) for _ in range(length + num_labels)], label_start=length))
+        end = length + num_labels
+        examples.append(Encoded([rng.randrange(3, vocab) for _ in range(end)], ((length, end),)))
     return Rows(examples)
 
 

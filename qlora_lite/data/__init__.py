@@ -1,10 +1,15 @@
-"""data: from a SQuAD file to micro-batches of token ids.
+"""data: from data files to micro-batches of token ids.
 
-    squad.py     file -> QuestionRow...      every bad row counted and named
-    template.py  QuestionRow -> Encoded      the tokenizer's chat template; labels by position
-    examples.py  file -> Examples            tokenized once, kept in Arrow on disk, memory-mapped
-    batches.py   Examples -> Batch...        which rows make step n, packed without padding
-    inspect.py   Examples -> DataReport      what `check` shows, no weights needed
+    files.py, json_stream.py   path -> bytes, JSON events       one clear error for whatever a file holds
+    tables.py    file -> dict per row                           jsonl, json, csv, Parquet, saved folders; streamed
+    formats.py   dict -> Conversation, QuestionRow, Document    (rows.py); squad.py knows SQuAD, nested and in columns
+    read.py      files with weights -> Mix of rows              every bad row counted and named
+    prompts.py   question -> the user's message                 the same in training, evaluation and `ask`
+    template.py  Conversation -> Encoded                        the tokenizer's chat template; labels by position
+    fit.py       row, max_seq_length -> Example...              what may be cut, and what is dropped instead
+    examples.py  Mix -> Examples                                tokenized once, kept in Arrow on disk, memory-mapped
+    batches.py   Examples -> Batch...                           which rows make step n, packed without padding
+    inspect.py   Mix -> DataReport                              what `check` shows, no weights needed
 
 The next stages get `Examples`, `StepSampler` and `Batch`.
 """

@@ -119,10 +119,9 @@ def pack_batch(encoded: Sequence[Encoded], rows: Sequence[int]) -> Batch:
     predictors: list[int] = []
     for example in encoded:
         start, length = len(input_ids), len(example.input_ids)
-        assert 0 < example.label_start < length, f"label_start {example.label_start} of {length} tokens"
         input_ids.extend(example.input_ids)
         position_ids.extend(range(length))
-        predictors.extend(range(start + example.label_start - 1, start + length - 1))
+        predictors.extend(start + position for position in example.predictors)
     input_ids_1T = torch.tensor([input_ids], dtype=torch.int64)
     predictor_N = torch.tensor(predictors, dtype=torch.int64)
     return Batch(

@@ -1,20 +1,21 @@
 """What `check` says about a data file: rendered rows with the trained tokens marked, and what each sequence length would cost.
 
-In: a SQuAD file and a tokenizer, no weights. Out: `DataReport`. Every row is tokenized twice: whole, and with nothing of its context but
-the answer; these two lengths say for any `max_seq_length` whether the row fits, loses context, or has to be dropped.
+In: data files and a tokenizer, no weights. Out: `DataReport`. Of every row two lengths are taken: whole, and as short as it may become;
+they say for any `max_seq_length` whether the row fits, is cut, or has to be dropped.
 """
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from qlora_lite.data.examples import fit_row
-from qlora_lite.data.squad import QuestionRow, read_squad
-from qlora_lite.data.template import AnswerFormat, Encoded, Tokenizer, encode_row, read_answer_format
+from qlora_lite.data.fit import TemplateNotes, fit_row, least_tokens
+from qlora_lite.data.read import Source, find_format, read_mix
+from qlora_lite.data.rows import QuestionRow, Row
+from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer
 
+TEXT_TOKENS = 1024  # proposed for plain text, which loses nothing when it is cut in pieces
 TABLE_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 NUM_SHOWN = 3
 
@@ -25,13 +26,13 @@ class TruncationLine:
 
     max_seq_length: int
     num_whole: int  # fit as they are
-    num_cut: int  # lose some of their context, never question or answer
-    num_dropped: int  # question, answer and template alone are too long
+    num_cut: int  # lose some of their context, never question or answer; plain text: cut in pieces, nothing lost
+    num_dropped: int  # too long, and nothing of them may be cut
 
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """One training row as text: (token text, whether it is trained) for every token, in order."""
+    """One training row (the first example it makes) as text: (token text, whether it is trained) for every token, in order."""
 
     id: str
     tokens: tuple[tuple[str, bool], ...]
@@ -44,12 +45,14 @@ class RenderedRow:
 class DataReport:
     """All that can be said about the data before a weight is loaded."""
 
-    num_rows: int  # usable rows taken from the file, at most `num_rows` of the call
+    num_rows: int  # usable rows taken from the files, at most `num_rows` of the call
     num_dropped: int  # of these, lost at the sequence length in use (the given one, or the proposed one)
-    num_bad: int  # unusable rows in the whole file
+    num_bad: int  # unusable rows in the whole files
     bad: tuple[str, ...]  # the first of them, named, with reasons
     format: str
+    format_reason: str
     template: str  # "the tokenizer's chat template" or "plain"
+    notes: tuple[str, ...]  # what was done to rows because of the template, a sentence each
     stop_token: str
     max_tokens: int  # of the longest row, uncut
     truncation: tuple[TruncationLine, ...]
@@ -59,47 +62,54 @@ class DataReport:
 
 
 def inspect_rows(
-    path: str | os.PathLike[str],
+    source: Source,
     tokenizer: Tokenizer,
     *,
     num_rows: int | None,
     no_answer_text: str,
     max_seq_length: int | None,
+    format: str = "auto",
     limit: int | None = None,
     max_bad_share: float = 0.02,
 ) -> DataReport:
-    """Look at the first `num_rows` usable rows (None: all) of a SQuAD file.
+    """Look at the first `num_rows` usable rows (None: all) of a file, or of several with weights.
 
     `max_seq_length` None means "use the proposal"; `limit` is the model's context window in tokens, which a proposal never exceeds.
-    Raises DataError as `read_squad` does, ModelError when the tokenizer's template is unusable.
+    Raises DataError as `read_mix` does, ModelError when the tokenizer's template is unusable.
     """
-    source = read_squad(path, max_bad_share=max_bad_share)
-    answer_format = read_answer_format(tokenizer)
-    whole, shortest, unanswerable = [], [], []
-    for row in islice(source, num_rows):
-        answer = row.answers[0] if row.answers else ""
-        whole.append(_num_tokens(tokenizer, row, no_answer_text, answer_format))
-        shortest.append(_num_tokens(tokenizer, replace(row, context=answer), no_answer_text, answer_format))
-        unanswerable.append(not row.answers)
-    whole_B, shortest_B = np.array(whole), np.array(shortest)
-    proposed, reason = propose_max_seq_length(whole_B, limit=limit)
+    mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
+    template = ChatTemplate(tokenizer)
+    notes = TemplateNotes()
+    lengths, unanswerable = [], []
+    for row in mix:
+        examples, _ = fit_row(template, row, no_answer_text=no_answer_text, max_seq_length=None)
+        whole = max(len(example.encoded.input_ids) for example in examples)
+        lengths.append((whole, least_tokens(template, row, whole, no_answer_text=no_answer_text)))
+        unanswerable.append(isinstance(row, QuestionRow) and not row.answers)
+        notes.count(template, row, examples)
+    (whole_B, shortest_B), unanswerable_B = np.array(lengths).T, np.array(unanswerable)
+    proposed, reason = propose_max_seq_length(whole_B, limit=limit, is_text=mix.format == "text")
     used = max_seq_length or proposed
-    lengths = sorted({*TABLE_LENGTHS, used, int(whole_B.max())})
-    table = {length: _truncation_line(length, whole_B, shortest_B) for length in lengths}
-    shown = _choose_rows(whole_B, shortest_B, np.array(unanswerable), used)
+    tried = sorted({*TABLE_LENGTHS, used, int(whole_B.max())})
+    table = {length: _truncation_line(length, whole_B, shortest_B) for length in tried}
+    shown = _choose_rows(whole_B, shortest_B, unanswerable_B, used)
+    is_nested = all(file.kind == "squad" for file in mix.files)
+    version = "v2.0" if unanswerable_B.any() else "v1.1"
     return DataReport(
-        num_rows=len(whole),
+        num_rows=len(whole_B),
         num_dropped=table[used].num_dropped,
-        num_bad=source.num_bad,
-        bad=source.bad,
-        format=f"SQuAD {'v2.0' if any(unanswerable) else 'v1.1'} JSON",
-        template=answer_format.name,
-        stop_token=str(tokenizer.convert_ids_to_tokens(answer_format.stop_token_id)),
+        num_bad=mix.num_bad,
+        bad=mix.bad,
+        format=f"SQuAD {version} JSON" if is_nested else mix.format,
+        format_reason=find_format(source, format=format)[1],
+        template=template.name,
+        notes=notes.sentences,
+        stop_token=str(tokenizer.convert_ids_to_tokens(template.stop_token_id)),
         max_tokens=int(whole_B.max()),
         truncation=tuple(table.values()),
         rows=tuple(
-            _render_row(tokenizer, row, no_answer_text, used, answer_format)
-            for index, row in enumerate(islice(source, max(shown, default=-1) + 1))
+            _render_row(template, row, no_answer_text, used)
+            for index, row in enumerate(islice(mix, max(shown, default=-1) + 1))
             if index in shown
         ),
         proposed_max_seq_length=proposed,
@@ -107,11 +117,13 @@ def inspect_rows(
     )
 
 
-def propose_max_seq_length(lengths_B: Sequence[int] | np.ndarray, *, limit: int | None = None) -> tuple[int, str]:
+def propose_max_seq_length(
+    lengths_B: Sequence[int] | np.ndarray, *, limit: int | None = None, is_text: bool = False
+) -> tuple[int, str]:
     """Tokens per row, uncut -> (`max_seq_length`, reason).
 
     The smallest multiple of 64 that holds every row; or 99.5% of them when the longest row is more than twice as long as all those.
-    Never above `limit`, the model's context window. Raises ValueError when there are no rows.
+    Never above `limit`, the model's context window; of plain text not above TEXT_TOKENS. Raises ValueError when there are no rows.
     """
     if len(lengths_B) == 0:
         raise ValueError("no rows to propose a sequence length for")
@@ -120,6 +132,8 @@ def propose_max_seq_length(lengths_B: Sequence[int] | np.ndarray, *, limit: int 
     nearly_all = int(ordered[-(-len(ordered) * 995 // 1000) - 1])
     held = longest if longest <= 2 * nearly_all else nearly_all
     proposed = -(-held // 64) * 64
+    if is_text and proposed > TEXT_TOKENS:
+        return min(TEXT_TOKENS, limit or TEXT_TOKENS), f"plain text is cut in pieces; the longest has {longest} tokens"
     if limit is not None and proposed > limit:
         return limit, f"the model's context window is {limit} tokens; the longest row has {longest}"
     if held == longest:
@@ -133,6 +147,7 @@ def propose_max_seq_length(lengths_B: Sequence[int] | np.ndarray, *, limit: int 
 def render_tokens(tokenizer: Tokenizer, encoded: Encoded) -> tuple[tuple[str, bool], ...]:
     """(text, is trained) of every token. A character that spans several tokens shows at the last of them."""
     ids = encoded.input_ids
+    trained = {position + 1 for position in encoded.predictors}
     shown: list[tuple[str, bool]] = []
     # Decode with one emitted piece before, because SentencePiece drops a space at the very start (the method of TGI's streamer).
     before, start = 0, 0
@@ -140,7 +155,7 @@ def render_tokens(tokenizer: Tokenizer, encoded: Encoded) -> tuple[tuple[str, bo
         previous = _decode(tokenizer, ids[before:start])
         text = _decode(tokenizer, ids[before : position + 1])
         is_complete = not text.endswith("\ufffd") or position == len(ids) - 1
-        shown.append((text[len(previous) :] if is_complete else "", position >= encoded.label_start))
+        shown.append((text[len(previous) :] if is_complete else "", position in trained))
         if is_complete:
             before, start = start, position + 1
     return tuple(shown)
@@ -148,11 +163,6 @@ def render_tokens(tokenizer: Tokenizer, encoded: Encoded) -> tuple[tuple[str, bo
 
 def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
-
-
-def _num_tokens(tokenizer: Tokenizer, row: QuestionRow, no_answer_text: str, answer_format: AnswerFormat) -> int:
-    encoded = encode_row(tokenizer, row, no_answer_text=no_answer_text, answer_format=answer_format)
-    return len(encoded.input_ids)
 
 
 def _truncation_line(max_seq_length: int, whole_B: np.ndarray, shortest_B: np.ndarray) -> TruncationLine:
@@ -172,18 +182,14 @@ def _choose_rows(
     return sorted(list(dict.fromkeys(wanted))[:NUM_SHOWN])
 
 
-def _render_row(
-    tokenizer: Tokenizer, row: QuestionRow, no_answer_text: str, max_seq_length: int, answer_format: AnswerFormat
-) -> RenderedRow:
-    fitted = fit_row(
-        tokenizer, row, no_answer_text=no_answer_text, max_seq_length=max_seq_length, answer_format=answer_format
-    )
-    assert fitted is not None, "only rows that fit are chosen"
-    encoded, was_cut = fitted
+def _render_row(template: ChatTemplate, row: Row, no_answer_text: str, max_seq_length: int) -> RenderedRow:
+    examples, was_cut = fit_row(template, row, no_answer_text=no_answer_text, max_seq_length=max_seq_length)
+    assert examples, "only rows that fit are chosen"
+    encoded = examples[0].encoded
     return RenderedRow(
         id=row.id,
-        tokens=render_tokens(tokenizer, encoded),
+        tokens=render_tokens(template.tokenizer, encoded),
         num_tokens=len(encoded.input_ids),
         was_cut=was_cut,
-        is_answerable=bool(row.answers),
+        is_answerable=not isinstance(row, QuestionRow) or bool(row.answers),
     )

@@ -1,22 +1,34 @@
-"""How a question becomes token ids, and which of them are trained.
+"""How a conversation becomes token ids, and which of them are trained.
 
-In: a `QuestionRow` and a tokenizer. Out: `Encoded`: the prompt, then the answer and one stop token; only these last two carry labels.
+In: a `Conversation` and a tokenizer. Out: `Encoded`: ids and the spans of them that carry labels, each an assistant's turn with its stop
+token. The text is the tokenizer's own chat template's, or a plain one's when it has none ("{message}\\n" for everybody, and the
+end-of-sequence token after an answer).
 
-The prompt is rendered with the tokenizer's own chat template, or with a plain one ("{prompt}\\n", then the answer, then the
-end-of-sequence token) when it has none. Surprising:
-- Labels are found by position, never by token id: the pad token may equal the stop token.
-- Prompt and answer are tokenized separately and joined, so the prompt's ids are exactly those that generation will see.
+How the turns are found, by position and never by token id (the pad token may equal the stop token):
+
+    prompt    = template(messages before the turn, with its generation prompt)     what generation will see
+    turn      = template(messages up to the turn) without that prompt in front     what generation is to say
+
+Prompt and turn are tokenized apart and joined. Of several turns, the next one is appended only if the ids of *its* prompt begin with
+all ids so far. So for every trained turn, the ids before it are exactly those that inference sees at that turn. Where a template rewrites
+earlier turns (Qwen3 drops their thoughts), the next turn begins an example of its own.
+
+Surprising:
 - A row ends at the stop token; what a template puts after it ("\\n" in ChatML) is left out.
 - Text that a template puts between its generation prompt and the answer (an empty thinking block, say) belongs to the prompt.
+- A turn with thoughts is asked for with `enable_thinking`, one without them without it.
+- Where a template has no system role, the system's text is put before the first user message.
 - Templates that print today's date get a fixed one where they allow it (`date_string`), so a run can be repeated tomorrow.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any
 
-from qlora_lite.data.squad import QuestionRow
+from qlora_lite.data.rows import Conversation, Message
 from qlora_lite.errors import ModelError
 
 # A tokenizer of transformers; typed as Any because its classes are only typed in part.
@@ -25,86 +37,229 @@ Tokenizer = Any
 _PROBE_PROMPT, _PROBE_ANSWER = "Question: probe?", "Xanadu"
 # Read by the templates that know them, ignored by the others. Thinking models get their empty thinking block as prompt.
 _TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False, "date_string": "01 Jan 2026"}
+_PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenized example. Labels are `input_ids[label_start:]`: the answer and the stop token."""
+    """One tokenized example. Labels are the tokens of `spans`; the first token of a row has none, nothing predicts it."""
 
     input_ids: list[int]
-    label_start: int
+    spans: tuple[tuple[int, int], ...]  # half-open ranges, at least one, in order
+
+    def __post_init__(self) -> None:
+        edges = [1, *(edge for span in self.spans for edge in span), len(self.input_ids)]
+        is_in_order = all(left <= right for left, right in pairwise(edges))
+        assert is_in_order and self.spans and all(start < end for start, end in self.spans), (self.spans, edges[-1])
 
     @property
     def num_label_tokens(self) -> int:
-        return len(self.input_ids) - self.label_start
+        return sum(end - start for start, end in self.spans)
+
+    @property
+    def predictors(self) -> list[int]:
+        """Positions whose next token carries a label, in order."""
+        return [position for start, end in self.spans for position in range(start - 1, end - 1)]
 
 
 @dataclass(frozen=True)
-class AnswerFormat:
-    """What a tokenizer's template puts around an answer, learned by rendering one short conversation."""
+class EncodedTurns:
+    """Some turns of a conversation in one example; `last` is the index of its last trained message in the conversation."""
 
-    before: str  # after the generation prompt, before the answer: part of the prompt
-    space: str  # spaces directly before the answer: part of the answer, because tokenizers join them to its first word
-    after: str  # between the answer and the stop token, nearly always empty
-    stop_token_id: int
+    encoded: Encoded
+    last: int
+
+
+class ChatTemplate:
+    """A tokenizer's chat template (or the plain one), and what rendering a short conversation tells about it.
+
+    Making one raises ModelError when the template fails, loses the answer, or neither it nor the tokenizer has a token to stop at.
+    """
+
     name: str  # "the tokenizer's chat template" or "plain", for people
+    stop_token_id: int  # every trained turn ends in it; generation stops there
+    has_system_role: bool
 
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.name = "the tokenizer's chat template" if tokenizer.chat_template else "plain"
+        self._where = tokenizer.name_or_path or "tokenizer"
+        self._known_roles = {"assistant"}  # roles seen in a rendering; "" stands for tools
+        asked: list[Message] = [{"role": "user", "content": _PROBE_PROMPT}]
+        prompt = self._render(asked, generate=True)
+        head, found, self._tail = self._render(
+            [*asked, {"role": "assistant", "content": _PROBE_ANSWER}], generate=False
+        ).rpartition(_PROBE_ANSWER)
+        if not found:
+            raise ModelError(
+                f"{self._where}: the chat template leaves the assistant's answer out, so there is nothing to train on. "
+                f"A chat template must print the content of assistant messages; fix it or remove it (plain prompts)."
+            )
+        # A template that rewrites the turn (a reasoning model dropping its thoughts) does not continue the generation prompt:
+        # then the answer follows that prompt directly, in training and in generation alike.
+        between = head.removeprefix(prompt) if head.startswith(prompt) else ""
+        self._before = between.rstrip(" ")  # part of the prompt
+        self._space = between[len(self._before) :]  # part of the answer: tokenizers join it to the first word
+        self._after, self.stop_token_id = self._split_at_stop(self._tail)
+        self.has_system_role = self._prints_system(asked)
 
-def prompt_text(question: str, context: str | None) -> str:
-    """The user's message, before any chat template. The benchmark's other side uses the same text."""
-    asked = f"Question: {question}\nAnswer with a short span from the context."
-    return asked if context is None else f"Context: {context}\n\n{asked}"
+    def encode(self, conversation: Conversation) -> list[EncodedTurns]:
+        """Every trained turn of a conversation in as few examples as keep each turn's prefix what inference sees; never cut.
 
+        Raises ModelError, naming row and roles, for a conversation that the template cannot render.
+        """
+        assert conversation.trained_turns, "a row without an answer is a bad row"
+        try:
+            return self._encode(conversation)
+        except ModelError as error:
+            raise ModelError(f"row {conversation.id}: {error}") from error
 
-def encode_row(
-    tokenizer: Tokenizer, row: QuestionRow, *, no_answer_text: str, answer_format: AnswerFormat | None = None
-) -> Encoded:
-    """Prompt, first gold answer (`no_answer_text` for an unanswerable row) and stop token; never truncated.
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        """Token ids to generate the next assistant turn from: the ids before that turn in training. Raises ModelError."""
+        placed, _ = self._place_system(messages)
+        return self._tokenize_prompt(self._render(placed, tools, generate=True) + self._before)
 
-    Pass `answer_format` (from `read_answer_format`) to spare rendering the probe for every row. Raises ModelError as that does.
-    """
-    answer_format = answer_format or read_answer_format(tokenizer)
-    prompt_ids = _encode_prompt(tokenizer, answer_format, row.question, row.context)
-    answer = row.answers[0] if row.answers else no_answer_text
-    answer_ids = _encode_answer(tokenizer, answer_format, answer)
-    return Encoded([*prompt_ids, *answer_ids, answer_format.stop_token_id], label_start=len(prompt_ids))
+    def document_ids(self, text: str, *, is_finished: bool = True) -> list[int]:
+        """Token ids of plain text, between the tokenizer's begin token (if it puts one) and, when finished, its end token."""
+        end = [self.end_token_id] if is_finished else []
+        return [*self._begin_ids(), *self._tokenize(text, split_special_tokens=True), *end]
 
+    @property
+    def end_token_id(self) -> int:
+        """The token that ends a document. Raises ModelError when the tokenizer has none."""
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"{self._where}: no end-of-sequence token, so a trained answer would never stop. "
+                f'Set "eos_token" in tokenizer_config.json.'
+            )
+        return int(self.tokenizer.eos_token_id)
 
-def encode_prompt(tokenizer: Tokenizer, question: str, context: str | None) -> list[int]:
-    """Token ids to generate an answer from: exactly the unlabelled prefix that `encode_row` makes. Raises ModelError."""
-    return _encode_prompt(tokenizer, read_answer_format(tokenizer), question, context)
+    def _encode(self, conversation: Conversation) -> list[EncodedTurns]:
+        messages, num_merged = self._place_system(conversation.messages)
+        tools = conversation.tools
+        self._check_roles(messages, tools)
+        examples: list[EncodedTurns] = []
+        for turn in conversation.trained_turns:
+            prompt_ids, answer_ids = self._turn_ids(messages, turn - num_merged, tools)
+            start = len(prompt_ids)
+            spans: tuple[tuple[int, int], ...] = ((start, start + len(answer_ids)),)
+            if examples and prompt_ids[: len(examples[-1].encoded.input_ids)] == examples[-1].encoded.input_ids:
+                spans = examples.pop().encoded.spans + spans
+            examples.append(EncodedTurns(Encoded([*prompt_ids, *answer_ids], spans), last=turn))
+        return examples
 
+    def _turn_ids(self, messages: list[Message], turn: int, tools: Sequence[Any]) -> tuple[list[int], list[int]]:
+        """-> (ids to generate message `turn` from, ids of that message and its stop token)."""
+        message, history = messages[turn], messages[:turn]
+        finished = self._render(messages[: turn + 1], tools, generate=False)
+        prompt = self._render(history, tools, generate=True) + self._before
+        if not finished.startswith(prompt):  # the turn has thoughts, or the template rewrites it
+            thinking = self._render(history, tools, generate=True, enable_thinking=True)
+            prompt = thinking if finished.startswith(thinking) else prompt
+        if finished.startswith(prompt) and finished.endswith(self._tail):
+            text = finished[len(prompt) : len(finished) - len(self._tail)] + self._after
+        elif "tool_calls" not in message:
+            text = self._space + str(message["content"]).strip() + self._after
+        else:
+            raise ModelError(
+                f"{self._where}: the chat template does not print a message with tool_calls after its generation prompt and "
+                f"before its stop token, so it cannot be told which tokens to train. Leave such rows out, or change the template."
+            )
+        # Split special tokens: an answer that spells "<|im_end|>" must not put a stop token in the middle of the labels.
+        # A tool call is not what people wrote, and its special tokens are meant.
+        answer_ids = self._tokenize(text, split_special_tokens="tool_calls" not in message)
+        return self._tokenize_prompt(prompt), [*answer_ids, self.stop_token_id]
 
-def stop_token_id(tokenizer: Tokenizer) -> int:
-    """The token every trained row ends in; generation stops there. Raises ModelError."""
-    return read_answer_format(tokenizer).stop_token_id
+    def _place_system(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
+        """-> (messages that the template can render, how many were merged into the next)."""
+        is_system = bool(messages) and messages[0]["role"] == "system"
+        if self.has_system_role or not is_system or len(messages) < 2 or messages[1]["role"] != "user":
+            return list(messages), 0
+        system, user = messages[0]["content"].strip(), messages[1]
+        merged = {**user, "content": f"{system}\n\n{user['content']}"} if system else user
+        return [merged, *messages[2:]], 1
 
+    def _check_roles(self, messages: list[Message], tools: Sequence[Any]) -> None:
+        """Refuse a role, or tools, that the template would leave out in silence; once per role."""
+        for index, message in enumerate(messages):
+            if message["role"] in self._known_roles:
+                continue
+            probe = [*messages[:index], message | {"content": _PROBE_ANSWER}, *messages[index + 1 :]]
+            if _PROBE_ANSWER not in self._render(probe, tools, generate=False):
+                raise ModelError(
+                    f'{self._where}: the chat template leaves messages of the role "{message["role"]}" out. '
+                    f"Give it a template that prints them, or leave such messages out of the data."
+                )
+            self._known_roles.add(message["role"])
+        if tools and "" not in self._known_roles:
+            if self._render(messages, tools, generate=False) == self._render(messages, generate=False):
+                raise ModelError(
+                    f"{self._where}: the chat template takes no tools. Give it a template that prints them, put them in a "
+                    f'system message, or remove the column "tools".'
+                )
+            self._known_roles.add("")
 
-def read_answer_format(tokenizer: Tokenizer) -> AnswerFormat:
-    """Render one short conversation and read off what surrounds the answer.
+    def _prints_system(self, asked: list[Message]) -> bool:
+        try:
+            text = self._render([{"role": "system", "content": _PROBE_ANSWER}, *asked], generate=True)
+        except ModelError:
+            return False
+        return _PROBE_ANSWER in text
 
-    Raises ModelError when the template fails, loses the answer, or neither it nor the tokenizer has a token to stop at.
-    """
-    if not tokenizer.chat_template:
-        return AnswerFormat("", "", "", _end_of_sequence(tokenizer), name="plain")
-    prompt = _render(tokenizer, [{"role": "user", "content": _PROBE_PROMPT}], add_generation_prompt=True)
-    full = _render(
-        tokenizer,
-        [{"role": "user", "content": _PROBE_PROMPT}, {"role": "assistant", "content": _PROBE_ANSWER}],
-        add_generation_prompt=False,
-    )
-    head, found, tail = full.rpartition(_PROBE_ANSWER)
-    if not found:
-        raise ModelError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: the chat template leaves the assistant's answer out, so there is nothing "
-            f"to train on. A chat template must print the content of assistant messages; fix it or remove it (plain prompts)."
-        )
-    # A template that rewrites the turn (a reasoning model dropping its thoughts) does not continue the generation prompt:
-    # then the answer follows that prompt directly, in training and in generation alike.
-    between = head.removeprefix(prompt) if head.startswith(prompt) else ""
-    before = between.rstrip(" ")
-    after, stop = _split_at_stop(tokenizer, tail)
-    return AnswerFormat(before, between[len(before) :], after, stop, name="the tokenizer's chat template")
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), *, generate: bool, **settings: Any
+    ) -> str:
+        import jinja2
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                chat_template=None if self.tokenizer.chat_template else _PLAIN_TEMPLATE,
+                tokenize=False,
+                add_generation_prompt=generate,
+                **_TEMPLATE_SETTINGS | settings,
+            )
+        except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
+            roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+            raise ModelError(
+                f"{self._where}: the chat template cannot render messages of the roles {roles}: {error}. "
+                f"Change the data or the template, or remove it (plain prompts)."
+            ) from error
+        return str(text)
+
+    def _tokenize_prompt(self, text: str) -> list[int]:
+        begin = [] if self.tokenizer.chat_template else self._begin_ids()  # a chat template prints its own
+        return [*begin, *self._tokenize(text, split_special_tokens=False)]
+
+    def _tokenize(self, text: str, *, split_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
+        )["input_ids"]
+        return ids
+
+    def _begin_ids(self) -> list[int]:
+        """The begin token in a list, where the tokenizer puts one before a text; otherwise []."""
+        begin = self.tokenizer.bos_token_id
+        if begin is None:
+            return []
+        ids = self.tokenizer("a", verbose=False)["input_ids"]
+        return [int(begin)] if ids and ids[0] == begin else []
+
+    def _split_at_stop(self, tail: str) -> tuple[str, int]:
+        """`tail` is what follows an answer. -> (text before the stop token, id of the stop token)."""
+        tokenizer = self.tokenizer
+        stops = {tokenizer.convert_ids_to_tokens(i): i for i in tokenizer.all_special_ids}
+        stops |= {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # The first special token in the text; of two that start at the same place, the longer one.
+        found = sorted((tail.index(text), -len(text), token_id) for text, token_id in stops.items() if text in tail)
+        if found:
+            position, _, token_id = found[0]
+            return tail[:position], token_id
+        return "", self.end_token_id
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> str:
@@ -119,69 +274,6 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str:
         rules.pop("truncation", None)
     else:
         rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    probe = _render_prompt(tokenizer, _PROBE_PROMPT)  # a template may print the date, or follow a setting
+    probe = ChatTemplate(tokenizer).prompt_ids([{"role": "user", "content": _PROBE_PROMPT}])  # may hold the date
     parts = [rules, tokenizer.chat_template, tokenizer.special_tokens_map, probe, _TEMPLATE_SETTINGS]
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _encode_prompt(tokenizer: Tokenizer, answer_format: AnswerFormat, question: str, context: str | None) -> list[int]:
-    rendered = _render_prompt(tokenizer, prompt_text(question, context)) + answer_format.before
-    ids: list[int] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
-    if not tokenizer.chat_template and _puts_bos_first(tokenizer):
-        ids = [tokenizer.bos_token_id, *ids]  # a chat template prints its own
-    return ids
-
-
-def _encode_answer(tokenizer: Tokenizer, answer_format: AnswerFormat, answer: str) -> list[int]:
-    # Split special tokens: an answer that spells "<|im_end|>" must not put a stop token in the middle of the labels.
-    text = answer_format.space + answer.strip() + answer_format.after
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return ids
-
-
-def _render_prompt(tokenizer: Tokenizer, content: str) -> str:
-    if not tokenizer.chat_template:
-        return content + "\n"
-    return _render(tokenizer, [{"role": "user", "content": content}], add_generation_prompt=True)
-
-
-def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **_TEMPLATE_SETTINGS
-        )
-    except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
-        raise ModelError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: the chat template cannot render a user message and an answer: {error}. "
-            f"It must accept the roles user and assistant; fix it or remove it (plain prompts)."
-        ) from error
-
-
-def _split_at_stop(tokenizer: Tokenizer, tail: str) -> tuple[str, int]:
-    """`tail` is what follows an answer. -> (text before the stop token, id of the stop token)."""
-    stops = {tokenizer.convert_ids_to_tokens(i): i for i in tokenizer.all_special_ids}
-    stops |= {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # The first special token in the text; of two that start at the same place, the longer one.
-    found = sorted((tail.index(text), -len(text), token_id) for text, token_id in stops.items() if text in tail)
-    if found:
-        position, _, token_id = found[0]
-        return tail[:position], token_id
-    return "", _end_of_sequence(tokenizer)
-
-
-def _end_of_sequence(tokenizer: Tokenizer) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: no end-of-sequence token, so a trained answer would never stop. "
-            f'Set "eos_token" in tokenizer_config.json.'
-        )
-    return int(tokenizer.eos_token_id)
-
-
-def _puts_bos_first(tokenizer: Tokenizer) -> bool:
-    if tokenizer.bos_token_id is None:
-        return False
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    return bool(ids) and ids[0] == tokenizer.bos_token_id

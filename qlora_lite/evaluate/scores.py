@@ -1,4 +1,7 @@
-"""Score a model on held-out questions: exact match and F1 of generated answers, and the validation loss."""
+"""Score a model on held-out rows: exact match and F1 of generated answers, and the validation loss.
+
+Of a conversation the last answer is generated and compared. Plain text has no answers: its only score is the loss.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -10,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qlora_lite.data.batches import make_batches
 from qlora_lite.data.examples import Examples
-from qlora_lite.data.template import encode_prompt, stop_token_id
+from qlora_lite.data.template import ChatTemplate
 from qlora_lite.evaluate.generate import generate_answers
 from qlora_lite.evaluate.squad_score import aggregate, score
 from qlora_lite.train.step import batch_loss
@@ -32,10 +35,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Scores from 0 to 100 as in the official SQuAD script; loss in nats per label token."""
+    """Scores from 0 to 100 as in the official SQuAD script, None for plain text; loss in nats per label token."""
 
-    exact_match: float
-    f1: float
+    exact_match: float | None
+    f1: float | None
     loss: float
     num_examples: int
     predictions: tuple[Prediction, ...]
@@ -57,23 +60,25 @@ def evaluate_model(
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
     """Answer and score every example. `progress(done, total)` is called per batch of answers."""
-    rows = [examples.row(i) for i in range(len(examples))]
+    loss = validation_loss(model, examples, device=device, micro_batch_tokens=micro_batch_tokens)
+    asked = [(i, golds) for i in range(len(examples)) if (golds := examples.row(i).answers) is not None]
+    if not asked:
+        return EvalResult(None, None, loss, len(examples), ())
     answers = generate_answers(
         model,
         tokenizer,
-        [encode_prompt(tokenizer, row.question, row.context) for row in rows],
-        stop_token=stop_token_id(tokenizer),
+        [examples.prompt_ids(i) for i, _ in asked],
+        stop_token=ChatTemplate(tokenizer).stop_token_id,
         max_new_tokens=max_new_tokens,
-        progress=None if progress is None else lambda done: progress(done, len(rows)),
+        progress=None if progress is None else lambda done: progress(done, len(asked)),
     )
-    pairs = [score(a, row.answers, no_answer_text=no_answer_text) for a, row in zip(answers, rows, strict=True)]
+    pairs = [score(a, golds, no_answer_text=no_answer_text) for a, (_, golds) in zip(answers, asked, strict=True)]
     scores = aggregate(pairs)
     predictions = tuple(
-        Prediction(row.id, row.question, answer, row.answers, 100 * exact, 100 * f1)
-        for row, answer, (exact, f1) in zip(rows, answers, pairs, strict=True)
+        Prediction(examples.row(i).id, examples.row(i).question, answer, golds, 100 * exact, 100 * f1)
+        for (i, golds), answer, (exact, f1) in zip(asked, answers, pairs, strict=True)
     )
-    loss = validation_loss(model, examples, device=device, micro_batch_tokens=micro_batch_tokens)
-    return EvalResult(scores.exact_match, scores.f1, loss, len(rows), predictions)
+    return EvalResult(scores.exact_match, scores.f1, loss, len(examples), predictions)
 
 
 @torch.no_grad()

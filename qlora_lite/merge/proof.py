@@ -89,7 +89,7 @@ def prove_merge(
         base, adapter = open_pair(base_dir, adapter_dir, compute_dtype=compute_dtype)
         models = _Models(base, adapter, Checkpoint(merged_dir), scale=scale, device=device)
         sums = models.compare({variant: models.predictors(variant, encoded_rows) for variant in VARIANTS})
-    num_label_tokens = sum(len(row.input_ids) - row.label_start for row in encoded_rows)
+    num_label_tokens = sum(row.num_label_tokens for row in encoded_rows)
     return _judge(
         sums, merged_dir, num_rows=len(encoded_rows), num_tokens=num_label_tokens, peak_bytes=meter.peak_bytes
     )
@@ -130,7 +130,7 @@ class _Models:
             if variant == "stored" and self.stored_dtype == torch.float16:
                 hooks.enter_context(self._fp16_range())
             states = self.decoder.last_hidden_states([row.input_ids for row in rows], _Variant(self, variant))
-        final = torch.cat([state[row.label_start - 1 : -1] for state, row in zip(states, rows, strict=True)])
+        final = torch.cat([state[list(row.predictors)] for state, row in zip(states, rows, strict=True)])
         _require_finite(final, variant, "the last hidden states")
         return final
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from qlora_lite.data.examples import load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
+from qlora_lite.data.read import find_format
 from qlora_lite.errors import DataError
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import NumberTypes, choose_device, choose_types
-from qlora_lite.model.source import find_base, load_config
+from qlora_lite.model.source import context_window, find_base, load_config
 from qlora_lite.plan.estimate import Estimate, estimate_memory
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe.hub_names import commit_of, is_hub_name
@@ -63,7 +64,8 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
     commit = commit_of(source) if is_hub_name(recipe.model.base) else None
     config = load_config(source)
-    length, length_reason, label_share = _choose_length(recipe, source, cache, limit=config.max_position_embeddings)
+    data_format, format_reason = _choose_format(recipe)
+    length, length_reason, label_share = _choose_length(recipe, source, cache, limit=context_window(config))
     micro_batch, micro_batch_reason = _choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
     checkpointing = recipe.memory.gradient_checkpointing is not False
     resolved = recipe.model_copy(
@@ -71,7 +73,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
             "device": device,
             "model": recipe.model.model_copy(update={"revision": commit, "dtype": types.name, "attention": "sdpa"}),
             "data": recipe.data.model_copy(
-                update={"format": "squad", "max_seq_length": length, "share_prefixes": False}
+                update={"format": data_format, "max_seq_length": length, "share_prefixes": False}
             ),
             "train": recipe.train.model_copy(update={"micro_batch_tokens": micro_batch}),
             "memory": recipe.memory.model_copy(update={"gradient_checkpointing": checkpointing}),
@@ -93,6 +95,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
         f"device: {device_reason}",
         f"model.dtype: {types.reason}",
         "model.attention: sdpa, example by example on packed rows",
+        f"data.format: {data_format}: {format_reason}",
         f"data.max_seq_length: {length_reason}",
         "data.share_prefixes: off; this version trains every question with its own copy of the passage",
         f"train.micro_batch_tokens: {micro_batch_reason}",
@@ -118,24 +121,33 @@ def _revision_reason(asked: str | None) -> str:
     return f"which {asked} was when it was fetched" if asked else "the newest that was fetched"
 
 
-def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int) -> tuple[int, str, float]:
+def _choose_format(recipe: Recipe) -> tuple[str, str]:
+    data = recipe.data
+    if not all(Path(path).exists() for path, _ in data.train_files):  # a run may be asked when its data are gone
+        return data.format, "the training data are not there"
+    held_out = ((data.eval, 1.0),) if data.eval is not None and Path(data.eval).exists() else ()
+    return find_format((*data.train_files, *held_out), format=data.format)
+
+
+def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> tuple[int, str, float]:
     """-> (max_seq_length, reason, share of tokens that carry a label; 1.0 where the rows were not looked at)."""
     asked = recipe.data.max_seq_length
     if asked != "auto":
-        if asked > limit:
+        if limit is not None and asked > limit:
             raise DataError(
                 f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
             )
         return asked, f"{asked}: asked for", 1.0
     examples = load_examples(
-        recipe.data.train,
+        recipe.data.train_files,
         load_tokenizer(source),
+        format=recipe.data.format,
         num_rows=recipe.data.num_train,
         no_answer_text=recipe.data.no_answer_text,
         max_seq_length=None,
         cache_dir=cache / "data",
     )
-    length, reason = propose_max_seq_length(examples.lengths, limit=limit)
+    length, reason = propose_max_seq_length(examples.lengths, limit=limit, is_text=examples.is_text)
     return length, f"{length}: {reason}", float(examples.num_label_tokens.sum() / examples.lengths.sum())
 
 

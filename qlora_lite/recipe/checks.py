@@ -15,6 +15,7 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.shipped import SHIPPED_MODELS
 
 KeyProblem = tuple[str, str]
+_SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")
 
 _ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
 
@@ -30,8 +31,11 @@ def find_data_file(key: str, text: str, folders: Sequence[Path]) -> tuple[str, l
     path, looked = find_file(text, folders)
     if path is None:
         return text, [(key, f"no such file; looked at {_places(looked)}{_similar_file(looked)}")]
-    if os.path.isdir(path):
-        return path, [(key, f"{wording.printable_path(path)} is a folder; expected a SQuAD JSON file")]
+    if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in _SAVED_BY_DATASETS):
+        shown = wording.printable_path(path)
+        return path, [
+            (key, f"{shown} is a folder, but not one that datasets' save_to_disk wrote; expected a data file")
+        ]
     if not os.access(path, os.R_OK):
         return path, [(key, f"{wording.printable_path(path)} may not be read; change its permissions")]
     return path, []

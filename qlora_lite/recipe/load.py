@@ -224,7 +224,7 @@ def _override_entries(overrides: Sequence[str], problems: _Problems) -> dict[str
 
 def _typed(entries: dict[str, _Entry], problems: _Problems) -> dict[str, Any]:
     """Values by full key, only those with the right type and range."""
-    values = {key: entry.value for key, entry in entries.items()}
+    values = {key: _plain(entry.value) for key, entry in entries.items()}
     try:
         _whole(values)
     except ValidationError as error:
@@ -236,6 +236,13 @@ def _typed(entries: dict[str, _Entry], problems: _Problems) -> dict[str, Any]:
             problems.add(entry.where, entry.order, f"{key}: expected {expected}, got {found}{hint}")
             del values[key]
     return values
+
+
+def _plain(value: Any) -> Any:
+    """The mappings in a list, such as {path: ..., weight: ...}, as dicts."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return {key: _plain(node.value) for key, node in value.items} if isinstance(value, yaml_text.Mapping) else value
 
 
 def _is_refused(key: str, value: Any) -> bool:
@@ -278,16 +285,21 @@ def _resolve_files(
     recipe = _whole(values)
     folders = [folder, Path.cwd()]
     wanted = {"model.base": recipe.model.base, "data.train": recipe.data.train, "data.eval": recipe.data.eval}
-    for key, text in wanted.items():
-        if text is None or (key in entries and key not in values):  # null, or a problem already
+    for key, value in wanted.items():
+        if value is None or (key in entries and key not in values):  # null, or a problem already
             continue
-        if key == "model.base":
-            path, found = checks.find_base(text, folders, revision=recipe.model.revision)
+        if isinstance(value, tuple):
+            found_files = [checks.find_data_file(key, file.path, folders) for file in value]
+            values[key] = [
+                {"path": path, "weight": file.weight} for (path, _), file in zip(found_files, value, strict=True)
+            ]
+            found = [problem for _, problems_of_file in found_files for problem in problems_of_file]
+        elif key == "model.base":
+            values[key], found = checks.find_base(value, folders, revision=recipe.model.revision)
         else:
-            path, found = checks.find_data_file(
-                key, text, folders if key in entries else [*folders, shipped.recipes_dir()]
+            values[key], found = checks.find_data_file(
+                key, value, folders if key in entries else [*folders, shipped.recipes_dir()]
             )
-        values[key] = path
         _add_all(found, entries, problems)
     if recipe.lora.init_from is not None:
         values["lora.init_from"], found = checks.find_adapter(recipe.lora.init_from, folders)

@@ -29,7 +29,6 @@ NOT_YET: tuple[NotYet, ...] = (
     NotYet("model.attention", _is_none_of("auto", "sdpa"), "use auto or sdpa"),
     NotYet("lora.use_dora", _is_none_of(False), "use false"),
     NotYet("lora.modules_to_save", _is_none_of(()), "use []"),
-    NotYet("data.format", _is_none_of("auto", "squad"), "convert the file to SQuAD JSON and use auto or squad"),
     NotYet("data.share_prefixes", _is_none_of("auto", False), "use auto, which means off for now"),
     NotYet("memory.budget", _is_none_of("auto"), "use auto", why="needs the planner, which is not in this version"),
     NotYet("merge.base", _is_none_of("dequantized"), "use dequantized, which is what training saw"),

@@ -109,27 +109,75 @@ class LoraSection(Section):
     )
 
 
+class DataFile(Section):
+    """One of several files of training rows."""
+
+    path: Text
+    weight: float = Field(1.0, gt=0, le=1000)
+
+
+def _to_data_files(value: object) -> object:
+    """A path in a list stands for the file with weight 1."""
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple({"path": item} if isinstance(item, str) else item for item in value)
+
+
+DataFiles = Annotated[
+    tuple[DataFile, ...],
+    BeforeValidator(_to_data_files),
+    Field(min_length=1),
+    WithJsonSchema(
+        {
+            "title": "a list of files, each a path or {path: ..., weight: ...}",
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "anyOf": [
+                    {"type": "string", "pattern": r"\S"},
+                    {
+                        "type": "object",
+                        "properties": {
+                            "path": {"type": "string", "pattern": r"\S"},
+                            "weight": {"type": "number", "exclusiveMinimum": 0, "maximum": 1000},
+                        },
+                        "required": ["path"],
+                        "additionalProperties": False,
+                    },
+                ]
+            },
+        }
+    ),
+]
+
+
 class DataSection(Section):
     """The rows that are learned and the rows that are scored."""
 
-    train: Text = Field(
+    train: Text | DataFiles = Field(
         "country_qa/train.json",
-        description="Training rows: a SQuAD v1.1 or v2.0 JSON file (arXiv 1606.05250, 1806.03822). "
+        description="Training rows: SQuAD JSON (arXiv 1606.05250, 1806.03822), or rows as json, jsonl, csv, Parquet or a "
+        "folder that datasets saved; or a list of files, each a path or {path: ..., weight: ...}: weight 2 takes every row "
+        "twice, 0.5 the same half of them in every epoch. "
         "A relative path is looked up beside the recipe, then in the current folder.",
     )
     eval: Text | None = Field(
         "country_qa/test.json",
-        description="Held-out rows in the same format, for scores and for the proof of the merge; null: no evaluation.",
+        description="Held-out rows, for scores and for the proof of the merge; null: no evaluation.",
     )
-    format: Literal["auto", "squad", "chat", "prompt_completion"] = Field(
-        "auto", description="Format of the data files. auto: recognised from the file."
+    format: Literal["auto", "squad", "chat", "sharegpt", "prompt_completion", "alpaca", "text"] = Field(
+        "auto", description="Format of the data files. auto: recognised from the columns, for each file."
     )
     max_seq_length: Auto | Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = Field(
         "auto",
-        description="Longest example in tokens, question and answer included; longer contexts are cut and counted. "
-        "auto: chosen from the rows. Fewer tokens need less memory.",
+        description="Longest example in tokens, question and answer included; longer contexts are cut, longer texts cut in "
+        "pieces, other longer rows left out, all of it counted. auto: chosen from the rows. Fewer tokens need less memory.",
     )
-    num_train: Count | None = Field(600, description="Use only the first so many training rows; null: all of them.")
+    num_train: Count | None = Field(
+        600,
+        description="Use only the first so many training rows, of several files in proportion to what each gives; "
+        "null: all of them.",
+    )
     share_prefixes: Auto | bool = Field(
         "auto",
         description="Train a passage once with all its questions as branches (a prefix tree). auto: off for now.",
@@ -137,6 +185,13 @@ class DataSection(Section):
     no_answer_text: Text = Field(
         "unanswerable", description="What the model is taught to say when the context holds no answer (SQuAD v2.0)."
     )
+
+    @property
+    def train_files(self) -> tuple[tuple[str, float], ...]:
+        """(path, weight) of every file of training rows."""
+        if isinstance(self.train, str):
+            return ((self.train, 1.0),)
+        return tuple((file.path, file.weight) for file in self.train)
 
 
 class TrainSection(Section):

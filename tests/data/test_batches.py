@@ -22,11 +22,11 @@ class Fake:
 
     def encoded(self, index):
         size = self.sizes[index]
-        return Encoded(list(range(1000 * index, 1000 * index + size)), label_start=size - 2)
+        return Encoded(list(range(1000 * index, 1000 * index + size)), ((size - 2, size),))
 
 
 def test_a_batch_packs_examples_in_one_row_and_points_at_predictors():
-    batch = pack_batch([Encoded([5, 6, 7], 1), Encoded([8, 9, 10, 11], 3)], rows=[4, 2])
+    batch = pack_batch([Encoded([5, 6, 7], ((1, 3),)), Encoded([8, 9, 10, 11], ((3, 4),))], rows=[4, 2])
     assert batch.input_ids_1T.tolist() == [[5, 6, 7, 8, 9, 10, 11]]
     assert batch.position_ids_1T.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
     assert batch.predictor_N.tolist() == [0, 1, 5]
@@ -39,10 +39,18 @@ def test_a_batch_packs_examples_in_one_row_and_points_at_predictors():
     assert moved.rows == batch.rows
 
 
-def test_a_row_without_labels_or_prompt_is_our_bug():
-    for encoded in (Encoded([1, 2], 2), Encoded([1, 2], 0)):
-        with pytest.raises(AssertionError):
-            pack_batch([encoded], rows=[0])
+def test_several_trained_turns_of_an_example_are_all_predicted_and_nothing_else_is():
+    turns = Encoded([10, 11, 12, 13, 14, 15, 16], ((1, 3), (5, 7)))
+    assert (turns.predictors, turns.num_label_tokens) == ([0, 1, 4, 5], 4)
+    batch = pack_batch([Encoded([5, 6, 7], ((2, 3),)), turns], rows=[0, 1])
+    assert batch.predictor_N.tolist() == [1, 3, 4, 7, 8]
+    assert batch.target_N.tolist() == [7, 11, 12, 15, 16]
+
+
+@pytest.mark.parametrize("spans", [(), ((0, 2),), ((2, 2),), ((1, 4),), ((2, 3), (1, 2))])
+def test_spans_that_are_no_labels_of_their_row_are_our_bug(spans):
+    with pytest.raises(AssertionError):
+        Encoded([1, 2, 3], spans)
 
 
 def filled_in_order(sizes, capacity):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from qlora_lite.data import examples as module
-from qlora_lite.data.examples import fit_row, load_examples
-from qlora_lite.data.squad import QuestionRow
-from qlora_lite.data.template import encode_row, stop_token_id
+from qlora_lite.data.examples import Asked, load_examples
+from qlora_lite.data.fit import fit_row
+from qlora_lite.data.prompts import question_prompt
+from qlora_lite.data.rows import QuestionRow
+from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import DataError
 from tests.data.conftest import CONTEXT, question, squad
 
@@ -21,6 +23,16 @@ QUESTIONS = [
     question("c", "Which town?", "Luxor"),
 ]
 LONG = "Sand lies all around. " * 40 + "The well is called Bir Tawil." + " Nobody lives there now." * 40
+
+
+def fit_one(tokenizer, row, max_seq_length=None):
+    """(its one example's encoding, whether it was cut), or None."""
+    examples, was_cut = fit_row(ChatTemplate(tokenizer), row, no_answer_text="none", max_seq_length=max_seq_length)
+    return (examples[0].encoded, was_cut) if examples else None
+
+
+def labels(encoded):
+    return [encoded.input_ids[position + 1] for position in encoded.predictors]
 
 
 @pytest.fixture
@@ -35,10 +47,14 @@ def load(tokenizer, tmp_path):
 def test_examples_hold_what_the_template_makes_and_the_row_as_it_was(load, write, tokenizer):
     examples = load(write(squad(*QUESTIONS)))
     assert len(examples) == 3
-    assert examples.row(0) == QuestionRow("a", CONTEXT, "Which river?", ("The Nile", "Nile"), 0)
-    assert examples.row(1) == QuestionRow("b", CONTEXT, "Who?", ())
-    for index in range(3):
-        assert examples.encoded(index) == encode_row(tokenizer, examples.row(index), no_answer_text="none")
+    assert examples.row(0) == Asked("a", "Which river?", ("The Nile", "Nile"))
+    assert examples.row(1) == Asked("b", "Who?", ())
+    golds = (("The Nile", "Nile"), (), ("Luxor",))
+    for index, (asked, answers) in enumerate(zip(QUESTIONS, golds, strict=True)):
+        row = QuestionRow(asked["id"], CONTEXT, asked["question"], answers)
+        assert (examples.encoded(index), False) == fit_one(tokenizer, row)
+        prompt, _ = question_prompt(ChatTemplate(tokenizer), row.question, CONTEXT, format="squad")
+        assert examples.prompt_ids(index) == prompt
     assert examples.lengths.tolist() == [len(examples.encoded(i).input_ids) for i in range(3)]
     assert examples.num_label_tokens.tolist() == [examples.encoded(i).num_label_tokens for i in range(3)]
     assert examples.lengths.dtype == np.int64
@@ -56,7 +72,7 @@ def test_num_rows_takes_the_first_usable_rows(load, write):
 def test_a_second_call_maps_what_the_first_wrote(load, write, monkeypatch):
     path = write(squad(*QUESTIONS))
     first = load(path)
-    monkeypatch.setattr(module, "read_squad", lambda *a, **k: pytest.fail("read again"))
+    monkeypatch.setattr(module, "read_mix", lambda *a, **k: pytest.fail("read again"))
     second = load(path)
     assert second.fingerprint == first.fingerprint
     assert second.encoded(2) == first.encoded(2)
@@ -67,12 +83,42 @@ def test_whatever_changes_the_rows_changes_the_fingerprint(load, write, monkeypa
     path = write(squad(*QUESTIONS))
     seen = {
         load(path, **change).fingerprint
-        for change in ({}, {"num_rows": 2}, {"no_answer_text": "x"}, {"max_seq_length": 150})
+        for change in ({}, {"num_rows": 2}, {"no_answer_text": "x"}, {"max_seq_length": 150}, {"format": "squad"})
     }
     seen.add(load(write(squad(*QUESTIONS[:2]), "other.json")).fingerprint)
     monkeypatch.setattr(module, "CODE_VERSION", 0)
     seen.add(load(path).fingerprint)
-    assert len(seen) == 6
+    assert len(seen) == 7
+
+
+def test_weights_names_and_kind_of_the_files_change_the_fingerprint(load, write):
+    rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(4))
+    one, two = write(rows, "one.jsonl"), write(rows, "two.jsonl")
+    sources = (one, [(one, 2.0)], [(one, 0.5)], [(one, 1.0), (one, 1.0)], [(one, 1.0), (two, 1.0)])
+    assert len({load(source).fingerprint for source in sources}) == 5
+    assert load(two).fingerprint == load(one).fingerprint == load([(one, 1.0)]).fingerprint
+    assert [len(load(source)) for source in sources] == [4, 8, 2, 8, 8]
+
+
+def test_texts_conversations_and_questions_come_back_as_they_were_written(load, write, tokenizer):
+    talk = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(4)]
+    files = [
+        (write("".join(json.dumps({"text": "word " * 60}) + "\n"), "text.jsonl"), 1.0),
+        (write(json.dumps([{"messages": talk}]), "chat.json"), 1.0),
+        (write(squad(*QUESTIONS)), 1.0),
+    ]
+    examples = load(files, max_seq_length=200)
+    template, position = ChatTemplate(tokenizer), 0
+    for row in module.read_mix(files):
+        for example in fit_row(template, row, no_answer_text="none", max_seq_length=200)[0]:
+            assert examples.encoded(position) == example.encoded
+            assert examples.prompt_ids(position) == example.prompt_ids
+            assert examples.row(position) == Asked(example.id, example.question, example.answers)
+            position += 1
+    assert position == len(examples) > 5
+    assert [len(examples.encoded(i).spans) for i in range(len(examples))].count(2) == 1, "the conversation"
+    assert examples.counts.num_read == 5 and not examples.is_text
+    assert load(files[0][0]).is_text
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "note", "gone"])
@@ -141,9 +187,9 @@ def test_nothing_is_pickled_and_nothing_is_written_elsewhere(write, tmp_path):
 
 def test_a_long_row_loses_context_but_keeps_question_and_answer(tokenizer):
     row = QuestionRow("a", LONG, "What is the well called?", ("Bir Tawil",), LONG.index("Bir Tawil"))
-    whole = encode_row(tokenizer, row, no_answer_text="-")
+    whole, _ = fit_one(tokenizer, row)
     for max_seq_length in range(150, len(whole.input_ids), 97):
-        fitted = fit_row(tokenizer, row, no_answer_text="-", max_seq_length=max_seq_length)
+        fitted = fit_one(tokenizer, row, max_seq_length)
         assert fitted is not None
         encoded, was_cut = fitted
         assert was_cut
@@ -152,14 +198,14 @@ def test_a_long_row_loses_context_but_keeps_question_and_answer(tokenizer):
         kept = text.partition("Context: ")[2].partition("\n\nQuestion:")[0]
         assert "Bir Tawil" in kept and kept in LONG
         assert text.endswith("Bir Tawil<|im_end|>") and "What is the well called?" in text
-        assert encoded.input_ids[encoded.label_start :] == whole.input_ids[whole.label_start :]
-    assert fit_row(tokenizer, row, no_answer_text="-", max_seq_length=len(whole.input_ids)) == (whole, False)
+        assert labels(encoded) == labels(whole)
+    assert fit_one(tokenizer, row, len(whole.input_ids)) == (whole, False)
 
 
 def test_the_context_is_cut_at_words_where_the_answer_is_farther_away(tokenizer):
     def kept(answer_start):
         row = QuestionRow("a", context, "Q?", ("answer",), answer_start)
-        fitted = fit_row(tokenizer, row, no_answer_text="-", max_seq_length=160)
+        fitted = fit_one(tokenizer, row, 160)
         return tokenizer.decode(fitted[0].input_ids).partition("Context: ")[2].partition("\n\nQuestion:")[0]
 
     context = "answer " + "filler " * 200 + "answer"
@@ -192,7 +238,7 @@ def test_settings_that_make_no_sense_are_refused(load, write, change):
 def test_unicode_contexts_are_cut_anywhere(tokenizer):
     context = "🐪" * 300 + "नील" + "🐫" * 300
     row = QuestionRow("a", context, "Q?", ("नील",), 300)
-    encoded, was_cut = fit_row(tokenizer, row, no_answer_text="-", max_seq_length=300)
-    assert was_cut and encoded.input_ids[-1] == stop_token_id(tokenizer)
+    encoded, was_cut = fit_one(tokenizer, row, 300)
+    assert was_cut and encoded.input_ids[-1] == ChatTemplate(tokenizer).stop_token_id
     assert "🐪नील🐫" in tokenizer.decode(encoded.input_ids)
     json.dumps(tokenizer.decode(encoded.input_ids))

@@ -1,11 +1,14 @@
 """What check says agrees with what load_examples does."""
 
+import json
+
 import pytest
 
 from qlora_lite.data.examples import load_examples
-from qlora_lite.data.inspect import inspect_rows, propose_max_seq_length, render_tokens
+from qlora_lite.data.inspect import TEXT_TOKENS, inspect_rows, propose_max_seq_length, render_tokens
 from qlora_lite.data.template import Encoded
 from tests.data.conftest import CONTEXT, question, squad
+from tests.data.families import FAMILIES
 
 QUESTIONS = [
     question("a", "Which river?", "The Nile"),
@@ -52,6 +55,49 @@ def test_the_report_proposes_a_length_that_holds_every_row(write, tokenizer):
     )
 
 
+TALK = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(4)]
+OTHER_FORMATS = {
+    "chat": [{"messages": TALK}, {"messages": TALK * 4}],
+    "alpaca": [{"instruction": "Add", "input": "1 2 " * n, "output": "3"} for n in (1, 60)],
+    "text": [{"text": "word " * n} for n in (5, 100)],
+}
+
+
+@pytest.mark.parametrize("format", OTHER_FORMATS)
+def test_the_truncation_table_says_what_loading_does_for_every_format(write, tokenizer, tmp_path, format):
+    path = write("".join(json.dumps(row) + "\n" for row in OTHER_FORMATS[format]), "rows.jsonl")
+    for max_seq_length in (60, 128, 512):
+        report = inspect(path, tokenizer, max_seq_length=max_seq_length)
+        assert (report.format, report.format_reason.split(":")[0]) == (format, "rows.jsonl")
+        line = next(line for line in report.truncation if line.max_seq_length == max_seq_length)
+        settings = {"num_rows": None, "no_answer_text": "none", "cache_dir": tmp_path / "c"}
+        examples = load_examples(path, tokenizer, max_seq_length=max_seq_length, **settings)
+        assert (line.num_cut, line.num_dropped) == (examples.num_cut, examples.num_dropped)
+        assert line.num_whole + line.num_cut + line.num_dropped == report.num_rows == 2
+    assert (line.num_whole, line.num_dropped) == (2, 0)
+
+
+def test_every_turn_of_a_conversation_is_marked_where_it_is_trained(write, tokenizer):
+    report = inspect(write(json.dumps({"messages": TALK}), "rows.jsonl"), tokenizer)
+    (row,) = report.rows
+    assert "".join(text for text, trained in row.tokens if trained) == "turn 1<|im_end|>turn 3<|im_end|>"
+    assert row.is_answerable
+
+
+def test_long_texts_get_a_proposal_that_cuts_them_in_pieces():
+    assert propose_max_seq_length([100, 5000], limit=8192, is_text=True)[0] == TEXT_TOKENS
+    assert propose_max_seq_length([100, 5000], limit=512, is_text=True)[0] == 512
+    assert propose_max_seq_length([100, 500], is_text=True) == propose_max_seq_length([100, 500])
+
+
+def test_what_the_template_makes_of_rows_is_said(write):
+    talk = [{"role": "system", "content": "Be brief."}, *TALK]
+    path = write(json.dumps({"messages": talk}), "rows.jsonl")
+    said = {name: inspect(path, FAMILIES[name].tokenizer()).notes for name in ("llama3", "mistral", "qwen")}
+    assert said["llama3"] == ()
+    assert "no system role" in said["mistral"][0] and "rewrites earlier turns" in said["qwen"][0]
+
+
 def test_three_rows_are_shown_with_answer_and_stop_token_marked(write, tokenizer):
     report = inspect(write(squad(*QUESTIONS)), tokenizer)
     assert [row.id for row in report.rows] == ["a", "b", "c"]
@@ -72,7 +118,7 @@ def test_a_row_that_loses_context_and_an_unanswerable_one_are_among_those_shown(
 
 def test_characters_of_several_tokens_are_shown_once(tokenizer):
     ids = tokenizer("é🐪x", add_special_tokens=False)["input_ids"]
-    tokens = render_tokens(tokenizer, Encoded(ids, label_start=2))
+    tokens = render_tokens(tokenizer, Encoded(ids, ((2, len(ids)),)))
     assert "".join(text for text, _ in tokens) == "é🐪x"
     assert len(tokens) == len(ids)
 

@@ -4,10 +4,17 @@ import os
 
 import pytest
 
-from qlora_lite.data import squad as module
-from qlora_lite.data.squad import QuestionRow, read_squad
+from qlora_lite.data import files as module
+from qlora_lite.data.read import read_mix
+from qlora_lite.data.rows import MAX_TEXT_CHARS, QuestionRow
 from qlora_lite.errors import DataError
 from tests.data.conftest import CONTEXT, question, squad
+
+
+def read_squad(path, **settings):
+    (file,) = read_mix(path, format="squad", **settings).files
+    return file
+
 
 GOOD = [question(f"good{i}", "Which river?", "The Nile") for i in range(99)]
 
@@ -20,7 +27,7 @@ def test_answerable_and_unanswerable_questions_are_read(write):
         QuestionRow("a", CONTEXT, "Which river?", ("The Nile", "Nile"), 0),
         QuestionRow("b", CONTEXT, "Who built it?", ()),
     ]
-    assert list(file.rows) == list(file), "a file can be iterated again"
+    assert list(file) == list(file), "a file can be iterated again"
 
 
 def test_keys_in_any_order_and_unknown_keys_are_accepted(write):
@@ -34,7 +41,7 @@ def test_keys_in_any_order_and_unknown_keys_are_accepted(write):
 def test_an_answer_found_elsewhere_in_the_context_is_usable(write):
     row = question("a", "Which town?", "Cairo")
     row["answers"][0]["answer_start"] = 3
-    assert next(read_squad(write(squad(row))).rows).answer_start == CONTEXT.index("Cairo")
+    assert next(iter(read_squad(write(squad(row))))).answer_start == CONTEXT.index("Cairo")
 
 
 def test_a_byte_order_mark_is_skipped(write):
@@ -84,7 +91,7 @@ def test_a_bad_row_is_counted_and_named(write, row, reason):
     assert len(list(file)) == 99
 
 
-@pytest.mark.parametrize("context", [None, 5, "", ["The Nile"], "x" * (module.MAX_TEXT_CHARS + 1)])
+@pytest.mark.parametrize("context", [None, 5, "", ["The Nile"], "x" * (MAX_TEXT_CHARS + 1)])
 def test_a_bad_context_makes_its_questions_bad(write, context):
     with pytest.raises(DataError, match=r'id "a": context: '):
         read_squad(write(squad(question("a", "Which river?", "Nile"), context=context)))
@@ -96,7 +103,7 @@ def test_more_bad_rows_than_allowed_are_refused_by_name(write):
     with pytest.raises(DataError) as caught:
         read_squad(path)
     lines = str(caught.value).splitlines()
-    assert str(path) in lines[0] and "9 of 108 questions" in lines[0] and "allowed 2%" in lines[0]
+    assert str(path) in lines[0] and "9 of 108 rows" in lines[0] and "allowed 2%" in lines[0]
     assert lines[1:] == [f'  id "bad{i}": question: empty' for i in range(5)] + ["  ... and 4 more"]
     assert read_squad(path, max_bad_share=0.5).num_bad == 9
 
@@ -113,22 +120,23 @@ HOSTILE = {
     "whitespace": (b" \n ", "not JSON"),
     "binary": (bytes(range(256)) * 40, "a binary file"),
     "gzip": (b"\x1f\x8b\x08\x00abc", "gzip"),
-    "parquet": (b"PAR1\x15\x04", "Parquet"),
+    "parquet": (b"PAR1\x15\x04", "cannot be read as Parquet"),
     "utf-16": ('{"data": []}'.encode("utf-16"), "UTF-16"),
     "not utf-8": (b'{"data": [{"title": "\xff"}]}', "not JSON"),
-    "jsonl": (b'{"question": "a"}\n{"question": "b"}\n', "jsonl"),
-    "csv": (b"id,context,question\n1,a,b\n", "reads SQuAD JSON only"),
+    "jsonl": (b'{"question": "a"}\n{"question": "b"}\n', 'no column "context" and no column "answers"'),
+    "csv": (b"id,context,question\n1,a,b\n", "not JSON"),
     "cut off": (b'{"data": [{"paragraphs": [', "not JSON"),
     "trailing text": (b'{"data": []} x', "not JSON"),
     "NaN": (b'{"data": [{"paragraphs": [NaN]}]}', "not JSON"),
     "huge number": (b'{"data": [' + b"1" * 5000 + b"]}", "not JSON"),
-    "deep": (b"[" * DEEP, "expected an object"),
+    "deep": (b"[" * DEEP, "nested more than 64 levels"),
     "deep and closed": (b'{"data": ' + b"[" * DEEP + b"]" * DEEP + b"}", "nested more than 64 levels"),
     "deep elsewhere": (
         b'{"x": ' + b'{"a":' * DEEP + b"1" + b"}" * DEEP + b', "data": []}',
         "nested more than 64 levels",
     ),
-    "a list": (b"[]", "expected an object"),
+    "a list": (b"[]", "no rows"),
+    "a list of texts": (b'["x"]', "row 1: expected an object, got text"),
     "a number": (b"5", "expected an object"),
     "no data": (b"{}", 'no "data" list'),
     "data is text": (b'{"data": "x"}', '"data" must be a list of articles, got text'),
@@ -164,7 +172,7 @@ def test_a_path_that_is_no_readable_file_is_one_clear_error(tmp_path, write):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     places = {
         "missing.json": "No such file",
-        ".": "a directory",
+        ".": "neither a",
         "pipe": "not a regular file",
         "loop": "loop",
         "a\0b": "NUL",

@@ -1,73 +1,93 @@
-"""Rows as token ids: the tokenizer's own template, labels by position, and a stop token at the end of every row."""
+"""A tokenizer's template, whatever it is: labels by position, a stop token at the end of every answer, clear errors."""
 
 import pytest
 
-from qlora_lite.data.squad import QuestionRow
-from qlora_lite.data.template import (
-    encode_prompt,
-    encode_row,
-    prompt_text,
-    read_answer_format,
-    stop_token_id,
-    tokenizer_identity,
-)
+from qlora_lite.data.prompts import question_prompt, squad_text
+from qlora_lite.data.rows import Conversation
+from qlora_lite.data.template import ChatTemplate, tokenizer_identity
 from qlora_lite.errors import ModelError
 from tests.data.conftest import CONTEXT
 from tests.data.tiny_tokenizer import CHATML, make_tokenizer
 
-ROW = QuestionRow("a", CONTEXT, "Which town?", ("Cairo", "Luxor"))
+ASKED = squad_text("Which town?", CONTEXT)
 
 
-def labels(tokenizer, encoded):
-    return tokenizer.decode(encoded.input_ids[encoded.label_start :])
+def exchange(question, answer):
+    return Conversation("row", ({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+
+
+def parts(tokenizer, question, answer):
+    """(ids before the answer, text of the labels) of one exchange."""
+    (example,) = ChatTemplate(tokenizer).encode(exchange(question, answer))
+    ((start, end),) = example.encoded.spans
+    assert end == len(example.encoded.input_ids), "a row ends in its stop token"
+    return example.encoded.input_ids[:start], tokenizer.decode(example.encoded.input_ids[start:end])
 
 
 def test_the_prompt_is_what_the_benchmark_uses():
-    assert prompt_text("Q?", "C") == "Context: C\n\nQuestion: Q?\nAnswer with a short span from the context."
-    assert prompt_text("Q?", None) == "Question: Q?\nAnswer with a short span from the context."
+    assert squad_text("Q?", "C") == "Context: C\n\nQuestion: Q?\nAnswer with a short span from the context."
+    assert squad_text("Q?", None) == "Question: Q?\nAnswer with a short span from the context."
 
 
 def test_prompt_and_labels_are_the_template_rendering_cut_after_the_stop_token(tokenizer):
-    encoded = encode_row(tokenizer, ROW, no_answer_text="unanswerable")
-    messages = [
-        {"role": "user", "content": prompt_text(ROW.question, CONTEXT)},
-        {"role": "assistant", "content": "Cairo"},
-    ]
-    full = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert tokenizer.decode(encoded.input_ids) + "\n" == full
-    assert labels(tokenizer, encoded) == "Cairo<|im_end|>"
-    assert encoded.input_ids[-1] == stop_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert encoded.num_label_tokens == len(encoded.input_ids) - encoded.label_start
+    before, labels = parts(tokenizer, ASKED, "Cairo")
+    full = tokenizer.apply_chat_template(list(exchange(ASKED, "Cairo").messages), tokenize=False)
+    assert tokenizer.decode(before) + labels + "\n" == full
+    assert labels == "Cairo<|im_end|>"
+    assert ChatTemplate(tokenizer).stop_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 @pytest.mark.parametrize("chat_template", [CHATML, None])
 @pytest.mark.parametrize("context", [CONTEXT, "", None, "Ünïcödé 🐪 <|im_end|>"])
 def test_generation_sees_exactly_the_training_prefix(chat_template, context):
     tokenizer = make_tokenizer(chat_template)
-    prompt_ids = encode_prompt(tokenizer, ROW.question, context)
-    if context is not None:
-        encoded = encode_row(tokenizer, QuestionRow("a", context, ROW.question, ("x",)), no_answer_text="-")
-        assert encoded.input_ids[: encoded.label_start] == prompt_ids
-    assert prompt_ids
+    prompt_ids, stop = question_prompt(ChatTemplate(tokenizer), "Which town?", context, format="squad")
+    assert parts(tokenizer, squad_text("Which town?", context), "x")[0] == prompt_ids != []
+    assert stop == ChatTemplate(tokenizer).stop_token_id
 
 
-def test_an_unanswerable_row_is_trained_on_the_no_answer_text(tokenizer):
-    encoded = encode_row(tokenizer, QuestionRow("a", CONTEXT, "Who?", ()), no_answer_text="no idea")
-    assert labels(tokenizer, encoded) == "no idea<|im_end|>"
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("squad", squad_text("Q?", "C")),
+        ("alpaca", "Q?\n\nC"),
+        ("chat", "C\n\nQ?"),
+        ("sharegpt", "C\n\nQ?"),
+        ("prompt_completion", "C\n\nQ?"),
+        ("auto", "C\n\nQ?"),
+    ],
+)
+def test_a_question_is_put_as_the_rows_of_its_format_put_it(tokenizer, format, message):
+    ids, stop = question_prompt(ChatTemplate(tokenizer), "Q?", "C", format=format)
+    assert ids == parts(tokenizer, message, "x")[0]
+    assert stop == ChatTemplate(tokenizer).stop_token_id
+
+
+def test_plain_text_is_continued_without_a_template_until_the_end_of_text():
+    tokenizer = make_tokenizer(special_tokens=("</s>",), eos_token="</s>")
+    ids, stop = question_prompt(ChatTemplate(tokenizer), "Once upon", None, format="text")
+    assert tokenizer.decode(ids) == "Once upon"
+    assert tokenizer.convert_ids_to_tokens(stop) == "</s>"
+    assert ChatTemplate(tokenizer).document_ids("Once upon") == [*ids, stop]
 
 
 def test_a_tokenizer_without_a_template_gets_a_plain_one():
     tokenizer = make_tokenizer(None)
-    encoded = encode_row(tokenizer, ROW, no_answer_text="-")
-    assert tokenizer.decode(encoded.input_ids) == prompt_text(ROW.question, CONTEXT) + "\nCairo<|im_end|>"
-    assert labels(tokenizer, encoded) == "Cairo<|im_end|>"
+    before, labels = parts(tokenizer, ASKED, "Cairo")
+    assert (tokenizer.decode(before), labels) == (ASKED + "\n", "Cairo<|im_end|>")
+    assert ChatTemplate(tokenizer).name == "plain"
 
 
-def test_an_answer_that_spells_a_stop_token_has_only_one(tokenizer):
-    row = QuestionRow("a", "<|im_end|> b", "Q?", ("<|im_end|> b",))
-    encoded = encode_row(tokenizer, row, no_answer_text="-")
-    assert encoded.input_ids[encoded.label_start :].count(stop_token_id(tokenizer)) == 1
-    assert labels(tokenizer, encoded) == "<|im_end|> b<|im_end|>"
+def test_a_begin_token_that_the_tokenizer_puts_stands_before_plain_rows_and_texts():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(None)
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", begin)]
+    )
+    assert parts(tokenizer, ASKED, "Cairo")[0].count(begin) == 1
+    assert parts(tokenizer, ASKED, "Cairo")[0][0] == ChatTemplate(tokenizer).document_ids("a")[0] == begin
 
 
 TEMPLATES = {
@@ -96,12 +116,11 @@ TEMPLATES = {
 def test_what_surrounds_the_answer_is_read_from_any_template(chat_template):
     before, space, stop = TEMPLATES[chat_template]
     tokenizer = make_tokenizer(chat_template)
-    found = read_answer_format(tokenizer)
-    assert (found.before, found.space, tokenizer.convert_ids_to_tokens(found.stop_token_id)) == (before, space, stop)
-    encoded = encode_row(tokenizer, ROW, no_answer_text="-")
-    assert tokenizer.decode(encoded.input_ids[: encoded.label_start]).endswith(before)
-    assert labels(tokenizer, encoded) == space + "Cairo" + found.after + stop
-    assert encoded.input_ids[: encoded.label_start] == encode_prompt(tokenizer, ROW.question, CONTEXT)
+    prompt_ids, labels = parts(tokenizer, ASKED, "Cairo")
+    assert tokenizer.decode(prompt_ids).endswith(before)
+    assert labels.replace(" ", "") == "Cairo" + stop and labels.startswith(space + "Cairo")
+    assert tokenizer.convert_ids_to_tokens(ChatTemplate(tokenizer).stop_token_id) == stop
+    assert prompt_ids == ChatTemplate(tokenizer).prompt_ids([{"role": "user", "content": ASKED}])
 
 
 @pytest.mark.parametrize(
@@ -115,14 +134,14 @@ def test_what_surrounds_the_answer_is_read_from_any_template(chat_template):
 )
 def test_an_unusable_template_is_one_clear_error(chat_template, said):
     with pytest.raises(ModelError, match=said):
-        encode_row(make_tokenizer(chat_template), ROW, no_answer_text="-")
+        ChatTemplate(make_tokenizer(chat_template))
 
 
 def test_a_tokenizer_without_a_stop_token_is_one_clear_error():
     tokenizer = make_tokenizer(None)
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match=r'Set "eos_token"'):
-        stop_token_id(tokenizer)
+        ChatTemplate(tokenizer)
 
 
 def test_the_identity_follows_the_template_but_not_padding_or_truncation():

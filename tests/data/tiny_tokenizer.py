@@ -13,7 +13,10 @@ TEXTS = [
 ]
 
 
-def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    chat_template: str | None = CHATML, *, special_tokens: tuple[str, ...] = (), **names: str
+) -> PreTrainedTokenizerFast:
+    """`special_tokens` are added to the vocabulary; `names` such as eos_token="</s>" say which of them are what."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -24,8 +27,8 @@ def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     backend.train_from_iterator(TEXTS * 20, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
-    )
+    backend.add_special_tokens(list(special_tokens))
+    usual = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **usual | names)
     tokenizer.chat_template = chat_template
     return tokenizer

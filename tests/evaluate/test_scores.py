@@ -5,11 +5,12 @@ import json
 import pytest
 
 from qlora_lite.data.examples import load_examples
-from qlora_lite.data.template import encode_prompt, stop_token_id
+from qlora_lite.data.prompts import question_prompt
+from qlora_lite.data.template import ChatTemplate
 from qlora_lite.evaluate import scores
 from qlora_lite.evaluate.scores import Prediction, by_phrasing, evaluate_model, validation_loss
 from qlora_lite.train.step import forward_backward
-from tests.data.conftest import question, squad
+from tests.data.conftest import CONTEXT, question, squad
 from tests.data.tiny_tokenizer import make_tokenizer
 from tests.tiny_model import random_rows, set_dropout, split_batches, tiny_adapted
 
@@ -58,9 +59,53 @@ def test_known_answers_get_the_official_scores(model, tmp_path, monkeypatch):
     assert result.to_json_dict() == {
         "exact_match": result.exact_match, "f1": result.f1, "loss": result.loss, "num_examples": 3
     }  # fmt: skip
-    rows = [examples.row(i) for i in range(3)]
-    assert seen["prompts"] == [encode_prompt(tokenizer, row.question, row.context) for row in rows]
-    assert (seen["stop_token"], seen["max_new_tokens"]) == (stop_token_id(tokenizer), 9)
+    template = ChatTemplate(tokenizer)
+    asked = [question_prompt(template, each["question"], CONTEXT, format="squad")[0] for each in QUESTIONS]
+    assert seen["prompts"] == asked
+    assert (seen["stop_token"], seen["max_new_tokens"]) == (template.stop_token_id, 9)
+
+
+def load_jsonl(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    settings = {"num_rows": None, "no_answer_text": "none", "max_seq_length": 120, "cache_dir": tmp_path}
+    return load_examples(path, make_tokenizer(), **settings)
+
+
+SETTINGS = {"device": "cpu", "no_answer_text": "none", "max_new_tokens": 3, "micro_batch_tokens": 512}
+
+
+def test_plain_text_has_a_loss_and_no_other_score(model, tmp_path, monkeypatch):
+    examples = load_jsonl(tmp_path, {"text": "The Nile flows. " * 20}, {"text": "And ends."})
+    monkeypatch.setattr(scores, "generate_answers", lambda *args, **kwargs: pytest.fail("nothing is asked"))
+    result = evaluate_model(model, make_tokenizer(), examples, **SETTINGS)
+    assert (result.exact_match, result.f1, result.predictions) == (None, None, ())
+    assert result.loss == validation_loss(model, examples, device="cpu", micro_batch_tokens=512)
+    assert result.num_examples == len(examples) > 2
+    assert json.loads(json.dumps(result.to_json_dict()))["exact_match"] is None
+
+
+def test_the_last_answer_of_a_conversation_is_compared(model, tmp_path, monkeypatch):
+    turns = [("user", "Which river?"), ("assistant", "The Nile."), ("user", "Which town?"), ("assistant", "Luxor")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    examples = load_jsonl(
+        tmp_path, {"messages": messages[:2]}, {"messages": [{"role": "user", "content": "."}, *messages[1:]]}
+    )
+    tokenizer = make_tokenizer()
+    asked = []
+
+    def answers(model, tokenizer, prompts, **settings):
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return ["the nile", "Cairo"]
+
+    monkeypatch.setattr(scores, "generate_answers", answers)
+    result = evaluate_model(model, tokenizer, examples, **SETTINGS)
+    assert [(p.question, p.gold, p.exact_match) for p in result.predictions] == [
+        ("Which river?", ("The Nile.",), 100),
+        ("Which town?", ("Luxor",), 0),
+    ]
+    assert result.exact_match == 50
+    assert "The Nile.<|im_end|>" in asked[1] and asked[1].endswith("<|im_start|>assistant\n")
 
 
 def test_the_validation_loss_is_the_training_loss_however_it_is_batched(model):

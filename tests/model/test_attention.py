@@ -54,7 +54,7 @@ def test_a_packed_row_equals_what_plain_transformers_computes(model):
     with torch.no_grad(), attention_for_generation(base):
         plain = [
             base.get_decoder()(torch.tensor([rows.encoded(i).input_ids])).last_hidden_state[
-                0, rows.encoded(i).label_start - 1 : -1
+                0, rows.encoded(i).predictors
             ]
             for i in range(len(rows))
         ]

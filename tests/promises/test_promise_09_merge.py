@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from qlora_lite.data.template import Encoded
 from qlora_lite.errors import ProofFailed, UserError
 from qlora_lite.merge import merge, merge_adapter, proof, prove_merge, write
 from qlora_lite.merge.checkpoint import Checkpoint
@@ -30,17 +31,9 @@ SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "n
 SIZES |= {"num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 128, "initializer_range": 0.2}
 
 
-@dataclass(frozen=True)
-class Row:
-    """As data.template.Encoded."""
-
-    input_ids: list[int]
-    label_start: int
-
-
 ROWS = [
-    Row(torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist(), start)
-    for length, start in [(9, 5), (17, 16), (30, 21), (12, 1)]
+    Encoded(torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist(), spans)
+    for length, spans in [(9, ((5, 9),)), (17, ((16, 17),)), (30, ((3, 6), (21, 30))), (12, ((1, 12),))]
 ]
 
 
@@ -104,7 +97,7 @@ def live_base(folder: Path, *, evaluate_first: bool = False) -> torch.nn.Module:
 def label_log_probs(model: torch.nn.Module) -> torch.Tensor:
     """[N, V] in fp32."""
     with torch.no_grad():
-        rows = [model(torch.tensor([row.input_ids])).logits[0, row.label_start - 1 : -1] for row in ROWS]
+        rows = [model(torch.tensor([row.input_ids])).logits[0, row.predictors] for row in ROWS]
     return torch.cat(rows).log_softmax(-1)
 
 

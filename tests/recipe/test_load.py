@@ -137,7 +137,14 @@ def test_a_learning_rate_may_be_written_as_people_write_it(tmp_path, written):
         ('data.train="a\\0b"', "no such file"),
         ('data.train="\\ud800"', "expected text"),
         ("data.train=" + "x" * 10_000, "no such file"),
-        ("data.train=.", "is a folder; expected a SQuAD JSON file"),
+        ("data.train=.", "is a folder, but not one that datasets' save_to_disk wrote"),
+        ("data.train=[]", "a list of files, each a path or {path: ..., weight: ...}, got []"),
+        (
+            "data.train=[{path: a.json, weight: 0}]",
+            "a list of files, each a path or {path: ..., weight: ...}, got [a mapping]",
+        ),
+        ("data.train=[nowhere.json]", "no such file; looked at"),
+        ("data.format=alpacca", "did you mean alpaca?"),
         ("model.base=smollm2-135", "did you mean smollm2-135m?"),
         ("model.base=/no/such/folder", "no such folder or .gguf file; looked at /no/such/folder"),
         ("model.base=org/missing.gguf", "no such folder or .gguf file"),
@@ -186,7 +193,6 @@ REFUSED = {
     "model.attention": ["eager", "flash_attention_2", "flex_attention"],
     "lora.use_dora": ["true"],
     "lora.modules_to_save": ["[lm_head]"],
-    "data.format": ["chat", "prompt_completion"],
     "data.share_prefixes": ["true"],
     "memory.budget": ["24GiB", "1000000"],
     "merge.base": ["original"],
@@ -304,6 +310,36 @@ def test_a_run_that_started_from_an_adapter_is_read_also_when_that_is_gone(tmp_p
     (folder / "adapter_config.json").unlink()
     folder.rmdir()
     assert load_run_recipe(saved) == recipe
+
+
+def test_several_training_files_are_paths_or_have_weights_and_each_is_looked_up(tmp_path, monkeypatch):
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder in (beside, here):
+        folder.mkdir()
+    for path in (beside / "a.jsonl", here / "b.csv"):
+        path.write_text("{}")
+    monkeypatch.chdir(here)
+    path = write(beside, "data:\n  train:\n    - a.jsonl\n    - {path: b.csv, weight: 0.5}\n  eval: null\n")
+    files = ((str(beside / "a.jsonl"), 1.0), (str(here / "b.csv"), 0.5))
+    recipe = load_recipe(path)
+    assert recipe.data.train_files == files
+    assert load_recipe(path, overrides=["data.train=[a.jsonl, {path: b.csv, weight: 0.5}]"]) == recipe
+    assert load_recipe(path, overrides=["data.train=a.jsonl"]).data.train_files == files[:1]
+    assert load_recipe(write(tmp_path, dump_recipe(recipe), "recipe.yaml")) == recipe
+    problems = problems_of(path, "data.train=[b.jsonl, {path: c.csv}]")
+    assert [problem.partition("looked at ")[2].partition(" ")[0] for problem in problems] == [
+        str(beside / "b.jsonl"),
+        str(beside / "c.csv"),
+    ]
+    (problem,) = problems_of(path, "data.train=[{path: b.csv, wieght: 2}]")
+    assert "expected text that is not blank or a list of files, each a path or {path: ..., weight: ...}" in problem
+
+
+def test_a_folder_that_datasets_saved_is_a_data_file(tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    recipe = load_recipe(write(tmp_path, "data: {train: saved, eval: null}\n"))
+    assert recipe.data.train == str(tmp_path / "saved")
 
 
 def test_a_local_folder_named_like_a_hub_model_is_a_folder(tmp_path, monkeypatch):

@@ -1,0 +1,179 @@
+"""A row within `max_seq_length` tokens: one example, several, or none.
+
+- A question loses *context* only, first where it reaches farther from the answer; never question, answer or template.
+- A conversation is whole or dropped. It is one example, or one for each stretch of turns that a template does not rewrite.
+- A document is cut in pieces. Each begins with the last token of the piece before it, which carries no label there, so every token is
+  trained once; only the last piece ends in the end-of-sequence token.
+"""
+
+from dataclasses import dataclass, replace
+
+from qlora_lite.data.prompts import squad_text
+from qlora_lite.data.rows import Conversation, Document, Message, QuestionRow, Row
+from qlora_lite.data.template import ChatTemplate, Encoded
+
+_SNAP_CHARS = 24  # a shortened context moves to a word boundary when one is this near
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is trained, and what evaluation asks and expects."""
+
+    id: str  # of the row it comes from
+    encoded: Encoded
+    question: str = ""  # the last message before the answer, for people
+    answers: tuple[str, ...] | None = None  # the gold answers of the last trained turn; None: nothing to compare (text)
+    whole_prompt_ids: tuple[int, ...] | None = None  # where `encoded` lost context: the prompt with all of it
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Token ids to generate the last trained turn from; a shortened question is asked about its whole context."""
+        if self.whole_prompt_ids is not None:
+            return list(self.whole_prompt_ids)
+        return self.encoded.input_ids[: self.encoded.spans[-1][0]]
+
+
+def fit_row(
+    template: ChatTemplate, row: Row, *, no_answer_text: str, max_seq_length: int | None
+) -> tuple[list[Example], bool]:
+    """-> (examples of at most `max_seq_length` tokens, whether a context was shortened or a text cut in pieces).
+
+    No examples means that the row cannot fit and is dropped. Raises ModelError for a row the template cannot render.
+    """
+    if isinstance(row, Document):
+        return _fit_document(template, row, max_seq_length)
+    if isinstance(row, QuestionRow):
+        return _fit_question(template, row, no_answer_text, max_seq_length)
+    examples = _turn_examples(template, row)
+    fits = max_seq_length is None or max(len(e.encoded.input_ids) for e in examples) <= max_seq_length
+    return (examples if fits else []), False
+
+
+def least_tokens(template: ChatTemplate, row: Row, whole: int, *, no_answer_text: str) -> int:
+    """The smallest `max_seq_length` at which a row of `whole` tokens is not dropped."""
+    if isinstance(row, Document):
+        return 2  # one token is trained from the one before it
+    if isinstance(row, QuestionRow):
+        shortest = replace(row, context=row.answers[0] if row.answers else "")
+        return min(whole, len(_encode_question(template, shortest, no_answer_text).input_ids))
+    return whole
+
+
+@dataclass
+class TemplateNotes:
+    """Counts the conversations that a chat template made us change or split, to say so."""
+
+    num_merged: int = 0
+    num_split: int = 0
+
+    def count(self, template: ChatTemplate, row: Row, examples: list[Example]) -> None:
+        """Take one row, and the examples it made, into account."""
+        if isinstance(row, Conversation):
+            self.num_split += len(examples) > 1
+            self.num_merged += row.messages[0]["role"] == "system" and not template.has_system_role
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What to say; empty when nothing was changed."""
+        said = []
+        if self.num_merged:
+            said.append(
+                f"the chat template has no system role: the system's text of {self.num_merged} conversations was put before "
+                f"their first user message"
+            )
+        if self.num_split:
+            said.append(
+                f"the chat template rewrites earlier turns: {self.num_split} conversations make several examples each, every "
+                f"turn behind what inference sees at that turn"
+            )
+        return tuple(said)
+
+
+def _turn_examples(template: ChatTemplate, row: Conversation) -> list[Example]:
+    return [
+        Example(
+            row.id,
+            turns.encoded,
+            question=_said(row.messages[turns.last - 1]),
+            answers=(_said(row.messages[turns.last]),),
+        )
+        for turns in template.encode(row)
+    ]
+
+
+def _said(message: Message) -> str:
+    return str(message.get("content", "")).strip()
+
+
+def _fit_document(template: ChatTemplate, row: Document, max_seq_length: int | None) -> tuple[list[Example], bool]:
+    ids = template.document_ids(row.text)
+    length = max_seq_length or len(ids)
+    if length < 2:
+        return [], False
+    pieces = [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]
+    return [Example(row.id, Encoded(piece, ((1, len(piece)),))) for piece in pieces], len(pieces) > 1
+
+
+def _fit_question(
+    template: ChatTemplate, row: QuestionRow, no_answer_text: str, max_seq_length: int | None
+) -> tuple[list[Example], bool]:
+    whole = _encode_question(template, row, no_answer_text)
+    if max_seq_length is None or len(whole.input_ids) <= max_seq_length:
+        return [Example(row.id, whole, row.question, row.answers)], False
+    shortened = _shorten(template, row, no_answer_text, max_seq_length)
+    if shortened is None:
+        return [], False
+    whole_prompt_ids = tuple(whole.input_ids[: whole.spans[-1][0]])
+    return [Example(row.id, shortened, row.question, row.answers, whole_prompt_ids)], True
+
+
+def _encode_question(template: ChatTemplate, row: QuestionRow, no_answer_text: str) -> Encoded:
+    """Prompt, first gold answer (`no_answer_text` for an unanswerable row) and stop token."""
+    answer = row.answers[0] if row.answers else no_answer_text
+    asked = {"role": "user", "content": squad_text(row.question, row.context)}
+    answered = {"role": "assistant", "content": answer.strip()}
+    (turn,) = template.encode(Conversation(row.id, (asked, answered)))
+    return turn.encoded
+
+
+def _shorten(template: ChatTemplate, row: QuestionRow, no_answer_text: str, max_seq_length: int) -> Encoded | None:
+    """The row with the largest window of its context that fits, or None when none does.
+
+    The window holds the first gold answer and is cut where the context reaches farther from it.
+    """
+    answer = row.answers[0] if row.answers else ""
+    start = row.answer_start if row.answer_start is not None else max(0, row.context.find(answer))
+    end = start + len(answer)
+    best: Encoded | None = None
+    # Binary search for the most characters that still fit; tokens grow with characters, nearly always.
+    low, high = len(answer), len(row.context) - 1
+    while low <= high:
+        num_chars = (low + high) // 2
+        shorter = replace(row, context=_window(row.context, start, end, num_chars))
+        encoded = _encode_question(template, shorter, no_answer_text)
+        if len(encoded.input_ids) <= max_seq_length:
+            best, low = encoded, num_chars + 1
+        else:
+            high = num_chars - 1
+    return best
+
+
+def _window(context: str, start: int, end: int, num_chars: int) -> str:
+    """At most `num_chars` characters of `context` that hold [start, end); the longer side is cut first, at word boundaries if near."""
+    spare = num_chars - (end - start)
+    before, after = start, len(context) - end  # characters on each side of the answer
+    keep_before = min(before, max(spare // 2, spare - after))
+    keep_after = min(after, spare - keep_before)
+    left, right = start - keep_before, end + keep_after
+    if left > 0 and not context[left - 1].isspace():
+        snapped = next((i for i in range(left, min(left + _SNAP_CHARS, start)) if context[i].isspace()), left)
+        left = snapped
+    if right < len(context) and not context[right].isspace():
+        snapped = next((i for i in range(right, max(right - _SNAP_CHARS, end), -1) if context[i - 1].isspace()), right)
+        right = snapped
+    # Whitespace at a cut goes too, but never a character of the answer.
+    while left < start and left > 0 and context[left].isspace():
+        left += 1
+    while right > end and right < len(context) and context[right - 1].isspace():
+        right -= 1
+    return context[left:right]

@@ -1,0 +1,227 @@
+"""What the columns of a row mean: six formats, found by their columns, each read into one of the row types.
+
+| format            | columns                                        | becomes                                          |
+|-------------------|------------------------------------------------|--------------------------------------------------|
+| squad             | context, question, answers (or answer)         | a question about a passage                       |
+| chat              | messages [, tools]                             | a conversation, every assistant message trained  |
+| sharegpt          | conversations [, system, tools]                | the same, of {from, value}                       |
+| prompt_completion | prompt, completion (or question, answer)       | one exchange; or messages, the completion trained |
+|                   | [, system, tools]                              |                                                  |
+| alpaca            | instruction, output [, input, system]          | one exchange: instruction, empty line, input     |
+| text              | text                                           | a document, every token trained                  |
+
+An `id` column names the rows; without one the place in the file does. Names follow TRL, LLaMA-Factory and the OpenAI chat format.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qlora_lite.data.prompts import alpaca_text
+from qlora_lite.data.rows import BadRow, Conversation, Document, Message, Row, kind, problem_with_text, short
+from qlora_lite.data.squad import check_columns
+
+# Format -> the sets of columns it may have; the first format that has one of its sets is the one.
+_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "squad": (("context", "question", "answers"), ("context", "question", "answer")),
+    "chat": (("messages",),),
+    "sharegpt": (("conversations",),),
+    "prompt_completion": (("prompt", "completion"), ("question", "answer")),
+    "alpaca": (("instruction", "output"),),
+    "text": (("text",),),
+}
+FORMATS = tuple(_COLUMNS)
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    **{name: name for name in _ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+}
+
+
+def find_columns(columns: Sequence[str], *, format: str) -> tuple[str, tuple[str, ...]] | str:
+    """-> (format, the columns that make it so) for "auto" or a named format; or what is missing, as a sentence."""
+    for name in FORMATS if format == "auto" else (format,):
+        for wanted in _COLUMNS[name]:
+            if set(wanted) <= set(columns):
+                return name, wanted
+    there = ", ".join(short(column) for column in columns[:30]) or "none"
+    if format == "auto":
+        return f"no format has these columns: {there}. Known are {_all_columns()}"
+    missing = [[f'"{name}"' for name in wanted if name not in columns] for wanted in _COLUMNS[format]]
+    fewest = min(missing, key=len)
+    return f"no column {' and no column '.join(fewest)}, which {format} needs ({_alternatives(format)}). Its columns: {there}"
+
+
+def read_row(format: str, values: dict[str, Any], place: str) -> Row | BadRow:
+    """One row's columns -> the row. `place` names a row without an id, such as "line 7"."""
+    given = values.get("id")
+    has_id = type(given) in (int, str) and not _is_blank(str(given))
+    name = str(given) if has_id else place
+    if format == "squad":
+        return check_columns(values | {"id": name}, place)
+    try:
+        return _READERS[format](values, name)
+    except _Unusable as problem:
+        return BadRow(f'id "{short(name)}"' if has_id else place, str(problem))
+
+
+class _Unusable(Exception):
+    """Why a row cannot be used."""
+
+
+def _chat(values: dict[str, Any], name: str) -> Conversation:
+    return _conversation(name, _messages(values.get("messages"), "messages"), values)
+
+
+def _sharegpt(values: dict[str, Any], name: str) -> Conversation:
+    turns = values.get("conversations")
+    if not isinstance(turns, list):
+        raise _Unusable(f"conversations: expected a list, got {kind(turns)}")
+    messages = []
+    for position, turn in enumerate(turns):
+        where = f"conversations[{position}]"
+        if not isinstance(turn, dict):
+            raise _Unusable(f"{where}: expected an object with from and value, got {kind(turn)}")
+        speaker = str(turn.get("from"))
+        if speaker not in _SHAREGPT_ROLES:
+            raise _Unusable(f'{where}.from: "{short(speaker)}", known are {", ".join(_SHAREGPT_ROLES)}')
+        messages.append({"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")})
+    return _conversation(name, _messages(messages, "conversations"), values)
+
+
+def _prompt_completion(values: dict[str, Any], name: str) -> Conversation:
+    columns = _COLUMNS["prompt_completion"]
+    prompt_column, completion_column = columns[0] if "prompt" in values else columns[1]
+    prompt = _as_messages(values.get(prompt_column), "user", prompt_column)
+    completion = _as_messages(values.get(completion_column), "assistant", completion_column)
+    return _conversation(name, [*prompt, *completion], values, num_prompt=len(prompt))
+
+
+def _alpaca(values: dict[str, Any], name: str) -> Conversation:
+    instruction, output = (_text(values.get(column), column) for column in ("instruction", "output"))
+    added = "" if _is_blank(values.get("input")) else _text(values["input"], "input")
+    return _conversation(name, [_user(alpaca_text(instruction, added)), _assistant(output)], values)
+
+
+def _document(values: dict[str, Any], name: str) -> Document:
+    return Document(name, _text(values.get("text"), "text"))
+
+
+_READERS: dict[str, Callable[[dict[str, Any], str], Conversation | Document]] = {
+    "chat": _chat,
+    "sharegpt": _sharegpt,
+    "prompt_completion": _prompt_completion,
+    "alpaca": _alpaca,
+    "text": _document,
+}
+
+
+def _conversation(name: str, messages: list[Message], values: dict[str, Any], *, num_prompt: int = 0) -> Conversation:
+    """The messages up to the last answer: what follows it is not trained and not seen by what is."""
+    if not _is_blank(values.get("system")) and messages and messages[0]["role"] != "system":
+        system = {"role": "system", "content": _text(values["system"], "system")}
+        messages, num_prompt = [system, *messages], num_prompt + 1
+    while messages and messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
+    row = Conversation(name, tuple(messages), _tools(values.get("tools")), first_trained=max(1, num_prompt))
+    if not row.trained_turns:
+        raise _Unusable("no assistant message with one before it, so there is nothing to train")
+    return row
+
+
+def _messages(given: Any, where: str) -> list[Message]:
+    if not isinstance(given, list):
+        raise _Unusable(f"{where}: expected a list of messages, got {kind(given)}")
+    return [_message(message, f"{where}[{position}]") for position, message in enumerate(given)]
+
+
+def _as_messages(given: Any, role: str, where: str) -> list[Message]:
+    """A text is one message of that role; TRL also has lists of messages."""
+    return _messages(given, where) if isinstance(given, list) else [{"role": role, "content": _text(given, where)}]
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise _Unusable(f"{where}: expected an object with role and content, got {kind(message)}")
+    if message.get("role") not in _ROLES:
+        raise _Unusable(f'{where}.role: "{short(str(message.get("role")))}", known are {", ".join(_ROLES)}')
+    kept = {key: value for key, value in message.items() if value is not None}
+    content = _joined(kept.get("content", ""), where)
+    calls = _tool_calls(kept.pop("tool_calls", []), f"{where}.tool_calls")
+    may_be_empty = bool(calls) or message["role"] in ("system", "tool")
+    content = "" if _is_blank(content) and may_be_empty else _text(content, f"{where}.content")
+    return kept | {"content": content} | ({"tool_calls": calls} if calls else {})
+
+
+def _joined(content: Any, where: str) -> Any:
+    """The OpenAI format also has a list of parts; those of text are joined."""
+    if not isinstance(content, list):
+        return content
+    for position, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            what = part.get("type") if isinstance(part, dict) else kind(part)
+            raise _Unusable(f"{where}.content[{position}]: only parts of the type text can be trained, got {what}")
+    return "".join(part["text"] for part in content)
+
+
+def _tool_calls(given: Any, where: str) -> list[Any]:
+    """The OpenAI format has a call's arguments as JSON text; chat templates expect the object."""
+    if not isinstance(given, list):
+        raise _Unusable(f"{where}: expected a list, got {kind(given)}")
+    calls = []
+    for position, call in enumerate(given):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _Unusable(f"{where}[{position}]: expected an object with function.name and function.arguments")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments, f"{where}[{position}].function.arguments")
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return calls
+
+
+def _tools(given: Any) -> tuple[Any, ...]:
+    if _is_blank(given):
+        return ()
+    tools = _parsed(given, "tools") if isinstance(given, str) else given
+    if not isinstance(tools, list):
+        raise _Unusable(f"tools: expected a list of JSON schemas, got {kind(tools)}")
+    return tuple(tools)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _Unusable(f"{where}: not JSON: {str(error)[:100]}") from error
+
+
+def _is_blank(given: Any) -> bool:
+    return given is None or (isinstance(given, str) and not given.strip())
+
+
+def _text(given: Any, where: str) -> str:
+    if problem := problem_with_text(given):
+        raise _Unusable(f"{where}: {problem}")
+    assert isinstance(given, str)
+    return given
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def _alternatives(format: str) -> str:
+    return " or ".join(", ".join(columns) for columns in _COLUMNS[format])
+
+
+def _all_columns() -> str:
+    return "; ".join(f"{name}: {_alternatives(name)}" for name in FORMATS)

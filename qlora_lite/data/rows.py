@@ -1,0 +1,91 @@
+"""What a data file holds, row by row: a question about a passage, a conversation, or a document; or a row that cannot be used.
+
+Readers make these, `fit.py` turns them into token ids. Only a `QuestionRow` may lose text when it is too long (some of its passage).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+MAX_TEXT_CHARS = 1_000_000  # of one text in a row; the longest model contexts hold about four million characters
+
+# {"role": ..., "content": ..., and what else a chat template reads, such as tool_calls}
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class QuestionRow:
+    """One question about one context. `answers` is empty when the context does not answer it."""
+
+    id: str
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    answer_start: int | None = None  # where answers[0] begins in the context, in characters; None when not known
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in turn, the last one the assistant's. Every assistant message is trained that has one before it.
+
+    `first_trained` is the index of the first message that may be trained: answers before it belong to the prompt.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    tools: tuple[Any, ...] = ()  # JSON schemas of functions, given to the template
+    first_trained: int = 1
+
+    @property
+    def trained_turns(self) -> list[int]:
+        """Indices of the messages that are trained, in order."""
+        start = max(1, self.first_trained)  # nothing was said before message 0, so it answers nothing
+        return [i for i in range(start, len(self.messages)) if self.messages[i]["role"] == "assistant"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text; every token is trained."""
+
+    id: str
+    text: str
+
+
+Row = QuestionRow | Conversation | Document
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used: its id or position in the file, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def problem_with_text(text: Any) -> str:
+    """Why `text` cannot be a text of a row, or ""."""
+    if text is None:
+        return "missing"
+    if not isinstance(text, str):
+        return f"expected text, got {kind(text)}"
+    if not text.strip():
+        return "empty"
+    if len(text) > MAX_TEXT_CHARS:
+        return f"{len(text):,} characters, allowed {MAX_TEXT_CHARS:,}"
+    # Half of a surrogate pair cannot be encoded, so no tokenizer takes it.
+    return "holds half of a surrogate pair" if any("\ud800" <= char <= "\udfff" for char in text) else ""
+
+
+def kind(value: Any) -> str:
+    """What a value is, in words for people."""
+    if value is None:
+        return "nothing"
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def short(text: str, limit: int = 60) -> str:
+    """`text`, cut to `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,184 @@
+"""Every family's template: exactly the assistant's tokens and stop are trained, behind exactly the tokens that inference sees."""
+
+import pytest
+
+from qlora_lite.data.rows import Conversation
+from qlora_lite.data.template import ChatTemplate
+from qlora_lite.errors import ModelError
+from tests.data.families import FAMILIES
+
+
+def chat(*contents, system=None, name="row"):
+    """User and assistant in turn, behind a system message when there is one."""
+    head = [] if system is None else [{"role": "system", "content": system}]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return Conversation(name, (*head, *turns))
+
+
+TALK = (
+    "Which river flows through Egypt?",
+    "The Nile.",
+    "And which town lies on it?",
+    "Cairo, for one.",
+    "Another?",
+    "Luxor",
+)
+
+
+def at_inference(tokenizer, messages, **settings):
+    """Token ids a chat program would send to have `messages` answered."""
+    if not tokenizer.chat_template:
+        ends = {"assistant": tokenizer.eos_token + "\n"}
+        text = "".join(m["content"] + ends.get(m["role"], "\n") for m in messages)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    settings = {"enable_thinking": False} | settings
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **settings)
+
+
+def trained_turns(tokenizer, examples):
+    """(ids before the turn, text of the turn) for every span of every example."""
+    return [
+        (example.encoded.input_ids[:start], tokenizer.decode(example.encoded.input_ids[start:end]))
+        for example in examples
+        for start, end in example.encoded.spans
+    ]
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_turn_is_trained_with_its_stop_behind_what_inference_sees(name, system):
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    template = ChatTemplate(tokenizer)
+    conversation = chat(*TALK, system=system)
+    found = trained_turns(tokenizer, template.encode(conversation))
+
+    assert [text for _, text in found] == [
+        f"{family.space}{answer}{family.after}{family.stop}" for answer in TALK[1::2]
+    ]
+    seen = list(conversation.messages)
+    if system and not template.has_system_role:
+        seen = [{"role": "user", "content": f"{system}\n\n{TALK[0]}"}, *seen[2:]]
+    for (before, _), turn in zip(found, [i for i, m in enumerate(seen) if m["role"] == "assistant"], strict=True):
+        assert (
+            before
+            == at_inference(tokenizer, seen[:turn])
+            == template.prompt_ids(conversation.messages[: turn + len(conversation.messages) - len(seen)])
+        )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_turns_share_one_example_unless_the_template_rewrites_the_earlier_ones(name):
+    examples = ChatTemplate(FAMILIES[name].tokenizer()).encode(chat(*TALK))
+    assert [len(example.encoded.spans) for example in examples] == ([1, 1, 1] if name == "qwen" else [3])
+    assert [example.last for example in examples] == ([1, 3, 5] if name == "qwen" else [5])
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"qwen", "plain"}))
+def test_the_text_of_an_example_is_the_templates_up_to_the_last_stop(name):
+    tokenizer = FAMILIES[name].tokenizer()
+    (example,) = ChatTemplate(tokenizer).encode(chat(*TALK))
+    whole = tokenizer.apply_chat_template(list(chat(*TALK).messages), tokenize=False)
+    text = tokenizer.decode(example.encoded.input_ids)
+    assert whole.startswith(text) and text.endswith(FAMILIES[name].stop)
+    assert TALK[5] in text
+
+
+def test_the_families_without_a_system_role_are_known():
+    without = {name for name, family in FAMILIES.items() if not ChatTemplate(family.tokenizer()).has_system_role}
+    assert without == {"gemma", "mistral"}
+
+
+def test_thoughts_are_trained_where_they_are_given_and_asked_for_with_thinking_on():
+    tokenizer = FAMILIES["qwen"].tokenizer()
+    thought = "<think>\nEgypt has one river.\n</think>\n\nThe Nile."
+    conversation = chat(TALK[0], thought, TALK[2], "Cairo")
+    first, second = ChatTemplate(tokenizer).encode(conversation)
+    messages = list(conversation.messages)
+    assert trained_turns(tokenizer, [first]) == [
+        (at_inference(tokenizer, messages[:1], enable_thinking=True), thought + "<|im_end|>")
+    ]
+    assert trained_turns(tokenizer, [second]) == [(at_inference(tokenizer, messages[:3]), "Cairo<|im_end|>")]
+    assert "Egypt has one river" not in tokenizer.decode(second.encoded.input_ids), "inference drops earlier thoughts"
+
+
+TOOLS = ({"type": "function", "function": {"name": "towns", "parameters": {"type": "object", "properties": {}}}},)
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "towns", "arguments": {}}}],
+}
+
+
+def test_a_tool_call_is_trained_and_the_tools_answer_is_not():
+    tokenizer = FAMILIES["llama3"].tokenizer()
+    messages = (
+        {"role": "user", "content": "Towns?"},
+        CALL,
+        {"role": "tool", "content": "Luxor"},
+        {"role": "assistant", "content": "Luxor."},
+    )
+    (example,) = ChatTemplate(tokenizer).encode(Conversation("row", messages, TOOLS))
+    found = trained_turns(tokenizer, [example])
+    assert [text for _, text in found] == ['{"name": "towns", "arguments": {}}<|eot_id|>', "Luxor.<|eot_id|>"]
+    for (before, _), turn in zip(found, (1, 3), strict=True):
+        assert before == at_inference(tokenizer, list(messages[:turn]), tools=list(TOOLS))
+    assert "Tools: " in tokenizer.decode(example.encoded.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "said"),
+    [
+        ("mistral", "tool", "cannot render messages of the roles user, assistant, tool"),
+        ("phi", "tool", 'leaves messages of the role "tool" out'),
+    ],
+)
+def test_a_role_that_the_template_does_not_know_is_named_with_row_and_template(name, role, said):
+    tokenizer = FAMILIES[name].tokenizer()
+    tokenizer.name_or_path = "some-model"
+    messages = [{"role": r, "content": r} for r in ("user", "assistant", role, "assistant")]
+    with pytest.raises(ModelError, match=f"row 7: some-model: the chat template {said}"):
+        ChatTemplate(tokenizer).encode(Conversation("7", tuple(messages)))
+
+
+def test_a_template_that_takes_no_tools_refuses_them():
+    template = ChatTemplate(FAMILIES["chatml"].tokenizer())
+    with pytest.raises(ModelError, match="takes no tools"):
+        template.encode(Conversation("row", chat(*TALK).messages, TOOLS))
+
+
+def test_only_the_completion_is_trained_when_the_prompt_holds_answers_too():
+    tokenizer = FAMILIES["llama3"].tokenizer()
+    conversation = Conversation("row", chat(*TALK).messages, first_trained=4)
+    assert [text for _, text in trained_turns(tokenizer, ChatTemplate(tokenizer).encode(conversation))] == [
+        "Luxor<|eot_id|>"
+    ]
+
+
+def test_an_answer_without_a_question_before_it_is_not_trained():
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    greeting = {"role": "assistant", "content": "Hello!"}
+    conversation = Conversation("row", (greeting, *chat(*TALK[:2]).messages))
+    assert [text for _, text in trained_turns(tokenizer, ChatTemplate(tokenizer).encode(conversation))] == [
+        "The Nile.<|im_end|>"
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_that_spells_the_stop_token_stops_once_only(name):
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    template = ChatTemplate(tokenizer)
+    answer = f"{family.stop} ends a turn"
+    for example in template.encode(chat("What is it?", answer, "Again?", answer)):
+        for start, end in example.encoded.spans:
+            labels = example.encoded.input_ids[start:end]
+            assert labels.count(template.stop_token_id) == 1 and labels[-1] == template.stop_token_id
+            assert tokenizer.decode(labels) == f"{family.space}{answer}{family.after}{family.stop}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_document_is_trained_whole_behind_the_begin_token(name):
+    tokenizer = FAMILIES[name].tokenizer()
+    ids = ChatTemplate(tokenizer).document_ids("The Nile flows.")
+    assert tokenizer.decode(ids) == "The Nile flows." + tokenizer.eos_token
