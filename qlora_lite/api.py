@@ -6,8 +6,8 @@ The command line (pipeline.py) uses nothing else. Everything a run writes goes t
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -31,8 +31,11 @@ from qlora_lite.model.artefact import quantize_base, verify_artefact
 from qlora_lite.model.base import LoadedBase, checkpoint_activations, load_base, load_tokenizer
 from qlora_lite.model.factors import FACTORS_FILE, copy_factors
 from qlora_lite.model.forward import causal_lm
-from qlora_lite.model.manifest import sha256_of_file, write_manifest
+from qlora_lite.model.manifest import folder_weights_sha256, sha256_of_file, write_manifest
+from qlora_lite.model.quantization import stored_quantization
+from qlora_lite.model.source import read_config
 from qlora_lite.model.staging import staged_folder
+from qlora_lite.model.trained import folder_name, make_trainable
 from qlora_lite.plan import Plan, make_plan
 from qlora_lite.recipe import Recipe, dump_recipe, load_recipe, load_run_recipe
 from qlora_lite.run_dir import RunDir
@@ -52,6 +55,7 @@ from qlora_lite.train.seeds import purpose_seed
 
 PROOF_TOKENS = 2500  # held-out rows of a proof by default: as many as have together about so many tokens
 Which = Literal["base", "adapter", "merged"]
+METHOD_NAMES = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}
 
 __all__ = ["LoadedModel", "evaluate", "load_model", "load_recipe", "make_plan", "merge", "open_run", "train"]
 
@@ -62,7 +66,7 @@ class LoadedModel:
 
     model: PeftModel | PreTrainedModel
     tokenizer: Any
-    artefact: Path  # the quantized base's folder
+    base: Path  # folder of the base model: quantized in the cache, or in 16 bits where it was found
     base_sha256: str
     static_bytes: dict[str, int]  # resident before the first step: weights, constants, adapter
 
@@ -70,32 +74,31 @@ class LoadedModel:
 def load_model(
     plan: Plan, *, adapter: Path | None = None, progress: Callable[[int, int], None] | None = None
 ) -> LoadedModel:
-    """Quantize the plan's base (first time only), load it, and put a new adapter on it, or the saved one at `adapter`.
+    """Load the plan's base (quantized the first time) and put a new adapter on it, or the saved one at `adapter`.
 
-    A new one has the factors of the recipe's lora.init_from, where that is given.
-    `progress(done, total)` counts tensors while quantizing. Raises ModelError.
+    A new one has the factors of the recipe's lora.init_from, where that is given. With method full there is no adapter, and
+    every weight is trainable. `progress(done, total)` counts tensors while quantizing. Raises ModelError.
     """
     recipe = plan.recipe
-    artefact = quantize_base(plan.source, cache=plan.cache, progress=progress)
-    sha256 = verify_artefact(artefact)
-    base = load_base(artefact, device=plan.device, compute=plan.types.compute)
+    folder = base_folder(plan, progress=progress)
+    sha256 = _base_sha256(plan, folder)
+    base = load_base(folder, device=plan.device, compute=plan.types.compute)
+    model: PeftModel | PreTrainedModel = base.model
     if adapter is not None:
         model = load_adapter(base.model, adapter, factor_dtype=plan.types.factors)
+    elif recipe.method == "full":
+        make_trainable(base.model)
     else:
-        model = attach_adapter(
-            base.model,
-            r=recipe.lora.r,
-            lora_alpha=recipe.lora.lora_alpha,
-            lora_dropout=recipe.lora.lora_dropout,
-            target_modules=_target_modules(recipe),
-            use_rslora=recipe.lora.use_rslora,
-            factor_dtype=plan.types.factors,
-            seed=purpose_seed(recipe.train.seed, "factors"),
-        )
-        if recipe.lora.init_from is not None:
-            copy_factors(model, Path(recipe.lora.init_from))
+        model = _new_adapter(plan, base.model)
     checkpoint_activations(causal_lm(model), enable=recipe.memory.gradient_checkpointing is True)
-    return LoadedModel(model, base.tokenizer, artefact, sha256, _static_bytes(base, model))
+    return LoadedModel(model, base.tokenizer, folder, sha256, _static_bytes(base, model))
+
+
+def base_folder(plan: Plan, *, progress: Callable[[int, int], None] | None = None) -> Path:
+    """The folder that the base is read from: the quantized artefact, made the first time, or the 16-bit source itself."""
+    if plan.quantization is None:
+        return plan.source
+    return quantize_base(plan.source, cache=plan.cache, quantization=plan.quantization, progress=progress)
 
 
 def training_examples(plan: Plan, tokenizer: Any) -> Examples:
@@ -141,7 +144,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[StepStats]:
-    """Train and keep `run_dir`: one `StepStats` per optimizer step, checkpoints on the way, adapter/ at the end.
+    """Train and keep `run_dir`: one `StepStats` per optimizer step, checkpoints on the way, adapter/ (or weights/) at the end.
 
     `resume` continues from the newest whole checkpoint. When `should_stop()` becomes true, the step that is under way is
     finished, a checkpoint written, and the generator ends. A finished run has no steps left. Afterwards `loaded` holds the
@@ -179,7 +182,6 @@ def train(
         _resume(state, run, say)
     else:
         _write_start(run, plan, loaded)
-    base_name = str(loaded.artefact)
     steps = train_steps(
         state,
         examples,
@@ -202,20 +204,20 @@ def train(
                 is_last, is_stopped = state.is_over(stats.num_steps, early_stop=recipe.train.early_stop), should_stop()
                 is_best = state.best is not None and state.best.step == stats.step
                 if is_last or is_stopped or is_best or stats.step % recipe.train.save_every_steps == 0:
-                    _save(state, run, recipe, base_name)
+                    _save(state, run, recipe, loaded.base)
                 yield stats
                 if is_stopped and not is_last:
                     return
     except TrainingStopped as error:
         if error.state_is_good and state.step > 0:
-            _save(state, run, recipe, base_name)
+            _save(state, run, recipe, loaded.base)
         raise
     if state.step < len(sampler):
         say(
             f"stopped early after step {state.step} of {len(sampler)}: the validation loss has not fallen for "
             f"{recipe.train.early_stop} evaluations"
         )
-    _publish_adapter(state, run, say)
+    _publish(state, run, say)
     resident = loaded.static_bytes | {"optimizer_bytes": state_bytes(optimizer)}
     run.write_json("memory.json", _measured_memory(plan, loaded, resident, run.read_steps()))
 
@@ -241,23 +243,34 @@ def evaluate(
 
 
 def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None) -> MergeResult:
-    """Merge the run's adapter into a dequantized checkpoint at `out` (default: merged/ of the run), with proof.
+    """Merge the run's adapter into a 16-bit checkpoint at `out` (default: merged/ of the run), with proof.
 
+    The base is the one that training saw, dequantized, or with merge.base: original the 16-bit one it was made from.
     Raises ProofFailed when the merged model is not the adapter model, RunError when the run has no adapter.
     """
     run, recipe = RunDir.open(run_dir), plan.recipe
-    artefact = run_artefact(plan, run)
-    rows = _proof_rows(plan, load_tokenizer(artefact))
+    if recipe.method == "full":
+        raise RunError(
+            f"{run.path}: method full trains the weights themselves, so there is nothing to merge: {run.weights} is an "
+            "ordinary checkpoint already"
+        )
+    folder = run_base(plan, run)
+    is_original = recipe.merge.base == "original"
+    if is_original and stored_quantization(read_config(plan.source), plan.source) is not None:
+        raise RunError(
+            f"merge.base: original, and {plan.source} has no 16-bit original. Use --set merge.base=dequantized"
+        )
+    rows = _proof_rows(plan, load_tokenizer(folder))
     return merge_files(
-        artefact,
-        _finished_adapter(run),
+        plan.source if is_original else folder,
+        _finished(run),
         Path(out) if out is not None else run.merged,
         rows,
         dtype=recipe.merge.dtype,
         rounding=recipe.merge.rounding,
         scale=recipe.merge.scale,
         seed=purpose_seed(recipe.train.seed, "rounding"),
-        compute_dtype=plan.types.name,
+        compute_dtype=None if is_original else plan.types.name,
         device=plan.device,
     )
 
@@ -268,32 +281,51 @@ def open_run(run_dir: Path | str) -> tuple[RunDir, Plan]:
     return run, make_plan(load_run_recipe(run.recipe))
 
 
-def load_run_model(plan: Plan, run: RunDir, which: Which) -> LoadedModel:
-    """The run's base, adapter or merged model. For "base" use it inside `adapter_off`."""
+def run_models(plan: Plan, run: RunDir, wanted: Sequence[Which]) -> Iterator[LoadedModel]:
+    """Each of the run's models in turn, to be used until the next one is asked for; base and adapter share one set of weights.
+
+    "adapter" is the tuned model also where every weight was trained. Raises RunError for what is not there yet.
+    """
+    shared: LoadedModel | None = None
+    for which in wanted:
+        loaded = shared if shared is not None and which != "merged" else _load_run_model(plan, run, which, wanted)
+        shared = loaded if isinstance(loaded.model, PeftModel) else None
+        with _adapter_off(loaded) if which == "base" else nullcontext():
+            yield loaded
+        del loaded
+
+
+def _load_run_model(plan: Plan, run: RunDir, which: Which, wanted: Sequence[Which]) -> LoadedModel:
     if which == "merged":
         if not (run.merged / "config.json").is_file():
             raise RunError(f"{run.merged}: not there yet. Make it with: qlora-lite merge {run.path}")
-        base = load_base(run.merged, device=plan.device, compute=plan.types.compute)
-        return LoadedModel(base.model, base.tokenizer, run.merged, "", {})
-    run_artefact(plan, run)
-    if which == "base":
+        return load_plain(plan, run.merged)
+    folder = run_base(plan, run)
+    if plan.recipe.method == "full":
+        return load_plain(plan, folder if which == "base" else _finished(run))
+    if "adapter" not in wanted:
         return load_model(_without_start(plan))
-    return load_model(plan, adapter=_finished_adapter(run))
+    return load_model(plan, adapter=_finished(run))
+
+
+def load_plain(plan: Plan, folder: Path) -> LoadedModel:
+    """A 16-bit model folder as it is, nothing trainable."""
+    base = load_base(folder, device=plan.device, compute=plan.types.compute)
+    return LoadedModel(base.model, base.tokenizer, folder, "", {})
 
 
 @contextmanager
-def adapter_off(loaded: LoadedModel) -> Iterator[None]:
+def _adapter_off(loaded: LoadedModel) -> Iterator[None]:
     """The base model alone inside this block."""
-    assert isinstance(loaded.model, PeftModel)
-    with loaded.model.disable_adapter():
+    with loaded.model.disable_adapter() if isinstance(loaded.model, PeftModel) else nullcontext():
         yield
 
 
-def run_artefact(plan: Plan, run: RunDir) -> Path:
-    """The quantized base the run was trained on. Raises RunError when what is there now is another one."""
-    artefact = quantize_base(plan.source, cache=plan.cache)
-    _refuse_other_base(run, verify_artefact(artefact))
-    return artefact
+def run_base(plan: Plan, run: RunDir) -> Path:
+    """The base the run was trained on. Raises RunError when what is there now is another one."""
+    folder = base_folder(plan)
+    _refuse_other_base(run, _base_sha256(plan, folder))
+    return folder
 
 
 def refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
@@ -320,15 +352,32 @@ def _refuse_other_base(run: RunDir, now: str) -> None:
         )
 
 
+def _base_sha256(plan: Plan, folder: Path) -> str:
+    return folder_weights_sha256(folder) if plan.quantization is None else verify_artefact(folder)
+
+
+def _new_adapter(plan: Plan, model: PreTrainedModel) -> PeftModel:
+    lora, targets = plan.recipe.lora, plan.recipe.lora.target_modules
+    adapted = attach_adapter(
+        model,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        factor_dtype=plan.types.factors,
+        seed=purpose_seed(plan.recipe.train.seed, "factors"),
+    )
+    if lora.init_from is not None:
+        copy_factors(adapted, Path(lora.init_from))
+    return adapted
+
+
 def _without_start(plan: Plan) -> Plan:
     """The plan with a new adapter that starts at zero: the base alone does not need lora.init_from, which may be gone."""
     lora = plan.recipe.lora.model_copy(update={"init_from": None})
     return replace(plan, recipe=plan.recipe.model_copy(update={"lora": lora}))
-
-
-def _target_modules(recipe: Recipe) -> str | list[str]:
-    targets = recipe.lora.target_modules
-    return targets if isinstance(targets, str) else list(targets)
 
 
 def _length(plan: Plan) -> int:
@@ -337,7 +386,7 @@ def _length(plan: Plan) -> int:
     return length
 
 
-def _static_bytes(base: LoadedBase, model: PeftModel) -> dict[str, int]:
+def _static_bytes(base: LoadedBase, model: PeftModel | PreTrainedModel) -> dict[str, int]:
     adapter = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".lora_" in name)
     weights = {"weights_bytes": base.weights_bytes, "quant_constants_bytes": base.quant_constants_bytes}
     return {**weights, "adapter_bytes": adapter}
@@ -350,7 +399,7 @@ def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel) -> None:
     run.write_json(
         "env.json",
         {
-            "base": str(loaded.artefact),
+            "base": str(loaded.base),
             "base_sha256": loaded.base_sha256,
             "init_from": _start_of(plan.recipe),
             "device": plan.device,
@@ -391,9 +440,9 @@ def _trackers(plan: Plan, run: RunDir, *, first_step: int) -> AbstractContextMan
     )
 
 
-def _save(state: TrainState, run: RunDir, recipe: Recipe, base_name: str) -> None:
+def _save(state: TrainState, run: RunDir, recipe: Recipe, base: Path) -> None:
     try:
-        save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base_name=base_name)
+        save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base=base)
     except SafetensorError as error:  # what a full disk is called by save_file
         raise RunError(
             f"{run.checkpoints}: the checkpoint of step {state.step} cannot be written ({error}). Earlier ones are kept: "
@@ -414,32 +463,33 @@ def _resume(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
     say(f"continues after step {state.step}, from {checkpoint}")
 
 
-def _publish_adapter(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
-    """Copy the adapter of the best checkpoint to adapter/, whole or not at all, and leave the model with its factors.
+def _publish(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
+    """Copy what the best checkpoint has trained to adapter/ or weights/, whole or not at all, and leave the model with it.
 
-    adapter/manifest.json names the step and hashes the files.
+    Its manifest.json names the step and hashes the files.
     """
+    name = folder_name(state.model)
     last_step, best = state.step, state.best
     checkpoint, problems = best_valid(run.checkpoints, best)
     for problem in problems:
         say(problem)
     assert checkpoint is not None  # the last step has just written one
     state.load(checkpoint)
-    shutil.rmtree(run.adapter, ignore_errors=True)
-    with staged_folder(run.adapter) as staging:
-        for path in (checkpoint / "adapter").iterdir():
+    shutil.rmtree(run.path / name, ignore_errors=True)
+    with staged_folder(run.path / name) as staging:
+        for path in (checkpoint / name).iterdir():
             shutil.copyfile(path, staging / path.name)
         write_manifest(staging, {"step": state.step})
     if best is not None and state.step == best.step:
         last = run.read_steps()[-1]["eval_loss"]
         others = f"; the last step's was {last:.3f}" if best.step != last_step else ", and it was the last"
-        say(f"adapter/ is step {best.step}'s, with the lowest validation loss, {best.eval_loss:.3f}{others}")
+        say(f"{name}/ is step {best.step}'s, with the lowest validation loss, {best.eval_loss:.3f}{others}")
 
 
-def _finished_adapter(run: RunDir) -> Path:
-    if not run.is_trained:
-        raise RunError(f"{run.path}: training is not finished, so there is no adapter. Continue it with --resume")
-    return run.adapter
+def _finished(run: RunDir) -> Path:
+    if run.trained is None:
+        raise RunError(f"{run.path}: training is not finished, so there is no tuned model. Continue it with --resume")
+    return run.trained
 
 
 def _proof_rows(plan: Plan, tokenizer: Any) -> list[Encoded]:
@@ -470,10 +520,10 @@ def _measured_memory(
         "gradients_bytes": gradients,
         "activations_bytes": max(0, peak_bytes - gradients),
     }
-    ours, full = "QLoRA, measured", "full fine-tuning, by arithmetic"
+    ours, full = f"{METHOD_NAMES[plan.recipe.method]}, measured", "full fine-tuning, by arithmetic"
     return {
-        "columns": {ours: measured, full: plan.estimate.full},
-        "totals": {ours: sum(measured.values()), full: plan.estimate.full_bytes},
-        "peak_bytes": {"planned": plan.estimate.qlora_bytes, "measured": sum(measured.values())},
+        "columns": {ours: measured, full: plan.estimate.parts["full"]},
+        "totals": {ours: sum(measured.values()), full: plan.estimate.peak_bytes("full")},
+        "peak_bytes": {"planned": plan.peak_bytes, "measured": sum(measured.values())},
         "rss_bytes": max((step["rss_bytes"] for step in steps), default=0),
     }

@@ -19,11 +19,11 @@ from qlora_lite.data.prompts import question_prompt
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import Interrupted, RunError, UserError
 from qlora_lite.evaluate import EvalResult, by_phrasing, stream_answer
-from qlora_lite.model.base import load_base, load_tokenizer
+from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import SHIPPED, bring_shipped, default_cache
 from qlora_lite.model.hub import fetch_files, look_up, open_hub
 from qlora_lite.model.manifest import read_manifest, weights_sha256
-from qlora_lite.model.source import find_base, read_config
+from qlora_lite.model.source import context_window, find_base, load_config
 from qlora_lite.plan import Plan
 from qlora_lite.recipe import Recipe, load_recipe, parse_hub_name
 from qlora_lite.recipe.hub_names import fetch_command
@@ -31,7 +31,7 @@ from qlora_lite.run_dir import RunDir
 from qlora_lite.train import refuse_missing_trackers
 from qlora_lite.units import format_bytes
 
-WHICH = ("base", "adapter", "merged")
+WHICH: tuple[api.Which, ...] = ("base", "adapter", "merged")
 
 
 def fetch(name: str) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, r
         summary = _train_summary(run, memory, wall_s=time.perf_counter() - begin)
         run.write_json("train.json", summary)
     show.write_report(run.path)
-    show.say(f"done: {run.path} (adapter/, report.html). Next: {shlex.join(['qlora-lite', 'merge', str(run.path)])}")
+    show.say(f"done: {run.path} ({_published(run).name}/, report.html). Next: {shlex.join(_next_command(run))}")
     return summary | {"eval": scores}
 
 
@@ -104,12 +104,10 @@ def evaluate(run_dir: Path, *, which: str, data: Path | None) -> dict[str, Any]:
     """Score one of the run's models on its held-out rows or on another file."""
     name = _which(which)
     run, plan = api.open_run(run_dir)
-    loaded = _load_quietly(plan, run, name)
-    if which == "base":
-        with api.adapter_off(loaded):
-            result = _score(plan, loaded, "scoring the base model", data=data)
-    else:
-        result = _score(plan, loaded, f"scoring the {which} model", data=data)
+    models = api.run_models(plan, run, [name])
+    with show.phase(f"loading the {name} model"):
+        loaded = next(models)
+    result = _score(plan, loaded, f"scoring the {name} model", data=data)
     scores = result.to_json_dict()
     groups = {
         f"{name} phrasing": {"before": {}, "after": group} for name, group in by_phrasing(result.predictions).items()
@@ -129,8 +127,7 @@ def merge(run_dir: Path, out: Path | None) -> dict[str, Any]:
     facts["eval"] = {"adapter": run.read_json("eval.json").get("after"), "merged": None}
     if plan.recipe.data.eval is not None and Path(plan.recipe.data.eval).exists():
         with show.phase("loading the merged model"):
-            base = load_base(result.out, device=plan.device, compute=plan.types.compute)
-        loaded = api.LoadedModel(base.model, base.tokenizer, result.out, "", {})
+            loaded = api.load_plain(plan, result.out)
         facts["eval"]["merged"] = _score(plan, loaded, "scoring the merged model").to_json_dict()
     run.write_json("merge.json", facts)
     show.show_proof(facts)
@@ -146,20 +143,13 @@ def ask(run_dir: Path, question: str, *, context: Path | None, which: str) -> di
     passage = _read_context(context)
     wanted = list(WHICH) if which == "all" else [_which(which)]
     run, plan = api.open_run(run_dir)
-    answers: dict[str, str | None] = {}
-    if {"base", "adapter"} & set(wanted):
-        loaded = _load_quietly(plan, run, "adapter" if "adapter" in wanted else "base")
-        if "base" in wanted:
-            with api.adapter_off(loaded):
-                answers["base"] = _answer(plan, loaded, "base", question, passage)
-        if "adapter" in wanted:
-            answers["adapter"] = _answer(plan, loaded, "adapter", question, passage)
-        del loaded
-    if "merged" in wanted:
-        if which == "all" and not run.merged.is_dir():
-            answers["merged"] = None
-        else:
-            answers["merged"] = _answer(plan, _load_quietly(plan, run, "merged"), "merged", question, passage)
+    is_there = {name: not (which == "all" and name == "merged") or run.merged.is_dir() for name in wanted}
+    answers: dict[str, str | None] = dict.fromkeys(wanted)
+    models = api.run_models(plan, run, [name for name in wanted if is_there[name]])
+    for name in [name for name in wanted if is_there[name]]:
+        with show.phase(f"loading the {name} model"):
+            loaded = next(models)
+        answers[name] = _answer(plan, loaded, name, question, passage)
     if which == "all":
         show.show_answers(answers, question=question)
     return {"answers": answers}
@@ -204,7 +194,7 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
         num_rows=recipe.data.num_train,
         no_answer_text=recipe.data.no_answer_text,
         max_seq_length=asked if isinstance(asked, int) else None,
-        limit=read_config(source).get("max_position_embeddings"),
+        limit=context_window(load_config(source)),
     )
     for row in found.bad:
         show.say_warning(f"bad row, left out: {row}")
@@ -237,17 +227,11 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
 
 
 def _load(plan: Plan) -> api.LoadedModel:
-    with show.phase("loading the base in 4 bits (quantized once, then read from the cache)") as phase:
+    how = f"{plan.quantization}; quantized once, then read from the cache" if plan.quantization else "16 bits"
+    with show.phase(f"loading the base ({how})") as phase:
         loaded = api.load_model(plan, progress=phase.progress)
-        phase.note(
-            f"{format_bytes(sum(loaded.static_bytes.values()))} with the adapter, SHA-256 {loaded.base_sha256[:12]}"
-        )
+        phase.note(f"{format_bytes(sum(loaded.static_bytes.values()))} in memory, SHA-256 {loaded.base_sha256[:12]}")
     return loaded
-
-
-def _load_quietly(plan: Plan, run: RunDir, which: api.Which) -> api.LoadedModel:
-    with show.phase(f"loading the {which} model"):
-        return api.load_run_model(plan, run, which)
 
 
 def _score(plan: Plan, loaded: api.LoadedModel, title: str, *, data: Path | None = None) -> EvalResult:
@@ -317,7 +301,7 @@ def _train_steps(
             last = first
             for last in steps:
                 screen.update(last)
-    if stop.number is not None and not run.is_trained:
+    if stop.number is not None and run.trained is None:
         raise Interrupted(
             f"stopped after step {last.step} of {last.num_steps}; a checkpoint is written. Continue with:\n  {command}",
             exit_code=128 + stop.number,
@@ -325,7 +309,7 @@ def _train_steps(
 
 
 def _train_summary(run: RunDir, memory: Mapping[str, Any], *, wall_s: float) -> dict[str, Any]:
-    steps, manifest = run.read_steps(), read_manifest(run.adapter)
+    steps, manifest = run.read_steps(), read_manifest(_published(run))
     assert manifest is not None  # training has just published it
     eval_losses = [step["eval_loss"] for step in steps if step.get("eval_loss") is not None]
     train_s = sum(step["step_s"] for step in steps)
@@ -343,6 +327,18 @@ def _train_summary(run: RunDir, memory: Mapping[str, Any], *, wall_s: float) -> 
         "peak_bytes": memory["peak_bytes"],
         "rss_bytes": memory["rss_bytes"],
     }
+
+
+def _published(run: RunDir) -> Path:
+    assert run.trained is not None  # training has come to its end
+    return run.trained
+
+
+def _next_command(run: RunDir) -> list[str]:
+    """`merge`; weights that were trained themselves are asked at once."""
+    if _published(run) == run.weights:
+        return ["qlora-lite", "ask", str(run.path), "..."]
+    return ["qlora-lite", "merge", str(run.path)]
 
 
 def _answer(plan: Plan, loaded: api.LoadedModel, name: str, question: str, passage: str | None) -> str:

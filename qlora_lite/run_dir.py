@@ -2,6 +2,7 @@
 
 recipe.yaml  plan.json  env.json  steps.jsonl  memory.json  eval.json  predictions.jsonl  merge.json  report.html
 checkpoints/step-XXXXXX/   adapter/ (PEFT's format, and a manifest that names its step)   merged/   trackers/
+weights/ (method: full; an ordinary model folder, with the same manifest)
 """
 
 import json
@@ -23,6 +24,7 @@ class RunDir:
         self.steps = self.path / "steps.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.weights = self.path / "weights"
         self.merged = self.path / "merged"
         self.trackers = self.path / "trackers"
 
@@ -78,9 +80,13 @@ class RunDir:
         return parent / f"{name}-{number}"
 
     @property
-    def is_trained(self) -> bool:
-        """Training has come to its end: an adapter is published only then."""
-        return (self.adapter / "adapter_config.json").is_file()
+    def trained(self) -> Path | None:
+        """adapter/ or weights/; None before training has come to its end, when it is published."""
+        is_there = {
+            self.adapter: self.adapter / "adapter_config.json",
+            self.weights: self.weights / "config.json",
+        }
+        return next((folder for folder, file in is_there.items() if file.is_file()), None)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Replace `name` in one step."""

@@ -58,7 +58,7 @@ def merge(
     scale: float = 1.0,
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    compute_dtype: str = "bf16",
+    compute_dtype: str | None = "bf16",
     device: str = "cpu",
 ) -> MergeResult:
     """Merge, prove the written files on `encoded_rows`, and only then give them the name `out_dir`.

@@ -75,7 +75,7 @@ def prove_merge(
     encoded_rows: "Sequence[Encoded]",
     *,
     scale: float = 1.0,
-    compute_dtype: str = "bf16",
+    compute_dtype: str | None = "bf16",
     device: str = "cpu",
 ) -> Proof:
     """Compare the files of `merged_dir` with the adapter model; see the module's docstring for what and how.

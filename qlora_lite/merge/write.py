@@ -69,7 +69,7 @@ def merge_adapter(
     scale: float = 1.0,
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    compute_dtype: str = "bf16",
+    compute_dtype: str | None = "bf16",
 ) -> WriteResult:
     """Merge without proof into `out_dir`, which must not exist or be empty; on an error nothing is left behind."""
     with staged_folder(out_dir) as folder:
@@ -96,7 +96,7 @@ def write_merged(
     scale: float,
     seed: int,
     max_shard_bytes: int,
-    compute_dtype: str,
+    compute_dtype: str | None,
 ) -> WriteResult:
     """Write the merged model into the existing, empty `folder`.
 
@@ -146,10 +146,10 @@ def stored_blocks(base: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[T
 
 
 def open_pair(
-    base_dir: Path | str, adapter_dir: Path | str, *, compute_dtype: str
+    base_dir: Path | str, adapter_dir: Path | str, *, compute_dtype: str | None
 ) -> tuple[Checkpoint, Mapping[str, LoraFactors]]:
     """Base and adapter, after checking that every adapter module meets a base weight of its shape."""
-    base = open_checkpoint(base_dir, compute_dtype=DTYPES[compute_dtype])
+    base = open_checkpoint(base_dir, compute_dtype=None if compute_dtype is None else DTYPES[compute_dtype])
     adapter = read_adapter(adapter_dir)
     problems = []
     for module, factors in adapter.items():
@@ -166,15 +166,15 @@ def open_pair(
     return base, adapter
 
 
-def check_options(*, dtype: str, rounding: str, scale: float, compute_dtype: str) -> None:
+def check_options(*, dtype: str, rounding: str, scale: float, compute_dtype: str | None) -> None:
     """UserError that names the option, what it is and what it may be."""
     for option, value, allowed in (
         ("dtype", dtype, tuple(DTYPES)),
         ("rounding", rounding, ROUNDINGS),
-        ("compute_dtype", compute_dtype, tuple(DTYPES)),
+        ("compute_dtype", compute_dtype, (*DTYPES, None)),
     ):
         if value not in allowed:
-            raise UserError(f"merge.{option}: expected one of {', '.join(allowed)}, got {value!r}")
+            raise UserError(f"merge.{option}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
     if not math.isfinite(scale):
         raise UserError(f"merge.scale: expected a finite number, got {scale}")
 

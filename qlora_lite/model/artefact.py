@@ -30,7 +30,7 @@ from qlora_lite.model.source import folder_fingerprint, load_config, read_config
 from qlora_lite.model.staging import staged_folder
 
 _VERSION = 2  # raise it when the artefact's bytes change
-_COPIED = (
+COMPANIONS = (  # files of a model folder that are no weights and not about weights
     "tokenizer*",
     "special_tokens_map.json",
     "chat_template*",
@@ -75,7 +75,7 @@ def quantize_base(
             config.pop("torch_dtype", None)
             facts = {"num_vision": weights.num_vision}
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for pattern in _COPIED:
+        for pattern in COMPANIONS:
             for path in source.glob(pattern):
                 shutil.copyfile(path, staging / path.name)
         write_manifest(staging, {"quantization": str(quantization), "source": source.name, **facts})

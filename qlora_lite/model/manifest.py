@@ -58,6 +58,12 @@ def weights_sha256(manifest: Mapping[str, Any]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+def folder_weights_sha256(folder: Path | str) -> str:
+    """The same hash for a folder that may have no manifest: its safetensors are read and hashed now."""
+    files = {path.name: {"sha256": sha256_of_file(path)} for path in Path(folder).glob("*.safetensors")}
+    return weights_sha256({"files": files})
+
+
 def verify_manifest(folder: Path | str) -> list[str]:
     """What is wrong with the files that the manifest lists, one line each; [] when all are as they were written.
 

@@ -8,12 +8,13 @@ from typing import Any
 from qlora_lite.data.examples import load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
 from qlora_lite.data.read import find_format
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, ModelError
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import NumberTypes, choose_device, choose_types
-from qlora_lite.model.source import context_window, find_base, load_config
-from qlora_lite.plan.estimate import Estimate, estimate_memory
+from qlora_lite.model.quantization import Quantization, stored_quantization
+from qlora_lite.model.source import context_window, find_base, load_config, read_config
+from qlora_lite.plan.estimate import METHODS, Estimate, estimate_memory
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe.hub_names import commit_of, is_hub_name
 
@@ -33,22 +34,33 @@ class Plan:
     estimate: Estimate
     reasons: tuple[str, ...]
 
+    @property
+    def peak_bytes(self) -> int:
+        """What the recipe's own method is estimated to need."""
+        return self.estimate.peak_bytes(self.recipe.method)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the frozen weights are stored; None in 16 bits."""
+        model = self.recipe.model
+        return None if model.quantization == "none" else Quantization(model.quantization, model.double_quant)
+
     def to_json_dict(self) -> dict[str, Any]:
         """The plan as plan.json has it."""
         estimate = self.estimate
         return {
             "model": self.recipe.model.base,
             "budget_bytes": self.budget_bytes,
-            "fits": estimate.qlora_bytes <= self.budget_bytes,
+            "fits": self.peak_bytes <= self.budget_bytes,
             "settings": self.recipe.model_dump(mode="json"),
             "reasons": list(self.reasons),
             "methods": {
-                "qlora": {"peak_bytes": estimate.qlora_bytes, "parts": estimate.qlora},
-                "full": {"peak_bytes": estimate.full_bytes, "parts": estimate.full},
+                method: {"peak_bytes": estimate.peak_bytes(method), "parts": estimate.parts[method]}
+                for method in METHODS
             },
             "savings_vs_full": {
-                "bytes": estimate.full_bytes - estimate.qlora_bytes,
-                "percent": 100 * (1 - estimate.qlora_bytes / estimate.full_bytes),
+                "bytes": estimate.peak_bytes("full") - self.peak_bytes,
+                "percent": 100 * (1 - self.peak_bytes / estimate.peak_bytes("full")),
             },
         }
 
@@ -64,6 +76,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
     commit = commit_of(source) if is_hub_name(recipe.model.base) else None
     config = load_config(source)
+    quantization, quantization_reason = _choose_quantization(recipe, source)
     data_format, format_reason = _choose_format(recipe)
     length, length_reason, label_share = _choose_length(recipe, source, cache, limit=context_window(config))
     micro_batch, micro_batch_reason = _choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
@@ -71,7 +84,9 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     resolved = recipe.model_copy(
         update={
             "device": device,
-            "model": recipe.model.model_copy(update={"revision": commit, "dtype": types.name, "attention": "sdpa"}),
+            "model": recipe.model.model_copy(
+                update={"revision": commit, "dtype": types.name, "attention": "sdpa", **quantization}
+            ),
             "data": recipe.data.model_copy(
                 update={"format": data_format, "max_seq_length": length, "share_prefixes": False}
             ),
@@ -88,12 +103,15 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
         label_share=label_share,
         checkpointing=checkpointing,
         factor_bytes=types.factors.itemsize,
+        quantization=resolved.model.quantization,
+        double_quant=resolved.model.double_quant,
     )
     reasons = [
         *recipe.notes,
         *([f"model.revision: {commit}, {_revision_reason(recipe.model.revision)}"] if commit else []),
         f"device: {device_reason}",
         f"model.dtype: {types.reason}",
+        f"model.quantization: {quantization_reason}",
         "model.attention: sdpa, example by example on packed rows",
         f"data.format: {data_format}: {format_reason}",
         f"data.max_seq_length: {length_reason}",
@@ -119,6 +137,26 @@ def device_memory_bytes(device: str) -> int:
 
 def _revision_reason(asked: str | None) -> str:
     return f"which {asked} was when it was fetched" if asked else "the newest that was fetched"
+
+
+def _choose_quantization(recipe: Recipe, source: Path) -> tuple[dict[str, Any], str]:
+    """-> (model.quantization and model.double_quant as they will be, reason)."""
+    stored = stored_quantization(read_config(source), source)
+    if stored is None and recipe.method == "qlora":
+        quantization = Quantization(recipe.model.quantization, recipe.model.double_quant)
+        return _as_settings(quantization), f"{quantization}: asked for"
+    if stored is None:
+        return {"quantization": "none"}, f"none: method {recipe.method} has a 16-bit base"
+    if recipe.method != "qlora":
+        raise ModelError(
+            f"{source}: its weights are quantized ({stored}), and method {recipe.method} needs 16 bits. Use method: qlora, or "
+            "give the original"
+        )
+    return _as_settings(stored), f"{stored}: the folder is quantized already and used as it is"
+
+
+def _as_settings(quantization: Quantization) -> dict[str, Any]:
+    return {"quantization": quantization.kind, "double_quant": quantization.double_quant}
 
 
 def _choose_format(recipe: Recipe) -> tuple[str, str]:

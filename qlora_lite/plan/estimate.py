@@ -1,12 +1,13 @@
-"""Bytes by arithmetic on shapes: QLoRA as this recipe runs it, beside full fine-tuning of the same model.
+"""Bytes by arithmetic on shapes: QLoRA, LoRA and full fine-tuning of the same model, as this recipe would run them.
 
 n weights in the linear layers, m others (embeddings, head, norms), p in the factors, T tokens in the largest micro-batch,
 L layers, D hidden, I intermediate, K key/value width.
 
     QLoRA   weights n/2 + 2m, constants n/64 + 4n/16384, adapter 2p, optimizer 2p + remainder 2p (8-bit) or 8p + 2p, gradients 4p
-    full    weights 2 bytes, fp32 master 4, AdamW moments 8, gradients 2: 16 bytes a weight
+    LoRA    the same with 16-bit weights: 2n + 2m and no constants
+    full    weights 2 bytes, the rest of the fp32 master 2, AdamW moments 8, fp32 gradients 4: 16 bytes a weight
 
-Activations (both): one hidden state a layer is kept, 2*L*T*D, and one layer is computed again: about 10 D, 4 K and 5 I values a
+Activations (all): one hidden state a layer is kept, 2*L*T*D, and one layer is computed again: about 10 D, 4 K and 5 I values a
 token in 16 bits and two norms in fp32. An estimate: measured and estimated stand side by side in the run's memory table.
 """
 
@@ -19,31 +20,22 @@ import torch
 from qlora_lite.model.head import CHUNK, ROWS
 from qlora_lite.model.skeleton import empty_model
 
-FULL_BYTES = {
-    "weights_bytes": 2,
-    "gradients_bytes": 2,
-    "optimizer_bytes": 12,
-}  # per weight; optimizer: master and moments
+METHODS = ("qlora", "lora", "full")
+# Bytes a weight of full fine-tuning: bf16, fp32 gradients, the other 16 bits of the fp32 master and two fp32 moments.
+_FULL_BYTES = {"weights_bytes": 2, "gradients_bytes": 4, "optimizer_bytes": 10}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Parts in bytes for each method; they sum to the totals."""
+    """For each method its parts in bytes at the peak; they sum to `peak_bytes`."""
 
-    qlora: dict[str, int]
-    full: dict[str, int]
+    parts: dict[str, dict[str, int]]
     num_weights: int
     num_adapter_weights: int
 
-    @property
-    def qlora_bytes(self) -> int:
-        """Peak of a QLoRA run."""
-        return sum(self.qlora.values())
-
-    @property
-    def full_bytes(self) -> int:
-        """Peak of full fine-tuning."""
-        return sum(self.full.values())
+    def peak_bytes(self, method: str) -> int:
+        """`qlora`, `lora` or `full`."""
+        return sum(self.parts[method].values())
 
 
 def estimate_memory(
@@ -56,6 +48,8 @@ def estimate_memory(
     label_share: float,
     checkpointing: bool,
     factor_bytes: int,
+    quantization: str = "nf4",
+    double_quant: bool = True,
 ) -> Estimate:
     """`config` is a transformers config: the model is built on the meta device, nothing is loaded.
 
@@ -82,17 +76,30 @@ def estimate_memory(
         "recompute_bytes": recompute if recompute >= logits else 0,
         "logits_bytes": logits if logits > recompute else 0,
     }
-    qlora = {
-        "weights_bytes": sum(math.ceil(n / 2) for n in quantized) + 2 * (all_weights - sum(quantized)),
-        "quant_constants_bytes": sum(_constants_bytes(n) for n in quantized),
+    adapter = {
         "adapter_bytes": factor_bytes * factors,
         "gradients_bytes": 4 * factors,
         "optimizer_bytes": (2 if optimizer == "paged_adamw_8bit" else 8) * factors
         + (2 * factors if factor_bytes == 2 else 0),
         **shared,
     }
-    full = {part: each * all_weights for part, each in FULL_BYTES.items()} | shared
-    return Estimate(qlora, full, num_weights=all_weights, num_adapter_weights=factors)
+    num_quantized = sum(quantized)
+    weights, constants = _quantized_bytes(quantized, quantization=quantization, double_quant=double_quant)
+    others = 2 * (all_weights - num_quantized)
+    parts = {
+        "qlora": {"weights_bytes": weights + others, "quant_constants_bytes": constants, **adapter},
+        "lora": {"weights_bytes": 2 * all_weights, **adapter},
+        "full": {part: each * all_weights for part, each in _FULL_BYTES.items()} | shared,
+    }
+    return Estimate(parts, num_weights=all_weights, num_adapter_weights=factors)
+
+
+def _quantized_bytes(sizes: list[int], *, quantization: str, double_quant: bool) -> tuple[int, int]:
+    """(packed weights, constants) of linear layers with so many weights each."""
+    if quantization == "int8":
+        return sum(sizes), 0  # one fp32 scale a row: thousandths
+    per_block = [_constants_bytes(n) if double_quant else 4 * math.ceil(n / 64) + 4 * 16 for n in sizes]
+    return sum(math.ceil(n / 2) for n in sizes), sum(per_block)
 
 
 def _constants_bytes(num_weights: int) -> int:

@@ -135,6 +135,16 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             "an empty list, so nothing is trainable; use all-linear or name layers",
         ),
         (
+            recipe.method == "qlora" and recipe.model.quantization == "none",
+            ("model.quantization", "method"),
+            "none, and method qlora tunes on a quantized base; use method: lora, or nf4",
+        ),
+        (
+            recipe.method == "full" and lora.init_from is not None,
+            ("lora.init_from", "method"),
+            "an adapter to start from, and method full trains the weights themselves; use null, or method: qlora",
+        ),
+        (
             train.eval_every_steps is not None and recipe.data.eval is None,
             ("train.eval_every_steps", "data.eval"),
             "there is nothing to evaluate on; give data.eval a file, or use null",

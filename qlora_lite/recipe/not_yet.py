@@ -23,15 +23,10 @@ def _is_none_of(*carried_out: Any) -> Callable[[Any], bool]:
 
 
 NOT_YET: tuple[NotYet, ...] = (
-    NotYet("method", _is_none_of("qlora"), "use qlora"),
-    NotYet("model.quantization", _is_none_of("nf4"), "use nf4"),
-    NotYet("model.double_quant", _is_none_of(True), "use true"),
     NotYet("model.attention", _is_none_of("auto", "sdpa"), "use auto or sdpa"),
-    NotYet("lora.use_dora", _is_none_of(False), "use false"),
     NotYet("lora.modules_to_save", _is_none_of(()), "use []"),
     NotYet("data.share_prefixes", _is_none_of("auto", False), "use auto, which means off for now"),
     NotYet("memory.budget", _is_none_of("auto"), "use auto", why="needs the planner, which is not in this version"),
-    NotYet("merge.base", _is_none_of("dequantized"), "use dequantized, which is what training saw"),
 )
 
 

@@ -62,9 +62,10 @@ class ModelSection(Section):
     revision: Text | None = Field(
         None, description="Branch, tag or commit of a hub name; null: what was fetched last. The run keeps the commit."
     )
-    quantization: Literal["nf4", "fp4", "int8"] = Field(
+    quantization: Literal["nf4", "fp4", "int8", "none"] = Field(
         "nf4",
-        description="How the frozen weights are stored. nf4: 4 bits a weight (QLoRA section 3, arXiv 2305.14314).",
+        description="How the frozen weights of method qlora are stored. nf4: 4 bits a weight (QLoRA section 3, arXiv "
+        "2305.14314); fp4: 4 bits, worse; int8: 8 bits (arXiv 2208.07339); none: 16 bits, which is method lora.",
     )
     double_quant: bool = Field(
         True,

@@ -16,7 +16,7 @@ from qlora_lite.train.state import TrainState
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-def save_checkpoint(state: TrainState, folder: Path, *, keep: int, base_name: str) -> Path:
+def save_checkpoint(state: TrainState, folder: Path, *, keep: int, base: Path) -> Path:
     """Write `folder/step-XXXXXX` for the state as it is now, and remove all but the newest `keep` and the best; returns its path.
 
     A damaged one of this step is replaced. Ones of later steps are damaged too (the run came back to an earlier step), so
@@ -27,7 +27,7 @@ def save_checkpoint(state: TrainState, folder: Path, *, keep: int, base_name: st
         shutil.rmtree(path)
     if not path.exists():
         with staged_folder(path) as staging:
-            state.save(staging, base_name=base_name)
+            state.save(staging, base=base)
             write_manifest(staging, {"step": state.step})
     up_to_now = [old for old in list_checkpoints(folder) if _step_of(old) <= state.step]
     for old in up_to_now[:-keep]:

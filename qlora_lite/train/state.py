@@ -1,6 +1,6 @@
 """Everything of a run that changes while it trains, in one object: what a checkpoint holds and what a retry goes back to.
 
-factors      the adapter's parameters (saved as adapter/, in PEFT's format)
+trained      the adapter's parameters, or every weight (saved as model/trained.py has it)
 optimizer    its state tensors and step counts
 random       torch's generators (dropout); the order of the data is a function of seed and step
 loss scale   of fp16 training
@@ -17,9 +17,10 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from qlora_lite.errors import RunError
-from qlora_lite.model.adapter import save_adapter
+from qlora_lite.model.trained import load_trained, save_trained, trained_parameters
 from qlora_lite.train.best import Best
 from qlora_lite.train.optimizer import STATE_TENSORS
 
@@ -38,7 +39,7 @@ class Snapshot:
 class TrainState:
     """The changing parts of a run. `snapshot` and `restore` stay in memory, `save` and `load` go through files."""
 
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
@@ -69,20 +70,20 @@ class TrainState:
         if "random/cuda" in own:
             torch.cuda.set_rng_state(snapshot.tensors["random/cuda"])
 
-    def save(self, folder: Path, *, base_name: str) -> None:
-        """Write adapter/, state.safetensors and state.json into `folder`."""
-        save_adapter(self.model, folder / "adapter", base_name=base_name)
-        tensors = {k: v.detach().contiguous() for k, v in self._tensors().items() if not k.startswith("factor/")}
+    def save(self, folder: Path, *, base: Path) -> None:
+        """Write adapter/ or weights/, state.safetensors and state.json into `folder`; `base` is the base model's folder."""
+        save_trained(self.model, folder, base=base)
+        tensors = {k: v.detach().contiguous() for k, v in self._tensors().items() if not k.startswith("trained/")}
         save_file(tensors, folder / _TENSORS)
         (folder / _FACTS).write_text(json.dumps(self._facts(), indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote. Raises RunError when the files are damaged or of another run."""
         try:
-            factors = load_file(folder / "adapter" / "adapter_model.safetensors")
+            trained = load_trained(self.model, folder)
             tensors = load_file(folder / _TENSORS)
             facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-            tensors |= {f"factor/{name}": tensor for name, tensor in factors.items()}
+            tensors |= {f"trained/{name}": tensor for name, tensor in trained.items()}
             self.restore(Snapshot(tensors, facts))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise RunError(f"{folder}: not a checkpoint of this run ({type(error).__name__}: {error})") from error
@@ -91,12 +92,10 @@ class TrainState:
         tensors: dict[str, torch.Tensor] = {"random/cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                saved_name = name.replace(".default.", ".")  # as PEFT's files have it
-                tensors[f"factor/{saved_name}"] = parameter
-                state = self.optimizer.state[parameter]
-                tensors |= {f"optimizer/{saved_name}/{key}": state[key] for key in STATE_TENSORS if key in state}
+        for name, parameter in trained_parameters(self.model).items():
+            tensors[f"trained/{name}"] = parameter
+            state = self.optimizer.state[parameter]
+            tensors |= {f"optimizer/{name}/{key}": state[key] for key in STATE_TENSORS if key in state}
         return tensors
 
     def _facts(self) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def test_quantizing_twice_finds_the_first_one_again(tmp_path, monkeypatch):
     num_tensors = len(tensors_of(tiny_source()))
     assert calls == [(done, num_tensors) for done in range(1, num_tensors + 1)]
     stamp = (first / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr("qlora_lite.model.artefact._quantized", None)
+    monkeypatch.setattr("qlora_lite.model.artefact._quantize_tensors", None)
     assert quantize_base(tiny_source(), cache=tmp_path) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     assert [path.name for path in (tmp_path / "quantized").iterdir()] == [first.name]
@@ -232,7 +232,7 @@ RSS_PROBE = """
 import sys
 from pathlib import Path
 import torch, transformers
-from qlora_lite.model.artefact import quantize_base, QUANTIZATION_CONFIG
+from qlora_lite.model.artefact import quantize_base
 from transformers import AutoModelForCausalLM, LlamaConfig
 AutoModelForCausalLM.from_config  # imported before the first reading
 

@@ -187,15 +187,10 @@ def test_overrides_take_lists_text_and_null():
 
 
 REFUSED = {
-    "method": ["lora", "full"],
-    "model.quantization": ["fp4", "int8"],
-    "model.double_quant": ["false"],
     "model.attention": ["eager", "flash_attention_2", "flex_attention"],
-    "lora.use_dora": ["true"],
     "lora.modules_to_save": ["[lm_head]"],
     "data.share_prefixes": ["true"],
     "memory.budget": ["24GiB", "1000000"],
-    "merge.base": ["original"],
 }
 
 
