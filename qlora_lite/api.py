@@ -288,7 +288,8 @@ def run_models(plan: Plan, run: RunDir, wanted: Sequence[Which]) -> Iterator[Loa
     """
     shared: LoadedModel | None = None
     for which in wanted:
-        loaded = shared if shared is not None and which != "merged" else _load_run_model(plan, run, which, wanted)
+        shared = None if which == "merged" else shared  # one model in memory at a time
+        loaded = shared or _load_run_model(plan, run, which, wanted)
         shared = loaded if isinstance(loaded.model, PeftModel) else None
         with _adapter_off(loaded) if which == "base" else nullcontext():
             yield loaded

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import qlora_lite
 from qlora_lite import evaluate, load_model, load_recipe, make_plan, merge, train
-from qlora_lite.api import load_run_model, open_run
+from qlora_lite.api import open_run, run_models
 from qlora_lite.errors import RunError
 from qlora_lite.recipe import load_run_recipe
 from qlora_lite.run_dir import RunDir
@@ -133,7 +133,7 @@ def test_a_run_on_another_quantized_base_is_refused_everywhere(tmp_path: Path) -
     run = RunDir(tmp_path / "run")
     run.write_json("env.json", run.read_json("env.json") | {"base_sha256": "0" * 64})
     with pytest.raises(RunError, match="another quantized base"):
-        load_run_model(plan, run, "adapter")
+        next(run_models(plan, run, ["adapter"]))
     with pytest.raises(RunError, match="another quantized base"):
         merge(plan, run.path)
     with pytest.raises(RunError, match="another quantized base"):

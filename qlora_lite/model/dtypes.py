@@ -1,8 +1,8 @@
 """The one table of number types: what is stored, computed, differentiated and updated in which type, per device.
 
     device                 base compute  factors  gradients  update          loss scaling
-    CPU                    bf16          bf16     fp32       fp32+remainder  no
-    CUDA, SM 8.0 or newer  bf16          bf16     fp32       fp32+remainder  no
+    CPU                    bf16          bf16     fp32       fp32 master     no
+    CUDA, SM 8.0 or newer  bf16          bf16     fp32       fp32 master     no
     CUDA, older (Turing)   fp16          fp32     fp32       fp32            yes: fp16 gradients underflow below 6e-8
     asked for fp32         fp32          fp32     fp32       fp32            no
 

@@ -1,12 +1,13 @@
 """AdamW by bitsandbytes, with updates that small steps survive.
 
-A bf16 factor has 8 significant bits: at 2e-4 most single updates are below half a step of its grid and plain rounding loses
-them. So each factor keeps the remainder that its rounding left over (a second bf16 tensor; together 16 significant bits), the
-update is computed on the fp32 sum of both, and the result is split again:
+A bf16 weight has 8 significant bits: at 2e-4 most single updates are below half a step of its grid and plain rounding loses
+them. So a trained bf16 weight is one half of an fp32 master: the weight itself holds its upper 16 bits, rounded, and `low_bits`
+the other 16. The update is computed on the fp32 value and split again:
 
-    exact = factor + remainder;  AdamW(exact, fp32 gradient);  factor = bf16(exact);  remainder = bf16(exact - factor)
+    exact = join(weight, low_bits);  AdamW(exact, fp32 gradient);  weight, low_bits = split(exact)
 
-That is deterministic, costs 2 bytes a trained weight, and reaches the loss that fp32 factors reach (tests/train/test_optimizer.py).
+Nothing is lost: an update changes the master as it would change an fp32 weight, to the bit, for 2 bytes a weight more than bf16.
+The rounding is half up, not half to even: then the lower half says whether the upper one was rounded up, and `join` is exact.
 State is made by `init_states`, not by the first step, so that its bytes are there to be counted and loaded into.
 """
 
@@ -21,11 +22,11 @@ from qlora_lite.model.bnb import bitsandbytes
 _bnb_optim: Any = bitsandbytes.optim  # typed in part only
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw")
 # What is saved of a factor's state. The 8-bit maps are constants that all factors share: made anew, never saved.
-STATE_TENSORS = ("state1", "state2", "absmax1", "absmax2", "remainder")
+STATE_TENSORS = ("state1", "state2", "absmax1", "absmax2", "low_bits")
 
 
 class _ExactUpdates:
-    """Mixin for bitsandbytes' two-state optimizers: fp32 updates of 16-bit parameters by way of a remainder."""
+    """Mixin for bitsandbytes' two-state optimizers: fp32 updates of bf16 parameters by way of their lower 16 bits."""
 
     def init_states(self: Any) -> None:
         """Make the state of every parameter now."""
@@ -37,22 +38,37 @@ class _ExactUpdates:
                 for index, parameter in enumerate(group["params"]):
                     if not self.state[parameter]:
                         self.init_state(group, parameter, group_index, index)
-                        if parameter.dtype != torch.float32:
-                            self.state[parameter]["remainder"] = torch.zeros_like(parameter)
+                        if parameter.dtype == torch.bfloat16:
+                            self.state[parameter]["low_bits"] = torch.zeros_like(parameter, dtype=torch.int16)
 
     @torch.no_grad()
     def update_step(self: Any, group: dict, p: torch.Tensor, gindex: int, pindex: int) -> None:
         state = self.state[p]
-        if "remainder" not in state:
+        if "low_bits" not in state:
             super().update_step(group, p, gindex, pindex)  # type: ignore[misc]
             return
-        exact = p.float() + state["remainder"].float()
+        exact = join(p, state["low_bits"])
         exact.grad = p.grad
         self.state[exact] = state
         super().update_step(group, exact, gindex, pindex)  # type: ignore[misc]
         del self.state[exact]
-        p.copy_(exact)
-        state["remainder"].copy_(exact - p.float())
+        high, low = split(exact)
+        p.copy_(high)
+        state["low_bits"].copy_(low)
+        p.grad = None  # used; with every weight trained, the next one's fp32 copy takes its room
+
+
+def split(exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 -> (bf16, rounded half up; the lower 16 bits as int16). `join` gives the same fp32 back."""
+    bits = exact.view(torch.int32)
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+
+
+def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """The fp32 values that `split` took apart."""
+    lower = low.to(torch.int32) & 0xFFFF
+    upper = high.view(torch.int16).to(torch.int32) - (lower >> 15)  # undo the rounding up
+    return ((upper << 16) | lower).view(torch.float32)
 
 
 class PagedAdamW8bit(_ExactUpdates, _bnb_optim.PagedAdamW8bit):
