@@ -1,6 +1,7 @@
 """Every supported architecture, from files as they are published to a proved merge and an answer (tests/architectures.py)."""
 
 import functools
+import os
 import shutil
 import tempfile
 import warnings
@@ -25,15 +26,20 @@ from qlora_lite.model.head import project
 from qlora_lite.model.published import published_weights
 from qlora_lite.model.skeleton import empty_model
 from qlora_lite.model.source import ARCHITECTURES, load_config
+from qlora_lite.model.trained import load_trained, make_trainable, save_trained, trained_parameters
 from qlora_lite.plan.estimate import estimate_memory
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.step import batch_loss, forward_backward
 from tests.architectures import PUBLISHED, own_weights, write_published
+from tests.conftest import REPOSITORY
 from tests.tiny_model import linear4bit_layers, move_factors, random_rows, split_batches
 
 LONG, SHORT = (24, 30), (3, 8)  # prompts beyond and within the sliding windows of 16 tokens
 # transformers gives Falcon's linear layers, a subclass of nn.Linear, no 4-bit weights, so it cannot read such a base itself.
 PLAIN_READS_4_BIT = [name for name in PUBLISHED if not name.startswith("falcon")]
+COLUMNS = ("QLoRA", "LoRA", "full", "merge, proved", "plan", "rows")
+TABLE_BEGINS, TABLE_ENDS = "<!-- made by tests/test_architectures.py -->", "<!-- end -->"
+support: dict[str, dict[str, str]] = {name: {} for name in PUBLISHED}  # what the tests below have shown
 every_architecture = pytest.mark.parametrize("name", list(PUBLISHED))
 
 
@@ -163,14 +169,71 @@ def test_from_published_files_to_a_proved_merge_and_an_answer(name, tmp_path):
     prompts = [encoded[i].input_ids[: encoded[i].spans[0][0]] for i in (0, 1)]
     batched = generate_answers(ours.model, ours.tokenizer, prompts, stop_token=2, max_new_tokens=6)
     assert batched == [plain_answer(merged, ours.tokenizer, prompt) for prompt in prompts]
-    stats = estimate_memory(load_config(artefact(name)), r=8, target_modules="all-linear", optimizer="adamw",
-                            micro_batch_tokens=256, label_share=0.1, checkpointing=True, factor_bytes=2)  # fmt: skip
-    assert stats.num_adapter_weights == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    estimate = estimate_memory(load_config(artefact(name)), r=8, target_modules="all-linear", optimizer="adamw",
+                               micro_batch_tokens=256, label_share=0.1, checkpointing=True, factor_bytes=2)  # fmt: skip
+    assert estimate.num_adapter_weights == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    buffers = sum(buffer.nbytes for buffer in loaded.model.buffers())
+    assert estimate.parts["qlora"]["weights_bytes"] == loaded.weights_bytes - buffers
+    rows_of = "packed" if packs_rows(ours.model) else "one at a time"
+    support[name] |= {"QLoRA": "yes", "merge, proved": "yes", "plan": "yes", "rows": rows_of}
 
 
-def train_until_the_loss_has_fallen(model, batches, *, share: float = 0.8, most_steps: int = 80) -> list[float]:
+@every_architecture
+def test_lora_on_the_16_bit_base_is_merged_into_it(name, tmp_path):
+    loaded = load_base(published(name), device="cpu")
+    model = attach_adapter(loaded.model, r=8, lora_alpha=16)
+    rows = random_rows([3, 6, 2, 5], prompt=SHORT)
+    losses = train_until_the_loss_has_fallen(model, split_batches(rows, 2))
+    assert losses[-1] < 0.8 * losses[0], losses
+    save_adapter(model, tmp_path / "adapter", base_name="base")
+    encoded = [rows.encoded(i) for i in range(len(rows))]
+    result = merge(published(name), tmp_path / "adapter", tmp_path / "merged", encoded)
+    assert result.adapter_effect > 1 and result.arithmetic_ratio < 0.01 and result.storage_ratio < 0.2
+    support[name] |= {"LoRA": "yes"}
+
+
+@every_architecture
+def test_every_weight_can_be_trained_and_transformers_reads_them(name, tmp_path):
+    loaded = load_base(published(name), device="cpu")
+    make_trainable(loaded.model)
+    rows = random_rows([3, 6, 2, 5], prompt=SHORT)
+    losses = train_until_the_loss_has_fallen(loaded.model, split_batches(rows, 2), learning_rate=2e-3)
+    assert losses[-1] < 0.8 * losses[0], losses
+    save_trained(loaded.model, tmp_path, base=published(name))
+    theirs = plain(tmp_path / "weights").state_dict()
+    assert all(torch.equal(theirs[key], p) for key, p in loaded.model.named_parameters())
+    assert load_trained(loaded.model, tmp_path).keys() == trained_parameters(loaded.model).keys()
+    support[name] |= {"full": "yes"}
+
+
+def test_the_readmes_support_table_is_what_these_tests_have_shown():
+    if any(len(columns) < len(COLUMNS) for columns in support.values()):
+        pytest.skip("only some of the architectures were run")
+    readme = REPOSITORY / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(TABLE_BEGINS)
+    _, after = rest.split(TABLE_ENDS)
+    expected = f"{before}{TABLE_BEGINS}\n{support_table()}\n{TABLE_ENDS}{after}"
+    if os.environ.get("QLORA_LITE_WRITE_TABLE"):
+        readme.write_text(expected, encoding="utf-8")
+    assert readme.read_text(encoding="utf-8") == expected, "QLORA_LITE_WRITE_TABLE=1 writes it"
+
+
+def support_table() -> str:
+    """One line an architecture; `|` separated, as Markdown has it."""
+    lines = [f"| architecture | published as | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for name, columns in support.items():
+        row = PUBLISHED[name]
+        kind = "gemma3_text" if row.config["model_type"] == "gemma3" else row.config["model_type"]
+        cells = [ARCHITECTURES[kind], row.source, *(columns[column] for column in COLUMNS)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def train_until_the_loss_has_fallen(
+    model, batches, *, share: float = 0.8, most_steps: int = 80, learning_rate: float = 1e-2
+) -> list[float]:
     """Losses of as many steps as it takes to come below `share` of the first one."""
-    optimizer = make_optimizer(model.parameters(), name="adamw", learning_rate=1e-2, weight_decay=0.0)
+    optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=learning_rate, weight_decay=0.0)
     model.train()
     losses: list[float] = []
     while len(losses) < most_steps and (not losses or losses[-1] >= share * losses[0]):

@@ -15,19 +15,19 @@ class State:
     def __init__(self, step=0, best=None):
         self.step, self.best = step, best
 
-    def save(self, folder, *, base_name):
-        (folder / "state.json").write_text(f"{base_name} {self.step}")
+    def save(self, folder, *, base):
+        (folder / "state.json").write_text(f"{base} {self.step}")
 
 
 class KilledState(State):
-    def save(self, folder, *, base_name):
-        super().save(folder, base_name=base_name)
+    def save(self, folder, *, base):
+        super().save(folder, base=base)
         raise KeyboardInterrupt
 
 
 def save(folder, *steps, keep=9):
     for step in steps:
-        path = save_checkpoint(State(step), folder, keep=keep, base_name="base")
+        path = save_checkpoint(State(step), folder, keep=keep, base="base")
         assert path == folder / f"step-{step:06d}"
 
 
@@ -58,7 +58,7 @@ def test_no_checkpoints_are_no_error(tmp_path):
 def test_a_run_killed_while_saving_leaves_nothing_to_be_found(tmp_path):
     save(tmp_path, 5)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(KilledState(10), tmp_path, keep=1, base_name="base")
+        save_checkpoint(KilledState(10), tmp_path, keep=1, base="base")
     assert names(tmp_path) == ["step-000005"]
     staged = tmp_path / ".step-000010.abcd.staging"  # what a kill -9 would leave
     shutil.copytree(tmp_path / "step-000005", staged)
@@ -95,9 +95,9 @@ def test_damaged_checkpoints_of_later_steps_do_not_push_out_good_ones(tmp_path):
 
 def test_the_best_one_is_kept_besides_the_newest_few(tmp_path):
     for step in (1, 2, 3, 4):
-        save_checkpoint(State(step, best=Best(1, 0.5)), tmp_path, keep=2, base_name="base")
+        save_checkpoint(State(step, best=Best(1, 0.5)), tmp_path, keep=2, base="base")
     assert names(tmp_path) == ["step-000001", "step-000003", "step-000004"]
-    save_checkpoint(State(5, best=Best(4, 0.4)), tmp_path, keep=1, base_name="base")  # a new best lets the old one go
+    save_checkpoint(State(5, best=Best(4, 0.4)), tmp_path, keep=1, base="base")  # a new best lets the old one go
     assert names(tmp_path) == ["step-000004", "step-000005"]
 
 

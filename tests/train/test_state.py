@@ -72,7 +72,7 @@ def test_going_back_to_a_snapshot_and_on_again_is_the_same_run(name):
 def test_a_saved_state_loaded_into_new_objects_goes_on_as_the_same_run(name, ratio, tmp_path):
     state = fresh_state(name, r=64, ratio=ratio)
     advance(state, 2)
-    state.save(tmp_path, base_name="tiny")
+    state.save(tmp_path, base=tmp_path)
     losses = advance(state, 3)
     end, facts = everything(state), state.snapshot().facts
     other = fresh_state(name, r=64, ratio=ratio, moved=False)
@@ -109,7 +109,7 @@ def test_a_snapshot_is_not_touched_by_later_steps():
 def test_the_loss_scale_comes_back(tmp_path):
     state = fresh_state()
     state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    state.save(tmp_path, base_name="tiny")
+    state.save(tmp_path, base=tmp_path)
     other = fresh_state()
     other.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     other.load(tmp_path)
@@ -120,7 +120,7 @@ def test_the_loss_scale_comes_back(tmp_path):
 def test_the_best_evaluation_comes_back(best, tmp_path):
     state, other = fresh_state(), fresh_state()
     state.best, other.best = best, Best(1, 9.0)
-    state.save(tmp_path, base_name="tiny")
+    state.save(tmp_path, base=tmp_path)
     other.load(tmp_path)
     assert other.best == best
 
@@ -140,7 +140,7 @@ def remove_adapter(folder):
 @pytest.mark.parametrize("damage", [damage_facts, damage_tensors, remove_adapter])
 def test_a_damaged_saved_state_is_refused(damage, tmp_path):
     state = fresh_state()
-    state.save(tmp_path, base_name="tiny")
+    state.save(tmp_path, base=tmp_path)
     damage(tmp_path)
     with pytest.raises(RunError, match="not a checkpoint of this run"):
         state.load(tmp_path)
@@ -148,7 +148,7 @@ def test_a_damaged_saved_state_is_refused(damage, tmp_path):
 
 @pytest.mark.parametrize("other", [{"r": 8}, {"name": "paged_adamw_8bit", "r": 64}])
 def test_the_state_of_another_run_is_refused_and_changes_nothing(other, tmp_path):
-    fresh_state(**other).save(tmp_path, base_name="tiny")
+    fresh_state(**other).save(tmp_path, base=tmp_path)
     state = fresh_state(r=64 if other["r"] == 64 else 4)
     before = everything(state)
     with pytest.raises(RunError, match="not a checkpoint of this run"):
