@@ -367,6 +367,7 @@ def _new_adapter(plan: Plan, model: PreTrainedModel) -> PeftModel:
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
+        modules_to_save=lora.modules_to_save,
         factor_dtype=plan.types.factors,
         seed=purpose_seed(plan.recipe.train.seed, "factors"),
     )
@@ -388,7 +389,8 @@ def _length(plan: Plan) -> int:
 
 
 def _static_bytes(base: LoadedBase, model: PeftModel | PreTrainedModel) -> dict[str, int]:
-    adapter = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".lora_" in name)
+    ours = (".lora_", ".modules_to_save.")
+    adapter = sum(p.nbytes for name, p in model.named_parameters() if any(part in name for part in ours))
     weights = {"weights_bytes": base.weights_bytes, "quant_constants_bytes": base.quant_constants_bytes}
     return {**weights, "adapter_bytes": adapter}
 

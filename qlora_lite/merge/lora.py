@@ -1,8 +1,8 @@
 """Read a PEFT LoRA folder: `adapter_config.json` and `adapter_model.safetensors` in, factors of each module out.
 
 W' = W + scaling * B @ A, scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); with DoRA (arXiv
-2402.09353) every row of that is then brought to its trained length. What changes these formulas (biases, saved modules, ...)
-is refused by name, also settings that we do not know.
+2402.09353) every row of that is then brought to its trained length. Modules that were trained whole (modules_to_save) come as they
+are. What changes these formulas (biases, other methods, ...) is refused by name, also settings that we do not know.
 """
 
 import math
@@ -23,17 +23,8 @@ from qlora_lite.model.dora import row_norms
 _PREFIX, _A, _B, _M = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 # Settings that decide where and how factors were trained, but not what they add once they are trained.
 _INERT = {
-    *(
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "peft_type",
-        "bias",
-        "init_lora_weights",
-    ),
+    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "peft_type", "bias"),
+    *("init_lora_weights", "modules_to_save"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "eva_config"),
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
     *("megatron_core", "qalora_group_size"),  # have defaults that are not empty, and act only with other settings
@@ -55,8 +46,27 @@ class LoraFactors:
         return self.b_OR.shape[0], self.a_RI.shape[1]
 
 
-def read_adapter(folder: Path | str) -> dict[str, LoraFactors]:
-    """Module name (as in the base model) -> factors.
+@dataclass(frozen=True)
+class Adapter:
+    """What training changed, by names of the base model: factors a module, whole weights a tensor."""
+
+    factors: dict[str, LoraFactors]
+    whole: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.factors) + len(self.whole)
+
+    def changes(self, name: str) -> bool:
+        """Whether the weight `name` is another one after training."""
+        return name in self.whole or self.of_weight(name) is not None
+
+    def of_weight(self, name: str) -> LoraFactors | None:
+        """The factors of the weight `name`."""
+        return self.factors.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+
+
+def read_adapter(folder: Path | str) -> Adapter:
+    """An adapter in PEFT's format.
 
     Raises ModelError naming every setting that a merge does not support, every tensor that is not a LoRA factor or
     lacks its partner, and every rank that is not the configured one.
@@ -71,8 +81,11 @@ def read_adapter(folder: Path | str) -> dict[str, LoraFactors]:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
     modules = sorted({_module_name(name) for name in tensors if _is_factor(name)})
-    problems = [f"{name}: not a LoRA factor" for name in sorted(tensors) if not _is_factor(name)]
-    adapter: dict[str, LoraFactors] = {}
+    others = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if not _is_factor(name)}
+    saved = tuple(config.get("modules_to_save") or ())
+    whole = {name: tensor for name, tensor in others.items() if _is_of(name, saved)}
+    problems = [f"{_PREFIX}{name}: not a LoRA factor" for name in sorted(others.keys() - whole.keys())]
+    factors: dict[str, LoraFactors] = {}
     for module in modules:
         a_RI, b_OR = tensors.get(_PREFIX + module + _A), tensors.get(_PREFIX + module + _B)
         if a_RI is None or b_OR is None:
@@ -87,11 +100,11 @@ def read_adapter(folder: Path | str) -> dict[str, LoraFactors]:
         if (magnitude_O is not None) != bool(config.get("use_dora")):
             problems.append(f"{module}: {'has' if magnitude_O is not None else 'lacks'} DoRA's magnitudes")
             continue
-        adapter[module] = LoraFactors(a_RI, b_OR, scaling, magnitude_O)
+        factors[module] = LoraFactors(a_RI, b_OR, scaling, magnitude_O)
     _refuse(folder, problems, "the adapter does not fit together")
-    if not adapter:
+    if not factors and not whole:
         raise ModelError(f"{path}: holds no LoRA factors")
-    return adapter
+    return Adapter(factors, whole)
 
 
 def rank_and_scaling(config: dict[str, Any], module: str) -> tuple[int, float]:
@@ -141,6 +154,12 @@ def _refuse(folder: Path, problems: Iterable[str], what: str) -> None:
 
 def _is_factor(name: str) -> bool:
     return name.startswith(_PREFIX) and name.endswith((_A, _B, _M))
+
+
+def _is_of(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether tensor `name` belongs to a module that is called, or ends in, one of `modules`."""
+    module = name.rpartition(".")[0]
+    return any(module == one or module.endswith(f".{one}") for one in modules)
 
 
 def _module_name(name: str) -> str:

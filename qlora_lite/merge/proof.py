@@ -23,7 +23,7 @@ live `Linear4bit` asked to compute in fp32 would not do (bitsandbytes dequantize
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from qlora_lite.errors import ProofFailed, UserError
 from qlora_lite.merge.checkpoint import Checkpoint
-from qlora_lite.merge.lora import LoraFactors, tuned_norms
+from qlora_lite.merge.lora import Adapter, LoraFactors, tuned_norms
 from qlora_lite.merge.memory import HostMemoryMeter
 from qlora_lite.merge.streamed import StreamedDecoder
-from qlora_lite.merge.write import merged_row_blocks, open_pair
+from qlora_lite.merge.write import open_pair, tuned_row_blocks
 from qlora_lite.model.head import finish_logits
 from qlora_lite.model.source import load_config
 
@@ -101,7 +101,7 @@ class _Models:
     def __init__(
         self,
         base: Checkpoint,
-        adapter: Mapping[str, LoraFactors],
+        adapter: Adapter,
         merged: Checkpoint,
         *,
         scale: float,
@@ -111,11 +111,10 @@ class _Models:
         self.decoder = StreamedDecoder(_plain_config(base), device=device)
         embedding, head = f"{self.decoder.embedding}.weight", f"{self.decoder.head}.weight"
         self.head = head if head in base else embedding  # tied
-        dtypes = {merged.dtype(f"{module}.weight") for module in adapter if f"{module}.weight" in merged}
+        dtypes = {merged.dtype(name) for name in merged.names if adapter.changes(name)}
         self.stored_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        self.is_head_adapted = self.head != embedding and self.decoder.head in adapter
-        met = {*self.decoder.modules, *([self.decoder.head] if self.is_head_adapted else [])}
-        unseen = adapter.keys() - met
+        met = {*self.decoder.modules, *([] if self.head == embedding else [self.decoder.head])}
+        unseen = {*adapter.factors, *(name.rpartition(".")[0] for name in adapter.whole)} - met
         if unseen:
             raise ProofFailed(f"the proof met no layer for {len(unseen)} adapter modules, first {min(unseen)}")
         missing = [name for name in base.names if name not in merged]
@@ -159,23 +158,13 @@ class _Models:
         """[n, V] of every model, the head's rows (tokens) read block by block."""
         count = next(iter(hidden.values())).shape[0]
         logits = {variant: torch.empty(count, vocabulary, device=self.device) for variant in hidden}
-        factors = self.adapter[self.decoder.head] if self.is_head_adapted else None
-        merged = (
-            self.base.row_blocks(self.head)
-            if factors is None
-            else merged_row_blocks(self.base, self.head, factors, self.scale)
-        )
         start = 0
-        for plain, kept, stored in zip(
-            self.base.row_blocks(self.head), merged, self._aligned_stored(self.head), strict=True
-        ):
-            self.compare_weights(self.head, stored, kept, exact=factors is None)
-            stop = start + plain.shape[0]
-            rounded = kept if factors is None else kept.to(self.stored_dtype).float()
-            of = {"base": plain, "adapter": plain, "merged": kept, "nearest": rounded, "stored": stored}
-            for variant, states in hidden.items():
-                logits[variant][:, start:stop] = states @ of[variant].to(self.device).T
+        for blocks in zip(*(self.row_blocks(self.head, variant) for variant in VARIANTS), strict=True):
+            stop = start + blocks[0].shape[0]
+            for variant, block in zip(VARIANTS, blocks, strict=True):
+                logits[variant][:, start:stop] = hidden[variant] @ block.to(self.device).T
             start = stop
+        factors = self.adapter.of_weight(self.head)
         if factors is not None:
             share_O = self._length_shares(self.decoder.head)
             logits["adapter"] = _adapted(logits["adapter"], hidden["adapter"], factors, share_O, self.scale)
@@ -184,28 +173,41 @@ class _Models:
 
     def row_blocks(self, name: str, variant: str) -> Iterator[Tensor]:
         """The values that one of the models has for a weight. Every weight of the merged files is checked on the way."""
-        factors = self.adapter.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if variant == "stored":
-            yield from self.merged.row_blocks(name)
-        elif variant in ("base", "adapter"):
+            yield from self._aligned_stored(name)
+        elif variant == "base" or (variant == "adapter" and name not in self.adapter.whole):
             yield from self.base.row_blocks(name)
-        else:
-            plain = self.base.row_blocks(name)
-            kept = plain if factors is None else merged_row_blocks(self.base, name, factors, self.scale)
-            if variant == "nearest":
-                yield from kept if factors is None else (block.to(self.stored_dtype).float() for block in kept)
-                return
-            for block, stored in zip(kept, self._aligned_stored(name), strict=True):
-                self.compare_weights(name, stored, block, exact=factors is None)
+        elif variant == "merged":
+            for block, stored in zip(self._tuned(name), self._aligned_stored(name), strict=True):
+                self.compare_weights(name, stored, block, exact=not self.adapter.changes(name))
                 yield block
+        elif variant == "nearest" and self.adapter.changes(name):
+            yield from (block.to(self.stored_dtype).float() for block in self._tuned(name))
+        else:
+            yield from self._tuned(name)
+
+    def rows(self, name: str, indices: Tensor, variant: str) -> Tensor:
+        """Some rows of an embedding that is not quantized."""
+        from_base, from_files = self.base.rows(name, indices), self.merged.rows(name, indices)
+        tuned, whole = from_base, self.adapter.whole.get(name)
+        if whole is not None:
+            tuned = from_base.lerp(whole[indices].float(), self.scale)
+        if variant == "merged":
+            self.compare_weights(name, from_files, tuned, exact=whole is None)
+        if variant == "nearest" and whole is not None:
+            return tuned.to(self.stored_dtype).float()
+        return {"base": from_base, "stored": from_files}.get(variant, tuned)
+
+    def _tuned(self, name: str) -> Iterator[Tensor]:
+        return tuned_row_blocks(self.base, self.adapter, name, self.scale)
 
     @contextlib.contextmanager
     def _low_rank_path(self) -> Iterator[None]:
         """Add B (A x) beside each adapted module."""
         with contextlib.ExitStack() as hooks:
             for name, module in self.decoder.modules.items():
-                if name in self.adapter:
-                    factors, share_O = self.adapter[name], self._length_shares(name)
+                if name in self.adapter.factors:
+                    factors, share_O = self.adapter.factors[name], self._length_shares(name)
 
                     def add(
                         module: nn.Module,
@@ -222,7 +224,7 @@ class _Models:
 
     def _length_shares(self, module: str) -> Tensor | None:
         """DoRA: by how much each row of W + B A is stretched, [out]; None for plain LoRA."""
-        factors, norms, start = self.adapter[module], [], 0
+        factors, norms, start = self.adapter.factors[module], [], 0
         if factors.magnitude_O is None:
             return None
         for block in self.base.row_blocks(f"{module}.weight"):
@@ -286,10 +288,7 @@ class _Variant:
         return self.models.row_blocks(name, self.name)
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        from_base, from_files = self.models.base.rows(name, indices), self.models.merged.rows(name, indices)
-        if self.name == "merged":
-            self.models.compare_weights(name, from_files, from_base, exact=True)
-        return from_files if self.name == "stored" else from_base
+        return self.models.rows(name, indices, self.name)
 
 
 def _judge(

@@ -9,8 +9,9 @@ evaluation that touched live weights cannot reach it. Tensors without an adapter
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from qlora_lite.errors import ModelError, UserError
 from qlora_lite.merge.checkpoint import Checkpoint, open_checkpoint
-from qlora_lite.merge.lora import LoraFactors, change_rows_, read_adapter
+from qlora_lite.merge.lora import Adapter, change_rows_, read_adapter
 from qlora_lite.merge.memory import HostMemoryMeter
 from qlora_lite.merge.rounding import DTYPES, ROUNDINGS, make_rounder
 from qlora_lite.model.safetensors_writer import (
@@ -112,26 +113,26 @@ def write_merged(
         _check_disk(folder, total_bytes)
         with ShardedWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
             for name, spec in specs.items():
-                factors = adapter.get(name.removesuffix(".weight"))
+                if not adapter.changes(name):
+                    writer.write(name, stored_blocks(base, name, spec.dtype))
+                    continue
                 rounder = make_rounder(name, dtype=spec.dtype, rounding=rounding, seed=seed)
-                blocks = (
-                    stored_blocks(base, name, spec.dtype)
-                    if factors is None
-                    else (
-                        _checked(rounder(block), name, dtype) for block in merged_row_blocks(base, name, factors, scale)
-                    )
-                )
-                writer.write(name, blocks)
+                tuned = tuned_row_blocks(base, adapter, name, scale)
+                writer.write(name, map(partial(_checked_rounded, rounder, name, dtype), tuned))
         _write_config(base, folder, DTYPES[dtype])
         _copy_companions(base.folder, folder)
     return WriteResult(folder, len(specs), len(adapter), total_bytes, meter.peak_bytes, tuple(_warnings(base, dtype)))
 
 
-def merged_row_blocks(base: Checkpoint, name: str, factors: LoraFactors, scale: float) -> Iterator[Tensor]:
-    """Row blocks of the merged weight in fp32, not rounded. What is written and what is proved both come from here."""
+def tuned_row_blocks(base: Checkpoint, adapter: Adapter, name: str, scale: float) -> Iterator[Tensor]:
+    """Row blocks of a weight after training, fp32, not rounded. What is written and what is proved both come from here."""
+    factors, whole = adapter.of_weight(name), adapter.whole.get(name)
     start = 0
     for block in base.row_blocks(name):
-        change_rows_(block, factors, start=start, scale=scale)
+        if factors is not None:
+            change_rows_(block, factors, start=start, scale=scale)
+        elif whole is not None:
+            block.lerp_(whole[start : start + block.shape[0]].reshape(block.shape).float(), scale)
         yield block
         start += block.shape[0]
 
@@ -147,17 +148,19 @@ def stored_blocks(base: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[T
 
 def open_pair(
     base_dir: Path | str, adapter_dir: Path | str, *, compute_dtype: str | None
-) -> tuple[Checkpoint, Mapping[str, LoraFactors]]:
+) -> tuple[Checkpoint, Adapter]:
     """Base and adapter, after checking that every adapter module meets a base weight of its shape."""
     base = open_checkpoint(base_dir, compute_dtype=None if compute_dtype is None else DTYPES[compute_dtype])
     adapter = read_adapter(adapter_dir)
     problems = []
-    for module, factors in adapter.items():
-        name = f"{module}.weight"
+    shapes = {f"{module}.weight": ("B @ A", factors.shape) for module, factors in adapter.factors.items()}
+    shapes |= {name: ("its weight", tuple(tensor.shape)) for name, tensor in adapter.whole.items()}
+    for name, (what, shape) in shapes.items():
+        module = name.removesuffix(".weight")
         if name not in base.names:
             problems.append(f"{module}: {base.folder} has no {name}{_tied_hint(base, module)}")
-        elif base.shape(name) != factors.shape:
-            problems.append(f"{module}: B @ A is {list(factors.shape)}, {name} is {list(base.shape(name))}")
+        elif base.shape(name) != shape:
+            problems.append(f"{module}: {what} is {list(shape)}, {name} is {list(base.shape(name))}")
         elif module == "lm_head" and base.config.get("tie_word_embeddings"):
             problems.append(f"{module}: the model ties it to its embedding, so a merged one would not be read back")
     if problems:
@@ -182,6 +185,10 @@ def check_options(*, dtype: str, rounding: str, scale: float, compute_dtype: str
 def _out_dtype(base: Checkpoint, name: str, dtype: torch.dtype) -> torch.dtype:
     own = base.dtype(name)
     return dtype if own.is_floating_point else own
+
+
+def _checked_rounded(rounder: Callable[[Tensor], Tensor], name: str, dtype: str, block: Tensor) -> Tensor:
+    return _checked(rounder(block), name, dtype)
 
 
 def _checked(block: Tensor, name: str, dtype: str) -> Tensor:

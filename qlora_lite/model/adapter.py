@@ -9,6 +9,7 @@ in fp32 the split of a step no longer shows. DoRA's layer is ours too (dora.py).
 """
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
-from qlora_lite.model.bnb import keep_weights_unpacked
+from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.model.dora import Dora
 
 
@@ -32,13 +33,16 @@ def attach_adapter(
     target_modules: str | list[str] = "all-linear",
     use_rslora: bool = False,
     use_dora: bool = False,
+    modules_to_save: Sequence[str] = (),
     factor_dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> PeftModel:
     """Wrap `model` with a new trainable adapter; the base is frozen. `target_modules` are name endings, or "all-linear".
 
-    Raises ModelError when a name in `target_modules` meets no linear layer of the model.
+    `modules_to_save` are name endings of modules that are trained whole, as copies in their own type.
+    Raises ModelError when a name meets no linear layer of the model, or no module that can be trained whole.
     """
+    _refuse_unknown_whole(model, modules_to_save)
     if isinstance(target_modules, list):
         _refuse_unknown_targets(model, target_modules)
     config = LoraConfig(
@@ -49,6 +53,7 @@ def attach_adapter(
         target_modules=target_modules,
         use_rslora=use_rslora,
         use_dora=use_dora,
+        modules_to_save=list(modules_to_save) or None,
     )
     with torch.random.fork_rng(devices=[]):  # the seed of the factors does not disturb any other random stream
         torch.manual_seed(seed)
@@ -125,6 +130,8 @@ def _prepare(adapted: PeftModel, factor_dtype: torch.dtype, *, is_new: bool) -> 
     for name, module in list(adapted.named_modules()):
         if type(module) is torch.nn.Linear and name.split(".")[-2:-1] in (["lora_A"], ["lora_B"]):
             _replace(adapted, name, _factor(module, factor_dtype))
+        elif name.endswith(".modules_to_save.default"):
+            _set_up_whole(adapted, name, module)
     for layer in adapted.modules():
         if isinstance(layer, LoraLayer) and layer.lora_magnitude_vector:
             _set_up_dora(layer, is_new=is_new)
@@ -138,6 +145,16 @@ def _factor(linear: torch.nn.Linear, dtype: torch.dtype) -> FactorLinear:
     if factor.weight.requires_grad:
         factor.weight.grad_dtype = torch.float32
     return factor
+
+
+def _set_up_whole(adapted: PeftModel, name: str, module: torch.nn.Module) -> None:
+    """A module that is trained whole: gradients in fp32, as for the factors."""
+    if type(module) is torch.nn.Linear and module.bias is None:
+        _replace(adapted, name, _factor(module, module.weight.dtype))
+        return
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.grad_dtype = torch.float32
 
 
 def _set_up_dora(layer: LoraLayer, *, is_new: bool) -> None:
@@ -163,6 +180,26 @@ def _refuse_other_factors(adapted: PeftModel, folder: Path) -> None:
         if names:
             raise ModelError(
                 f"{folder}: not an adapter of this model (it {what} {len(names)} factors, first {min(names)})"
+            )
+
+
+def _refuse_unknown_whole(model: PreTrainedModel, modules_to_save: Sequence[str]) -> None:
+    """Only what is not quantized can be trained whole, and what is tied to another weight would come apart from it."""
+    modules = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    quantized = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
+    free = ", ".join(sorted({n.split(".")[-1] for n, module in modules.items() if not isinstance(module, quantized)}))
+    for wanted in modules_to_save:
+        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        where = f'lora.modules_to_save: "{wanted}"'
+        if not found:
+            raise ModelError(f"{where} is no module with weights of this model; those in 16 bits are {free}")
+        if any(isinstance(modules[name], quantized) for name in found):
+            raise ModelError(f"{where} is quantized, so it cannot be trained whole; those in 16 bits are {free}")
+        if tied.intersection(found):
+            raise ModelError(
+                f"{where}: this model's head is its embedding (one weight), which an adapter that trains one of them whole would "
+                "take apart. Use method: full, or leave it out"
             )
 
 

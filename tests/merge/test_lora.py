@@ -36,8 +36,8 @@ def test_the_delta_is_the_one_peft_computes(tmp_path, settings):
     )
     model.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
-    assert set(adapter) == {"q_proj", "up_proj"}
-    for name, factors in adapter.items():
+    assert set(adapter.factors) == {"q_proj", "up_proj"}
+    for name, factors in adapter.factors.items():
         expected = model.base_model.model.get_submodule(name).get_delta_weight("default")
         rows = torch.zeros(factors.shape)
         for start in range(0, factors.shape[0], 3):
@@ -54,7 +54,6 @@ def test_scaling_is_alpha_over_r_or_over_its_root():
     ("settings", "message"),
     [
         ({"bias": "all"}, "bias: 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: .'lm_head'."),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
         ({"peft_type": "IA3"}, "peft_type: 'IA3'"),
         ({"invented_later": 3}, "invented_later: 3"),

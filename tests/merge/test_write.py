@@ -23,7 +23,7 @@ def load_all(folder):
 def expected_fp32(base_dir, adapter_dir, scale=1.0):
     base, adapter = Checkpoint(base_dir), read_adapter(adapter_dir)
     values = {name: torch.cat(list(base.row_blocks(name))).view(base.shape(name)) for name in base.names}
-    for module, factors in adapter.items():
+    for module, factors in adapter.factors.items():
         values[f"{module}.weight"] += scale * factors.scaling * (factors.b_OR.float() @ factors.a_RI.float())
     return values
 

@@ -178,14 +178,13 @@ def test_an_adapted_untied_head_is_merged_and_proved(tmp_path):
 
 
 def wrong_scaling(real):
-    return lambda base, name, factors, scale: real(base, name, factors, 2 * scale)
+    return lambda base, adapter, name, scale: real(base, adapter, name, 2 * scale)
 
 
 def skipped_module(real):
-    def blocks(base, name, factors, scale):
-        return (
-            base.row_blocks(name) if name.endswith("layers.1.mlp.up_proj.weight") else real(base, name, factors, scale)
-        )
+    def blocks(base, adapter, name, scale):
+        is_skipped = name.endswith("layers.1.mlp.up_proj.weight")
+        return base.row_blocks(name) if is_skipped else real(base, adapter, name, scale)
 
     return blocks
 
@@ -193,9 +192,9 @@ def skipped_module(real):
 @pytest.mark.parametrize("mistake", [wrong_scaling, skipped_module])
 def test_a_wrong_merge_fails_the_proof_and_leaves_no_folder(folders, tmp_path, monkeypatch, mistake):
     """The mistake is in the one function that makes merged weights: writer and proof share it, the adapter path does not."""
-    wrong = mistake(write.merged_row_blocks)
-    monkeypatch.setattr(write, "merged_row_blocks", wrong)
-    monkeypatch.setattr(proof, "merged_row_blocks", wrong)
+    wrong = mistake(write.tuned_row_blocks)
+    monkeypatch.setattr(write, "tuned_row_blocks", wrong)
+    monkeypatch.setattr(proof, "tuned_row_blocks", wrong)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ProofFailed, match="the merged model is not the adapter model"):
         merge(folders.base, folders.adapter, tmp_path / "merged", ROWS)
@@ -205,7 +204,7 @@ def test_a_wrong_merge_fails_the_proof_and_leaves_no_folder(folders, tmp_path, m
 @pytest.mark.parametrize("mistake", [wrong_scaling, skipped_module])
 def test_files_that_do_not_hold_the_merge_fail_the_proof_by_name(folders, tmp_path, monkeypatch, mistake):
     """The mistake is only in what was written."""
-    monkeypatch.setattr(write, "merged_row_blocks", mistake(write.merged_row_blocks))
+    monkeypatch.setattr(write, "tuned_row_blocks", mistake(write.tuned_row_blocks))
     with pytest.raises(
         ProofFailed, match=r"model\.layers\.\d\..*_proj\.weight: \d+ of \d+ values .* are not the merge"
     ):

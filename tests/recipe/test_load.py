@@ -188,7 +188,6 @@ def test_overrides_take_lists_text_and_null():
 
 REFUSED = {
     "model.attention": ["eager", "flash_attention_2", "flex_attention"],
-    "lora.modules_to_save": ["[lm_head]"],
     "data.share_prefixes": ["true"],
     "memory.budget": ["24GiB", "1000000"],
 }

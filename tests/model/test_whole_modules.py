@@ -1,0 +1,114 @@
+"""lora.modules_to_save: modules trained whole beside the factors, in gradients, files, plain peft and the merge."""
+
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qlora_lite.errors import ModelError
+from qlora_lite.merge import merge
+from qlora_lite.model.adapter import attach_adapter, load_adapter, save_adapter
+from qlora_lite.model.artefact import quantize_base
+from qlora_lite.model.base import load_base
+from qlora_lite.model.bnb import keep_weights_unpacked
+from qlora_lite.train.optimizer import make_optimizer
+from qlora_lite.train.step import forward_backward
+from tests.tiny_model import gradients, random_rows, split_batches, tiny_artefact, tiny_base
+
+
+def model_with(whole=("lm_head", "embed_tokens"), **settings) -> PeftModel:
+    return attach_adapter(tiny_base().model, r=4, lora_alpha=8, modules_to_save=whole, **settings)
+
+
+def trained(num_steps: int = 6) -> PeftModel:
+    model = model_with()
+    optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=5e-3, weight_decay=0.0)
+    model.train()
+    for _ in range(num_steps):
+        batches = split_batches(random_rows([4, 3]), 1)
+        forward_backward(model, batches, backward=torch.Tensor.backward, on_batch=lambda batch, loss: None)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+def test_copies_are_trained_with_fp32_gradients_and_the_base_stays_as_it_is():
+    model = model_with()
+    found = gradients(model, split_batches(random_rows([3, 5]), 1))
+    whole = {name for name in found if "modules_to_save" in name}
+    assert {name.split(".modules_to_save")[0].split(".")[-1] for name in whole} == {"lm_head", "embed_tokens"}
+    assert all(found[name].dtype == torch.float32 and found[name].norm() > 0 for name in whole)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "original_module" in name)
+
+
+def test_splitting_a_step_does_not_change_the_heads_gradient():
+    rows = random_rows([3, 5, 1, 7])
+    one, four = (gradients(model_with(["lm_head"]), split_batches(rows, num)) for num in (1, 4))
+    (name,) = [name for name in one if "modules_to_save" in name]
+    assert (one[name] - four[name]).norm() < 1e-5 * one[name].norm()
+
+
+def test_plain_peft_reads_them_and_computes_the_same(tmp_path):
+    model = trained()
+    save_adapter(model, tmp_path, base_name=str(tiny_artefact()))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"} <= saved.keys()
+    theirs = AutoModelForCausalLM.from_pretrained(str(tiny_artefact()), dtype=torch.bfloat16, device_map="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        theirs = PeftModel.from_pretrained(theirs, str(tmp_path), autocast_adapter_dtype=False).eval()
+    keep_weights_unpacked(theirs)
+    again = load_adapter(tiny_base().model, tmp_path).eval()
+    ids = torch.tensor([random_rows([3]).encoded(0).input_ids])
+    for one in (model, again):
+        one.get_base_model().set_attn_implementation("sdpa")
+    with torch.no_grad():
+        ours = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(again(input_ids=ids, use_cache=False).logits, ours)
+        torch.testing.assert_close(theirs(input_ids=ids, use_cache=False).logits, ours, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_merge_holds_them_and_is_proved(tmp_path, scale):
+    save_adapter(trained(), tmp_path / "adapter", base_name="base")
+    rows = random_rows([3, 5, 2])
+    result = merge(
+        tiny_artefact(), tmp_path / "adapter", tmp_path / "merged", [rows.encoded(i) for i in range(3)], scale=scale
+    )
+    assert result.adapter_effect > 1 and result.arithmetic_ratio < 0.01
+    assert result.num_merged == 14 + 2
+    merged, base = (
+        load_file(tmp_path / "merged" / "model.safetensors"),
+        load_file(tiny_artefact() / "model.safetensors"),
+    )
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        whole = saved[f"base_model.model.{name}"].float()
+        expected = base[name].float().lerp(whole, scale)
+        limit = 0 if scale == 1 else expected.abs().max() * 2**-8
+        assert (merged[name].float() - expected).abs().max() <= limit
+
+
+@pytest.mark.parametrize(
+    ("whole", "message"),
+    [
+        (["up_proj"], 'modules_to_save: "up_proj" is quantized'),
+        (["head"], 'modules_to_save: "head" is no module with weights of this model; those in 16 bits are .*lm_head'),
+    ],
+)
+def test_what_cannot_be_trained_whole_is_refused_by_name(whole, message):
+    with pytest.raises(ModelError, match=message):
+        model_with(whole)
+
+
+def test_a_tied_head_is_refused(tmp_path):
+    from tests.tiny_model import save_tiny_llama
+
+    source = save_tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
+    base = load_base(quantize_base(source, cache=tmp_path), device="cpu").model
+    with pytest.raises(ModelError, match="head is its embedding"):
+        attach_adapter(base, r=4, lora_alpha=8, modules_to_save=["lm_head"])
