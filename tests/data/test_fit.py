@@ -1,5 +1,7 @@
 """What fits: texts in pieces that lose nothing, conversations whole or not at all, and what evaluation asks about each."""
 
+from itertools import pairwise
+
 import pytest
 
 from qlora_lite.data.fit import TemplateNotes, fit_row, least_tokens
@@ -35,7 +37,7 @@ def test_every_token_of_a_text_is_trained_exactly_once_from_the_token_before_it(
         for piece in pieces
         for p in piece.encoded.predictors
     ]
-    assert pairs == list(zip(whole, whole[1:], strict=False))
+    assert pairs == list(pairwise(whole))
     assert max(len(piece.encoded.input_ids) for piece in pieces) <= max_seq_length
     assert was_cut == (len(pieces) > 1) == (len(whole) > max_seq_length)
 
