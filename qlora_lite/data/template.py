@@ -9,9 +9,9 @@ How the turns are found, by position and never by token id (the pad token may eq
     prompt    = template(messages before the turn, with its generation prompt)     what generation will see
     turn      = template(messages up to the turn) without that prompt in front     what generation is to say
 
-The prompt's ids come first, whatever follows, then the turn's. Of several turns, the next one is appended only if the ids of *its* prompt
-begin with all ids so far. So for every trained turn, the ids before it are exactly those that inference sees at that turn. Where a template rewrites
-earlier turns (Qwen3 drops their thoughts), the next turn begins an example of its own.
+The prompt's ids come first, whatever follows, then the turn's. Of several turns, the next one is appended only if the ids of *its*
+prompt begin with all ids so far. So for every trained turn, the ids before it are exactly those that inference sees at that turn. Where a
+template rewrites earlier turns (Qwen3 drops their thoughts), the next turn begins an example of its own.
 
 Surprising:
 - A row ends at the stop token; what a template puts after it ("\\n" in ChatML) is left out.
