@@ -19,8 +19,8 @@ def question_prompt(
 ) -> tuple[list[int], int]:
     """-> (token ids to answer `question` from, the token to stop at), as a model trained on rows of `format` knows questions.
 
-    alpaca: the context is the input; text: context and question are continued; chat and all others: the context stands before the question.
-    Raises ModelError.
+    alpaca: the context is the input; text: context and question are continued; chat, all others, and "auto" (files of several formats):
+    the context stands before the question. Raises ModelError.
     """
     message = question if context is None else f"{context}\n\n{question}"
     if format == "text":

@@ -9,9 +9,9 @@ How the turns are found, by position and never by token id (the pad token may eq
     prompt    = template(messages before the turn, with its generation prompt)     what generation will see
     turn      = template(messages up to the turn) without that prompt in front     what generation is to say
 
-Prompt and turn are tokenized apart and joined. Of several turns, the next one is appended only if the ids of *its* prompt begin with
-all ids so far. So for every trained turn, the ids before it are exactly those that inference sees at that turn. Where a template rewrites
-earlier turns (Qwen3 drops their thoughts), the next turn begins an example of its own.
+The prompt's ids come first, whatever follows, then the turn's. Of several turns, the next one is appended only if the ids of *its*
+prompt begin with all ids so far. So for every trained turn, the ids before it are exactly those that inference sees at that turn. Where a
+template rewrites earlier turns (Qwen3 drops their thoughts), the next turn begins an example of its own.
 
 Surprising:
 - A row ends at the stop token; what a template puts after it ("\\n" in ChatML) is left out.
@@ -87,6 +87,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.name = "the tokenizer's chat template" if tokenizer.chat_template else "plain"
         self._where = tokenizer.name_or_path or "tokenizer"
+        added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._special_ids = {*tokenizer.all_special_ids, *added}
         self._known_roles = {"assistant"}  # roles seen in a rendering; "" stands for tools
         asked: list[Message] = [{"role": "user", "content": _PROBE_PROMPT}]
         prompt = self._render(asked, generate=True)
@@ -168,10 +170,22 @@ class ChatTemplate:
                 f"{self._where}: the chat template does not print a message with tool_calls after its generation prompt and "
                 f"before its stop token, so it cannot be told which tokens to train. Leave such rows out, or change the template."
             )
-        # Split special tokens: an answer that spells "<|im_end|>" must not put a stop token in the middle of the labels.
-        # A tool call is not what people wrote, and its special tokens are meant.
-        answer_ids = self._tokenize(text, split_special_tokens="tool_calls" not in message)
-        return self._tokenize_prompt(prompt), [*answer_ids, self.stop_token_id]
+        prompt_ids = self._tokenize_prompt(prompt)
+        answer_ids = self._answer_ids(prompt, prompt_ids, text, is_call="tool_calls" in message)
+        return prompt_ids, [*answer_ids, self.stop_token_id]
+
+    def _answer_ids(self, prompt: str, prompt_ids: list[int], text: str, *, is_call: bool) -> list[int]:
+        """Ids of an answer behind its prompt: as in the whole text where that leaves the prompt's ids alone, otherwise tokenized apart.
+
+        (SentencePiece tokenizers put a space before a text that begins anew.) An answer that spells "<|im_end|>" must not put a stop
+        token in the middle of the labels; a tool call is not what people wrote, and its special tokens are meant.
+        """
+        together = self._tokenize_prompt(prompt + text)
+        answer_ids = together[len(prompt_ids) :]
+        is_continued = together[: len(prompt_ids)] == prompt_ids
+        if is_continued and (is_call or self._special_ids.isdisjoint(answer_ids)):
+            return answer_ids
+        return self._tokenize(text, split_special_tokens=not is_call)
 
     def _place_system(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
         """-> (messages that the template can render, how many were merged into the next)."""
@@ -251,9 +265,7 @@ class ChatTemplate:
 
     def _split_at_stop(self, tail: str) -> tuple[str, int]:
         """`tail` is what follows an answer. -> (text before the stop token, id of the stop token)."""
-        tokenizer = self.tokenizer
-        stops = {tokenizer.convert_ids_to_tokens(i): i for i in tokenizer.all_special_ids}
-        stops |= {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        stops = {self.tokenizer.convert_ids_to_tokens(i): i for i in self._special_ids}
         # The first special token in the text; of two that start at the same place, the longer one.
         found = sorted((tail.index(text), -len(text), token_id) for text, token_id in stops.items() if text in tail)
         if found:

@@ -103,7 +103,7 @@ def test_weights_names_and_kind_of_the_files_change_the_fingerprint(load, write)
 def test_texts_conversations_and_questions_come_back_as_they_were_written(load, write, tokenizer):
     talk = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(4)]
     files = [
-        (write("".join(json.dumps({"text": "word " * 60}) + "\n"), "text.jsonl"), 1.0),
+        (write("".join(json.dumps({"text": "word " * 100}) + "\n"), "text.jsonl"), 1.0),
         (write(json.dumps([{"messages": talk}]), "chat.json"), 1.0),
         (write(squad(*QUESTIONS)), 1.0),
     ]

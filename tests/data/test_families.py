@@ -1,6 +1,10 @@
 """Every family's template: exactly the assistant's tokens and stop are trained, behind exactly the tokens that inference sees."""
 
+import string
+
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.rows import Conversation
 from qlora_lite.data.template import ChatTemplate
@@ -175,6 +179,31 @@ def test_an_answer_that_spells_the_stop_token_stops_once_only(name):
             labels = example.encoded.input_ids[start:end]
             assert labels.count(template.stop_token_id) == 1 and labels[-1] == template.stop_token_id
             assert tokenizer.decode(labels) == f"{family.space}{answer}{family.after}{family.stop}"
+
+
+def sentencepiece_like(template):
+    """A tokenizer that puts a space before every text, as those of Llama 2 and the first Mistral do."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=["▁", *string.printable], show_progress=False
+    )
+    backend.train_from_iterator(TALK * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_an_answer_is_tokenized_as_in_the_whole_text_where_tokenizers_put_spaces():
+    tokenizer = sentencepiece_like(FAMILIES["llama2"].template)
+    (example,) = ChatTemplate(tokenizer).encode(chat(*TALK))
+    whole = tokenizer.apply_chat_template(list(chat(*TALK).messages), return_dict=False)
+    assert example.encoded.input_ids == whole
+    assert len(example.encoded.spans) == 3
+    start, end = example.encoded.spans[0]
+    alone = tokenizer(" The Nile. ", add_special_tokens=False)["input_ids"]
+    assert whole[start : end - 1] != alone, "alone it would have a space too many"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

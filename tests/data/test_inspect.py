@@ -59,14 +59,14 @@ TALK = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in 
 OTHER_FORMATS = {
     "chat": [{"messages": TALK}, {"messages": TALK * 4}],
     "alpaca": [{"instruction": "Add", "input": "1 2 " * n, "output": "3"} for n in (1, 60)],
-    "text": [{"text": "word " * n} for n in (5, 100)],
+    "text": [{"text": "word " * n} for n in (5, 60)],
 }
 
 
 @pytest.mark.parametrize("format", OTHER_FORMATS)
 def test_the_truncation_table_says_what_loading_does_for_every_format(write, tokenizer, tmp_path, format):
     path = write("".join(json.dumps(row) + "\n" for row in OTHER_FORMATS[format]), "rows.jsonl")
-    for max_seq_length in (60, 128, 512):
+    for max_seq_length in (100, 128, 512):
         report = inspect(path, tokenizer, max_seq_length=max_seq_length)
         assert (report.format, report.format_reason.split(":")[0]) == (format, "rows.jsonl")
         line = next(line for line in report.truncation if line.max_seq_length == max_seq_length)
