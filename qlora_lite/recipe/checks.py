@@ -41,8 +41,19 @@ def find_data_file(key: str, text: str, folders: Sequence[Path]) -> tuple[str, l
     return path, []
 
 
+# peft's other ways to begin, by name.
+_OTHER_STARTS = ("pissa", "olora", "loftq", "corda", "eva")
+_WHY_NOT = (
+    "is not carried out: PiSSA, OLoRA, LoftQ and CorDA put a part of the weights into the factors and change the frozen base, which "
+    "here is one hashed file that training, resuming and merging share; EVA needs activations first. Use null (B = 0), or the "
+    "folder of an adapter"
+)
+
+
 def find_adapter(text: str, folders: Sequence[Path]) -> tuple[str, list[KeyProblem]]:
     """`lora.init_from` -> absolute path of an adapter folder; the text itself when nothing was found, with the problem."""
+    if text.lower().split("_")[0] in _OTHER_STARTS:
+        return text, [("lora.init_from", f"{wording.quoted(text)} {_WHY_NOT}")]
     path, looked = find_file(text, folders)
     if path is None:
         return text, [("lora.init_from", f"no such folder; looked at {_places(looked)}{_similar_file(looked)}")]

@@ -33,7 +33,26 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 
 def test_a_kind_of_model_that_is_not_supported_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ModelError, match="model_type 'bert' is not supported yet; supported: llama"):
+    with pytest.raises(ModelError, match="model_type 'bert' is not supported; supported: llama"):
+        find_base(str(tmp_path), cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 128}, "a mixture of experts"),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "a mixture of experts"),
+        ({"model_type": "llava", "vision_config": {}, "text_config": {}}, "pictures or sound"),
+        ({"model_type": "qwen2_5_vl", "vision_config": {}}, "pictures or sound"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder and a decoder"),
+        ({"model_type": "mamba", "state_size": 16}, "a state-space or recurrent model"),
+        ({"model_type": "recurrent_gemma"}, "a state-space or recurrent model"),
+    ],
+)
+def test_kinds_that_are_not_tuned_here_are_refused_with_the_reason(tmp_path, config, reason):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"model_type '{config['model_type']}' is not supported: .*{reason}"):
         find_base(str(tmp_path), cache=tmp_path)
 
 

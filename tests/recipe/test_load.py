@@ -266,6 +266,12 @@ def test_an_adapter_to_start_from_is_looked_up_beside_the_recipe_and_must_agree_
     assert len(problems_of(path, "lora.r=16x", "lora.use_rslora=true")) == 1  # a wrong value is not compared as well
 
 
+@pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora", "eva", "loftq", "PiSSA"])
+def test_other_ways_to_begin_are_refused_by_name_with_the_reason(tmp_path, name):
+    (problem,) = problems_of(write(tmp_path, f"lora: {{init_from: {name}}}\n"))
+    assert f"{name} is not carried out" in problem.replace('"', "") and "change the frozen base" in problem
+
+
 def test_a_folder_that_is_no_adapter_is_refused_with_the_one_that_was_meant(tmp_path):
     adapter_folder(tmp_path / "run" / "adapter")
     (tmp_path / "empty").mkdir()
