@@ -45,8 +45,8 @@ class StreamedDecoder:
         }
         self.embedding = names[id(self.model.get_input_embeddings())]
         self.head = names[id(self.model.get_output_embeddings())]
-        for buffer_owner in self.model.get_decoder().modules():
-            buffer_owner._buffers.update({n: b.to(device) for n, b in buffer_owner._buffers.items() if b is not None})
+        for module in self.model.get_decoder().modules():
+            module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
 
     def last_hidden_states(self, rows: Sequence[Sequence[int]], weights: Weights) -> list[Tensor]:
         """[T, D] for each row of token ids, every row on its own."""

@@ -23,6 +23,7 @@ from qlora_lite.merge.checkpoint import Checkpoint, open_checkpoint
 from qlora_lite.merge.lora import Adapter, change_rows_, read_adapter
 from qlora_lite.merge.memory import HostMemoryMeter
 from qlora_lite.merge.rounding import DTYPES, ROUNDINGS, make_rounder
+from qlora_lite.model.companions import copy_companions
 from qlora_lite.model.safetensors_writer import (
     MAX_SHARD_BYTES,
     ShardedWriter,
@@ -31,21 +32,6 @@ from qlora_lite.model.safetensors_writer import (
 )
 from qlora_lite.model.staging import staged_folder
 from qlora_lite.units import format_bytes
-
-# Files of a model folder that are neither weights nor about weights.
-_COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",
-    "chat_template*",
-    "additional_chat_templates",
-    "LICENSE*",
-)
 
 
 @dataclass(frozen=True)
@@ -120,7 +106,7 @@ def write_merged(
                 tuned = tuned_row_blocks(base, adapter, name, scale)
                 writer.write(name, map(partial(_checked_rounded, rounder, name, dtype), tuned))
         _write_config(base, folder, DTYPES[dtype])
-        _copy_companions(base.folder, folder)
+        copy_companions(base.folder, folder)
     return WriteResult(folder, len(specs), len(adapter), total_bytes, meter.peak_bytes, tuple(_warnings(base, dtype)))
 
 
@@ -212,14 +198,6 @@ def _write_config(base: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     }
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_text_durably(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    for path in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        elif ".safetensors" not in path.name:
-            shutil.copyfile(path, folder / path.name)
 
 
 def _warnings(base: Checkpoint, dtype: str) -> Iterator[str]:

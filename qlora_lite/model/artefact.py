@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,14 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
-from qlora_lite.model.manifest import MANIFEST_NAME, read_manifest, verify_manifest, write_manifest
+from qlora_lite.model.companions import copy_companions
+from qlora_lite.model.manifest import (
+    MANIFEST_NAME,
+    read_manifest,
+    verify_manifest,
+    weights_sha256,
+    write_manifest,
+)
 from qlora_lite.model.published import LazyTensor, published_weights
 from qlora_lite.model.quantization import Quantization, stored_quantization
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
@@ -30,17 +36,6 @@ from qlora_lite.model.source import folder_fingerprint, load_config, read_config
 from qlora_lite.model.staging import staged_folder
 
 _VERSION = 2  # raise it when the artefact's bytes change
-COMPANIONS = (  # files of a model folder that are no weights and not about weights
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-    "generation_config.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "LICENSE*",
-)
 NF4 = Quantization("nf4")
 
 
@@ -75,9 +70,7 @@ def quantize_base(
             config.pop("torch_dtype", None)
             facts = {"num_vision": weights.num_vision}
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for pattern in COMPANIONS:
-            for path in source.glob(pattern):
-                shutil.copyfile(path, staging / path.name)
+        copy_companions(source, staging)
         write_manifest(staging, {"quantization": str(quantization), "source": source.name, **facts})
     return folder
 
@@ -106,10 +99,7 @@ def verify_artefact(folder: Path) -> str:
         )
     manifest = read_manifest(folder)
     assert manifest is not None  # verified above
-    hashes = [
-        str(entry["sha256"]) for name, entry in sorted(manifest["files"].items()) if name.endswith(".safetensors")
-    ]
-    return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
+    return weights_sha256(manifest)
 
 
 def _left_out(model: PreTrainedModel) -> dict[str, Any]:

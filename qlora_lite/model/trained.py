@@ -4,7 +4,6 @@ A checkpoint holds one of the two, `adapter/` or `weights/`, and so does a finis
 PEFT leaves its adapter's name out of them.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qlora_lite.model.adapter import save_adapter
-from qlora_lite.model.artefact import COMPANIONS
+from qlora_lite.model.companions import copy_companions
 from qlora_lite.model.published import published_weights
 from qlora_lite.model.skeleton import empty_model
 from qlora_lite.model.source import load_config
@@ -43,10 +42,7 @@ def save_trained(model: PeftModel | PreTrainedModel, folder: Path, *, base: Path
         return
     out = folder / WEIGHTS
     model.save_pretrained(str(out))
-    for pattern in COMPANIONS:
-        for path in base.glob(pattern):
-            if not (out / path.name).exists():
-                shutil.copyfile(path, out / path.name)
+    copy_companions(base, out)
     for path in out.iterdir():
         path.chmod(0o644)  # safetensors creates files only their owner may read
 

@@ -52,7 +52,7 @@ def fill_plain(model: PreTrainedModel, tensors: dict[str, LazyTensor], *, device
         parameter = torch.nn.Parameter(value.to(device, compute, copy=True), requires_grad=False)
         module.register_parameter(attribute, parameter)
     for module in model.modules():
-        module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
+        module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
     model.tie_weights()
 
 
