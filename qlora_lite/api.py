@@ -82,14 +82,15 @@ def load_model(
     recipe = plan.recipe
     folder = base_folder(plan, progress=progress)
     sha256 = _base_sha256(plan, folder)
-    base = load_base(folder, device=plan.device, compute=plan.types.compute)
+    tokens = recipe.data.special_tokens
+    base = load_base(folder, device=plan.device, compute=plan.types.compute, special_tokens=tokens)
     model: PeftModel | PreTrainedModel = base.model
     if adapter is not None:
         model = load_adapter(base.model, adapter, factor_dtype=plan.types.factors)
     elif recipe.method == "full":
         make_trainable(base.model)
     else:
-        model = _new_adapter(plan, base.model)
+        model = _new_adapter(plan, base)
     checkpoint_activations(causal_lm(model), enable=recipe.memory.gradient_checkpointing is True)
     return LoadedModel(model, base.tokenizer, folder, sha256, _static_bytes(base, model))
 
@@ -217,7 +218,7 @@ def train(
             f"stopped early after step {state.step} of {len(sampler)}: the validation loss has not fallen for "
             f"{recipe.train.early_stop} evaluations"
         )
-    _publish(state, run, say)
+    _publish(state, run, loaded.tokenizer if recipe.data.special_tokens else None, say)
     resident = loaded.static_bytes | {"optimizer_bytes": state_bytes(optimizer)}
     run.write_json("memory.json", _measured_memory(plan, loaded, resident, run.read_steps()))
 
@@ -260,7 +261,7 @@ def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None) -> Mer
         raise RunError(
             f"merge.base: original, and {plan.source} has no 16-bit original. Use --set merge.base=dequantized"
         )
-    rows = _proof_rows(plan, load_tokenizer(folder))
+    rows = _proof_rows(plan, load_tokenizer(folder, special_tokens=recipe.data.special_tokens))
     return merge_files(
         plan.source if is_original else folder,
         _finished(run),
@@ -357,10 +358,10 @@ def _base_sha256(plan: Plan, folder: Path) -> str:
     return folder_weights_sha256(folder) if plan.quantization is None else verify_artefact(folder)
 
 
-def _new_adapter(plan: Plan, model: PreTrainedModel) -> PeftModel:
+def _new_adapter(plan: Plan, base: LoadedBase) -> PeftModel:
     lora, targets = plan.recipe.lora, plan.recipe.lora.target_modules
     adapted = attach_adapter(
-        model,
+        base.model,
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
@@ -368,6 +369,7 @@ def _new_adapter(plan: Plan, model: PreTrainedModel) -> PeftModel:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         modules_to_save=lora.modules_to_save,
+        new_token_ids=base.tokenizer.convert_tokens_to_ids(list(plan.recipe.data.special_tokens)),
         factor_dtype=plan.types.factors,
         seed=purpose_seed(plan.recipe.train.seed, "factors"),
     )
@@ -389,7 +391,7 @@ def _length(plan: Plan) -> int:
 
 
 def _static_bytes(base: LoadedBase, model: PeftModel | PreTrainedModel) -> dict[str, int]:
-    ours = (".lora_", ".modules_to_save.")
+    ours = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
     adapter = sum(p.nbytes for name, p in model.named_parameters() if any(part in name for part in ours))
     weights = {"weights_bytes": base.weights_bytes, "quant_constants_bytes": base.quant_constants_bytes}
     return {**weights, "adapter_bytes": adapter}
@@ -466,10 +468,10 @@ def _resume(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
     say(f"continues after step {state.step}, from {checkpoint}")
 
 
-def _publish(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
+def _publish(state: TrainState, run: RunDir, tokenizer: Any | None, say: Callable[[str], None]) -> None:
     """Copy what the best checkpoint has trained to adapter/ or weights/, whole or not at all, and leave the model with it.
 
-    Its manifest.json names the step and hashes the files.
+    A `tokenizer` that is not the base's goes with it. Its manifest.json names the step and hashes the files.
     """
     name = folder_name(state.model)
     last_step, best = state.step, state.best
@@ -482,6 +484,8 @@ def _publish(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None
     with staged_folder(run.path / name) as staging:
         for path in (checkpoint / name).iterdir():
             shutil.copyfile(path, staging / path.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staging))
         write_manifest(staging, {"step": state.step})
     if best is not None and state.step == best.step:
         last = run.read_steps()[-1]["eval_loss"]

@@ -185,7 +185,7 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
     for note in recipe.notes:
         show.say(note)
     source = find_base(recipe.model.base, cache=default_cache(), revision=recipe.model.revision)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, special_tokens=recipe.data.special_tokens)
     asked = recipe.data.max_seq_length
     found = inspect_rows(
         recipe.data.train_files,

@@ -105,7 +105,7 @@ class Checkpoint:
 
         A tensor with one dimension is one row for each value; one with more than two is flattened behind the first.
         """
-        num_rows, width = _rows_and_width(self.shape(name))
+        num_rows, width = rows_and_width(self.shape(name))
         if name not in self.quantized or self._is_int8:
             stored = self.stored(name).reshape(num_rows, width)
             scales = self._row_scales(name) if name in self.quantized else None
@@ -208,7 +208,8 @@ def open_checkpoint(folder: Path | str, *, compute_dtype: torch.dtype | None = N
     return Checkpoint(folder, compute_dtype=compute_dtype, config=config, keys=keys)
 
 
-def _rows_and_width(shape: tuple[int, ...]) -> tuple[int, int]:
+def rows_and_width(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A tensor as a matrix: one with one dimension has a row for each value, one with more than two is flattened behind the first."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 

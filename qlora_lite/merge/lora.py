@@ -2,7 +2,7 @@
 
 W' = W + scaling * B @ A, scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); with DoRA (arXiv
 2402.09353) every row of that is then brought to its trained length. Modules that were trained whole (modules_to_save) come as they
-are. What changes these formulas (biases, other methods, ...) is refused by name, also settings that we do not know.
+are, new tokens as rows. What changes these formulas (biases, other methods, ...) is refused by name, also settings that we do not know.
 """
 
 import math
@@ -21,10 +21,11 @@ from qlora_lite.merge.checkpoint import read_json
 from qlora_lite.model.dora import row_norms
 
 _PREFIX, _A, _B, _M = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+_ROWS = ".token_adapter.trainable_tokens_delta"
 # Settings that decide where and how factors were trained, but not what they add once they are trained.
 _INERT = {
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "peft_type", "bias"),
-    *("init_lora_weights", "modules_to_save"),
+    *("init_lora_weights", "modules_to_save", "trainable_token_indices"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "eva_config"),
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
     *("megatron_core", "qalora_group_size"),  # have defaults that are not empty, and act only with other settings
@@ -47,18 +48,36 @@ class LoraFactors:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """Trained rows of an embedding or a head."""
+
+    ids_N: Tensor  # int64; those beyond the base's rows follow it without a gap
+    values_ND: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """As many rows as the tensor has at least."""
+        return int(self.ids_N.max()) + 1
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """What training changed, by names of the base model: factors a module, whole weights a tensor."""
+    """What training changed, by names of the base model: factors a module, whole weights a tensor, single rows a tensor."""
 
     factors: dict[str, LoraFactors]
     whole: dict[str, Tensor]
+    rows: dict[str, "TokenRows"]
 
     def __len__(self) -> int:
-        return len(self.factors) + len(self.whole)
+        return len(self.factors) + len(self.whole) + len(self.rows)
 
     def changes(self, name: str) -> bool:
         """Whether the weight `name` is another one after training."""
-        return name in self.whole or self.of_weight(name) is not None
+        return name in self.whole or name in self.rows or self.of_weight(name) is not None
+
+    def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the weight `name` after training, of a base's `shape`: new tokens may have added rows."""
+        return (max(shape[0], self.rows[name].num_rows), *shape[1:]) if name in self.rows else shape
 
     def of_weight(self, name: str) -> LoraFactors | None:
         """The factors of the weight `name`."""
@@ -84,7 +103,15 @@ def read_adapter(folder: Path | str) -> Adapter:
     others = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if not _is_factor(name)}
     saved = tuple(config.get("modules_to_save") or ())
     whole = {name: tensor for name, tensor in others.items() if _is_of(name, saved)}
-    problems = [f"{_PREFIX}{name}: not a LoRA factor" for name in sorted(others.keys() - whole.keys())]
+    rows = {f"{name.removesuffix(_ROWS)}.weight": tensor for name, tensor in others.items() if name.endswith(_ROWS)}
+    token_ids = config.get("trainable_token_indices") or {}
+    known = whole.keys() | {name for name in others if name.endswith(_ROWS)}
+    problems = [f"{_PREFIX}{name}: not a LoRA factor" for name in sorted(others.keys() - known)]
+    problems += [
+        f"{name}: rows of tokens that adapter_config.json does not name"
+        for name in rows
+        if not _ids_of(name, token_ids)
+    ]
     factors: dict[str, LoraFactors] = {}
     for module in modules:
         a_RI, b_OR = tensors.get(_PREFIX + module + _A), tensors.get(_PREFIX + module + _B)
@@ -104,7 +131,11 @@ def read_adapter(folder: Path | str) -> Adapter:
     _refuse(folder, problems, "the adapter does not fit together")
     if not factors and not whole:
         raise ModelError(f"{path}: holds no LoRA factors")
-    return Adapter(factors, whole)
+    return Adapter(
+        factors,
+        whole,
+        {name: TokenRows(torch.tensor(_ids_of(name, token_ids)), values) for name, values in rows.items()},
+    )
 
 
 def rank_and_scaling(config: dict[str, Any], module: str) -> tuple[int, float]:
@@ -160,6 +191,11 @@ def _is_of(name: str, modules: tuple[str, ...]) -> bool:
     """Whether tensor `name` belongs to a module that is called, or ends in, one of `modules`."""
     module = name.rpartition(".")[0]
     return any(module == one or module.endswith(f".{one}") for one in modules)
+
+
+def _ids_of(name: str, token_ids: dict[str, list[int]]) -> list[int]:
+    """The token ids of the weight `name`, by the ending of its module's name."""
+    return next((ids for ending, ids in token_ids.items() if _is_of(name, (ending,))), [])
 
 
 def _module_name(name: str) -> str:

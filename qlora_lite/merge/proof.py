@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.errors import ProofFailed, UserError
-from qlora_lite.merge.checkpoint import Checkpoint
+from qlora_lite.merge.checkpoint import Checkpoint, row_ranges, rows_and_width
 from qlora_lite.merge.lora import Adapter, LoraFactors, tuned_norms
 from qlora_lite.merge.memory import HostMemoryMeter
 from qlora_lite.merge.streamed import StreamedDecoder
@@ -108,13 +108,16 @@ class _Models:
         device: str,
     ) -> None:
         self.base, self.adapter, self.merged, self.scale, self.device = base, adapter, merged, scale, device
-        self.decoder = StreamedDecoder(_plain_config(base), device=device)
+        config = _plain_config(base)
+        for name in adapter.rows:
+            config.vocab_size = adapter.shape_of(name, base.shape(name))[0]
+        self.decoder = StreamedDecoder(config, device=device)
         embedding, head = f"{self.decoder.embedding}.weight", f"{self.decoder.head}.weight"
         self.head = head if head in base else embedding  # tied
         dtypes = {merged.dtype(name) for name in merged.names if adapter.changes(name)}
         self.stored_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         met = {*self.decoder.modules, *([] if self.head == embedding else [self.decoder.head])}
-        unseen = {*adapter.factors, *(name.rpartition(".")[0] for name in adapter.whole)} - met
+        unseen = {*adapter.factors, *(name.rpartition(".")[0] for name in (*adapter.whole, *adapter.rows))} - met
         if unseen:
             raise ProofFailed(f"the proof met no layer for {len(unseen)} adapter modules, first {min(unseen)}")
         missing = [name for name in base.names if name not in merged]
@@ -135,7 +138,7 @@ class _Models:
 
     def compare(self, final: dict[str, Tensor]) -> dict[str, float]:
         """Squared distances between log-probabilities, summed over [N, V], and counts; a few positions at a time."""
-        vocabulary = self.base.shape(self.head)[0]
+        vocabulary = self._shape(self.head)[0]
         num = final["base"].shape[0]
         step = max(1, _LOG_PROB_BYTES // (4 * vocabulary * len(final)))
         pairs = {"effect": ("adapter", "base"), "arithmetic": ("merged", "adapter"), "storage": ("stored", "merged")}
@@ -175,7 +178,11 @@ class _Models:
         """The values that one of the models has for a weight. Every weight of the merged files is checked on the way."""
         if variant == "stored":
             yield from self._aligned_stored(name)
-        elif variant == "base" or (variant == "adapter" and name not in self.adapter.whole):
+        elif variant == "base":
+            yield from self.base.row_blocks(name)
+            if self._shape(name) != self.base.shape(name):
+                yield self._mean_row(name).expand(self._shape(name)[0] - self.base.shape(name)[0], -1)
+        elif variant == "adapter" and self.adapter.of_weight(name) is not None:
             yield from self.base.row_blocks(name)
         elif variant == "merged":
             for block, stored in zip(self._tuned(name), self._aligned_stored(name), strict=True):
@@ -188,15 +195,38 @@ class _Models:
 
     def rows(self, name: str, indices: Tensor, variant: str) -> Tensor:
         """Some rows of an embedding that is not quantized."""
-        from_base, from_files = self.base.rows(name, indices), self.merged.rows(name, indices)
-        tuned, whole = from_base, self.adapter.whole.get(name)
+        from_base, from_files = self._base_rows(name, indices), self.merged.rows(name, indices)
+        tuned, whole, rows = from_base, self.adapter.whole.get(name), self.adapter.rows.get(name)
         if whole is not None:
             tuned = from_base.lerp(whole[indices].float(), self.scale)
+        elif rows is not None:
+            is_same_IN = indices[:, None] == rows.ids_N
+            values_ID = rows.values_ND.float()[is_same_IN.int().argmax(1)]
+            share_I = torch.where(indices < self.base.shape(name)[0], self.scale, 1.0)
+            tuned = torch.where(is_same_IN.any(1)[:, None], from_base.lerp(values_ID, share_I[:, None]), from_base)
+        is_changed = self.adapter.changes(name)
         if variant == "merged":
-            self.compare_weights(name, from_files, tuned, exact=whole is None)
-        if variant == "nearest" and whole is not None:
+            self.compare_weights(name, from_files, tuned, exact=not is_changed)
+        if variant == "nearest" and is_changed:
             return tuned.to(self.stored_dtype).float()
         return {"base": from_base, "stored": from_files}.get(variant, tuned)
+
+    def _base_rows(self, name: str, indices: Tensor) -> Tensor:
+        is_old = indices < self.base.shape(name)[0]
+        if bool(is_old.all()):
+            return self.base.rows(name, indices)
+        found = self._mean_row(name).repeat(len(indices), 1)
+        found[is_old] = self.base.rows(name, indices[is_old])
+        return found
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.adapter.shape_of(name, self.base.shape(name))
+
+    def _mean_row(self, name: str) -> Tensor:
+        """What a new token's row is before training (model/new_tokens.py), [1, width]."""
+        total = sum(block.sum(0, dtype=torch.float64) for block in self.base.row_blocks(name))
+        assert isinstance(total, Tensor)
+        return (total / self.base.shape(name)[0]).float()[None]
 
     def _tuned(self, name: str) -> Iterator[Tensor]:
         return tuned_row_blocks(self.base, self.adapter, name, self.scale)
@@ -251,12 +281,18 @@ class _Models:
             yield
 
     def _aligned_stored(self, name: str) -> Iterator[Tensor]:
-        """fp32 blocks of a merged tensor, cut as the base's blocks are."""
-        if self.merged.shape(name) != self.base.shape(name):
+        """fp32 blocks of a merged tensor, cut as the base's blocks are; new rows come last, in one block."""
+        if self.merged.shape(name) != self._shape(name):
             raise ProofFailed(
-                f"{name}: {list(self.merged.shape(name))} in {self.merged.folder}, {list(self.base.shape(name))} in the base"
+                f"{name}: {list(self.merged.shape(name))} in {self.merged.folder}, {list(self._shape(name))} after the adapter"
             )
-        yield from self.merged.row_blocks(name)
+        num_rows, width = rows_and_width(self._shape(name))
+        num_old, _ = rows_and_width(self.base.shape(name))
+        stored = self.merged.stored(name).reshape(num_rows, width)
+        for start, stop in row_ranges(num_old, width):
+            yield stored[start:stop].float()
+        if num_rows > num_old:
+            yield stored[num_old:].float()
 
     def compare_weights(self, name: str, stored: Tensor, merged: Tensor, *, exact: bool) -> None:
         """Every stored value is one of the two neighbours of its merged value (the very value for a copied tensor)."""

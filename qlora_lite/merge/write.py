@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qlora_lite.errors import ModelError, UserError
 from qlora_lite.merge.checkpoint import Checkpoint, open_checkpoint
-from qlora_lite.merge.lora import Adapter, change_rows_, read_adapter
+from qlora_lite.merge.lora import Adapter, TokenRows, change_rows_, read_adapter
 from qlora_lite.merge.memory import HostMemoryMeter
 from qlora_lite.merge.rounding import DTYPES, ROUNDINGS, make_rounder
 from qlora_lite.model.companions import copy_companions
@@ -94,7 +94,10 @@ def write_merged(
     check_options(dtype=dtype, rounding=rounding, scale=scale, compute_dtype=compute_dtype)
     with HostMemoryMeter() as meter:
         base, adapter = open_pair(base_dir, adapter_dir, compute_dtype=compute_dtype)
-        specs = {name: TensorSpec(base.shape(name), _out_dtype(base, name, DTYPES[dtype])) for name in base.names}
+        specs = {
+            name: TensorSpec(adapter.shape_of(name, base.shape(name)), _out_dtype(base, name, DTYPES[dtype]))
+            for name in base.names
+        }
         total_bytes = sum(spec.num_bytes for spec in specs.values())
         _check_disk(folder, total_bytes)
         with ShardedWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
@@ -105,7 +108,8 @@ def write_merged(
                 rounder = make_rounder(name, dtype=spec.dtype, rounding=rounding, seed=seed)
                 tuned = tuned_row_blocks(base, adapter, name, scale)
                 writer.write(name, map(partial(_checked_rounded, rounder, name, dtype), tuned))
-        _write_config(base, folder, DTYPES[dtype])
+        _write_config(base, adapter, folder, DTYPES[dtype])
+        copy_companions(Path(adapter_dir), folder)  # a tokenizer with new tokens comes before the base's
         copy_companions(base.folder, folder)
     return WriteResult(folder, len(specs), len(adapter), total_bytes, meter.peak_bytes, tuple(_warnings(base, dtype)))
 
@@ -113,14 +117,26 @@ def write_merged(
 def tuned_row_blocks(base: Checkpoint, adapter: Adapter, name: str, scale: float) -> Iterator[Tensor]:
     """Row blocks of a weight after training, fp32, not rounded. What is written and what is proved both come from here."""
     factors, whole = adapter.of_weight(name), adapter.whole.get(name)
+    rows = adapter.rows.get(name)
     start = 0
     for block in base.row_blocks(name):
-        if factors is not None:
+        if rows is not None:
+            put_rows_(block, rows, start=start, scale=scale)
+        elif factors is not None:
             change_rows_(block, factors, start=start, scale=scale)
         elif whole is not None:
             block.lerp_(whole[start : start + block.shape[0]].reshape(block.shape).float(), scale)
         yield block
         start += block.shape[0]
+    if rows is not None and rows.num_rows > start:  # the base has nothing there that could be scaled
+        yield rows.values_ND[rows.ids_N >= start].float()
+
+
+def put_rows_(block: Tensor, rows: TokenRows, *, start: int, scale: float) -> None:
+    """Move those rows of an fp32 block, which begins at row `start`, that were trained: all the way at scale 1."""
+    is_here = (rows.ids_N >= start) & (rows.ids_N < start + block.shape[0])
+    places = rows.ids_N[is_here] - start
+    block[places] = block[places].lerp(rows.values_ND[is_here].float(), scale)
 
 
 def stored_blocks(base: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -141,6 +157,9 @@ def open_pair(
     problems = []
     shapes = {f"{module}.weight": ("B @ A", factors.shape) for module, factors in adapter.factors.items()}
     shapes |= {name: ("its weight", tuple(tensor.shape)) for name, tensor in adapter.whole.items()}
+    problems += [
+        f"{name}: has new rows, and {base.folder} has no such weight" for name in adapter.rows if name not in base
+    ]
     for name, (what, shape) in shapes.items():
         module = name.removesuffix(".weight")
         if name not in base.names:
@@ -192,11 +211,14 @@ def _check_disk(folder: Path, total_bytes: int) -> None:
         )
 
 
-def _write_config(base: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
+def _write_config(base: Checkpoint, adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
     config: dict[str, Any] = {
         key: value for key, value in base.config.items() if key not in ("quantization_config", "torch_dtype")
     }
     config["dtype"] = str(dtype).removeprefix("torch.")
+    num_rows = max((adapter.shape_of(name, base.shape(name))[0] for name in adapter.rows), default=0)
+    if num_rows:
+        config["vocab_size"] = num_rows
     write_text_durably(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

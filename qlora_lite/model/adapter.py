@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.model.dora import Dora
+from qlora_lite.model.new_tokens import set_up_new_tokens, token_modules
 
 
 def attach_adapter(
@@ -34,12 +35,14 @@ def attach_adapter(
     use_rslora: bool = False,
     use_dora: bool = False,
     modules_to_save: Sequence[str] = (),
+    new_token_ids: Sequence[int] = (),
     factor_dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> PeftModel:
     """Wrap `model` with a new trainable adapter; the base is frozen. `target_modules` are name endings, or "all-linear".
 
-    `modules_to_save` are name endings of modules that are trained whole, as copies in their own type.
+    `modules_to_save` are name endings of modules that are trained whole, as copies in their own type; of embedding and head
+    the rows of `new_token_ids` are trained.
     Raises ModelError when a name meets no linear layer of the model, or no module that can be trained whole.
     """
     _refuse_unknown_whole(model, modules_to_save)
@@ -54,6 +57,7 @@ def attach_adapter(
         use_rslora=use_rslora,
         use_dora=use_dora,
         modules_to_save=list(modules_to_save) or None,
+        trainable_token_indices={name: list(new_token_ids) for name in token_modules(model)} if new_token_ids else None,
     )
     with torch.random.fork_rng(devices=[]):  # the seed of the factors does not disturb any other random stream
         torch.manual_seed(seed)
@@ -135,6 +139,7 @@ def _prepare(adapted: PeftModel, factor_dtype: torch.dtype, *, is_new: bool) -> 
     for layer in adapted.modules():
         if isinstance(layer, LoraLayer) and layer.lora_magnitude_vector:
             _set_up_dora(layer, is_new=is_new)
+    set_up_new_tokens(adapted)
     keep_weights_unpacked(adapted)
     return adapted
 

@@ -1,6 +1,7 @@
 """Load the frozen base from its folder: transformers' model with bitsandbytes' 4-bit layers, and its tokenizer."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from qlora_lite.errors import ModelError
 from qlora_lite.model.attention import PACKED, packs_rows, padded_attention
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
+from qlora_lite.model.new_tokens import add_tokens, make_room
 from qlora_lite.model.published import published_weights
 from qlora_lite.model.quantization import stored_quantization
 from qlora_lite.model.skeleton import empty_model, model_class
@@ -37,19 +39,23 @@ class LoadedBase:
     quant_constants_bytes: int
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder. Raises ModelError when it has none."""
+def load_tokenizer(folder: Path, *, special_tokens: Sequence[str] = ()) -> Any:
+    """The tokenizer of a model folder, `special_tokens` added. Raises ModelError when it has none."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{folder}: no readable tokenizer ({type(error).__name__}: {error})") from error
+    add_tokens(tokenizer, special_tokens)
+    return tokenizer
 
 
-def load_base(folder: Path, *, device: str, compute: torch.dtype = torch.bfloat16) -> LoadedBase:
+def load_base(
+    folder: Path, *, device: str, compute: torch.dtype = torch.bfloat16, special_tokens: Sequence[str] = ()
+) -> LoadedBase:
     """The frozen model in `folder`: a quantized base (artefact.py) or a 16-bit folder, as published or as `merge` writes it.
 
-    Quantized weights are dequantized to `compute` whenever they are used, all others are kept in it. Raises ModelError when
-    the folder does not load.
+    Quantized weights are dequantized to `compute` whenever they are used, all others are kept in it. `special_tokens` are
+    added to the tokenizer, with rows in embedding and head where these have none. Raises ModelError when the folder does not load.
     """
     config = load_config(folder)
     _switch_off_dropout(config)
@@ -66,15 +72,18 @@ def load_base(folder: Path, *, device: str, compute: torch.dtype = torch.bfloat1
             raise ModelError(f"{folder}: does not load ({type(error).__name__}: {error})") from error
     keep_weights_unpacked(model)
     model.requires_grad_(False).eval()
+    tokenizer = load_tokenizer(folder, special_tokens=special_tokens)
+    if special_tokens:
+        make_room(model, len(tokenizer))
     weights, constants = _resident_bytes(model)
-    return LoadedBase(model, load_tokenizer(folder), weights, constants)
+    return LoadedBase(model, tokenizer, weights, constants)
 
 
 def _plain_model(config: Any, folder: Path, *, device: str, compute: torch.dtype) -> PreTrainedModel:
     model = _empty(config, compute)
     weights = published_weights(folder, model)
     if (
-        not weights.is_tied and model.all_tied_weights_keys
+        model.all_tied_weights_keys and not weights.is_tied
     ):  # the files hold a head of its own, whatever the config says
         config.tie_word_embeddings = False
         model = _empty(config, compute)

@@ -178,7 +178,7 @@ def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int | No
         return asked, f"{asked}: asked for", 1.0
     examples = load_examples(
         recipe.data.train_files,
-        load_tokenizer(source),
+        load_tokenizer(source, special_tokens=recipe.data.special_tokens),
         format=recipe.data.format,
         num_rows=recipe.data.num_train,
         no_answer_text=recipe.data.no_answer_text,

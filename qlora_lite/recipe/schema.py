@@ -179,6 +179,11 @@ class DataSection(Section):
         description="Use only the first so many training rows, of several files in proportion to what each gives; "
         "null: all of them.",
     )
+    special_tokens: Names = Field(
+        (),
+        description="Strings that become one token each, such as [<|tool|>]; rows that the model lacks for them are added to its "
+        "embedding and head, and trained with the adapter. []: none.",
+    )
     share_prefixes: Auto | bool = Field(
         "auto",
         description="Train a passage once with all its questions as branches (a prefix tree). auto: off for now.",

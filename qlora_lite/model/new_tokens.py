@@ -1,0 +1,93 @@
+"""Special tokens that are new to a model: ids in the tokenizer, rows in embedding and head, and the training of these rows only.
+
+Many models have more rows than their tokenizer has tokens (rows up to a multiple of 64, say): new ids take these first, and only
+what is missing is added. A new row begins as the mean of all rows, so that at first it is nobody in particular.
+
+peft trains and stores single rows (`trainable_token_indices`), but its layer copies the whole embedding in every forward, 1 GiB
+at 128k x 4,096 and again for each chunk of the loss. `NewTokenRows` keeps its parameters and its file format, and puts only the
+new rows beside the old ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
+from tokenizers import AddedToken
+from transformers import PreTrainedModel
+
+from qlora_lite.errors import ModelError
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Make each of `tokens` one special token of `tokenizer`; the ids of all of them, in order. Raises ModelError."""
+    known = tokenizer.get_vocab()
+    new = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in known]
+    tokenizer.add_tokens(new, special_tokens=True)
+    ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
+    for token, token_id in zip(tokens, ids, strict=True):
+        if tokenizer(token, add_special_tokens=False)["input_ids"] != [token_id]:
+            raise ModelError(f"data.special_tokens: this tokenizer does not keep {token!r} in one piece. Leave it out")
+    return ids
+
+
+def make_room(model: PreTrainedModel, num_tokens: int) -> int:
+    """Give embedding and head at least `num_tokens` rows; how many were added. Frozen, as all of the base."""
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if num_tokens <= num_rows:
+        return 0
+    layers = {id(layer.weight): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    first = {key: layer.weight.float().mean(0) for key, layer in layers.items()}
+    is_tied = len(layers) == 1
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    for row, layer in zip(first.values(), (model.get_input_embeddings(), model.get_output_embeddings()), strict=False):
+        layer.weight.data[num_rows:] = row.to(layer.weight.dtype)
+    assert not is_tied or model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    model.requires_grad_(False)
+    return num_tokens - num_rows
+
+
+def token_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that have a row a token: the embedding, and the head where it is not the embedding."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return [names[id(embedding)], *([] if head.weight is embedding.weight else [names[id(head)]])]
+
+
+def set_up_new_tokens(adapted: PeftModel) -> None:
+    """Replace peft's layers for single rows by ours, gradients in fp32; nothing where no token is new."""
+    for module in list(adapted.modules()):
+        if isinstance(module, TrainableTokensWrapper):
+            module.token_adapter = NewTokenRows(module.token_adapter)
+
+
+class NewTokenRows(TrainableTokensLayer):
+    """The same parameters and names as the layer of peft that it is made from, and a forward without the large copy."""
+
+    def __init__(self, layer: TrainableTokensLayer) -> None:
+        super().__init__(layer.base_layer, "default", tied_adapter=layer.tied_adapter)
+        self.trainable_tokens_delta = layer.trainable_tokens_delta
+        self.trainable_tokens_original = layer.trainable_tokens_original
+        self.token_indices = layer.token_indices
+        rows = self.trainable_tokens_delta["default"]
+        if rows.requires_grad:
+            rows.grad_dtype = torch.float32
+
+    def forward_adapters(
+        self, x: torch.Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Token ids [B, T] -> [B, T, D] for an embedding; hidden states [..., D] -> logits [..., V] for a head."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or not active_adapters:
+            return result
+        rows_ND = self.trainable_tokens_delta["default"]
+        ids_N = torch.tensor(self.token_indices["default"], device=x.device)
+        if isinstance(self.base_layer, torch.nn.Embedding):
+            is_new_BTN = x[..., None] == ids_N
+            scale = self._get_embed_scale()  # Gemma multiplies its embeddings
+            new_BTD = torch.nn.functional.embedding(is_new_BTN.int().argmax(-1), rows_ND)
+            new_BTD = new_BTD if scale is None else new_BTD * scale.to(new_BTD.dtype)
+            return torch.where(is_new_BTN.any(-1)[..., None], new_BTD, result)
+        return result.index_copy(-1, ids_N, torch.nn.functional.linear(x, rows_ND))
