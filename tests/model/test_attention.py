@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from qlora_lite.data.batches import pack_batch
+from qlora_lite.model import attention
 from qlora_lite.model.attention import PACKED, attention_for_generation, packed_attention
 from qlora_lite.model.forward import causal_lm, predicting_states
 from tests.tiny_model import random_rows, split_batches, tiny_adapted
@@ -38,6 +39,30 @@ def test_packed_attention_is_causal_attention_within_each_example():
     expected = scaled_dot_product_attention(query, key, value, attn_mask=mask_TT, scale=0.3, enable_gqa=True)
     assert weights is None and output.shape == (1, 9, heads, width)
     torch.testing.assert_close(output, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 3, 16])
+def test_windows_and_soft_caps_are_computed_in_blocks_as_on_the_whole(monkeypatch, window, softcap):
+    """Against the dense formula: scores, cap, mask of the window, softmax; examples shorter and longer than window and block."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 7)
+    lengths, heads, kv_heads, width = (2, 40, 17), 4, 2, 8
+    query = torch.randn(1, heads, sum(lengths), width)
+    key, value = torch.randn(2, 1, kv_heads, sum(lengths), width)
+    found, _ = packed_attention(
+        None, query, key, value, None, lengths=lengths, scaling=1.5, sliding_window=window, softcap=softcap
+    )
+    example_T = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    place_T = torch.arange(sum(lengths))
+    distance_TT = place_T[:, None] - place_T
+    visible_TT = (example_T[:, None] == example_T) & (distance_TT >= 0)
+    if window is not None:
+        visible_TT &= distance_TT < window
+    scores = 1.5 * query @ key.repeat_interleave(2, dim=1).mT
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~visible_TT, -torch.inf).softmax(-1)
+    expected = (weights @ value.repeat_interleave(2, dim=1)).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_packed_row_equals_its_examples_alone(model):
