@@ -100,34 +100,28 @@ def _one_example(
         visible_qk = positions_k <= positions_q
         if window is not None:
             visible_qk &= positions_k > positions_q - window
-        attend = _sdpa if softcap is None else _soft_capped
-        blocks.append(
-            attend(
-                query[:, :, start:stop],
-                key[:, :, first:stop],
-                value[:, :, first:stop],
-                visible_qk,
-                scaling=scaling,
-                dropout=dropout,
-                softcap=softcap,
+        some = query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], visible_qk
+        if softcap is None:
+            blocks.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    *some, dropout_p=dropout, scale=scaling, enable_gqa=True
+                )
             )
-        )
+        else:
+            blocks.append(_soft_capped(*some, scaling=scaling, dropout=dropout, softcap=softcap))
     return torch.cat(blocks, dim=2)
 
 
-def _sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible_qk: torch.Tensor, *, scaling: float,
-    dropout: float, softcap: None,
-) -> torch.Tensor:  # fmt: skip
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible_qk, dropout_p=dropout, scale=scaling, enable_gqa=True
-    )
-
-
 def _soft_capped(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible_qk: torch.Tensor, *, scaling: float,
-    dropout: float, softcap: float,
-) -> torch.Tensor:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible_qk: torch.Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+    softcap: float,
+) -> torch.Tensor:
     """Scores in the compute type and their softmax in fp32, as transformers' eager attention has it."""
     num_groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(num_groups, dim=1), value.repeat_interleave(num_groups, dim=1)
