@@ -4,6 +4,7 @@ A checkpoint holds one of the two, `adapter/` or `weights/`, and so does a finis
 PEFT leaves its adapter's name out of them.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from qlora_lite.model.adapter import save_adapter
 from qlora_lite.model.companions import copy_companions
 from qlora_lite.model.published import published_weights
 from qlora_lite.model.skeleton import empty_model
-from qlora_lite.model.source import load_config
+from qlora_lite.model.source import load_config, read_config
 
 ADAPTER, WEIGHTS = "adapter", "weights"
 
@@ -42,9 +43,19 @@ def save_trained(model: PeftModel | PreTrainedModel, folder: Path, *, base: Path
         return
     out = folder / WEIGHTS
     model.save_pretrained(str(out))
+    _write_config(model, base, out)
     copy_companions(base, out)
     for path in out.iterdir():
         path.chmod(0o644)  # safetensors creates files only their owner may read
+
+
+def _write_config(model: PreTrainedModel, base: Path, out: Path) -> None:
+    """The base's own config.json: the live one has dropout switched off and our attention."""
+    own = {"dtype": str(model.dtype).removeprefix("torch."), "vocab_size": model.config.vocab_size}
+    own["tie_word_embeddings"] = model.config.tie_word_embeddings
+    config = {key: value for key, value in read_config(base).items() if key != "torch_dtype"} | own
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
 
 
 def load_trained(model: PeftModel | PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
