@@ -45,15 +45,6 @@ class ReadCounts:
     notes: tuple[str, ...]  # what was done to rows because of the chat template, a sentence each
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What evaluation knows of an example. `answers` is None for plain text, () for a question without an answer."""
-
-    id: str
-    question: str
-    answers: tuple[str, ...] | None
-
-
 class Examples:
     """Tokenized rows by index, memory-mapped. `lengths` and `num_label_tokens` are numpy int64 arrays [num examples]."""
 
@@ -91,14 +82,10 @@ class Examples:
 
     def prompt_ids(self, index: int) -> list[int]:
         """Token ids to generate the last answer of example `index` from; a shortened question has its whole context here."""
-        return self._example(index).prompt_ids
+        return self.row(index).prompt_ids
 
-    def row(self, index: int) -> Asked:
-        """What is asked in example `index`, and all gold answers."""
-        example = self._example(index)
-        return Asked(example.id, example.question, example.answers)
-
-    def _example(self, index: int) -> Example:
+    def row(self, index: int) -> Example:
+        """What is trained and asked in example `index`, and all gold answers."""
         answers, whole_prompt_ids = (self._column(name, index) for name in ("answers", "whole_prompt_ids"))
         return Example(
             self._column("id", index),
@@ -164,8 +151,8 @@ def load_examples(
             ) from error
     if counts.num_read == counts.num_dropped:
         raise DataError(
-            f"{', '.join(str(path) for path, _ in pairs)}: every one of the {counts.num_read} rows would lose its answer: question, "
-            f"answer and template alone exceed max_seq_length={max_seq_length}. Raise data.max_seq_length."
+            f"{', '.join(str(path) for path, _ in pairs)}: every one of the {counts.num_read} rows would lose its answer: "
+            f"shortened as far as it may be, it still exceeds max_seq_length={max_seq_length}. Raise data.max_seq_length."
         )
     return Examples(_map(folder), counts=counts, fingerprint=fingerprint, max_seq_length=max_seq_length)
 
