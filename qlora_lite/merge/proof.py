@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.errors import ProofFailed, UserError
+from qlora_lite.errors import ModelError, ProofFailed, UserError
 from qlora_lite.merge.checkpoint import Checkpoint, row_ranges, rows_and_width
 from qlora_lite.merge.lora import Adapter, LoraFactors, tuned_norms
 from qlora_lite.merge.memory import HostMemoryMeter
@@ -116,6 +116,10 @@ class _Models:
         self.head = head if head in base else embedding  # tied
         dtypes = {merged.dtype(name) for name in merged.names if adapter.changes(name)}
         self.stored_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        lacking = sorted(self.decoder.weights - set(base.names))
+        if lacking:
+            kind = base.config.get("model_type")
+            raise ModelError(f"{base.folder}: {len(lacking)} weights of a {kind} model are missing, first {lacking[0]}")
         met = {*self.decoder.modules, *([] if self.head == embedding else [self.decoder.head])}
         unseen = {*adapter.factors, *(name.rpartition(".")[0] for name in (*adapter.whole, *adapter.rows))} - met
         if unseen:
@@ -266,7 +270,7 @@ class _Models:
     def _fp16_range(self) -> Iterator[None]:
         """For a model stored in fp16: refuse one whose activations would overflow when it runs in fp16."""
         with contextlib.ExitStack() as hooks:
-            for name, module in self.decoder.model.get_decoder().named_modules():
+            for name, module in self.decoder.model.named_modules():
 
                 def check(_: nn.Module, args: Any, out: Any, name: str = name) -> None:
                     value = out[0] if isinstance(out, tuple) else out

@@ -43,6 +43,7 @@ class StreamedDecoder:
             for module in self.model.get_decoder().modules()
             if list(module.parameters(recurse=False))
         }
+        self.weights = {f"{n}.{part}" for n, m in self.modules.items() for part, _ in m.named_parameters(recurse=False)}
         self.embedding = names[id(self.model.get_input_embeddings())]
         self.head = names[id(self.model.get_output_embeddings())]
         for module in self.model.get_decoder().modules():

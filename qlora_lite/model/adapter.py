@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
@@ -80,7 +81,10 @@ def load_adapter(
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{folder}: not an adapter of this model ({error})") from error
     _refuse_other_factors(adapted, folder)
-    return _prepare(adapted, factor_dtype, is_new=False)
+    _prepare(adapted, factor_dtype, is_new=False)
+    if adapted.peft_config["default"].use_dora:  # peft has read the fp32 magnitudes into its own 16-bit ones
+        set_peft_model_state_dict(adapted, load_file(folder / "adapter_model.safetensors"))
+    return adapted
 
 
 def save_adapter(model: PeftModel, folder: Path, *, base_name: str) -> None:

@@ -21,7 +21,7 @@ def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, **settings)
     except _UNUSABLE as error:
         raise ModelError(
-            f"{config.name_or_path or config.model_type}: its config.json describes no usable model ({type(error).__name__}: {error})"
+            f"{config.name_or_path or config.model_type}: config.json: describes no usable model ({type(error).__name__}: {error})"
         ) from error
 
 

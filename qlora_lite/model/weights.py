@@ -32,7 +32,7 @@ def fill_model(model: PreTrainedModel, folder: Path, *, device: str, compute: to
         some = min(missing | unknown)
         raise ModelError(f"{folder}: {len(missing)} weights are missing and {len(unknown)} have no place, first {some}")
     fill_plain(model, {name: stored[name] for name in plain}, device=device, compute=compute)
-    for name, others in parts.items():
+    for name, others in sorted(parts.items()):
         tensors = {part: stored[part].value().clone() for part in (name, *others)}
         put = _put_int8 if tensors[name].dtype == torch.int8 else _put_4_bit
         put(model, name, tensors, device=device, compute=compute)
@@ -73,6 +73,7 @@ def _put_4_bit(
     layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(
         data=tensors.pop(name), quantized_stats=tensors, device=device, module=layer
     )
+    layer.weight.quant_state.dtype = compute  # what bitsandbytes dequantizes to when it is not told
     _replace(model, name, layer, bias=linear.bias)
 
 

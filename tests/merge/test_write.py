@@ -159,7 +159,7 @@ def test_writing_takes_less_than_twice_the_largest_tensor_and_500_mib(tmp_path):
                 blocks = [chunk] * (big[name] // 2**20) if name in big else [parts[name]]
                 writer.write(name, blocks)
         quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        (root / "base" / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+        (root / "base" / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": quantization}))
         factors = {"A": torch.randn(r, width), "B": torch.randn(rows, r) * 1e-3}
         factors = {f"base_model.model.w.lora_{key}.weight": value for key, value in factors.items()}
         save_file(factors, root / "adapter" / "adapter_model.safetensors")

@@ -142,7 +142,7 @@ def test_a_weight_that_is_missing_is_refused_by_name(tmp_path, name):
     """transformers would fill it in with random numbers."""
     source = Path(shutil.copytree(tiny_source(), tmp_path / "source"))
     change_weights(source, lambda tensors: tensors.pop(name))
-    with pytest.raises(ModelError, match=f"1 weights of the model are not in its safetensors, first {name}"):
+    with pytest.raises(ModelError, match=rf"do not fit together\n  {name}: not in the files$"):
         quantize_base(source, cache=tmp_path)
     assert not list((tmp_path / "quantized").iterdir())
 
@@ -151,7 +151,7 @@ def test_a_weight_of_another_shape_is_refused_with_both_shapes(tmp_path):
     source = Path(shutil.copytree(tiny_source(), tmp_path / "source"))
     name = "model.layers.0.mlp.up_proj.weight"
     change_weights(source, lambda tensors: tensors.update({name: torch.zeros(64, 64).bfloat16()}))
-    with pytest.raises(ModelError, match=rf"{name} has shape \[64, 64\], its config.json says \[192, 64\]"):
+    with pytest.raises(ModelError, match=rf"{name}: has shape \[64, 64\], its config.json says \[192, 64\]"):
         quantize_base(source, cache=tmp_path)
 
 
@@ -199,11 +199,6 @@ def edit_config(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_a_folder_that_is_quantized_already_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"is already quantized \(bitsandbytes\).*Give the 16-bit folder"):
-        quantize_base(tiny_artefact(), cache=tmp_path)
-
-
 @pytest.mark.parametrize(
     "changes", [{"num_attention_heads": 0}, {"hidden_size": "wide"}, {"num_hidden_layers": None}, {"hidden_act": "no"}]
 )
@@ -216,7 +211,7 @@ def test_a_config_that_describes_no_model_is_refused(tmp_path, changes):
 
 def test_a_width_that_the_cpu_computes_wrongly_is_refused_by_name(tmp_path):
     artefact = quantize_base(save_tiny_llama(tmp_path / "odd", hidden_size=96), cache=tmp_path)
-    with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.q_proj: .*width 96.*Use device: cuda"):
+    with pytest.raises(ModelError, match=r"model\.layers\.0\..*: .*width 96.*Use device: cuda"):
         load_base(artefact, device="cpu")
 
 

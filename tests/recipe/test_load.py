@@ -45,7 +45,7 @@ def test_every_wrong_recipe_key_is_reported_in_one_message_with_line_and_nearest
         "train: {batch_size: 4}\n",  # 14 another tool's name
     )
     with pytest.raises(RecipeError) as caught:
-        load_recipe(path, overrides=["train.max_stepz=3", "lora.use_dora=true"])
+        load_recipe(path, overrides=["train.max_stepz=3", "data.share_prefixes=true"])
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{path} has 13 problems"
     assert [line.split(": ")[0] for line in lines[1:]] == [
@@ -61,7 +61,7 @@ def test_every_wrong_recipe_key_is_reported_in_one_message_with_line_and_nearest
         "  line 13 merge",
         "  line 14 train.batch_size",
         "  --set train.max_stepz=3  train.max_stepz",
-        "  --set lora.use_dora=true  lora.use_dora",
+        "  --set data.share_prefixes=true  data.share_prefixes",
     ]
     text = str(caught.value)
     for sentence in (
@@ -77,7 +77,7 @@ def test_every_wrong_recipe_key_is_reported_in_one_message_with_line_and_nearest
         "merge: expected keys below it, such as merge.dtype, got 5",
         "train.batch_size: unknown key; did you mean train.examples_per_step?",
         "train.max_stepz: unknown key; did you mean train.max_steps?",
-        "lora.use_dora: true is not in this version; use false",
+        "data.share_prefixes: true is not in this version; use auto, which means off for now",
     ):
         assert sentence in text.replace("line 5  ", "line 5    "), sentence
 
@@ -116,7 +116,7 @@ def test_a_learning_rate_may_be_written_as_people_write_it(tmp_path, written):
         ("train.keep_checkpoints=0", "got 0"),
         ("train.optimizer=adamw_8bt", "did you mean paged_adamw_8bit?"),
         ("train.schedule=cosin", "did you mean cosine?"),
-        ("method=qlra", 'expected "qlora", got "qlra"; did you mean qlora?'),  # lora and full are not offered
+        ("method=qlra", 'expected "qlora", "lora" or "full", got "qlra"; did you mean qlora?'),
         ("lora.use_rslora=yes", 'expected true or false, got "yes"'),
         ("lora.target_modules=q_proj", 'expected "all-linear" or a list of names such as [a, b], got "q_proj"'),
         ("lora.target_modules=[q_proj, 3]", 'got ["q_proj", 3]'),
@@ -418,7 +418,7 @@ def test_a_recipe_cannot_be_changed_after_loading():
     ("name", "expected"),
     [
         ("smollm2-135m_country-q", "did you mean smollm2-135m_country-qa?"),
-        ("nothing-like-it", "shipped recipes: smollm2-135m_country-qa, smollm2-135m_squad"),
+        ("nothing-like-it", "shipped recipes: bloom-560m_qa, llama-3.1-8b_qa-24gb"),
         ("/no/such/folder/smollm2-135m_squad.yaml", "the shipped recipe of that name is called smollm2-135m_squad"),
         ("a\0b", "no such file"),
         ("x" * 5000, "no such file"),

@@ -21,6 +21,7 @@ from qlora_lite.recipe import (
 from qlora_lite.recipe.not_yet import NOT_YET
 from qlora_lite.recipe.schema import known_keys, section_types
 
+HERE = ["model.base=smollm2-135m"]  # the hub's models have not been fetched in a test
 NAMES = [recipe.name for recipe in list_recipes()]
 
 
@@ -33,8 +34,9 @@ def test_the_default_recipe_comes_first_and_every_recipe_says_what_it_is():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_recipe_loads_by_name_by_file_name_and_by_path(name):
-    recipe = load_recipe(name)
-    assert recipe == load_recipe(f"{name}.yaml") == load_recipe(recipes_dir() / f"{name}.yaml")
+    recipe = load_recipe(name, overrides=HERE)
+    path = recipes_dir() / f"{name}.yaml"
+    assert recipe == load_recipe(f"{name}.yaml", overrides=HERE) == load_recipe(path, overrides=HERE)
     assert (recipe.name, recipe.path) == (name, recipes_dir() / f"{name}.yaml")
     assert recipe.notes == ()
 
@@ -74,7 +76,7 @@ def test_a_copied_recipe_brings_its_data_and_loads_alone(tmp_path, monkeypatch, 
     target = tmp_path / "mine" / "copy.yaml"
     written = copy_recipe(name, target)
     monkeypatch.chdir(tmp_path)
-    recipe = load_recipe(target)
+    recipe = load_recipe(target, overrides=HERE)
     assert written == (target.parent / recipe.data.train, target.parent / recipe.data.eval, target)
     assert target.read_text(encoding="utf-8") == show_recipe(name)
 

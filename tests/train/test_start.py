@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_lite import evaluate, load_model, load_recipe, make_plan, train
-from qlora_lite.api import load_run_model, open_run
+from qlora_lite.api import open_run, run_models
 from qlora_lite.model.manifest import sha256_of_file
 from qlora_lite.run_dir import RunDir
 from tests.tiny_run import run_cli, train_cli, write_recipe
@@ -34,8 +34,8 @@ def test_a_run_goes_on_from_the_adapter_of_another_and_remembers_which(tmp_path:
 
     shutil.rmtree(start)  # the run needs it no longer
     run, plan = open_run(second.path)
-    assert evaluate(plan, load_run_model(plan, run, "adapter")).loss != trained
-    load_run_model(plan, run, "base")
+    assert evaluate(plan, next(run_models(plan, run, ["adapter"]))).loss != trained
+    next(run_models(plan, run, ["base"]))
 
 
 def test_the_dropout_is_the_recipes_not_the_saved_adapters(tmp_path: Path) -> None:
