@@ -15,8 +15,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
-from tokenizers import AddedToken
-from transformers import PreTrainedModel
+from transformers import AddedToken, PreTrainedModel
 
 from qlora_lite.errors import ModelError
 
