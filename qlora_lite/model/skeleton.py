@@ -18,11 +18,13 @@ def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     """
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, **settings)
+            model = AutoModelForCausalLM.from_config(config, **settings)
+        model.tie_weights()  # accelerate has put every weight on meta by itself
     except _UNUSABLE as error:
         raise ModelError(
             f"{config.name_or_path or config.model_type}: config.json: describes no usable model ({type(error).__name__}: {error})"
         ) from error
+    return model
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
