@@ -334,7 +334,7 @@ def test_resuming_needs_a_run(recipe: Path, tmp_path: Path) -> None:
 
 def test_every_problem_of_a_recipe_is_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text("method: lora\nlora:\n  r: 16x\ntrain:\n  learning_rat: 1\n  epochs: -3\n")
+    path.write_text("method: lorra\nlora:\n  r: 16x\ntrain:\n  learning_rat: 1\n  epochs: -3\n")
     done = train_cli(path, tmp_path / "run")
     refused(done)
     assert done.stderr.splitlines()[0].endswith("broken.yaml has 4 problems")
