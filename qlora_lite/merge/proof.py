@@ -250,7 +250,7 @@ class _Models:
                         factors: LoraFactors = factors,
                         share_O: Tensor | None = share_O,
                     ) -> Tensor:
-                        bias = 0 if module.bias is None else module.bias
+                        bias: Any = 0 if module.bias is None else module.bias
                         return _adapted(out - bias, args[0], factors, share_O, self.scale) + bias
 
                     hooks.callback(module.register_forward_hook(add).remove)

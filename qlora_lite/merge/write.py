@@ -155,7 +155,9 @@ def open_pair(
     base = open_checkpoint(base_dir, compute_dtype=None if compute_dtype is None else DTYPES[compute_dtype])
     adapter = read_adapter(adapter_dir)
     problems = []
-    shapes = {f"{module}.weight": ("B @ A", factors.shape) for module, factors in adapter.factors.items()}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{module}.weight": ("B @ A", factors.shape) for module, factors in adapter.factors.items()
+    }
     shapes |= {name: ("its weight", tuple(tensor.shape)) for name, tensor in adapter.whole.items()}
     problems += [
         f"{name}: has new rows, and {base.folder} has no such weight" for name in adapter.rows if name not in base

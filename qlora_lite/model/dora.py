@@ -56,10 +56,11 @@ class Dora(DoraLinearVariant):
 
 def dequantized(layer: torch.nn.Module) -> torch.Tensor:
     """The weight [out, in] that a frozen linear layer computes with."""
-    weight = layer.weight
+    weight: Any = layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(layer.compute_dtype)
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
-        scales_O = weight.SCB if weight.SCB is not None else layer.state.SCB  # the first forward moves it
+        scales_O: Any = weight.SCB if weight.SCB is not None else layer.state.SCB  # the first forward moves it
         return (weight.data.float() * (scales_O[:, None] / 127)).bfloat16()
-    return weight.detach()
+    plain: torch.Tensor = weight.detach()
+    return plain

@@ -98,7 +98,7 @@ def _linear(model: PreTrainedModel, name: str) -> torch.nn.Linear:
     return linear
 
 
-def _replace(model: PreTrainedModel, name: str, layer: torch.nn.Module, *, bias: torch.nn.Parameter | None) -> None:
+def _replace(model: PreTrainedModel, name: str, layer: torch.nn.Linear, *, bias: torch.nn.Parameter | None) -> None:
     """Put the quantized `layer` where the model's own is; a bias stays, in 16 bits."""
     layer.bias = bias
     model.set_submodule(name.removesuffix(".weight"), layer)

@@ -96,7 +96,8 @@ def make_optimizer(
     Factors B learn `loraplus_ratio` times as fast as the rest (LoRA+, arXiv 2402.12354): see `set_learning_rate`.
     """
     kinds: dict[str, Any] = {"paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW32bit, "adamw": AdamW}
-    b_factors, others = [], []
+    b_factors: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for parameter_name, parameter in named_parameters:
         if parameter.requires_grad:
             (b_factors if ".lora_B." in parameter_name else others).append(parameter)
