@@ -100,5 +100,5 @@ def _linear(model: PreTrainedModel, name: str) -> torch.nn.Linear:
 
 def _replace(model: PreTrainedModel, name: str, layer: torch.nn.Linear, *, bias: torch.nn.Parameter | None) -> None:
     """Put the quantized `layer` where the model's own is; a bias stays, in 16 bits."""
-    layer.bias = bias
+    layer.register_parameter("bias", bias)
     model.set_submodule(name.removesuffix(".weight"), layer)
