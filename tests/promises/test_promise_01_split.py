@@ -62,7 +62,7 @@ def test_a_label_alone_has_the_gradient_it_has_among_others():
     """A head of a real model's size: there the matrix kernel for one row sums in another order than the one for many."""
     head = torch.nn.Linear(576, 49_152, bias=False, dtype=torch.bfloat16, device="meta").to_empty(device="cpu")
     torch.nn.init.normal_(head.requires_grad_(False).weight, std=0.024)
-    model = SimpleNamespace(get_output_embeddings=lambda: head)
+    model = SimpleNamespace(get_output_embeddings=lambda: head, config=SimpleNamespace())
     hidden_ND, target_N = torch.randn(40, 576).bfloat16().requires_grad_(), torch.arange(40)
     summed_loss(model, hidden_ND, target_N).backward()
     whole, hidden_ND.grad = hidden_ND.grad, None
