@@ -1,17 +1,14 @@
 """DoRA: the layer against its formula, peft's own layer and a merge; magnitudes that learn in fp32."""
 
-import warnings
-
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from qlora_lite.merge import merge
-from qlora_lite.model.adapter import attach_adapter, load_adapter, save_adapter
-from qlora_lite.model.bnb import keep_weights_unpacked
+from qlora_lite.model.adapter import attach_adapter, save_adapter
 from qlora_lite.model.dora import dequantized, row_norms
+from tests.plain_peft import assert_plain_peft_computes_the_same
 from tests.tiny_model import gradients, move_factors, random_rows, split_batches, tiny_artefact, tiny_base
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -103,19 +100,12 @@ def test_a_merge_is_the_adapter_model(scale, tmp_path):
 
 
 def test_plain_peft_reads_it_and_computes_the_same(tmp_path):
-    model = dora_model(compute=torch.bfloat16).eval()
-    save_adapter(model, tmp_path, base_name=str(tiny_artefact()))
-    theirs = AutoModelForCausalLM.from_pretrained(str(tiny_artefact()), dtype=torch.bfloat16, device_map="cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        theirs = PeftModel.from_pretrained(theirs, str(tmp_path), autocast_adapter_dtype=False).eval()
-    keep_weights_unpacked(theirs)
-    again = load_adapter(tiny_base().model, tmp_path).eval()
-    ids = torch.tensor([random_rows([3]).encoded(0).input_ids])
-    for one in (model, again):
-        one.get_base_model().set_attn_implementation("sdpa")
-    with torch.no_grad():
-        ours = model(input_ids=ids, use_cache=False).logits
-        assert torch.equal(again(input_ids=ids, use_cache=False).logits, ours)
-        torch.testing.assert_close(theirs(input_ids=ids, use_cache=False).logits, ours, rtol=0.05, atol=0.1)
+    assert_plain_peft_computes_the_same(
+        dora_model(compute=torch.bfloat16),
+        tiny_base().model,
+        random_rows([3]).encoded(0).input_ids,
+        base=tiny_artefact(),
+        folder=tmp_path,
+        rtol=0.05,  # peft rounds the magnitudes to bf16
+        atol=0.1,
+    )

@@ -1,6 +1,5 @@
 """data.special_tokens: one id each, rows where there are none, trained alone, in checkpoint, plain peft, merge and proof."""
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,12 @@ from qlora_lite import evaluate, load_model, load_recipe, make_plan, merge, trai
 from qlora_lite.api import open_run, run_models
 from qlora_lite.data.template import Encoded
 from qlora_lite.merge import merge as merge_files
-from qlora_lite.model.adapter import attach_adapter, load_adapter, save_adapter
+from qlora_lite.model.adapter import attach_adapter, save_adapter
 from qlora_lite.model.artefact import quantize_base
 from qlora_lite.model.base import LoadedBase, load_base, load_tokenizer
-from qlora_lite.model.bnb import keep_weights_unpacked
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.step import forward_backward
+from tests.plain_peft import assert_plain_peft_computes_the_same
 from tests.tiny_model import Rows, save_tiny_llama, split_batches
 from tests.tiny_run import write_recipe
 
@@ -89,21 +88,14 @@ def test_only_the_new_rows_are_trained_with_gradients_in_fp32(artefact):
 
 def test_our_layer_computes_what_pefts_does_and_plain_peft_reads_the_files(artefact, tmp_path):
     model, ids, rows = trained(artefact)
-    save_adapter(model, tmp_path / "adapter", base_name=str(artefact))
-    theirs = AutoModelForCausalLM.from_pretrained(str(artefact), dtype=torch.bfloat16, device_map="cpu")
-    theirs.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        theirs = PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"), autocast_adapter_dtype=False).eval()
-    keep_weights_unpacked(theirs)
-    again = load_adapter(loaded(artefact).model, tmp_path / "adapter").eval()
-    input_ids = torch.tensor([rows.encoded(0).input_ids])
-    for one in (model, again):
-        one.get_base_model().set_attn_implementation("sdpa")
-    with torch.no_grad():
-        ours = model(input_ids=input_ids, use_cache=False).logits
-        assert torch.equal(again(input_ids=input_ids, use_cache=False).logits, ours)
-        torch.testing.assert_close(theirs(input_ids=input_ids, use_cache=False).logits, ours, rtol=0, atol=0.02)
+    assert_plain_peft_computes_the_same(
+        model,
+        loaded(artefact).model,
+        rows.encoded(0).input_ids,
+        base=artefact,
+        folder=tmp_path / "adapter",
+        num_tokens=ids[-1] + 1,
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])

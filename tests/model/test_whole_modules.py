@@ -1,22 +1,19 @@
 """lora.modules_to_save: modules trained whole beside the factors, in gradients, files, plain peft and the merge."""
 
-import warnings
-
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from qlora_lite.errors import ModelError
 from qlora_lite.merge import merge
-from qlora_lite.model.adapter import attach_adapter, load_adapter, save_adapter
+from qlora_lite.model.adapter import attach_adapter, save_adapter
 from qlora_lite.model.artefact import quantize_base
 from qlora_lite.model.base import load_base
-from qlora_lite.model.bnb import keep_weights_unpacked
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.step import forward_backward
-from tests.tiny_model import gradients, random_rows, split_batches, tiny_artefact, tiny_base
+from tests.plain_peft import assert_plain_peft_computes_the_same
+from tests.tiny_model import gradients, random_rows, save_tiny_llama, split_batches, tiny_artefact, tiny_base
 
 
 def model_with(whole=("lm_head", "embed_tokens"), **settings) -> PeftModel:
@@ -52,24 +49,10 @@ def test_splitting_a_step_does_not_change_the_heads_gradient():
 
 
 def test_plain_peft_reads_them_and_computes_the_same(tmp_path):
-    model = trained()
-    save_adapter(model, tmp_path, base_name=str(tiny_artefact()))
+    ids = random_rows([3]).encoded(0).input_ids
+    assert_plain_peft_computes_the_same(trained(), tiny_base().model, ids, base=tiny_artefact(), folder=tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"} <= saved.keys()
-    theirs = AutoModelForCausalLM.from_pretrained(str(tiny_artefact()), dtype=torch.bfloat16, device_map="cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        theirs = PeftModel.from_pretrained(theirs, str(tmp_path), autocast_adapter_dtype=False).eval()
-    keep_weights_unpacked(theirs)
-    again = load_adapter(tiny_base().model, tmp_path).eval()
-    ids = torch.tensor([random_rows([3]).encoded(0).input_ids])
-    for one in (model, again):
-        one.get_base_model().set_attn_implementation("sdpa")
-    with torch.no_grad():
-        ours = model(input_ids=ids, use_cache=False).logits
-        assert torch.equal(again(input_ids=ids, use_cache=False).logits, ours)
-        torch.testing.assert_close(theirs(input_ids=ids, use_cache=False).logits, ours, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -106,8 +89,6 @@ def test_what_cannot_be_trained_whole_is_refused_by_name(whole, message):
 
 
 def test_a_tied_head_is_refused(tmp_path):
-    from tests.tiny_model import save_tiny_llama
-
     source = save_tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
     base = load_base(quantize_base(source, cache=tmp_path), device="cpu").model
     with pytest.raises(ModelError, match="head is its embedding"):
