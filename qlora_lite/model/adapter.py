@@ -24,6 +24,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.new_tokens import set_up_new_tokens, token_modules
+from qlora_lite.model.products import product_in_fp32
 
 
 def attach_adapter(
@@ -116,7 +117,7 @@ class _FactorProduct(torch.autograd.Function):
         grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = _product_in_fp32(grad_y.reshape(-1, grad_y.shape[-1]).T, x.reshape(-1, x.shape[-1]))
+            grad_weight = product_in_fp32(grad_y.reshape(-1, grad_y.shape[-1]).T, x.reshape(-1, x.shape[-1]))
         return grad_x, grad_weight
 
 
@@ -125,13 +126,6 @@ class FactorLinear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return _FactorProduct.apply(input, self.weight)
-
-
-def _product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right with fp32 accumulation and an fp32 result; CUDA does it without widening the inputs."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
 
 
 def _prepare(adapted: PeftModel, factor_dtype: torch.dtype, *, is_new: bool) -> PeftModel:

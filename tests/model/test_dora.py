@@ -68,6 +68,19 @@ def test_magnitudes_are_fp32_and_every_part_has_a_gradient():
     assert {p.dtype for name, p in model.named_parameters() if "magnitude" in name} == {torch.float32}
 
 
+def test_a_stretch_that_bf16_cannot_hold_still_shows_in_the_layers_output():
+    """By 0.1%: bf16 values that are stretched so much are rounded back to themselves, all of them."""
+    layer = dora_model(compute=torch.bfloat16, moved=False).get_base_model().get_submodule(LAYER)
+    x = torch.randn(400, 192).bfloat16()
+    with torch.no_grad():
+        before = layer(x).float()
+        layer.lora_magnitude_vector["default"].weight *= 1.001
+        after = layer(x).float()
+    assert torch.equal((before * 1.001).bfloat16().float(), before)
+    share = (after * before).sum() / before.square().sum()
+    assert share.item() == pytest.approx(1.001, abs=1e-4)
+
+
 def test_gradients_are_those_of_the_formula_with_the_norm_held_constant():
     layer = dora_model().get_base_model().get_submodule(LAYER)
     x = torch.randn(5, 192)

@@ -1,0 +1,10 @@
+"""A matrix product of 16-bit inputs that keeps the fp32 sum: what would be rounded away is not."""
+
+import torch
+
+
+def product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left [n, k] @ right [k, m] with fp32 accumulation and an fp32 result; CUDA does it without widening the inputs."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
