@@ -3,9 +3,9 @@
 LoRA (arXiv 2106.09685) learns a change of each weight, W + scaling * B @ A, with A [R, in] and B [out, R]; scaling is
 lora_alpha / R, or lora_alpha / sqrt(R) for rsLoRA (arXiv 2312.03732). B starts at zero, so training starts at the base model.
 
-peft places, names, saves and loads the factors. One thing is ours: `FactorLinear` computes a factor's weight gradient in
-fp32. bf16 autograd rounds each micro-batch's gradient to 8 bits before it is added up (5e-3 off after 16 micro-batches);
-in fp32 the split of a step no longer shows. DoRA's layer is ours too (dora.py).
+peft places, names, saves and loads the factors. Two things are ours. Factors get their gradients in fp32 (`FactorLinear`): bf16
+autograd rounds each micro-batch's gradient to 8 bits before it is added up (5e-3 off after 16 micro-batches); in fp32 the split
+of a step no longer shows. And the layers compute base and change in one product (tuned_linear.py).
 """
 
 import warnings
@@ -25,6 +25,7 @@ from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.new_tokens import set_up_new_tokens, token_modules
 from qlora_lite.model.products import product_in_fp32
+from qlora_lite.model.tuned_linear import TunedLinear
 
 
 def attach_adapter(
@@ -134,9 +135,10 @@ def _prepare(adapted: PeftModel, factor_dtype: torch.dtype, *, is_new: bool) -> 
             _replace(adapted, name, _factor(module, factor_dtype))
         elif name.endswith(".modules_to_save.default"):
             _set_up_whole(adapted, name, module)
-    for layer in adapted.modules():
-        if isinstance(layer, LoraLayer) and layer.lora_magnitude_vector:
-            _set_up_dora(layer, is_new=is_new)
+    for name, layer in list(adapted.named_modules()):
+        if isinstance(layer, LoraLayer):
+            dora = _set_up_dora(layer, is_new=is_new) if layer.lora_magnitude_vector else None
+            _replace(adapted, name, TunedLinear(layer, dora))
     set_up_new_tokens(adapted)
     keep_weights_unpacked(adapted)
     return adapted
@@ -160,13 +162,13 @@ def _set_up_whole(adapted: PeftModel, name: str, module: torch.nn.Module) -> Non
             parameter.grad_dtype = torch.float32
 
 
-def _set_up_dora(layer: LoraLayer, *, is_new: bool) -> None:
-    """Our way to compute the layer, and magnitudes in fp32: the weight's own for a new adapter, else the loaded ones."""
+def _set_up_dora(layer: LoraLayer, *, is_new: bool) -> Dora:
+    """Magnitudes in fp32: the weight's own for a new adapter, else the loaded ones."""
     dora = Dora(layer)
     holder = layer.lora_magnitude_vector["default"]
     loaded = torch.nn.Parameter(holder.weight.detach().float(), requires_grad=holder.weight.requires_grad)
     holder.weight = dora.first_magnitudes() if is_new else loaded
-    layer.lora_variant["default"] = dora
+    return dora
 
 
 def _replace(root: torch.nn.Module, name: str, module: torch.nn.Module) -> None:

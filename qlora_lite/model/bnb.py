@@ -6,10 +6,12 @@ off on each layer (`support_avx512bf16_for_cpu`, an attribute that a test watche
 Its other trap, a download at import, is closed in import_guard.py.
 """
 
+from typing import Any
+
 import bitsandbytes
 import torch
 
-__all__ = ["bitsandbytes", "keep_weights_unpacked"]
+__all__ = ["bitsandbytes", "dequantized", "keep_weights_unpacked"]
 
 
 def keep_weights_unpacked(model: torch.nn.Module) -> int:
@@ -18,3 +20,15 @@ def keep_weights_unpacked(model: torch.nn.Module) -> int:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
+
+
+def dequantized(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight [out, in] that a frozen linear layer computes with."""
+    weight: Any = layer.weight
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(layer.compute_dtype)
+    if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+        scales_O: Any = weight.SCB if weight.SCB is not None else layer.state.SCB  # the first forward moves it
+        return (weight.data.float() * (scales_O[:, None] / 127)).bfloat16()
+    plain: torch.Tensor = weight.detach()
+    return plain

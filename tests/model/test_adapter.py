@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.adapter import FactorLinear, attach_adapter, load_adapter, save_adapter
-from qlora_lite.model.bnb import keep_weights_unpacked
+from tests.plain_peft import assert_plain_peft_computes_the_same
 from tests.tiny_model import (
     NUM_LINEAR,
     SIZES,
@@ -117,20 +115,12 @@ def test_a_factors_gradient_is_the_product_in_fp32_and_not_rounded_to_bf16():
 
 
 def test_a_saved_adapter_gives_plain_peft_the_same_logits(tmp_path):
-    model = tiny_adapted()
-    save_adapter(model, tmp_path, base_name=str(tiny_artefact()))
+    ids = [5, 9, 77, 200, 31]
+    assert_plain_peft_computes_the_same(tiny_adapted(), tiny_base().model, ids, base=tiny_artefact(), folder=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in tmp_path.iterdir())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_artefact())
-    plain_base = AutoModelForCausalLM.from_pretrained(tiny_artefact(), device_map="cpu", dtype=torch.bfloat16)
-    keep_weights_unpacked(plain_base)
-    plain = PeftModel.from_pretrained(plain_base, tmp_path, autocast_adapter_dtype=False)
-    ids = torch.tensor([[5, 9, 77, 200, 31]])
-    with torch.no_grad():
-        theirs = plain.eval()(ids).logits
-    assert torch.equal(theirs, logits(model))
-    assert not torch.equal(theirs, logits(tiny_base().model))
 
 
 @pytest.mark.parametrize("trainable", [False, True])
