@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.attention import PACKED, packs_rows, padded_attention
-from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
+from qlora_lite.model.bnb import keep_weights_unpacked, quantization_constants
 from qlora_lite.model.new_tokens import add_tokens, make_room
 from qlora_lite.model.published import published_weights
 from qlora_lite.model.quantization import stored_quantization
@@ -58,7 +58,7 @@ def load_base(
     added to the tokenizer, with rows in embedding and head where these have none. Raises ModelError when the folder does not load.
     """
     config = load_config(folder)
-    _switch_off_dropout(config)
+    switch_off_dropout(config)
     with _quiet_transformers():
         try:
             if stored_quantization(read_config(folder), folder) is not None:
@@ -92,9 +92,12 @@ def _plain_model(config: Any, folder: Path, *, device: str, compute: torch.dtype
 
 
 def _empty(config: Any, compute: torch.dtype) -> PreTrainedModel:
-    kind = model_class(config)
-    attention = PACKED if packs_rows(kind) else padded_attention(kind)
-    return empty_model(config, dtype=compute, attn_implementation=attention)
+    return empty_model(config, dtype=compute, attn_implementation=attention_of(model_class(config)))
+
+
+def attention_of(kind: type[PreTrainedModel]) -> str:
+    """transformers' name of the attention that training takes."""
+    return PACKED if packs_rows(kind) else padded_attention(kind)
 
 
 def checkpoint_activations(model: PreTrainedModel, *, enable: bool) -> None:
@@ -104,7 +107,7 @@ def checkpoint_activations(model: PreTrainedModel, *, enable: bool) -> None:
     )
 
 
-def _switch_off_dropout(config: Any) -> None:
+def switch_off_dropout(config: Any) -> None:
     """The base computes in training what it computes in inference; the one dropout is `lora.lora_dropout`.
 
     Some published configs ask for more (OPT: 0.1 of every layer's output), meant for training all weights from scratch.
@@ -117,15 +120,9 @@ def _switch_off_dropout(config: Any) -> None:
 def _resident_bytes(model: PreTrainedModel) -> tuple[int, int]:
     """-> (parameters and buffers, quantization constants); shared tensors count once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    constants: list[torch.Tensor] = []
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            state = module.weight.quant_state
-            nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-            constants += [state.absmax, state.code, *nested]
-        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
-            constants.append(module.weight.SCB)
-    return sum(tensor.nbytes for tensor in tensors.values()), sum(tensor.nbytes for tensor in constants)
+    return sum(tensor.nbytes for tensor in tensors.values()), sum(
+        tensor.nbytes for tensor in quantization_constants(model)
+    )
 
 
 class _quiet_transformers:

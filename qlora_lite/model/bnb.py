@@ -6,12 +6,13 @@ off on each layer (`support_avx512bf16_for_cpu`, an attribute that a test watche
 Its other trap, a download at import, is closed in import_guard.py.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes
 import torch
 
-__all__ = ["bitsandbytes", "dequantized", "keep_weights_unpacked"]
+__all__ = ["bitsandbytes", "dequantized", "keep_weights_unpacked", "quantization_constants"]
 
 
 def keep_weights_unpacked(model: torch.nn.Module) -> int:
@@ -20,6 +21,19 @@ def keep_weights_unpacked(model: torch.nn.Module) -> int:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
+
+
+def quantization_constants(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The scales and tables of every quantized layer of `model`."""
+    for layer in model.modules():
+        weight: Any = getattr(layer, "weight", None)
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            state = weight.quant_state
+            yield from (state.absmax, state.code)
+            if state.nested:
+                yield from (state.offset, state.state2.absmax, state.state2.code)
+        elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            yield weight.SCB if weight.SCB is not None else layer.state.SCB  # the first forward moves it
 
 
 def dequantized(layer: torch.nn.Module) -> torch.Tensor:

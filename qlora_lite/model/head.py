@@ -12,6 +12,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qlora_lite.ledger import count_as_after, counted_as
+
 CHUNK = 256  # label positions projected at once: 48 MiB of fp32 logits at V = 49,152
 ROWS = (
     16  # a chunk is filled up to a multiple of this: matrix kernels for one row sum up in another order than for many
@@ -24,6 +26,7 @@ def summed_loss(model: PreTrainedModel, hidden_ND: torch.Tensor, target_N: torch
 
     hidden_ND are the decoder's last hidden states at the positions that predict a label, target_N the label ids.
     """
+    count_as_after(hidden_ND, "recompute")
     missing = -len(target_N) % ROWS
     hidden_ND = torch.nn.functional.pad(hidden_ND, (0, 0, 0, missing))
     target_N = torch.nn.functional.pad(target_N, (0, missing), value=NO_LABEL)
@@ -48,5 +51,6 @@ def finish_logits(logits_NV: torch.Tensor, config: PreTrainedConfig) -> torch.Te
 
 
 def _chunk_loss(model: PreTrainedModel, hidden_nD: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
-    logits_nV = project(model, hidden_nD)
-    return torch.nn.functional.cross_entropy(logits_nV, target_n, reduction="sum", ignore_index=NO_LABEL)
+    with counted_as("logits"):
+        logits_nV = project(model, hidden_nD)
+        return torch.nn.functional.cross_entropy(logits_nV, target_n, reduction="sum", ignore_index=NO_LABEL)

@@ -1,6 +1,7 @@
 """Train: a loaded model and tokenized examples -> `StepStats`, one an optimizer step, and a `TrainState` that can be saved.
 
-loop.py   the generator        step.py      forward, backward, one divisor      optimizer.py   AdamW that keeps small steps
+loop.py   the generator        update.py    one whole optimizer step            step.py        forward, backward, one divisor
+optimizer.py   AdamW that keeps small steps
 state.py  all that changes     checkpoint.py   it on disk                        best.py        the lowest validation loss
 trackers.py  for dashboards    schedule.py, measure.py
 """

@@ -10,8 +10,8 @@ after the update; its seconds are no part of the step's. accelerate places the m
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -25,7 +25,7 @@ from qlora_lite.train.measure import Allocations, measure_allocations, rss_bytes
 from qlora_lite.train.optimizer import set_learning_rate
 from qlora_lite.train.schedule import learning_rate_at
 from qlora_lite.train.state import TrainState
-from qlora_lite.train.step import forward_backward
+from qlora_lite.train.update import NotFinite, update
 
 _WINDOW = 10  # steps whose mean loss is watched
 _DIVERGED = 2.0  # stop when that mean is this many times the first loss, and
@@ -90,15 +90,18 @@ def train_steps(
         is_measured = device == "cuda" or step == measured_step
         allocations = Allocations() if is_measured else None
         try:
-            loss, norm = _update(
-                state,
-                accelerator,
+            loss, norm = update(
                 model,
+                state.optimizer,
                 batches,
-                examples,
+                accelerator=accelerator,
+                scaler=state.scaler,
                 max_grad_norm=max_grad_norm,
+                on_batch=partial(_check_loss, step + 1, examples),
                 around_last=measure_allocations(device, allocations) if allocations is not None else None,
             )
+        except NotFinite as error:
+            raise _stopped(str(error), step + 1, rows, examples, state_is_good=True) from error
         finally:
             state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -120,36 +123,6 @@ def train_steps(
         )
         is_due = state.step % eval_every_steps == 0 or state.step == len(sampler)
         yield stats if evaluate is None or not is_due else _evaluated(state, stats, evaluate())
-
-
-def _update(
-    state: TrainState,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    batches: list[Batch],
-    examples: Examples,
-    *,
-    max_grad_norm: float,
-    around_last: AbstractContextManager[object] | None,
-) -> tuple[float, float]:
-    """Forward, backward, clip, AdamW. -> (loss, gradient norm before clipping); raises TrainingStopped before it updates."""
-    step = state.step + 1
-    loss = forward_backward(
-        model,
-        batches,
-        backward=lambda loss: accelerator.backward(state.scaler.scale(loss)),
-        on_batch=lambda batch, loss: _check_loss(loss, step, batch, examples),
-        around_last=around_last,
-    )
-    state.scaler.unscale_(state.optimizer)
-    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = float(accelerator.clip_grad_norm_(factors, max_grad_norm))
-    if not math.isfinite(norm) and not state.scaler.is_enabled():  # with loss scaling such a step is skipped instead
-        rows = [row for batch in batches for row in batch.rows]
-        raise _stopped(f"the gradient is {norm}", step, rows, examples, state_is_good=True)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    return loss, norm
 
 
 def _evaluated(state: TrainState, stats: StepStats, eval_loss: float) -> StepStats:
@@ -187,7 +160,7 @@ def _watch(state: TrainState, loss: float, rows: list[int], examples: Examples) 
         raise _stopped(what, state.step, rows, examples, state_is_good=False)
 
 
-def _check_loss(loss: float, step: int, batch: Batch, examples: Examples) -> None:
+def _check_loss(step: int, examples: Examples, batch: Batch, loss: float) -> None:
     if not math.isfinite(loss):
         raise _stopped(f"the loss is {loss}", step, list(batch.rows), examples, state_is_good=True)
 

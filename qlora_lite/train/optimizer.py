@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 
+from qlora_lite.ledger import PAGED, counted_as, device_type
 from qlora_lite.model.bnb import bitsandbytes
 
 _bnb_optim: Any = bitsandbytes.optim  # typed in part only
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw")
 # What is saved of a factor's state. The 8-bit maps are constants that all factors share: made anew, never saved.
+_PAGED_FROM = 100_000  # weights; bitsandbytes keeps the state of smaller tensors on the device
 STATE_TENSORS = ("state1", "state2", "absmax1", "absmax2", "low_bits")
 
 
@@ -40,6 +42,14 @@ class _ExactUpdates:
                         self.init_state(group, parameter, group_index, index)
                         if parameter.dtype == torch.bfloat16:
                             self.state[parameter]["low_bits"] = torch.zeros_like(parameter, dtype=torch.int16)
+
+    def get_state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if not p.is_meta:
+            buffer: torch.Tensor = super().get_state_buffer(p, dtype=dtype)  # type: ignore[misc]
+            return buffer
+        is_paged = self.is_paged and device_type(p) == "cuda" and p.numel() >= _PAGED_FROM
+        with counted_as(PAGED if is_paged else "optimizer"):
+            return torch.empty_like(p, dtype=dtype)
 
     @torch.no_grad()
     def update_step(self: Any, group: dict, p: torch.Tensor, gindex: int, pindex: int) -> None:

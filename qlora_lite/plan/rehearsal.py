@@ -1,0 +1,270 @@
+"""What a step will hold, found by running it: training's own code on the meta device, inside a ledger.
+
+In: a transformers config and settings. Out: `Rehearsal`: bytes by part at the peak of each phase. No weights, nothing is computed.
+
+    weights           what is frozen (or, for full, trained), its buffers         workspace   temporaries of the update, and those that
+    quant_constants   scales and tables of quantized weights                                  operators allocate inside themselves
+    adapter           what is trained beside the base                             runtime     what the device's libraries take
+    gradients, optimizer   of what is trained                                     logits      the head's chunk
+    activations       made by the forward pass and kept                           recompute   made by the backward pass
+
+Layers repeat, so a deep model is rehearsed at two depths, two and three periods of its layer pattern (plus what is left over), and
+every part of every phase is continued in a line: exact, because each layer of a period adds the same storages.
+Attention on meta would be decomposed; here it is the operator that the planned device runs (`_attention`).
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from qlora_lite.data.batches import Batch, pack_batch
+from qlora_lite.data.template import Encoded
+from qlora_lite.ledger import Ledger, counted_as
+from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.base import checkpoint_activations
+from qlora_lite.model.bnb import quantization_constants
+from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.meta import meta_model
+from qlora_lite.model.quantization import Quantization
+from qlora_lite.model.trained import make_trainable
+from qlora_lite.train.optimizer import make_optimizer
+from qlora_lite.train.update import update
+
+PARTS = ("weights", "quant_constants", "adapter", "gradients", "optimizer", "activations", "recompute", "logits",
+         "workspace", "runtime")  # fmt: skip
+PHASES = {"activations": "forward", "logits": "head", "recompute": "backward", "workspace": "update"}
+ROUND_TO = {"cpu": 1, "cuda": 512}  # bytes; the CUDA caching allocator's smallest block
+# cuBLAS's workspace in the caching allocator, by torch's default of 2 x 4,096 KiB + 8 x 16 KiB (CUBLAS_WORKSPACE_CONFIG).
+RUNTIME = {"cpu": 0, "cuda": (2 * 4096 + 8 * 16) * 1024}
+
+
+NF4 = Quantization("nf4")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What memory depends on, beside the model. The micro-batch is `num_examples` of `length` tokens, `num_labels` of them labelled."""
+
+    method: str = "qlora"
+    quantization: Quantization = NF4
+    device: str = "cuda"
+    compute: torch.dtype = torch.bfloat16
+    factors: torch.dtype = torch.bfloat16
+    r: int = 16
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    optimizer: str = "paged_adamw_8bit"
+    checkpointing: bool = True
+    length: int = 1024
+    num_examples: int = 1
+    num_labels: int = 64
+    has_gradients: bool = True  # of micro-batches before the largest one
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Bytes by phase (forward, head, backward, update) and part at that phase's peak."""
+
+    phases: dict[str, dict[str, int]]
+    num_weights: int
+    num_trained: int
+    host_bytes: int  # optimizer state that may page to the host
+
+    @property
+    def phase(self) -> str:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """All PARTS at the highest peak; they sum to `peak_bytes`."""
+        return {part: self.phases[self.phase].get(part, 0) for part in PARTS}
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+def rehearse(config: PreTrainedConfig, settings: Settings) -> Rehearsal:
+    """One optimizer step of `config` on the device that `settings` names. Raises ModelError for a config that is no model."""
+    depth, period = config.num_hidden_layers, layer_period(config)
+    shallow, deep = (count * period + depth % period for count in (2, 3))
+    if depth <= deep:
+        return rehearse_whole(config, settings)
+    low, high = (rehearse_whole(with_depth(config, layers), settings) for layers in (shallow, deep))
+    return _continued(low, high, times=(depth - shallow) // period)
+
+
+def rehearse_whole(config: PreTrainedConfig, settings: Settings) -> Rehearsal:
+    """As `rehearse`, every layer of it."""
+    ledger = Ledger(device=settings.device, round_to=ROUND_TO[settings.device])
+    runtime = torch.empty(RUNTIME[settings.device], dtype=torch.uint8, device="meta")
+    ledger.hold("runtime", runtime)
+    model = _model(config, settings)
+    for category, tensors in _residents(model).items():
+        ledger.hold(category, *tensors)
+    batch = _batch(settings)
+    ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
+    with ledger, _attention(settings.device):
+        with counted_as("optimizer"):
+            optimizer = make_optimizer(
+                model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0
+            )
+        _count_gradients(ledger, model, exist=settings.has_gradients)
+        update(
+            model.train(),
+            optimizer,
+            [batch],
+            accelerator=Accelerator(cpu=True),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            max_grad_norm=1.0,
+            before_backward=lambda: setattr(ledger, "current", "logits"),  # until the head's gradient is there
+        )
+    return Rehearsal(
+        phases={PHASES[name]: parts for name, parts in ledger.peaks.items() if name in PHASES},
+        num_weights=_num_weights(causal_lm(model)),
+        num_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        host_bytes=ledger.live["paged"],
+    )
+
+
+def layer_period(config: PreTrainedConfig) -> int:
+    """After how many layers the kinds of layer repeat: 1 for most models, 6 for Gemma 3."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "no_rope_layers", None) or [None]
+    return next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
+
+
+def with_depth(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+    """The same model with its first `num_layers` layers only."""
+    shallow, depth = copy.deepcopy(config), config.num_hidden_layers
+    for name, value in vars(shallow).items():
+        if isinstance(value, list) and len(value) == depth:  # one entry a layer
+            setattr(shallow, name, value[:num_layers])
+    shallow.num_hidden_layers = num_layers
+    return shallow
+
+
+def _continued(low: Rehearsal, high: Rehearsal, *, times: int) -> Rehearsal:
+    """`low` plus `times` the difference to `high`, in every number."""
+
+    def line(first: int, second: int) -> int:
+        return first + times * (second - first)
+
+    phases = {
+        phase: {
+            part: line(low.phases[phase].get(part, 0), high.phases[phase].get(part, 0))
+            for part in high.phases[phase].keys() | low.phases[phase].keys()
+        }
+        for phase in high.phases
+    }
+    return Rehearsal(
+        phases,
+        num_weights=line(low.num_weights, high.num_weights),
+        num_trained=line(low.num_trained, high.num_trained),
+        host_bytes=line(low.host_bytes, high.host_bytes),
+    )
+
+
+def _model(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | PeftModel:
+    quantization = settings.quantization if settings.method == "qlora" else None
+    base = meta_model(copy.deepcopy(config), quantization=quantization, compute=settings.compute)
+    model: PreTrainedModel | PeftModel = base
+    if settings.method == "full":
+        make_trainable(base)
+    else:
+        targets = settings.target_modules
+        model = attach_adapter(
+            base,
+            r=settings.r,
+            lora_alpha=2 * settings.r,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            use_dora=settings.use_dora,
+            modules_to_save=settings.modules_to_save,
+            factor_dtype=settings.factors,
+        )
+    checkpoint_activations(base, enable=settings.checkpointing)
+    return model
+
+
+def _residents(model: PreTrainedModel | PeftModel) -> dict[str, list[torch.Tensor]]:
+    is_full = not isinstance(model, PeftModel)
+    parameters = list(model.parameters())
+    return {
+        "weights": [*(p for p in parameters if is_full or not p.requires_grad), *model.buffers()],
+        "adapter": [] if is_full else [p for p in parameters if p.requires_grad],
+        "quant_constants": list(quantization_constants(model)),
+    }
+
+
+def _num_weights(model: PreTrainedModel) -> int:
+    """Of the base, tied ones once, quantized ones as many as they stand for."""
+    frozen = {name: p for name, p in model.named_parameters() if ".lora_" not in name and "modules_to_save" not in name}
+    stored = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)}
+    return sum(
+        stored[id(p)].in_features * stored[id(p)].out_features if id(p) in stored else p.numel()
+        for p in frozen.values()
+    )
+
+
+def _batch(settings: Settings) -> Batch:
+    length, labels = settings.length, min(settings.num_labels, settings.num_examples * (settings.length - 1))
+    each, more = divmod(labels, settings.num_examples)
+    counts = [each + (index < more) for index in range(settings.num_examples)]
+    examples = [Encoded([0] * length, ((length - max(1, count), length),)) for count in counts]
+    return pack_batch(examples, range(settings.num_examples)).to("meta")
+
+
+def _count_gradients(ledger: Ledger, model: torch.nn.Module, *, exist: bool) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.hold("gradients", p.grad))
+            if exist:
+                parameter.grad = torch.empty(parameter.shape, dtype=parameter.grad_dtype, device="meta")
+                ledger.hold("gradients", parameter.grad)
+
+
+@contextmanager
+def _attention(device: str) -> Iterator[None]:
+    """`scaled_dot_product_attention` of meta tensors is the operator that `device` would choose, not its decomposition."""
+    kernels: dict[str, Callable[..., Any]] = {"cpu": _attention_on_cpu, "cuda": _attention_on_cuda}
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("scaled_dot_product_attention", kernels[device], "AutogradMeta")
+        yield
+
+
+def _attention_on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output: torch.Tensor = kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return output
+
+
+def _attention_on_cuda(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """FlashAttention-2 where there is no mask and 16 bits, else the memory-efficient kernel, which takes no grouped keys."""
+    if attn_mask is None and query.dtype != torch.float32:
+        flash: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, scale=scale
+        )[0]
+        return flash
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    bias = None
+    if attn_mask is not None:
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    output: torch.Tensor = kernel(query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
+    return output
