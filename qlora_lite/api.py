@@ -36,7 +36,7 @@ from qlora_lite.model.quantization import stored_quantization
 from qlora_lite.model.source import read_config
 from qlora_lite.model.staging import staged_folder
 from qlora_lite.model.trained import folder_name, make_trainable
-from qlora_lite.plan import Plan, make_plan
+from qlora_lite.plan import Plan, as_json, make_plan
 from qlora_lite.recipe import Recipe, dump_recipe, load_recipe, load_run_recipe
 from qlora_lite.run_dir import RunDir
 from qlora_lite.train import (
@@ -527,10 +527,11 @@ def _measured_memory(
         "gradients_bytes": gradients,
         "activations_bytes": max(0, peak_bytes - gradients),
     }
-    ours, full = f"{METHOD_NAMES[plan.recipe.method]}, measured", "full fine-tuning, by arithmetic"
+    ours, full = f"{METHOD_NAMES[plan.recipe.method]}, measured", "full fine-tuning, planned"
+    planned = as_json(plan.rehearsal("full"))
     return {
-        "columns": {ours: measured, full: plan.estimate.parts["full"]},
-        "totals": {ours: sum(measured.values()), full: plan.estimate.peak_bytes("full")},
+        "columns": {ours: measured, full: {part: size for part, size in planned["parts"].items() if size}},
+        "totals": {ours: sum(measured.values()), full: planned["peak_bytes"]},
         "peak_bytes": {"planned": plan.peak_bytes, "measured": sum(measured.values())},
         "rss_bytes": max((step["rss_bytes"] for step in steps), default=0),
     }

@@ -63,6 +63,11 @@ class Ledger(TorchDispatchMode):
         for tensor in tensors:
             self._enter(tensor.untyped_storage(), category)
 
+    def forget_peaks(self) -> None:
+        """Peaks from now on."""
+        self.peaks.clear()
+        self._highest.clear()
+
     @property
     def peak(self) -> dict[str, int]:
         """The parts of the highest peak; they sum to `peak_bytes`."""

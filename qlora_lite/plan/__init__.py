@@ -1,9 +1,30 @@
 """Predict: a Recipe -> `Plan`: the recipe without any `auto`, why each was chosen so, and what the run will need.
 
-choose.py   what `auto` becomes, with reasons      estimate.py   bytes by arithmetic on the model's shapes
+choose.py      what `auto` becomes, with reasons        compare.py   QLoRA, LoRA and full fine-tuning side by side
+rehearsal.py   a step on the meta device, in a ledger   fits.py      what fits a budget
+forecast.py    the memory report of any model
 """
 
 from qlora_lite.plan.choose import Plan, make_plan
-from qlora_lite.plan.estimate import Estimate, estimate_memory
+from qlora_lite.plan.compare import METHODS, Comparison, as_json
+from qlora_lite.plan.fits import Cell, Room
+from qlora_lite.plan.forecast import CARDS, Forecast, forecast, sweep
+from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
 
-__all__ = ["Estimate", "Plan", "estimate_memory", "make_plan"]
+__all__ = [
+    "CARDS",
+    "METHODS",
+    "Cell",
+    "Comparison",
+    "Forecast",
+    "MicroBatch",
+    "Plan",
+    "Rehearsal",
+    "Room",
+    "Settings",
+    "Stage",
+    "as_json",
+    "forecast",
+    "make_plan",
+    "sweep",
+]

@@ -14,7 +14,8 @@ from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import NumberTypes, choose_device, choose_types
 from qlora_lite.model.quantization import Quantization, stored_quantization
 from qlora_lite.model.source import context_window, find_base, load_config, read_config
-from qlora_lite.plan.estimate import METHODS, Estimate, estimate_memory
+from qlora_lite.plan.compare import METHODS, Comparison, as_json, own_method
+from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe.hub_names import commit_of, is_hub_name
 
@@ -31,13 +32,18 @@ class Plan:
     device: str
     types: NumberTypes
     budget_bytes: int
-    estimate: Estimate
+    comparison: Comparison  # rehearses when it is asked
+    batch: MicroBatch
     reasons: tuple[str, ...]
 
     @property
     def peak_bytes(self) -> int:
-        """What the recipe's own method is estimated to need."""
-        return self.estimate.peak_bytes(self.recipe.method)
+        """What the recipe's own method will need on the device."""
+        return self.rehearsal(own_method(self.recipe.method, self.recipe.train.optimizer)).peak_bytes
+
+    def rehearsal(self, method: str) -> Rehearsal:
+        """Of one of METHODS, with this plan's settings and largest micro-batch."""
+        return self.comparison.rehearse(method, self.batch)
 
     @property
     def quantization(self) -> Quantization | None:
@@ -47,21 +53,17 @@ class Plan:
 
     def to_json_dict(self) -> dict[str, Any]:
         """The plan as plan.json has it."""
-        estimate = self.estimate
+        full = self.rehearsal("full").peak_bytes
         return {
             "model": self.recipe.model.base,
             "budget_bytes": self.budget_bytes,
             "fits": self.peak_bytes <= self.budget_bytes,
             "settings": self.recipe.model_dump(mode="json"),
             "reasons": list(self.reasons),
-            "methods": {
-                method: {"peak_bytes": estimate.peak_bytes(method), "parts": estimate.parts[method]}
-                for method in METHODS
-            },
-            "savings_vs_full": {
-                "bytes": estimate.peak_bytes("full") - self.peak_bytes,
-                "percent": 100 * (1 - self.peak_bytes / estimate.peak_bytes("full")),
-            },
+            "methods": {method: as_json(self.rehearsal(method)) for method in METHODS},
+            "savings_vs_full": {"bytes": full - self.peak_bytes, "percent": 100 * (1 - self.peak_bytes / full)},
+            "max_seq_length": self.recipe.data.max_seq_length,
+            "checkpoint_bytes": self.comparison.checkpoint_bytes(self.batch),
         }
 
 
@@ -94,18 +96,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
             "memory": recipe.memory.model_copy(update={"gradient_checkpointing": checkpointing}),
         }
     )
-    estimate = estimate_memory(
-        config,
-        r=recipe.lora.r,
-        target_modules=recipe.lora.target_modules,
-        optimizer=recipe.train.optimizer,
-        micro_batch_tokens=micro_batch,
-        label_share=label_share,
-        checkpointing=checkpointing,
-        factor_bytes=types.factors.itemsize,
-        quantization=resolved.model.quantization,
-        double_quant=resolved.model.double_quant,
-    )
+    settings = settings_of(resolved, device=device, types=types)
     reasons = [
         *recipe.notes,
         *([f"model.revision: {commit}, {_revision_reason(recipe.model.revision)}"] if commit else []),
@@ -123,7 +114,33 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
         reasons.append(
             f"train.optimizer: {recipe.train.optimizer} pages on CUDA only; on the CPU its state stays where it is"
         )
-    return Plan(resolved, source, cache, device, types, device_memory_bytes(device), estimate, tuple(reasons))
+    comparison, batch = Comparison(config, settings), largest_batch(micro_batch, length, label_share)
+    return Plan(resolved, source, cache, device, types, device_memory_bytes(device), comparison, batch, tuple(reasons))
+
+
+def settings_of(recipe: Recipe, *, device: str, types: NumberTypes) -> Settings:
+    """What a rehearsal must know of a recipe without `auto`."""
+    lora, targets = recipe.lora, recipe.lora.target_modules
+    model = recipe.model
+    return Settings(
+        method=recipe.method,
+        quantization=NF4 if model.quantization == "none" else Quantization(model.quantization, model.double_quant),
+        device=device,
+        compute=types.compute,
+        factors=types.factors,
+        r=lora.r,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_dora=lora.use_dora,
+        modules_to_save=tuple(lora.modules_to_save),
+        optimizer=recipe.train.optimizer,
+        checkpointing=recipe.memory.gradient_checkpointing is not False,
+    )
+
+
+def largest_batch(micro_batch_tokens: int, length: int, label_share: float) -> MicroBatch:
+    """A micro-batch as full as it may be: of equal examples, each as long as they come or a little shorter."""
+    num_examples = -(-micro_batch_tokens // length)
+    return MicroBatch(micro_batch_tokens // num_examples, num_examples, label_share)
 
 
 def device_memory_bytes(device: str) -> int:

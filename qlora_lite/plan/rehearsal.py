@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_lite.data.batches import Batch, pack_batch
 from qlora_lite.data.template import Encoded
-from qlora_lite.ledger import Ledger, counted_as
+from qlora_lite.ledger import PAGED, Ledger, counted_as
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.base import checkpoint_activations
 from qlora_lite.model.bnb import quantization_constants
@@ -50,10 +50,10 @@ NF4 = Quantization("nf4")
 
 @dataclass(frozen=True)
 class Settings:
-    """What memory depends on, beside the model. The micro-batch is `num_examples` of `length` tokens, `num_labels` of them labelled."""
+    """What is chosen, of all that memory depends on."""
 
-    method: str = "qlora"
-    quantization: Quantization = NF4
+    method: str = "qlora"  # qlora, lora or full
+    quantization: Quantization = NF4  # of qlora
     device: str = "cuda"
     compute: torch.dtype = torch.bfloat16
     factors: torch.dtype = torch.bfloat16
@@ -63,10 +63,16 @@ class Settings:
     modules_to_save: tuple[str, ...] = ()
     optimizer: str = "paged_adamw_8bit"
     checkpointing: bool = True
-    length: int = 1024
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The largest micro-batch of a step: `num_examples` of `length` tokens in one row, `label_share` of all tokens labelled."""
+
+    length: int
     num_examples: int = 1
-    num_labels: int = 64
-    has_gradients: bool = True  # of micro-batches before the largest one
+    label_share: float = 0.1
+    is_first: bool = False  # else the gradients of others are there already
 
 
 @dataclass(frozen=True)
@@ -93,47 +99,70 @@ class Rehearsal:
         return sum(self.parts.values())
 
 
-def rehearse(config: PreTrainedConfig, settings: Settings) -> Rehearsal:
-    """One optimizer step of `config` on the device that `settings` names. Raises ModelError for a config that is no model."""
-    depth, period = config.num_hidden_layers, layer_period(config)
-    shallow, deep = (count * period + depth % period for count in (2, 3))
-    if depth <= deep:
-        return rehearse_whole(config, settings)
-    low, high = (rehearse_whole(with_depth(config, layers), settings) for layers in (shallow, deep))
-    return _continued(low, high, times=(depth - shallow) // period)
+class Stage:
+    """Where steps of one model with one choice of settings are rehearsed, any number of them.
+
+    Raises ModelError for a config that is no model.
+    """
+
+    def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
+        depth, period = config.num_hidden_layers, layer_period(config)
+        shallow, deep = (count * period + depth % period for count in (2, 3))
+        self._times = (depth - shallow) // period if depth > deep else 0
+        depths = (shallow, deep) if self._times else (depth,)
+        self._scenes = [Scene(with_depth(config, layers), settings) for layers in depths]
+
+    def rehearse(self, batch: MicroBatch) -> Rehearsal:
+        """One optimizer step whose largest micro-batch is `batch`."""
+        found = [scene.rehearse(batch) for scene in self._scenes]
+        return _continued(*found, times=self._times) if self._times else found[0]
 
 
-def rehearse_whole(config: PreTrainedConfig, settings: Settings) -> Rehearsal:
-    """As `rehearse`, every layer of it."""
-    ledger = Ledger(device=settings.device, round_to=ROUND_TO[settings.device])
-    runtime = torch.empty(RUNTIME[settings.device], dtype=torch.uint8, device="meta")
-    ledger.hold("runtime", runtime)
-    model = _model(config, settings)
-    for category, tensors in _residents(model).items():
-        ledger.hold(category, *tensors)
-    batch = _batch(settings)
-    ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
-    with ledger, _attention(settings.device):
-        with counted_as("optimizer"):
-            optimizer = make_optimizer(
-                model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0
+class Scene:
+    """As `Stage`, with every layer of the model rehearsed."""
+
+    def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
+        self._settings = settings
+        self._ledger = ledger = Ledger(device=settings.device, round_to=ROUND_TO[settings.device])
+        self._runtime = torch.empty(RUNTIME[settings.device], dtype=torch.uint8, device="meta")
+        ledger.hold("runtime", self._runtime)
+        self._model = _model(config, settings)
+        for category, tensors in _residents(self._model).items():
+            ledger.hold(category, *tensors)
+        with ledger, counted_as("optimizer"):
+            self._optimizer = make_optimizer(
+                self._model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0
             )
-        _count_gradients(ledger, model, exist=settings.has_gradients)
-        update(
-            model.train(),
-            optimizer,
-            [batch],
-            accelerator=Accelerator(cpu=True),
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
-            max_grad_norm=1.0,
-            before_backward=lambda: setattr(ledger, "current", "logits"),  # until the head's gradient is there
+        self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        for parameter in self._trained:
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.hold("gradients", p.grad))
+
+    def rehearse(self, micro_batch: MicroBatch) -> Rehearsal:
+        """See `Stage`."""
+        ledger, batch = self._ledger, _batch(micro_batch)
+        ledger.forget_peaks()
+        ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
+        if not micro_batch.is_first:
+            for parameter in self._trained:
+                parameter.grad = torch.empty(parameter.shape, dtype=parameter.grad_dtype, device="meta")
+                ledger.hold("gradients", parameter.grad)
+        with ledger, counted_as("activations"), _attention(self._settings.device):
+            update(
+                self._model.train(),
+                self._optimizer,
+                [batch],
+                accelerator=Accelerator(cpu=True),
+                scaler=torch.amp.GradScaler("cpu", enabled=False),
+                max_grad_norm=1.0,
+                before_backward=lambda: setattr(ledger, "current", "logits"),  # until the head's gradient is there
+            )
+        self._optimizer.zero_grad(set_to_none=True)
+        return Rehearsal(
+            phases={PHASES[name]: parts for name, parts in ledger.peaks.items() if name in PHASES},
+            num_weights=_num_weights(causal_lm(self._model)),
+            num_trained=sum(parameter.numel() for parameter in self._trained),
+            host_bytes=ledger.live[PAGED],
         )
-    return Rehearsal(
-        phases={PHASES[name]: parts for name, parts in ledger.peaks.items() if name in PHASES},
-        num_weights=_num_weights(causal_lm(model)),
-        num_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        host_bytes=ledger.live["paged"],
-    )
 
 
 def layer_period(config: PreTrainedConfig) -> int:
@@ -214,21 +243,10 @@ def _num_weights(model: PreTrainedModel) -> int:
     )
 
 
-def _batch(settings: Settings) -> Batch:
-    length, labels = settings.length, min(settings.num_labels, settings.num_examples * (settings.length - 1))
-    each, more = divmod(labels, settings.num_examples)
-    counts = [each + (index < more) for index in range(settings.num_examples)]
-    examples = [Encoded([0] * length, ((length - max(1, count), length),)) for count in counts]
-    return pack_batch(examples, range(settings.num_examples)).to("meta")
-
-
-def _count_gradients(ledger: Ledger, model: torch.nn.Module, *, exist: bool) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.hold("gradients", p.grad))
-            if exist:
-                parameter.grad = torch.empty(parameter.shape, dtype=parameter.grad_dtype, device="meta")
-                ledger.hold("gradients", parameter.grad)
+def _batch(micro_batch: MicroBatch) -> Batch:
+    length, labels = micro_batch.length, max(1, round(micro_batch.label_share * micro_batch.length))
+    example = Encoded([0] * length, ((length - min(labels, length - 1), length),))
+    return pack_batch([example] * micro_batch.num_examples, range(micro_batch.num_examples)).to("meta")
 
 
 @contextmanager

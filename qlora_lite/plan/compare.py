@@ -1,0 +1,73 @@
+"""One training, three methods: QLoRA, 16-bit LoRA and full fine-tuning rehearsed side by side, and what they weigh on disk.
+
+`full` is what `method: full` runs: bf16 weights, the other half of an fp32 master, fp32 gradients, AdamW; `full_8bit` the same with
+8-bit AdamW states.
+"""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
+
+METHODS = ("qlora", "lora", "full", "full_8bit")
+_FULL_OPTIMIZER = {"full": "adamw", "full_8bit": "paged_adamw_8bit"}
+_STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}  # a trained weight
+
+
+class Comparison:
+    """Rehearsals of every method, made when they are asked for."""
+
+    def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
+        self.settings = settings
+        self._config = config
+        self._stage = cache(self._make_stage)
+        self.rehearse = cache(self._rehearse)
+
+    def _make_stage(self, method: str) -> Stage:
+        return Stage(self._config, as_method(self.settings, method))
+
+    def _rehearse(self, method: str, batch: MicroBatch) -> Rehearsal:
+        return self._stage(method).rehearse(batch)
+
+    def checkpoint_bytes(self, batch: MicroBatch) -> dict[str, int]:
+        """On disk: 16-bit weights; these with all that is needed to resume; the adapter, and the adapter with that."""
+        ours, full = self.rehearse("qlora", batch), self.rehearse("full", batch)
+        state = _STATE_BYTES[self.settings.optimizer] + 2  # and the lower half of the fp32 master
+        return {
+            "full": 2 * full.num_trained,
+            "full_resume": (2 + _STATE_BYTES["adamw"] + 2) * full.num_trained,
+            "adapter": self.settings.factors.itemsize * ours.num_trained,
+            "adapter_resume": (self.settings.factors.itemsize + state) * ours.num_trained,
+        }
+
+
+def as_method(settings: Settings, method: str) -> Settings:
+    """The same choices for another method."""
+    if method in _FULL_OPTIMIZER:
+        return replace(settings, method="full", optimizer=_FULL_OPTIMIZER[method], use_dora=False, modules_to_save=())
+    return replace(settings, method=method)
+
+
+def own_method(method: str, optimizer: str) -> str:
+    """Which of METHODS a recipe runs."""
+    return "full_8bit" if method == "full" and optimizer == "paged_adamw_8bit" else method
+
+
+def as_json(rehearsal: Rehearsal) -> dict[str, Any]:
+    """One of `methods` of the plan's JSON."""
+    return {
+        "peak_bytes": rehearsal.peak_bytes,
+        "host_bytes": rehearsal.host_bytes,
+        "parts": _in_bytes(rehearsal.parts),
+        "phases": {
+            phase: {"peak_bytes": sum(parts.values()), "parts": _in_bytes(parts)}
+            for phase, parts in rehearsal.phases.items()
+        },
+    }
+
+
+def _in_bytes(parts: dict[str, int]) -> dict[str, int]:
+    return {f"{part}_bytes": size for part, size in parts.items()}
