@@ -83,6 +83,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     length, length_reason, label_share = _choose_length(recipe, source, cache, limit=context_window(config))
     micro_batch, micro_batch_reason = _choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
     checkpointing = recipe.memory.gradient_checkpointing is not False
+    _refuse_without_bf16(recipe, types)
     resolved = recipe.model_copy(
         update={
             "device": device,
@@ -141,6 +142,20 @@ def largest_batch(micro_batch_tokens: int, length: int, label_share: float) -> M
     """A micro-batch as full as it may be: of equal examples, each as long as they come or a little shorter."""
     num_examples = -(-micro_batch_tokens // length)
     return MicroBatch(micro_batch_tokens // num_examples, num_examples, label_share)
+
+
+def _refuse_without_bf16(recipe: Recipe, types: NumberTypes) -> None:
+    """fp16 factors have fp32 masters of their own kind; whole weights and new rows have none."""
+    asked = {
+        "method: full": recipe.method == "full",
+        "lora.modules_to_save": bool(recipe.lora.modules_to_save),
+        "data.special_tokens": bool(recipe.data.special_tokens),
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked and types.scale_loss):
+        raise ModelError(
+            f"{name}: trains weights of the model itself, which fp16 cannot hold exactly enough ({types.reason}). "
+            "Use model.dtype: fp32"
+        )
 
 
 def device_memory_bytes(device: str) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -26,11 +26,12 @@ def update(
     max_grad_norm: float,
     on_batch: Callable[[Batch, float], None] = lambda batch, loss: None,
     around_last: AbstractContextManager[object] | None = None,
+    around_update: AbstractContextManager[object] | None = None,
     before_backward: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
     """-> (loss, gradient norm before clipping). Raises NotFinite before it updates; with loss scaling such a step is skipped instead.
 
-    `on_batch` and `around_last` are forward_backward's.
+    `on_batch` and `around_last` are forward_backward's; `around_update` is entered around AdamW.
     """
 
     def backward(loss: torch.Tensor) -> None:
@@ -50,6 +51,7 @@ def update(
         norm = float(accelerator.clip_grad_norm_(trained, max_grad_norm))
         if not math.isfinite(norm) and not scaler.is_enabled():
             raise NotFinite(f"the gradient is {norm}")
-        scaler.step(optimizer)
+        with around_update or nullcontext():
+            scaler.step(optimizer)
         scaler.update()
     return loss, norm
