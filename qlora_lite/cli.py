@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from qlora_lite import show
-from qlora_lite.errors import QloraLiteError
+from qlora_lite.errors import QloraLiteError, UserError
 from qlora_lite.recipe import (
     SHIPPED_MODELS,
     copy_recipe,
@@ -77,6 +77,27 @@ def check(
 
     found = pipeline.check(recipe, set_)
     _print(found[0] if len(found) == 1 else {"recipes": found}, json)
+
+
+@app.command()
+def plan(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE_OR_MODEL]", help="A recipe, a model's name or a model folder.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help='Memory of the card, such as "24GiB".')] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Every known model on every usual card instead.")] = False,
+    set_: SetOption = [],  # noqa: B006
+    json: JsonOption = False,
+) -> None:
+    """What a training needs, by every method, and what would fit. Needs a config only; nothing is loaded."""
+    from qlora_lite import pipeline
+
+    if sweep == (what is not None):
+        raise UserError("plan: give a recipe or a model's name, or --sweep for all known models")
+    found = pipeline.plan_all(set_) if what is None else pipeline.plan(what, set_, budget=budget)
+    _print(found, json)
+    if what is not None and not found["fits"]:
+        raise typer.Exit(3)
 
 
 @app.command()

@@ -22,14 +22,15 @@ from qlora_lite.evaluate import EvalResult, by_phrasing, stream_answer
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import SHIPPED, bring_shipped, default_cache
 from qlora_lite.model.hub import fetch_files, look_up, open_hub
+from qlora_lite.model.known import KNOWN, known_config
 from qlora_lite.model.manifest import read_manifest, weights_sha256
 from qlora_lite.model.source import context_window, find_base, load_config
-from qlora_lite.plan import Plan
+from qlora_lite.plan import Plan, forecast, read_request, sweep
 from qlora_lite.recipe import Recipe, load_recipe, parse_hub_name
 from qlora_lite.recipe.hub_names import fetch_command
 from qlora_lite.run_dir import RunDir
 from qlora_lite.train import refuse_missing_trackers
-from qlora_lite.units import format_bytes
+from qlora_lite.units import format_bytes, parse_bytes
 
 WHICH: tuple[api.Which, ...] = ("base", "adapter", "merged")
 
@@ -64,6 +65,39 @@ def fetch(name: str) -> dict[str, Any]:
 def check(recipes: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
     """Everything short of training: the recipe, the data, three rendered rows with their trained tokens, the lengths."""
     return [_check_one(load_recipe(name, overrides=overrides)) for name in recipes]
+
+
+def plan(what: str, overrides: Sequence[str], *, budget: str | None) -> dict[str, Any]:
+    """The memory budget report of a model or a recipe: what it needs by every method, and what would fit."""
+    request = read_request(what, overrides=overrides, budget_bytes=_budget(budget))
+    with show.phase(f"rehearsing {request.model} on the meta device"):
+        found = forecast(request.config, request.settings, request.batch, request.room, method=request.method)
+    show.show_reasons(request.reasons)
+    show.show_methods({name: (each.peak_bytes, each.host_bytes, each.parts) for name, each in found.methods.items()})
+    show.show_fits(found.longest, found.checkpoint_bytes)
+    show.show_memory_map(found.grid, budget_bytes=found.budget_bytes)
+    if not found.fits:
+        show.say_warning(found.shortage())
+    return {
+        "model": request.model,
+        "settings": request.recipe,
+        "reasons": list(request.reasons),
+        **found.to_json_dict(),
+    }
+
+
+def plan_all(overrides: Sequence[str]) -> dict[str, Any]:
+    """What fits which card: the longest sequence that QLoRA can train, for every model of the built-in table."""
+    request = read_request(KNOWN[0], overrides=overrides)
+    rows = []
+    with show.phase("rehearsing every known model") as phase:
+        models = ((name, config, context_window(config)) for name in KNOWN for config in [known_config(name)])
+        for row in sweep(models, request.settings, label_share=request.room.label_share):
+            rows.append(row)
+            phase.progress(len(rows), len(KNOWN))
+    show.show_reasons(request.reasons[2:])
+    show.show_sweep(rows)
+    return {"settings": request.recipe, "reasons": list(request.reasons[2:]), "models": rows}
 
 
 def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, resume: bool) -> dict[str, Any]:
@@ -165,6 +199,13 @@ def _bring(name: str) -> dict[str, Any]:
         path = bring_shipped(name, cache=default_cache())
     show.say(f"ready: {path}. Use it as model.base: {name}")
     return {"path": str(path), "sha256": SHIPPED[name].file_sha256}
+
+
+def _budget(text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise UserError(f"--budget: {error}") from error
 
 
 def _in_mib(phase: show.Phase) -> Callable[[int, int], None]:

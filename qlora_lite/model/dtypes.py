@@ -44,6 +44,15 @@ def choose_device(asked: str) -> tuple[str, str]:
     return "cpu", "cpu: torch finds no CUDA device"
 
 
+def planned_types(asked: str) -> NumberTypes:
+    """The row for a card that is not here: bf16 unless the recipe says otherwise."""
+    if asked in ("auto", "bf16"):
+        return NumberTypes(
+            torch.bfloat16, torch.bfloat16, scale_loss=False, reason="bf16: cards since 2020 compute in it"
+        )
+    return NumberTypes(BY_NAME[asked], torch.float32, scale_loss=asked == "fp16", reason=f"{asked}: asked for")
+
+
 def choose_types(asked: str, device: str) -> NumberTypes:
     """`auto | bf16 | fp16 | fp32` -> the row of the table for `device`. Raises UserError for a type the device lacks."""
     if device == "cuda":

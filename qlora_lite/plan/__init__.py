@@ -2,7 +2,7 @@
 
 choose.py      what `auto` becomes, with reasons        compare.py   QLoRA, LoRA and full fine-tuning side by side
 rehearsal.py   a step on the meta device, in a ledger   fits.py      what fits a budget
-forecast.py    the memory report of any model
+forecast.py    the memory report of any model          request.py   a model's name or a recipe -> what to forecast
 """
 
 from qlora_lite.plan.choose import Plan, make_plan
@@ -10,6 +10,7 @@ from qlora_lite.plan.compare import METHODS, Comparison, as_json
 from qlora_lite.plan.fits import Cell, Room
 from qlora_lite.plan.forecast import CARDS, Forecast, forecast, sweep
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
+from qlora_lite.plan.request import Request, read_request
 
 __all__ = [
     "CARDS",
@@ -20,11 +21,13 @@ __all__ = [
     "MicroBatch",
     "Plan",
     "Rehearsal",
+    "Request",
     "Room",
     "Settings",
     "Stage",
     "as_json",
     "forecast",
     "make_plan",
+    "read_request",
     "sweep",
 ]

@@ -80,8 +80,8 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     config = load_config(source)
     quantization, quantization_reason = _choose_quantization(recipe, source)
     data_format, format_reason = _choose_format(recipe)
-    length, length_reason, label_share = _choose_length(recipe, source, cache, limit=context_window(config))
-    micro_batch, micro_batch_reason = _choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
+    length, length_reason, label_share = choose_length(recipe, source, cache, limit=context_window(config))
+    micro_batch, micro_batch_reason = choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
     checkpointing = recipe.memory.gradient_checkpointing is not False
     _refuse_without_bf16(recipe, types)
     resolved = recipe.model_copy(
@@ -199,7 +199,7 @@ def _choose_format(recipe: Recipe) -> tuple[str, str]:
     return find_format((*data.train_files, *held_out), format=data.format)
 
 
-def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> tuple[int, str, float]:
+def choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> tuple[int, str, float]:
     """-> (max_seq_length, reason, share of tokens that carry a label; 1.0 where the rows were not looked at)."""
     asked = recipe.data.max_seq_length
     if asked != "auto":
@@ -221,7 +221,7 @@ def _choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int | No
     return length, f"{length}: {reason}", float(examples.num_label_tokens.sum() / examples.lengths.sum())
 
 
-def _choose_micro_batch(asked: int | str, device: str, length: int) -> tuple[int, str]:
+def choose_micro_batch(asked: int | str, device: str, length: int) -> tuple[int, str]:
     if asked != "auto":
         return int(asked), f"{asked}: asked for"
     tokens = max(MICRO_BATCH_TOKENS[device], length)

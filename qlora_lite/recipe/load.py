@@ -53,13 +53,15 @@ class _Problems:
         ]
 
 
-def load_recipe(path_or_name: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path_or_name: str | os.PathLike[str], *, overrides: Sequence[str] = (), files_must_exist: bool = True
+) -> Recipe:
     """Read a recipe by path, or a shipped one by name, with `section.key=value` overrides as `--set` gives them.
 
     Data files and a base model that is a path come back absolute: looked up beside the recipe, then in the current
-    folder. Raises RecipeError with every problem in it.
+    folder; only a plan does without them (`files_must_exist`). Raises RecipeError with every problem in it.
     """
-    return _load(_find(path_or_name), overrides, files_must_exist=True)
+    return _load(_find(path_or_name), overrides, files_must_exist=files_must_exist)
 
 
 def load_run_recipe(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Recipe:

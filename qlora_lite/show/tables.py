@@ -61,6 +61,62 @@ def savings(totals: Mapping[str, int], methods: Sequence[str]) -> str:
     return f"{format_bytes(theirs - ours)} ({100 * (theirs - ours) / theirs:.0f}%) against {methods[-1]}"
 
 
+def show_methods(methods: Mapping[str, tuple[int, int, Mapping[str, int]]]) -> None:
+    """(peak bytes, host bytes, parts) of each method, side by side."""
+    names = {"qlora": "QLoRA", "lora": "LoRA", "full": "full", "full_8bit": "full, 8-bit AdamW"}
+    parts = [part for part in next(iter(methods.values()))[2] if any(found[2][part] for found in methods.values())]
+    rows: list[Sequence[object]] = [
+        [_words(part), *(_bytes(found[2][part]) for found in methods.values())] for part in parts
+    ]
+    if any(host for _, host, _ in methods.values()):
+        rows.append(["(may page to the host)", *(_bytes(host or None) for _, host, _ in methods.values())])
+    rows.append(["peak", *(_bytes(peak) for peak, _, _ in methods.values())])
+    show_table("memory at the peak of a step", ["", *(names[name] for name in methods)], rows, last_is_total=True)
+    peaks = {names[name]: peak for name, (peak, _, _) in methods.items()}
+    say(f"QLoRA saves {savings(peaks, ['QLoRA', 'full'])}", style="green")
+
+
+def show_fits(longest: Mapping[str, int | None], disk: Mapping[str, int]) -> None:
+    """The longest sequence of each method, and what lies on disk."""
+    shown = {"qlora": "QLoRA", "lora": "LoRA", "full": "full", "full_8bit": "full, 8-bit AdamW"}
+    show_table(
+        "longest sequence that fits",
+        ["", "tokens"],
+        [[shown[n], "none fits" if t is None else t] for n, t in longest.items()],
+    )
+    show_table(
+        "on disk",
+        ["", "one checkpoint", "ten"],
+        [[_words(n), _bytes(size), _bytes(10 * size)] for n, size in disk.items()],
+    )
+
+
+def show_memory_map(cells: Sequence[Any], *, budget_bytes: int) -> None:
+    """Rows are sequence lengths, columns are examples a micro-batch; a cell is its peak, marked where it does not fit."""
+    batches = sorted({cell.batch for cell in cells})
+    found = {(cell.max_seq_length, cell.batch): cell for cell in cells}
+    rows = [
+        [length, *(f"{_bytes(c.peak_bytes)}{'' if c.fits else ' x'}" for c in (found[length, b] for b in batches))]
+        for length in sorted({cell.max_seq_length for cell in cells})
+    ]
+    title = f"examples a micro-batch, by length in tokens (x: more than {format_bytes(budget_bytes)})"
+    show_table(title, ["tokens", *map(str, batches)], rows)
+
+
+def show_sweep(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a model: its weights, and the longest sequence on each card."""
+    cards = list(rows[0]["max_seq_length"])
+    shown = [
+        [
+            row["model"], f"{row['num_weights'] / 1e9:.2f}", _bytes(row["peak_bytes"]),
+            *(row["max_seq_length"][card] or "–" for card in cards),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    heads = ["model", "billion weights", "peak at 1,024 tokens", *(f"{int(card) // 2**30} GiB" for card in cards)]
+    show_table("longest sequence in tokens, QLoRA, one example a micro-batch", heads, shown)
+
+
 def show_scores(
     before: Mapping[str, float | None] | None,
     after: Mapping[str, float | None] | None,

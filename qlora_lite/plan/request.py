@@ -1,0 +1,123 @@
+"""What to plan, from what people ask: a model's name, a model folder, or a recipe. A config is enough; nothing is loaded or fetched.
+
+In: `llama-3.1-8b`, `meta-llama/Llama-3.1-8B`, a folder, or a recipe's path or name. Out: `Request`, with a reason for every guess.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from qlora_lite.errors import UserError
+from qlora_lite.model.bring import default_cache
+from qlora_lite.model.dtypes import choose_device, choose_types, planned_types
+from qlora_lite.model.known import known_config, known_name
+from qlora_lite.model.source import context_window, find_base, load_config
+from qlora_lite.plan.choose import choose_length, choose_micro_batch, device_memory_bytes, largest_batch, settings_of
+from qlora_lite.plan.compare import own_method
+from qlora_lite.plan.fits import Room
+from qlora_lite.plan.rehearsal import MicroBatch, Settings
+from qlora_lite.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from qlora_lite.units import format_bytes
+
+COMMON_CARD = 24 * 2**30  # bytes: planned for where neither a budget is given nor a card is here
+_ASSUMED_LENGTH, _ASSUMED_LABEL_SHARE = 1024, 0.1
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that a forecast takes, and why."""
+
+    model: str
+    config: PreTrainedConfig
+    settings: Settings
+    batch: MicroBatch
+    room: Room
+    method: str
+    recipe: dict[str, Any]  # the settings as a recipe has them
+    reasons: tuple[str, ...]
+
+
+def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int | None = None) -> Request:
+    """Raises RecipeError for a recipe, UserError for anything that is neither a model nor a recipe."""
+    is_model = known_name(what) is not None or (Path(what) / "config.json").is_file()
+    recipe = load_recipe(DEFAULT_RECIPE if is_model else what, overrides=overrides, files_must_exist=False)
+    if is_model:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": what})})
+    config, source, config_reason = _find_config(recipe)
+    device, device_reason = _choose_device(recipe, is_for_a_card=is_model or budget_bytes is not None)
+    budget, budget_reason = _choose_budget(budget_bytes, device)
+    is_here = device_reason.startswith(choose_device("auto")[0])
+    types = choose_types(recipe.model.dtype, device) if is_here else planned_types(recipe.model.dtype)
+    positions = context_window(config)
+    length, length_reason, label_share = _choose_length(recipe, source, positions, has_data=not is_model)
+    micro_batch, micro_batch_reason = choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
+    return Request(
+        model=what,
+        config=config,
+        settings=settings_of(recipe, device=device, types=types),
+        batch=largest_batch(micro_batch, length, label_share),
+        room=Room(budget, positions, label_share),
+        method=own_method(recipe.method, recipe.train.optimizer),
+        recipe=recipe.model_dump(mode="json"),
+        reasons=(
+            *([f"settings: those of {DEFAULT_RECIPE}"] if is_model else []),
+            f"model: {config_reason}",
+            f"device: {device_reason}",
+            f"budget: {budget_reason}",
+            f"model.dtype: {types.reason}",
+            f"data.max_seq_length: {length_reason}",
+            f"train.micro_batch_tokens: {micro_batch_reason}",
+            f"memory.gradient_checkpointing: {recipe.memory.gradient_checkpointing}",
+        ),
+    )
+
+
+def _find_config(recipe: Recipe) -> tuple[PreTrainedConfig, Path | None, str]:
+    base = recipe.model.base
+    try:
+        source = find_base(base, cache=default_cache(), revision=recipe.model.revision)
+    except UserError:
+        if known_name(base) is None:
+            raise
+        return known_config(base), None, f"{known_name(base)}, from the built-in table of shapes"
+    return load_config(source), source, f"the config of {source}"
+
+
+def _choose_device(recipe: Recipe, *, is_for_a_card: bool) -> tuple[str, str]:
+    if recipe.device != "auto":
+        return recipe.device, f"{recipe.device}: asked for"
+    here, reason = choose_device("auto")
+    if here == "cuda" or not is_for_a_card:
+        return here, reason
+    return "cuda", "a card, though none is here; --set device=cpu plans for the processor"
+
+
+def _choose_budget(asked: int | None, device: str) -> tuple[int, str]:
+    if asked is not None:
+        return asked, f"{format_bytes(asked)}: asked for"
+    if device == choose_device("auto")[0]:
+        found = device_memory_bytes(device)
+        return found, f"{format_bytes(found)}: what this machine's {'card' if device == 'cuda' else 'memory'} has"
+    return (
+        COMMON_CARD,
+        f"{format_bytes(COMMON_CARD)}: a common card; no card is here to ask, so give --budget for yours",
+    )
+
+
+def _choose_length(
+    recipe: Recipe, source: Path | None, positions: int | None, *, has_data: bool
+) -> tuple[int, str, float]:
+    asked = recipe.data.max_seq_length
+    if asked == "auto" and has_data and source is not None:
+        try:
+            return choose_length(recipe, source, default_cache(), limit=positions)
+        except UserError as error:
+            assumed = min(_ASSUMED_LENGTH, positions or _ASSUMED_LENGTH)
+            return assumed, f"{assumed}: assumed, because the data cannot be read ({error})", _ASSUMED_LABEL_SHARE
+    if asked == "auto":
+        assumed = min(_ASSUMED_LENGTH, positions or _ASSUMED_LENGTH)
+        return assumed, f"{assumed}: assumed, there are no data to look at", _ASSUMED_LABEL_SHARE
+    return int(asked), f"{asked}: asked for", _ASSUMED_LABEL_SHARE
