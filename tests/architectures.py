@@ -5,8 +5,12 @@ number, whether they hold a head beside a tied embedding, and what else lies in 
 the hub is laid out so (its config.json, its model.safetensors.index.json or the keys of its one file).
 """
 
+import atexit
+import functools
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora_lite.model.artefact import quantize_base
 from tests.data.tiny_tokenizer import make_tokenizer
 
 LLAMA_SIZES = {
@@ -229,6 +234,25 @@ PUBLISHED: dict[str, Published] = {
         is_tied=True,
     ),
 }  # fmt: skip
+
+
+@functools.cache
+def published(name: str) -> Path:
+    """The folder that `write_published` makes, shared by all tests: read only."""
+    return write_published(_root() / name, name)
+
+
+@functools.cache
+def artefact(name: str) -> Path:
+    """Its NF4 artefact, shared by all tests: read only."""
+    return quantize_base(published(name), cache=_root() / "cache")
+
+
+@functools.cache
+def _root() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="qlora-lite-architectures-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
 
 
 def write_published(folder: Path, name: str) -> Path:

@@ -1,11 +1,7 @@
 """Every supported architecture, from files as they are published to a proved merge and an answer (tests/architectures.py)."""
 
-import functools
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from qlora_lite.evaluate.generate import generate_answers
 from qlora_lite.merge import merge
 from qlora_lite.model.adapter import attach_adapter, save_adapter
-from qlora_lite.model.artefact import linear_weights, quantize_base
+from qlora_lite.model.artefact import linear_weights
 from qlora_lite.model.attention import packs_rows, padded_attention
 from qlora_lite.model.base import checkpoint_activations, load_base
 from qlora_lite.model.bnb import keep_weights_unpacked
@@ -27,10 +23,10 @@ from qlora_lite.model.published import published_weights
 from qlora_lite.model.skeleton import empty_model
 from qlora_lite.model.source import ARCHITECTURES, load_config
 from qlora_lite.model.trained import load_trained, make_trainable, save_trained, trained_parameters
-from qlora_lite.plan.estimate import estimate_memory
+from qlora_lite.plan import MicroBatch, Settings, Stage
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.step import batch_loss, forward_backward
-from tests.architectures import PUBLISHED, own_weights, write_published
+from tests.architectures import PUBLISHED, artefact, own_weights, published
 from tests.conftest import REPOSITORY
 from tests.plain_peft import compute_in_fp32
 from tests.tiny_model import linear4bit_layers, move_factors, random_rows, split_batches
@@ -42,27 +38,6 @@ COLUMNS = ("QLoRA", "LoRA", "full", "merge, proved", "plan", "rows")
 TABLE_BEGINS, TABLE_ENDS = "<!-- made by tests/test_architectures.py -->", "<!-- end -->"
 support: dict[str, dict[str, str]] = {name: {} for name in PUBLISHED}  # what the tests below have shown
 every_architecture = pytest.mark.parametrize("name", list(PUBLISHED))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def root() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="qlora-lite-architectures-"))
-    _root.append(folder)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-_root: list[Path] = []
-
-
-@functools.cache
-def published(name: str) -> Path:
-    return write_published(_root[-1] / name, name)
-
-
-@functools.cache
-def artefact(name: str) -> Path:
-    return quantize_base(published(name), cache=_root[-1] / "cache")
 
 
 def plain(folder: Path, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
@@ -170,11 +145,11 @@ def test_from_published_files_to_a_proved_merge_and_an_answer(name, tmp_path):
     prompts = [encoded[i].input_ids[: encoded[i].spans[0][0]] for i in (0, 1)]
     batched = generate_answers(ours.model, ours.tokenizer, prompts, stop_token=2, max_new_tokens=6)
     assert batched == [plain_answer(merged, ours.tokenizer, prompt) for prompt in prompts]
-    estimate = estimate_memory(load_config(artefact(name)), r=8, target_modules="all-linear", optimizer="adamw",
-                               micro_batch_tokens=256, label_share=0.1, checkpointing=True, factor_bytes=2)  # fmt: skip
-    assert estimate.num_adapter_weights == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    buffers = sum(buffer.nbytes for buffer in loaded.model.buffers())
-    assert estimate.parts["qlora"]["weights_bytes"] == loaded.weights_bytes - buffers
+    settings = Settings(device="cpu", r=8, optimizer="adamw")
+    planned = Stage(load_config(artefact(name)), settings).rehearse(MicroBatch(32, 2))
+    assert planned.num_trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert planned.parts["weights"] == loaded.weights_bytes
+    assert planned.parts["quant_constants"] == loaded.quant_constants_bytes
     rows_of = "packed" if packs_rows(ours.model) else "one at a time"
     support[name] |= {"QLoRA": "yes", "merge, proved": "yes", "plan": "yes", "rows": rows_of}
 

@@ -127,7 +127,7 @@ class Scene:
         self._runtime = torch.empty(RUNTIME[settings.device], dtype=torch.uint8, device="meta")
         ledger.hold("runtime", self._runtime)
         self._model = _model(config, settings)
-        for category, tensors in _residents(self._model).items():
+        for category, tensors in residents(self._model).items():
             ledger.hold(category, *tensors)
         with ledger, counted_as("optimizer"):
             self._optimizer = make_optimizer(
@@ -139,7 +139,7 @@ class Scene:
 
     def rehearse(self, micro_batch: MicroBatch) -> Rehearsal:
         """See `Stage`."""
-        ledger, batch = self._ledger, _batch(micro_batch)
+        ledger, batch = self._ledger, batch_of(micro_batch).to("meta")
         ledger.forget_peaks()
         ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
         if not micro_batch.is_first:
@@ -157,6 +157,7 @@ class Scene:
                 before_backward=lambda: setattr(ledger, "current", "logits"),  # until the head's gradient is there
             )
         self._optimizer.zero_grad(set_to_none=True)
+        self.peak_totals = {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
         return Rehearsal(
             phases={PHASES[name]: parts for name, parts in ledger.peaks.items() if name in PHASES},
             num_weights=_num_weights(causal_lm(self._model)),
@@ -223,7 +224,8 @@ def _model(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | Pe
     return model
 
 
-def _residents(model: PreTrainedModel | PeftModel) -> dict[str, list[torch.Tensor]]:
+def residents(model: PreTrainedModel | PeftModel) -> dict[str, list[torch.Tensor]]:
+    """What is in memory before the first step, by part."""
     is_full = not isinstance(model, PeftModel)
     parameters = list(model.parameters())
     return {
@@ -243,10 +245,11 @@ def _num_weights(model: PreTrainedModel) -> int:
     )
 
 
-def _batch(micro_batch: MicroBatch) -> Batch:
+def batch_of(micro_batch: MicroBatch) -> Batch:
+    """Such a row of the first token."""
     length, labels = micro_batch.length, max(1, round(micro_batch.label_share * micro_batch.length))
     example = Encoded([0] * length, ((length - min(labels, length - 1), length),))
-    return pack_batch([example] * micro_batch.num_examples, range(micro_batch.num_examples)).to("meta")
+    return pack_batch([example] * micro_batch.num_examples, range(micro_batch.num_examples))
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""Promise 6: planned weight bytes are the real ones, the meta ledger equals the real ledger to the byte, and the planned peak meets
+the allocator's within 1% on the CPU."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from qlora_lite.ledger import Ledger, counted_as
+from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.artefact import quantize_base
+from qlora_lite.model.base import checkpoint_activations, load_base
+from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.meta import meta_model
+from qlora_lite.model.quantization import Quantization
+from qlora_lite.model.source import load_config
+from qlora_lite.model.trained import make_trainable
+from qlora_lite.plan.rehearsal import MicroBatch, Scene, Settings, Stage, batch_of, layer_period, residents, with_depth
+from qlora_lite.train.measure import measure_allocations
+from qlora_lite.train.optimizer import make_optimizer
+from qlora_lite.train.update import update
+from tests.architectures import artefact, published
+from tests.tiny_model import tiny_artefact, tiny_source
+
+CPU = Settings(device="cpu", r=4, optimizer="adamw")
+KINDS = ["gemma2", "bloom", "falcon_new", "falcon_alibi", "qwen3", "opt"]
+
+
+def real_model(settings: Settings, *, quantized=None, plain=None):
+    """The model that `settings` would train, loaded."""
+    folder = (quantized or tiny_artefact()) if settings.method == "qlora" else (plain or tiny_source())
+    base = load_base(folder, device="cpu", compute=settings.compute).model
+    checkpoint_activations(base, enable=settings.checkpointing)
+    if settings.method == "full":
+        make_trainable(base)
+        return base
+    return attach_adapter(base, r=settings.r, lora_alpha=2 * settings.r, factor_dtype=settings.factors)
+
+
+def real_step(model, settings: Settings, micro_batch: MicroBatch):
+    """-> (a function that runs one step with the rehearsal's own batch, what is resident)."""
+    optimizer = make_optimizer(model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0)
+    batch = batch_of(micro_batch)
+    model.train()
+
+    def step(before_backward=lambda: None) -> None:
+        update(
+            model, optimizer, [batch], accelerator=Accelerator(cpu=True), scaler=torch.amp.GradScaler("cpu", enabled=False),
+            max_grad_norm=1.0, before_backward=before_backward,
+        )  # fmt: skip
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, optimizer, batch
+
+
+def real_ledger(model, settings: Settings, micro_batch: MicroBatch) -> dict[str, int]:
+    """Bytes at each phase's peak of a real step on the CPU, by the same ledger."""
+    step, optimizer, batch = real_step(model, settings, micro_batch)
+    step()  # lazily made tables are there
+    ledger = Ledger()
+    for category, tensors in residents(model).items():
+        ledger.hold(category, *tensors)
+    for state in optimizer.state.values():
+        ledger.hold("optimizer", *(value for value in state.values() if isinstance(value, torch.Tensor)))
+    ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
+    with ledger, counted_as("activations"):
+        step(lambda: setattr(ledger, "current", "logits"))
+    return {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_the_meta_ledger_is_the_real_one_to_the_byte(method, checkpointing):
+    settings = replace(CPU, method=method, checkpointing=checkpointing)
+    micro_batch = MicroBatch(100, 2, 0.1, is_first=True)
+    model = real_model(settings)
+    scene = Scene(causal_lm(model).config, settings)
+    scene.rehearse(micro_batch)
+    assert scene.peak_totals == real_ledger(model, settings, micro_batch)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_so_it_is_for_other_architectures(name):
+    micro_batch = MicroBatch(60, 2, 0.1, is_first=True)
+    model = real_model(CPU, quantized=artefact(name))
+    scene = Scene(causal_lm(model).config, CPU)
+    scene.rehearse(micro_batch)
+    assert scene.peak_totals == real_ledger(model, CPU, micro_batch)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit", "paged_adamw_32bit"])
+@pytest.mark.parametrize(("length", "num_examples"), [(120, 1), (120, 4), (400, 1)])
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_the_planned_peak_meets_the_allocators(method, length, num_examples, optimizer):
+    settings, micro_batch = (
+        replace(CPU, method=method, optimizer=optimizer),
+        MicroBatch(length, num_examples, 0.1, is_first=True),
+    )
+    model = real_model(settings)
+    step, _, _ = real_step(model, settings, micro_batch)
+    step()
+    with measure_allocations("cpu") as allocations:
+        step()
+    planned = Scene(causal_lm(model).config, settings).rehearse(micro_batch)
+    resident = sum(
+        planned.phases["forward"].get(part, 0) for part in ("weights", "quant_constants", "adapter", "optimizer")
+    )
+    assert resident + allocations.peak_bytes == pytest.approx(planned.peak_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "quantization", [Quantization("nf4", False), Quantization("fp4"), Quantization("int8", False)], ids=str
+)
+def test_planned_weights_are_the_loaded_ones(quantization, tmp_path):
+    """NF4 with double quantization, for every architecture: tests/test_architectures.py."""
+    loaded = load_base(quantize_base(tiny_source(), cache=tmp_path, quantization=quantization), device="cpu")
+    planned = residents(meta_model(copy.deepcopy(loaded.model.config), quantization=quantization))
+    assert sum({id(t): t.nbytes for t in planned["weights"]}.values()) == loaded.weights_bytes
+    assert sum(t.nbytes for t in planned["quant_constants"]) == loaded.quant_constants_bytes
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3_text", "falcon_alibi"])
+def test_two_depths_tell_any_depth(name):
+    config = load_config(published(name))
+    depth = 5 * layer_period(config) + (1 if layer_period(config) > 1 else 0)
+    deep = with_depth(lengthened(config, depth), depth)
+    micro_batch = MicroBatch(50, 2)
+    for method in ("qlora", "full"):
+        settings = replace(CPU, method=method)
+        assert Stage(deep, settings).rehearse(micro_batch) == Scene(deep, settings).rehearse(micro_batch)
+
+
+def lengthened(config, depth: int):
+    """A deeper model with the same pattern of layers."""
+    config = copy.deepcopy(config)
+    before, period = config.num_hidden_layers, layer_period(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == before:
+            setattr(config, name, [value[i % period] for i in range(depth)])
+    config.num_hidden_layers = depth
+    return config
