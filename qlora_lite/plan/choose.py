@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_lite.data.examples import load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
 from qlora_lite.data.read import find_format
@@ -135,6 +137,7 @@ def settings_of(recipe: Recipe, *, device: str, types: NumberTypes) -> Settings:
         modules_to_save=tuple(lora.modules_to_save),
         optimizer=recipe.train.optimizer,
         checkpointing=recipe.memory.gradient_checkpointing is not False,
+        num_threads=torch.get_num_threads(),
     )
 
 
@@ -161,8 +164,6 @@ def _refuse_without_bf16(recipe: Recipe, types: NumberTypes) -> None:
 def device_memory_bytes(device: str) -> int:
     """All memory of the device: of the card, or of the machine."""
     if device == "cuda":
-        import torch
-
         return int(torch.cuda.get_device_properties(0).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -34,6 +34,7 @@ from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.meta import meta_model
 from qlora_lite.model.quantization import Quantization
 from qlora_lite.model.trained import make_trainable
+from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.update import update
 
@@ -63,6 +64,7 @@ class Settings:
     modules_to_save: tuple[str, ...] = ()
     optimizer: str = "paged_adamw_8bit"
     checkpointing: bool = True
+    num_threads: int = 1  # of the CPU; attention there takes a block of scores for each
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,11 @@ class Scene:
 
     def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
         self._settings = settings
-        self._ledger = ledger = Ledger(device=settings.device, round_to=ROUND_TO[settings.device])
+        self._ledger = ledger = Ledger(
+            device=settings.device,
+            round_to=ROUND_TO[settings.device],
+            workspace=workspace_of(settings.device, num_threads=settings.num_threads),
+        )
         self._runtime = torch.empty(RUNTIME[settings.device], dtype=torch.uint8, device="meta")
         ledger.hold("runtime", self._runtime)
         self._model = _model(config, settings)

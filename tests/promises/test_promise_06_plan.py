@@ -18,13 +18,14 @@ from qlora_lite.model.quantization import Quantization
 from qlora_lite.model.source import load_config
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.plan.rehearsal import MicroBatch, Scene, Settings, Stage, batch_of, layer_period, residents, with_depth
+from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.train.measure import measure_allocations
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.update import update
 from tests.architectures import artefact, published
 from tests.tiny_model import tiny_artefact, tiny_source
 
-CPU = Settings(device="cpu", r=4, optimizer="adamw")
+CPU = Settings(device="cpu", r=4, optimizer="adamw", num_threads=torch.get_num_threads())
 KINDS = ["gemma2", "bloom", "falcon_new", "falcon_alibi", "qwen3", "opt"]
 
 
@@ -59,7 +60,7 @@ def real_ledger(model, settings: Settings, micro_batch: MicroBatch) -> dict[str,
     """Bytes at each phase's peak of a real step on the CPU, by the same ledger."""
     step, optimizer, batch = real_step(model, settings, micro_batch)
     step()  # lazily made tables are there
-    ledger = Ledger()
+    ledger = Ledger(workspace=workspace_of("cpu", num_threads=settings.num_threads))
     for category, tensors in residents(model).items():
         ledger.hold(category, *tensors)
     for state in optimizer.state.values():

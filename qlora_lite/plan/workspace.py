@@ -1,0 +1,71 @@
+"""What an operator allocates and frees inside itself, which no ledger sees: one function an operator, by device.
+
+    CPU    bitsandbytes' AdamW for 8-bit states works on fp32 copies in five tensors, for 32-bit states in three
+           (its Python kernels; tests/plan/test_workspace.py measures them with the allocator)
+           flash attention: score blocks a thread, forward 6 bytes a score and its rows, backward 12 (PyTorch, FlashAttentionKernel.cpp)
+    CUDA   FlashAttention-2's backward pass sums dQ in fp32 over 128-row blocks and, for grouped heads, makes dK and dV for every query
+           head first (flash_attn, flash_bwd); not measured yet, for want of a card
+
+A block of scores is 256 x 512, 64 x 512 or 32 x 512, the fewer rows the shorter the sequence.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+_ops: Any = torch.ops
+Count = Callable[[Sequence[Any], int], int]
+
+
+def workspace_of(device: str, *, num_threads: int) -> Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]:
+    """-> bytes inside a call of an operator, for a `Ledger`."""
+    table = _CPU if device == "cpu" else _CUDA
+
+    def workspace(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+        count = table.get(func)
+        return count(args, num_threads) if count is not None else 0
+
+    return workspace
+
+
+def _adamw(num_copies: int) -> Count:
+    return lambda args, _: 4 * num_copies * args[1].numel()  # args: name, gradient, weight, ...
+
+
+def _flash_forward_on_cpu(args: Sequence[Any], num_threads: int) -> int:
+    query, key = args[0], args[1]
+    rows, columns = _score_block(query.shape[2], key.shape[2])
+    reduced = 2 if query.dtype != torch.float32 else 0  # bytes of a score in the inputs' own type
+    return num_threads * (rows * columns * (4 + reduced) + 2 * 4 * rows + 4 * rows * query.shape[3])
+
+
+def _flash_backward_on_cpu(args: Sequence[Any], num_threads: int) -> int:
+    query, key = args[1], args[2]  # after the gradient
+    rows, columns = _score_block(query.shape[2], key.shape[2])
+    reduced = 2 if query.dtype != torch.float32 else 0
+    return num_threads * (2 * rows * columns * (4 + reduced) + 4 * rows)
+
+
+def _score_block(num_queries: int, num_keys: int) -> tuple[int, int]:
+    rows = 256 if num_queries >= 768 else 64 if num_queries >= 192 else 32
+    return min(rows, num_queries), min(512, num_keys)
+
+
+def _flash_backward_on_cuda(args: Sequence[Any], _: int) -> int:
+    query, key = args[1], args[2]
+    batch, heads, num_queries, width = query.shape
+    rounded = 128 * math.ceil(num_queries / 128)
+    sums = 4 * batch * heads * rounded * (32 * math.ceil(width / 32) + 1)
+    expanded = 2 * query.element_size() * batch * heads * key.shape[2] * width if heads != key.shape[1] else 0
+    return sums + expanded
+
+
+_CPU: dict[Any, Count] = {
+    _ops.bitsandbytes.optimizer_update_8bit_blockwise.default: _adamw(5),
+    _ops.bitsandbytes.optimizer_update_32bit.default: _adamw(3),
+    _ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward_on_cpu,
+    _ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward_on_cpu,
+}
+_CUDA: dict[Any, Count] = {_ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_on_cuda}
