@@ -13,13 +13,13 @@ from transformers import PreTrainedConfig
 from qlora_lite.errors import UserError
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import choose_device, choose_types, planned_types
-from qlora_lite.model.known import known_config, known_name
+from qlora_lite.model.known import known_config, known_name, known_shape
 from qlora_lite.model.source import context_window, find_base, load_config
 from qlora_lite.plan.choose import choose_length, choose_micro_batch, device_memory_bytes, largest_batch, settings_of
 from qlora_lite.plan.compare import own_method
 from qlora_lite.plan.fits import Room
 from qlora_lite.plan.rehearsal import MicroBatch, Settings
-from qlora_lite.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from qlora_lite.recipe import DEFAULT_RECIPE, Recipe, list_recipes, load_recipe
 from qlora_lite.units import format_bytes
 
 COMMON_CARD = 24 * 2**30  # bytes: planned for where neither a budget is given nor a card is here
@@ -43,6 +43,13 @@ class Request:
 def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int | None = None) -> Request:
     """Raises RecipeError for a recipe, UserError for anything that is neither a model nor a recipe."""
     is_model = known_name(what) is not None or (Path(what) / "config.json").is_file()
+    if (
+        not is_model
+        and not Path(what).exists()
+        and not what.endswith((".yaml", ".yml"))
+        and what not in _recipe_names()
+    ):
+        known_shape(what)  # says which model may be meant
     recipe = load_recipe(DEFAULT_RECIPE if is_model else what, overrides=overrides, files_must_exist=False)
     if is_model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": what})})
@@ -73,6 +80,10 @@ def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int 
             f"memory.gradient_checkpointing: {recipe.memory.gradient_checkpointing}",
         ),
     )
+
+
+def _recipe_names() -> set[str]:
+    return {recipe.name for recipe in list_recipes()}
 
 
 def _find_config(recipe: Recipe) -> tuple[PreTrainedConfig, Path | None, str]:

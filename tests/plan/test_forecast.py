@@ -1,0 +1,121 @@
+"""The memory report: the map against whole rehearsals, the longest sequence against its budget, and what `plan` prints."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from qlora_lite.model.known import known_config
+from qlora_lite.plan import CARDS, METHODS, MicroBatch, Room, Settings, Stage, forecast, sweep
+from qlora_lite.plan.compare import Comparison, as_method, own_method
+from qlora_lite.plan.fits import STEP, longest_length, memory_map
+from qlora_lite.plan.rehearsal import PARTS
+from tests.tiny_run import run_cli
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def small() -> Comparison:
+    return Comparison(known_config("smollm2-135m"), Settings())
+
+
+def test_the_map_is_what_rehearsals_say(small):
+    rehearse = partial(small.rehearse, "qlora")
+    cells = memory_map(rehearse, Room(1 * GIB, 2048))
+    assert {cell.max_seq_length for cell in cells} == {512, 1024, 2048}
+    for cell in cells:
+        exact = rehearse(MicroBatch(cell.max_seq_length, cell.batch)).peak_bytes
+        assert cell.peak_bytes == pytest.approx(exact, rel=0.01) and cell.fits == (cell.peak_bytes <= GIB)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-1b"])  # without and with a sliding window
+def test_the_longest_sequence_fits_and_a_longer_one_does_not(name):
+    rehearse = Stage(known_config(name), Settings()).rehearse
+    for budget in (1 * GIB, 2 * GIB):
+        longest = longest_length(rehearse, Room(budget, 100_000))
+        assert longest is not None and longest % STEP == 0
+        assert rehearse(MicroBatch(longest)).peak_bytes <= budget < rehearse(MicroBatch(longest + STEP)).peak_bytes
+    assert longest_length(rehearse, Room(10 * 2**20, 2048)) is None
+    assert longest_length(rehearse, Room(80 * GIB, 640)) == 640
+
+
+def test_more_memory_never_fits_less(small):
+    rehearse = partial(small.rehearse, "qlora")
+    found = [longest_length(rehearse, Room(2 * GIB * i, 10**6)) or 0 for i in range(1, 41)]
+    assert found == sorted(found) and found[0] < found[-1]
+
+
+def test_the_methods_differ_as_they_should(small):
+    found = {name: small.rehearse(name, MicroBatch(1024, 2)) for name in METHODS}
+    assert (
+        found["qlora"].peak_bytes < found["lora"].peak_bytes < found["full_8bit"].peak_bytes < found["full"].peak_bytes
+    )
+    assert all(tuple(each.parts) == PARTS and sum(each.parts.values()) == each.peak_bytes for each in found.values())
+    weights = found["full"].num_weights
+    assert weights == found["qlora"].num_weights == 134_515_008 == found["full"].num_trained
+    assert found["full"].parts["gradients"] == pytest.approx(4 * weights, rel=1e-3)
+    assert found["full"].parts["optimizer"] == pytest.approx(10 * weights, rel=1e-3)
+    assert own_method("full", "paged_adamw_8bit") == "full_8bit" and own_method("qlora", "adamw") == "qlora"
+    assert as_method(replace(Settings(), use_dora=True), "full") == replace(
+        Settings(), method="full", optimizer="adamw"
+    )
+
+
+def test_falcon_180b_needs_what_the_article_says():
+    """A 16-bit checkpoint of about 360 GB, ten of 3.6 TB, and adapters of a few hundred MB to gigabytes instead."""
+    comparison = Comparison(known_config("falcon-180b"), Settings(r=1))
+    disk = comparison.checkpoint_bytes(MicroBatch(256))
+    assert disk["full"] == pytest.approx(360e9, rel=0.01) and 10 * disk["full"] == pytest.approx(3.6e12, rel=0.01)
+    assert disk["adapter"] < 100e6
+
+
+def test_the_forecast_as_json_is_the_contracts(small):
+    batch = MicroBatch(1024, 4)
+    found = forecast(
+        known_config("smollm2-135m"), Settings(), batch, Room(24 * GIB, 8192), method="qlora"
+    ).to_json_dict()
+    assert found["methods"].keys() == set(METHODS) and found["fits"] is True
+    assert found["methods"]["qlora"]["parts"].keys() == {f"{part}_bytes" for part in PARTS}
+    assert found["savings_vs_full"]["percent"] > 80
+    assert found["checkpoint_bytes"].keys() >= {"full", "full_resume", "adapter"}
+    assert found["max_seq_length"] == 8192
+    assert found["grid"][0].keys() == {"max_seq_length", "batch", "peak_bytes", "fits"}
+
+
+def test_a_sweep_has_a_line_a_model_and_more_tokens_on_larger_cards():
+    names = ("smollm2-135m", "llama-3.1-8b")
+    models = ((name, known_config(name), 8192) for name in names)
+    rows = list(sweep(models, Settings(), label_share=0.1))
+    assert [row["model"] for row in rows] == list(names)
+    for row in rows:
+        lengths = [row["max_seq_length"][str(card)] or 0 for card in CARDS]
+        assert lengths == sorted(lengths)
+
+
+def test_plan_prints_what_the_contract_names():
+    done = run_cli("plan", "smollm2-135m", "--budget", "2GiB", "--set", "lora.r=8", "--json")
+    assert done.json["model"] == "smollm2-135m" and done.json["settings"]["lora"]["r"] == 8
+    assert done.json["budget_bytes"] == 2 * GIB and done.json["num_weights"] == 134_515_008
+    assert any("built-in" in reason or "config" in reason for reason in done.json["reasons"])
+    assert "memory at the peak of a step" in done.stderr
+
+
+def test_plan_says_what_does_not_fit_and_exits_3():
+    done = run_cli("plan", "llama-3.1-8b", "--budget", "4GiB", "--json")
+    assert done.code == 3 and "does not fit: needs" in done.stderr and "Largest part: weights" in done.stderr
+    assert '"fits": false' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("plan",), "give a recipe or a model's name, or --sweep"),
+        (("plan", "llama-3.1-9b"), "llama-3.1-8b"),
+        (("plan", "llama-3.1-8b", "--budget", "24XB"), "--budget: expected a size"),
+        (("plan", "llama-3.1-8b", "--set", "lora.rr=8"), "did you mean lora.r?"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(arguments, expected):
+    done = run_cli(*arguments)
+    assert done.code == 2 and expected in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
