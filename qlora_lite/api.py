@@ -276,10 +276,18 @@ def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None) -> Mer
     )
 
 
-def open_run(run_dir: Path | str) -> tuple[RunDir, Plan]:
-    """A run's folder and the plan it was made with. Raises RunError, RecipeError or ModelError."""
+def open_run(run_dir: Path | str, *, overrides: Sequence[str] = ()) -> tuple[RunDir, Plan]:
+    """A run's folder and the plan it was made with; `overrides` may say how it is merged and scored now (`merge.scale=0.5`).
+
+    Raises RunError, RecipeError or ModelError.
+    """
     run = RunDir.open(run_dir)
-    return run, make_plan(load_run_recipe(run.recipe))
+    trained_with = [override for override in overrides if not override.startswith(("merge.", "eval."))]
+    if trained_with:
+        raise RunError(
+            f"{run.path}: was trained with its own recipe, so {trained_with[0]} cannot be set any more; only merge.* and eval.* can"
+        )
+    return run, make_plan(load_run_recipe(run.recipe, overrides=overrides))
 
 
 def run_models(plan: Plan, run: RunDir, wanted: Sequence[Which]) -> Iterator[LoadedModel]:

@@ -111,12 +111,13 @@ def evaluate(
 def merge(
     run_dir: RunArgument,
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Default: RUN_DIR/merged.")] = None,
+    set_: SetOption = [],  # noqa: B006
     json: JsonOption = False,
 ) -> None:
     """A dequantized 16-bit checkpoint with the adapter added, proved to be the same model."""
     from qlora_lite import pipeline
 
-    _print(pipeline.merge(run_dir, out), json)
+    _print(pipeline.merge(run_dir, out, set_), json)
 
 
 @app.command()

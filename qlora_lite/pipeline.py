@@ -116,14 +116,14 @@ def evaluate(run_dir: Path, *, which: str, data: Path | None) -> dict[str, Any]:
     return scores
 
 
-def merge(run_dir: Path, out: Path | None) -> dict[str, Any]:
+def merge(run_dir: Path, out: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Merge the adapter into a dequantized checkpoint, prove it, and score it beside the adapter model."""
-    run, plan = api.open_run(run_dir)
+    run, plan = api.open_run(run_dir, overrides=overrides)
     with show.phase("merging and proving"):
         result = api.merge(plan, run_dir, out)
     for warning in result.warnings:
         show.say_warning(warning)
-    facts = result.to_json_dict()
+    facts = result.to_json_dict() | {"base": plan.recipe.merge.base}
     facts["eval"] = {"adapter": run.read_json("eval.json").get("after"), "merged": None}
     if plan.recipe.data.eval is not None and Path(plan.recipe.data.eval).exists():
         with show.phase("loading the merged model"):

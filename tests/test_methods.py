@@ -117,9 +117,16 @@ def test_a_plan_says_what_each_method_needs(recipe):
 
 
 @pytest.mark.parametrize(
-    "setting", ["model.quantization=fp4", "model.quantization=int8", "model.double_quant=false", "lora.use_dora=true"]
+    "setting",
+    [
+        "model.quantization=fp4",
+        "model.quantization=int8",
+        "model.double_quant=false",
+        "lora.use_dora=true",
+        "lora.modules_to_save=[lm_head]",
+    ],
 )
-def test_every_kind_of_base_and_dora_train_resume_and_merge(recipe, tmp_path, setting):
+def test_every_kind_of_base_and_dora_train_and_merge(recipe, tmp_path, setting):
     plan, loaded, losses = trained_run(recipe, tmp_path / "run", setting)
     assert losses[-1] < losses[0]
     run, again = open_run(tmp_path / "run")

@@ -170,6 +170,19 @@ def test_merge_writes_where_it_is_told(trained: tuple[Path, Done], tmp_path: Pat
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (run / "merged").exists()
 
 
+def test_a_run_can_be_merged_another_way_than_its_recipe_says(trained: tuple[Path, Done], tmp_path: Path) -> None:
+    run = copy_run(trained[0], tmp_path / "run")
+    facts = run_cli(
+        "merge", run, tmp_path / "out", "--set", "merge.base=original", "--set", "merge.dtype=fp32", "--json"
+    ).json
+    assert (facts["base"], facts["dtype"]) == ("original", "fp32") and facts["arithmetic_ratio"] < 0.01
+    refused(
+        run_cli("merge", run, "--set", "lora.r=8"),
+        "was trained with its own recipe, so lora.r=8 cannot be set any more",
+    )
+    refused(run_cli("merge", run, "--set", "merge.bsae=original"), "merge.bsae: unknown key; did you mean merge.base?")
+
+
 @pytest.mark.parametrize("which", ["base", "adapter", "merged"])
 def test_eval_scores_each_model_of_a_run(merged: tuple[Path, Done], trained: tuple[Path, Done], which: str) -> None:
     scores = run_cli("eval", merged[0], "--which", which, "--json").json

@@ -115,7 +115,7 @@ class Checkpoint:
                     values *= scales[start:stop, None]
                 yield values if self.is_as_stored(name) else values.to(self.dtype(name)).float()
             return
-        state, packed = self._quant_state(name), self.stored(name).reshape(-1)
+        state, packed = self._quant_state(name), self.stored(name).reshape(-1).view(torch.uint8)
         absmax = _absmax(state)
         for start, stop in row_ranges(num_rows, width):
             flat = _dequantize(packed, absmax, state, start * width, stop * width, self._dequantized_dtype)
@@ -131,7 +131,7 @@ class Checkpoint:
             return False
         rows = min(state.shape[0], 2 * state.blocksize // math.gcd(width, state.blocksize))
         num, absmax = rows * width, _absmax(state)[: -(-rows * width // state.blocksize)]
-        packed = self.stored(name).reshape(-1)[: (num + 1) // 2]
+        packed = self.stored(name).reshape(-1).view(torch.uint8)[: (num + 1) // 2]
         as_forward = torch.ops.bitsandbytes.dequantize_4bit(
             packed.view(-1, 1), absmax, state.blocksize, state.quant_type, (rows, width), self._dequantized_dtype
         )

@@ -48,9 +48,9 @@ def attach_adapter(
     the rows of `new_token_ids` are trained.
     Raises ModelError when a name meets no linear layer of the model, or no module that can be trained whole.
     """
-    _refuse_unknown_whole(model, modules_to_save)
-    if isinstance(target_modules, list):
-        _refuse_unknown_targets(model, target_modules)
+    targets = _named_targets(model, target_modules) if isinstance(target_modules, list) else []
+    whole = _whole_modules(model, modules_to_save)
+    _refuse_meeting_new_tokens(model, [*targets, *whole], new_token_ids)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
@@ -59,7 +59,7 @@ def attach_adapter(
         target_modules=target_modules,
         use_rslora=use_rslora,
         use_dora=use_dora,
-        modules_to_save=list(modules_to_save) or None,
+        modules_to_save=whole or None,  # in full: peft takes a name for the end of a longer one, with or without a dot
         trainable_token_indices={name: list(new_token_ids) for name in token_modules(model)} if new_token_ids else None,
     )
     with torch.random.fork_rng(devices=[]):  # the seed of the factors does not disturb any other random stream
@@ -153,7 +153,9 @@ def _factor(linear: torch.nn.Linear, dtype: torch.dtype) -> FactorLinear:
 
 
 def _set_up_whole(adapted: PeftModel, name: str, module: torch.nn.Module) -> None:
-    """A module that is trained whole: gradients in fp32, as for the factors."""
+    """A module that is trained whole: gradients are summed in fp32. A linear one's also come in fp32, as for the factors; those of norms
+    and embeddings are rounded once a micro-batch, by autograd.
+    """
     if type(module) is torch.nn.Linear and module.bias is None:
         _replace(adapted, name, _factor(module, module.weight.dtype))
         return
@@ -188,11 +190,12 @@ def _refuse_other_factors(adapted: PeftModel, folder: Path) -> None:
             )
 
 
-def _refuse_unknown_whole(model: PreTrainedModel, modules_to_save: Sequence[str]) -> None:
-    """Only what is not quantized can be trained whole, and what is tied to another weight would come apart from it."""
+def _whole_modules(model: PreTrainedModel, modules_to_save: Sequence[str]) -> list[str]:
+    """Their full names. Only what is not quantized can be trained whole, and what is tied to another weight would come apart from it."""
     modules = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
     quantized = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
+    tied = _tied_modules(model)
+    names: list[str] = []
     free = ", ".join(sorted({n.split(".")[-1] for n, module in modules.items() if not isinstance(module, quantized)}))
     for wanted in modules_to_save:
         found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
@@ -206,9 +209,25 @@ def _refuse_unknown_whole(model: PreTrainedModel, modules_to_save: Sequence[str]
                 f"{where}: this model's head is its embedding (one weight), which an adapter that trains one of them whole would "
                 "take apart. Use method: full, or leave it out"
             )
+        names += found
+    return names
 
 
-def _refuse_unknown_targets(model: PreTrainedModel, target_modules: list[str]) -> None:
+def _tied_modules(model: PreTrainedModel) -> set[str]:
+    return {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
+
+
+def _refuse_meeting_new_tokens(model: PreTrainedModel, names: Sequence[str], new_token_ids: Sequence[int]) -> None:
+    both = set(names) & set(token_modules(model)) if new_token_ids else set()
+    if both:
+        raise ModelError(
+            f"data.special_tokens: {min(both)} gets rows for new tokens, and lora.modules_to_save or lora.target_modules names it too. "
+            "Leave one of them out"
+        )
+
+
+def _named_targets(model: PreTrainedModel, target_modules: list[str]) -> list[str]:
+    """Full names of the linear layers that `target_modules` are endings of."""
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     endings = sorted({name.split(".")[-1] for name in linear})
     for target in target_modules:
@@ -217,3 +236,11 @@ def _refuse_unknown_targets(model: PreTrainedModel, target_modules: list[str]) -
                 f'lora.target_modules: "{target}" is no linear layer of this model; it has {", ".join(endings)}. '
                 'Use some of these, or "all-linear"'
             )
+    names = [name for name in sorted(linear) if any(name == t or name.endswith("." + t) for t in target_modules)]
+    tied = sorted(_tied_modules(model).intersection(names))
+    if tied:
+        raise ModelError(
+            f"lora.target_modules: {tied[0]} is one weight with the embedding in this model, and a merge could change only both. "
+            'Leave it out; "all-linear" does'
+        )
+    return names

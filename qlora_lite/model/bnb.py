@@ -22,13 +22,13 @@ def keep_weights_unpacked(model: torch.nn.Module) -> int:
     return len(layers)
 
 
-def dequantized(layer: torch.nn.Module) -> torch.Tensor:
-    """The weight [out, in] that a frozen linear layer computes with."""
+def dequantized(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] that a frozen linear layer computes with; `dtype` is that of its input, which int8 layers take."""
     weight: Any = layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(layer.compute_dtype)
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         scales_O: Any = weight.SCB if weight.SCB is not None else layer.state.SCB  # the first forward moves it
-        return (weight.data.float() * (scales_O[:, None] / 127)).bfloat16()
+        return (weight.data.float() * (scales_O[:, None] / 127)).to(dtype)
     plain: torch.Tensor = weight.detach()
     return plain

@@ -24,14 +24,17 @@ def row_norms(square_O: torch.Tensor, cross_OR: torch.Tensor, a_RI: torch.Tensor
     """||W + B A|| of each row, [out] in fp32; `square_O` is ||W||^2 and `cross_OR` is W A^T, B already scaled."""
     a_RI, b_OR = a_RI.float(), b_OR.float()
     squares_O = square_O + 2 * (cross_OR.float() * b_OR).sum(1) + ((b_OR @ (a_RI @ a_RI.T)) * b_OR).sum(1)
-    return squares_O.clamp_min(0).sqrt()  # rounding may leave a row that vanished below zero
+    smallest = torch.finfo(
+        torch.float32
+    ).tiny  # of a row that vanished rounding may leave less than zero; m / 0 is no number
+    return squares_O.clamp_min(smallest).sqrt()
 
 
 class Dora:
     """The stretch of one layer."""
 
     def __init__(self, layer: Any) -> None:
-        weight_OI = dequantized(layer.get_base_layer()).float()
+        weight_OI = dequantized(layer.get_base_layer(), torch.float32).float()
         self._square_O = weight_OI.square().sum(1)
 
     def first_magnitudes(self) -> torch.nn.Parameter:
@@ -42,7 +45,7 @@ class Dora:
         """m / ||W + s B A||, [out] in fp32, as `layer` is now; the norm counts as a constant."""
         a, b, scaling = (parts["default"] for parts in (layer.lora_A, layer.lora_B, layer.scaling))
         with torch.no_grad():
-            weight_OI = dequantized(layer.get_base_layer())
+            weight_OI = dequantized(layer.get_base_layer(), a.weight.dtype)
             cross_OR = weight_OI @ a.weight.T.to(weight_OI.dtype)
             norm_O = row_norms(self._square_O.to(weight_OI.device), cross_OR, a.weight, scaling * b.weight.float())
         stretch_O: torch.Tensor = layer.lora_magnitude_vector["default"].weight / norm_O

@@ -81,12 +81,24 @@ class NewTokenRows(TrainableTokensLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or not active_adapters:
             return result
-        rows_ND = self.trainable_tokens_delta["default"]
+        rows_ND = _Widened.apply(self.trainable_tokens_delta["default"])
         ids_N = torch.tensor(self.token_indices["default"], device=x.device)
         if isinstance(self.base_layer, torch.nn.Embedding):
             is_new_BTN = x[..., None] == ids_N
             scale = self._get_embed_scale()  # Gemma multiplies its embeddings
             new_BTD = torch.nn.functional.embedding(is_new_BTN.int().argmax(-1), rows_ND)
             new_BTD = new_BTD if scale is None else new_BTD * scale.to(new_BTD.dtype)
-            return torch.where(is_new_BTN.any(-1)[..., None], new_BTD, result)
-        return result.index_copy(-1, ids_N, torch.nn.functional.linear(x, rows_ND))
+            return torch.where(is_new_BTN.any(-1)[..., None], new_BTD.to(result.dtype), result)
+        return result.index_copy(-1, ids_N, torch.nn.functional.linear(x.float(), rows_ND).to(result.dtype))
+
+
+class _Widened(torch.autograd.Function):
+    """The rows in fp32, and their gradient as it comes: fp32, never rounded to their own type."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        return rows.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
-from qlora_lite.model.bnb import dequantized
+from qlora_lite.model.bnb import bitsandbytes, dequantized
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.products import product_in_fp32
 
@@ -33,14 +33,22 @@ class TunedLinear(torch.nn.Module, LoraLayer):
         layer: Any = self  # peft's classes are typed in part only
         base = layer.get_base_layer()
         if self.disable_adapters:
-            plain: torch.Tensor = base(x)
-            return plain
+            return _frozen(base, x)
+        assert self.active_adapters == ["default"], "one adapter, of peft's default name"
         a, b, dropout = (parts["default"] for parts in (layer.lora_A, layer.lora_B, layer.lora_dropout))
         hidden = a(dropout(x.to(a.weight.dtype))) * layer.scaling["default"]
         if layer.dora is None:
             return _OneProduct.apply(x, hidden, b.weight, base, False)
         stretched = layer.dora.stretch(layer) * _OneProduct.apply(x, hidden, b.weight, base, True)
         return (stretched if base.bias is None else stretched + base.bias).to(x.dtype)
+
+
+def _frozen(base: Any, x: torch.Tensor) -> torch.Tensor:
+    """The layer alone. bitsandbytes' int8 layer would round its inputs to int8 too; ours computes as it does with an adapter."""
+    if isinstance(base, bitsandbytes.nn.Linear8bitLt):
+        return linear(x, dequantized(base, x.dtype), base.bias)
+    plain: torch.Tensor = base(x)
+    return plain
 
 
 class _OneProduct(torch.autograd.Function):
@@ -52,9 +60,10 @@ class _OneProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, b_OR)
         ctx.base, ctx.dtype = base, x.dtype
-        weight_OI = dequantized(base)
-        wide = torch.cat([weight_OI, b_OR.to(weight_OI.dtype)], dim=1)
-        joined = torch.cat([x.to(wide.dtype), hidden.to(wide.dtype)], dim=-1)
+        weight_OI = dequantized(base, x.dtype)
+        unaligned = (0, -hidden.shape[-1] % 8)  # zeros, so that rows begin where tensor cores can read them
+        wide = torch.cat([weight_OI, pad(b_OR.to(weight_OI.dtype), unaligned)], dim=1)
+        joined = torch.cat([x.to(wide.dtype), pad(hidden.to(wide.dtype), unaligned)], dim=-1)
         if in_fp32:
             return product_in_fp32(joined.flatten(0, -2), wide.T).unflatten(0, x.shape[:-1])
         return linear(joined, wide, None if base.bias is None else base.bias.to(wide.dtype)).to(x.dtype)
@@ -64,7 +73,7 @@ class _OneProduct(torch.autograd.Function):
         hidden, b_OR = ctx.saved_tensors
         grad_x = grad_b = None
         if ctx.needs_input_grad[0]:
-            weight_OI = dequantized(ctx.base)
+            weight_OI = dequantized(ctx.base, ctx.dtype)
             grad_x = (grad_y.to(weight_OI.dtype) @ weight_OI).to(ctx.dtype)
         grad_y = grad_y.to(hidden.dtype)
         if ctx.needs_input_grad[2]:

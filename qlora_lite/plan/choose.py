@@ -81,6 +81,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     length, length_reason, label_share = _choose_length(recipe, source, cache, limit=context_window(config))
     micro_batch, micro_batch_reason = _choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
     checkpointing = recipe.memory.gradient_checkpointing is not False
+    _refuse_without_bf16(recipe, types)
     resolved = recipe.model_copy(
         update={
             "device": device,
@@ -124,6 +125,20 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
             f"train.optimizer: {recipe.train.optimizer} pages on CUDA only; on the CPU its state stays where it is"
         )
     return Plan(resolved, source, cache, device, types, device_memory_bytes(device), estimate, tuple(reasons))
+
+
+def _refuse_without_bf16(recipe: Recipe, types: NumberTypes) -> None:
+    """fp16 factors have fp32 masters of their own kind; whole weights and new rows have none."""
+    asked = {
+        "method: full": recipe.method == "full",
+        "lora.modules_to_save": bool(recipe.lora.modules_to_save),
+        "data.special_tokens": bool(recipe.data.special_tokens),
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked and types.scale_loss):
+        raise ModelError(
+            f"{name}: trains weights of the model itself, which fp16 cannot hold exactly enough ({types.reason}). "
+            "Use model.dtype: fp32"
+        )
 
 
 def device_memory_bytes(device: str) -> int:

@@ -43,6 +43,7 @@ def find_data_file(key: str, text: str, folders: Sequence[Path]) -> tuple[str, l
 
 # peft's other ways to begin, by name.
 _OTHER_STARTS = ("pissa", "olora", "loftq", "corda", "eva")
+_STARTS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # of init_lora_weights
 _WHY_NOT = (
     "is not carried out: PiSSA, OLoRA, LoftQ and CorDA put a part of the weights into the factors and change the frozen base, which "
     "here is one hashed file that training, resuming and merging share; EVA needs activations first. Use null (B = 0), or the "
@@ -52,9 +53,9 @@ _WHY_NOT = (
 
 def find_adapter(text: str, folders: Sequence[Path]) -> tuple[str, list[KeyProblem]]:
     """`lora.init_from` -> absolute path of an adapter folder; the text itself when nothing was found, with the problem."""
-    if text.lower().split("_")[0] in _OTHER_STARTS:
-        return text, [("lora.init_from", f"{wording.quoted(text)} {_WHY_NOT}")]
     path, looked = find_file(text, folders)
+    if path is None and text.lower().split("_")[0] in _OTHER_STARTS:
+        return text, [("lora.init_from", f"{wording.quoted(text)} {_WHY_NOT}")]
     if path is None:
         return text, [("lora.init_from", f"no such folder; looked at {_places(looked)}{_similar_file(looked)}")]
     if not os.path.isfile(os.path.join(path, _ADAPTER_CONFIG)):
@@ -87,6 +88,14 @@ def adapter_differences(recipe: Recipe) -> list[KeyProblem]:
                 f"{wording.got(ours)}, but the adapter of lora.init_from has {wording.got(theirs)}; write the same"
             )
             problems.append((f"lora.{key}", sentence))
+    if config.get("init_lora_weights", True) not in _STARTS_THAT_KEEP_THE_BASE:
+        begun = wording.got(config["init_lora_weights"])
+        problems.append(
+            (
+                "lora.init_from",
+                f"was trained on weights that its start had changed (init_lora_weights {begun}), not on this base",
+            )
+        )
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         sentence = "some of its layers have a rank or an alpha of their own (rank_pattern, alpha_pattern), which a recipe cannot say"
         problems.append(("lora.init_from", sentence))
@@ -141,9 +150,9 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             "null, and so is train.max_steps: nothing says when to stop; give one of them",
         ),
         (
-            recipe.method != "full" and lora.target_modules == () and not lora.modules_to_save,
-            ("lora.target_modules", "lora.modules_to_save", "method"),
-            "an empty list, so nothing is trainable; use all-linear or name layers",
+            recipe.method != "full" and lora.target_modules == (),
+            ("lora.target_modules", "method"),
+            "an empty list, so there are no factors; use all-linear or name layers",
         ),
         (
             recipe.method == "qlora" and recipe.model.quantization == "none",
@@ -154,6 +163,19 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             recipe.method == "full" and lora.init_from is not None,
             ("lora.init_from", "method"),
             "an adapter to start from, and method full trains the weights themselves; use null, or method: qlora",
+        ),
+        *(
+            (
+                recipe.method == "full" and is_set,
+                (key, "method"),
+                "is about factors, and method full trains the weights themselves; leave it out, or use method: qlora",
+            )
+            for key, is_set in (
+                ("lora.use_dora", lora.use_dora),
+                ("lora.modules_to_save", bool(lora.modules_to_save)),
+                ("lora.lora_dropout", lora.lora_dropout > 0),
+                ("train.loraplus_ratio", train.loraplus_ratio != 1),
+            )
         ),
         (
             train.eval_every_steps is not None and recipe.data.eval is None,

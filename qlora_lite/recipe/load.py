@@ -62,12 +62,12 @@ def load_recipe(path_or_name: str | os.PathLike[str], *, overrides: Sequence[str
     return _load(_find(path_or_name), overrides, files_must_exist=True)
 
 
-def load_run_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Read the `recipe.yaml` of a run, as `dump_recipe` wrote it; its data and base may have moved since.
+def load_run_recipe(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the `recipe.yaml` of a run, as `dump_recipe` wrote it, with `overrides`; its data and base may have moved since.
 
     So `ask` works when the training data are gone; whoever needs a file says that it is missing. Raises RecipeError.
     """
-    return _load(Path(path), (), files_must_exist=False)
+    return _load(Path(path), overrides, files_must_exist=False)
 
 
 def _load(path: Path, overrides: Sequence[str], *, files_must_exist: bool) -> Recipe:

@@ -10,7 +10,7 @@ after the update; its seconds are no part of the step's. accelerate places the m
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -88,7 +88,7 @@ def train_steps(
         set_learning_rate(state.optimizer, rate)
 
         is_measured = device == "cuda" or step == measured_step
-        allocations = Allocations() if is_measured else None
+        backward, clip_and_update = (Allocations(), Allocations()) if is_measured else (None, None)
         try:
             loss, norm = _update(
                 state,
@@ -97,7 +97,8 @@ def train_steps(
                 batches,
                 examples,
                 max_grad_norm=max_grad_norm,
-                around_last=measure_allocations(device, allocations) if allocations is not None else None,
+                around_last=_measured(device, backward),
+                around_update=_measured(device, clip_and_update),
             )
         finally:
             state.optimizer.zero_grad(set_to_none=True)
@@ -116,7 +117,7 @@ def train_steps(
             num_micro_batches=len(batches),
             step_s=time.perf_counter() - begin,
             rss_bytes=rss_bytes(),
-            peak_bytes=None if allocations is None else allocations.peak_bytes + _gradient_bytes(model, batches),
+            peak_bytes=_peak_bytes(model, batches, backward, clip_and_update),
         )
         is_due = state.step % eval_every_steps == 0 or state.step == len(sampler)
         yield stats if evaluate is None or not is_due else _evaluated(state, stats, evaluate())
@@ -130,7 +131,8 @@ def _update(
     examples: Examples,
     *,
     max_grad_norm: float,
-    around_last: AbstractContextManager[object] | None,
+    around_last: AbstractContextManager[object],
+    around_update: AbstractContextManager[object],
 ) -> tuple[float, float]:
     """Forward, backward, clip, AdamW. -> (loss, gradient norm before clipping); raises TrainingStopped before it updates."""
     step = state.step + 1
@@ -147,7 +149,8 @@ def _update(
     if not math.isfinite(norm) and not state.scaler.is_enabled():  # with loss scaling such a step is skipped instead
         rows = [row for batch in batches for row in batch.rows]
         raise _stopped(f"the gradient is {norm}", step, rows, examples, state_is_good=True)
-    state.scaler.step(state.optimizer)
+    with around_update:
+        state.scaler.step(state.optimizer)
     state.scaler.update()
     return loss, norm
 
@@ -160,10 +163,22 @@ def _evaluated(state: TrainState, stats: StepStats, eval_loss: float) -> StepSta
     return replace(stats, eval_loss=eval_loss)
 
 
-def _gradient_bytes(model: torch.nn.Module, batches: list[Batch]) -> int:
-    """Gradients that were there before the measured, last micro-batch began: none where it was the only one."""
-    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return 4 * sum(parameter.numel() for parameter in factors) if len(batches) > 1 else 0
+def _measured(device: str, allocations: Allocations | None) -> AbstractContextManager[object]:
+    return nullcontext() if allocations is None else measure_allocations(device, allocations)
+
+
+def _peak_bytes(
+    model: torch.nn.Module, batches: list[Batch], backward: Allocations | None, clip_and_update: Allocations | None
+) -> int | None:
+    """The step's peak above its start: in the last micro-batch or in the update, whose fp32 copies of a large weight count.
+
+    Gradients are there before the last micro-batch begins, unless it is the only one, and before the update in any case.
+    """
+    if backward is None or clip_and_update is None:
+        return None
+    gradients = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    before = gradients if len(batches) > 1 else 0
+    return max(before + backward.peak_bytes, gradients + clip_and_update.peak_bytes)
 
 
 def _step_with_largest_batch(examples: Examples, sampler: StepSampler, micro_batch_tokens: int, *, first: int) -> int:

@@ -45,6 +45,7 @@ class _ExactUpdates:
     def update_step(self: Any, group: dict, p: torch.Tensor, gindex: int, pindex: int) -> None:
         state = self.state[p]
         if "low_bits" not in state:
+            assert p.grad is None or p.grad.dtype == p.dtype, "the kernel takes the gradient's type for the weight's"
             super().update_step(group, p, gindex, pindex)  # type: ignore[misc]
             return
         exact = join(p, state["low_bits"])

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.adapter import FactorLinear, attach_adapter, load_adapter, save_adapter
+from qlora_lite.model.artefact import quantize_base
+from qlora_lite.model.base import load_base
 from tests.plain_peft import assert_plain_peft_computes_the_same
 from tests.tiny_model import (
     NUM_LINEAR,
@@ -18,6 +20,7 @@ from tests.tiny_model import (
     gradients,
     move_factors,
     random_rows,
+    save_tiny_llama,
     split_batches,
     tiny_adapted,
     tiny_artefact,
@@ -69,6 +72,21 @@ def test_target_modules_by_name_get_factors_and_no_others():
 def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(name):
     with pytest.raises(ModelError, match=rf'"{name}" is no linear layer of this model; it has down_proj, .*v_proj'):
         attach_adapter(tiny_base().model, r=4, lora_alpha=8, target_modules=["q_proj", name])
+
+
+def test_a_tied_head_is_no_target(tmp_path):
+    folder = quantize_base(save_tiny_llama(tmp_path / "source", tie_word_embeddings=True), cache=tmp_path)
+    with pytest.raises(ModelError, match=r"lora\.target_modules: lm_head is one weight with the embedding"):
+        attach_adapter(load_base(folder, device="cpu").model, r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}],
+)
+def test_rows_of_new_tokens_and_the_whole_module_are_not_both_trained(settings):
+    with pytest.raises(ModelError, match=r"data\.special_tokens: .* gets rows for new tokens"):
+        attach_adapter(tiny_base().model, r=4, lora_alpha=8, new_token_ids=[310, 311], **settings)
 
 
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 8 / 16), (True, 8 / sqrt(16))])

@@ -29,7 +29,7 @@ def dora_model(*, compute: torch.dtype = torch.float32, moved: bool = True, **se
 
 def dense(layer) -> torch.Tensor:
     """m * (W + s B A) / ||W + s B A||, as the paper writes it."""
-    weight = dequantized(layer.get_base_layer()).float()
+    weight = dequantized(layer.get_base_layer(), torch.float32).float()
     change = layer.scaling["default"] * layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
     tuned = weight + change
     return layer.lora_magnitude_vector["default"].weight[:, None] * tuned / tuned.norm(dim=1, keepdim=True)
@@ -47,6 +47,17 @@ def test_norms_from_thin_products_are_the_norms_of_the_dense_weight():
     b[3] = -(weight[3] @ torch.linalg.pinv(a))  # a row that lies in A's span vanishes
     weight[3] = -b[3] @ a
     assert row_norms(weight.square().sum(1), weight @ a.T, a, b)[3] < 1e-2
+
+
+def test_a_row_of_zeros_gives_zeros():
+    model = dora_model(moved=False)
+    layer = model.get_base_model().get_submodule(LAYER)
+    packed = layer.get_base_layer().weight.data
+    packed[: packed.shape[0] // 64] = 0x77  # NF4's code 7 is zero, in both halves of a byte: the first of 64 rows
+    layer.dora.__init__(layer)
+    layer.lora_magnitude_vector["default"].weight = layer.dora.first_magnitudes()
+    y = layer(torch.randn(5, 192))
+    assert torch.equal(y[:, 0], torch.zeros(5)) and torch.isfinite(y).all() and y[:, 1].abs().sum() > 0
 
 
 def test_training_starts_at_the_base_model():
@@ -91,7 +102,7 @@ def test_gradients_are_those_of_the_formula_with_the_norm_held_constant():
     found = [p.grad.clone() for p in (a, b, m)]
     for parameter in (a, b, m):
         parameter.grad = None
-    weight = dequantized(layer.get_base_layer()).float()
+    weight = dequantized(layer.get_base_layer(), torch.float32).float()
     tuned = weight + layer.scaling["default"] * b @ a
     (x @ (m[:, None] * tuned / tuned.norm(dim=1, keepdim=True).detach()).T).square().sum().backward()
     for ours, parameter in zip(found, (a, b, m), strict=True):

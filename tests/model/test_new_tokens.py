@@ -18,7 +18,7 @@ from qlora_lite.model.base import LoadedBase, load_base, load_tokenizer
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.step import forward_backward
 from tests.plain_peft import assert_plain_peft_computes_the_same
-from tests.tiny_model import Rows, save_tiny_llama, split_batches
+from tests.tiny_model import Rows, gradients, save_tiny_llama, split_batches
 from tests.tiny_run import write_recipe
 
 TOKENS = ["<|fact|>", "<|end_fact|>"]
@@ -98,6 +98,22 @@ def test_our_layer_computes_what_pefts_does_and_plain_peft_reads_the_files(artef
     )
 
 
+def test_splitting_a_step_does_not_change_their_gradient(artefact):
+    ids = loaded(artefact).tokenizer.convert_tokens_to_ids(TOKENS)
+    two = rows_with(ids)
+    rows = Rows([two.encoded(0), two.encoded(1), two.encoded(1), two.encoded(0)])
+    one, four = (
+        gradients(
+            attach_adapter(loaded(artefact).model, r=4, lora_alpha=8, new_token_ids=ids), split_batches(rows, num)
+        )
+        for num in (1, 4)
+    )
+    names = [name for name in one if "trainable_tokens" in name]
+    assert names
+    for name in names:
+        assert one[name].norm() > 0 and (one[name] - four[name]).norm() < 1e-5 * one[name].norm()
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_merge_has_the_rows_and_is_proved_on_them(artefact, tmp_path, scale):
     model, ids, rows = trained(artefact)
@@ -130,7 +146,7 @@ def test_a_run_with_new_tokens_from_recipe_to_merged_folder(tmp_path):
         assert tokenizer("<|fact|>", add_special_tokens=False)["input_ids"] == tokenizer.convert_tokens_to_ids(
             ["<|fact|>"]
         )
-    assert result.arithmetic_ratio < 0.01 or result.adapter_effect == 0
+    assert result.adapter_effect > 0 and result.arithmetic_ratio < 0.01
 
 
 def test_full_training_keeps_the_new_tokens_too(tmp_path):

@@ -45,17 +45,18 @@ def test_bits_a_weight_are_those_of_the_paper():
 
 
 @every_quantization
-def test_a_merge_reads_what_training_computes_with(quantization, tmp_path):
-    """The 4-bit or int8 layer applied to the identity gives the weight that the checkpoint reader gives."""
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float32])
+def test_a_merge_reads_what_training_computes_with(quantization, compute, tmp_path):
+    """A layer with factors that are still zero, applied to the identity, gives the weight that the checkpoint reader gives."""
     folder = quantize_base(tiny_source(), cache=tmp_path, quantization=quantization)
-    model = load_base(folder, device="cpu").model.train()
-    files = open_checkpoint(folder, compute_dtype=torch.bfloat16)
+    model = attach_adapter(load_base(folder, device="cpu", compute=compute).model, r=4, lora_alpha=8).train()
+    files = open_checkpoint(folder, compute_dtype=compute)
     name = "model.layers.1.mlp.down_proj"
-    eye = torch.eye(
-        192, dtype=torch.bfloat16
-    ).requires_grad_()  # a gradient, as in training: bitsandbytes has other paths
-    seen = model.get_submodule(name)(eye[None])[0].T.float()
-    assert torch.equal(torch.cat(list(files.row_blocks(f"{name}.weight"))), seen.detach())
+    layer, eye = model.get_base_model().get_submodule(name), torch.eye(192, dtype=compute)
+    expected = torch.cat(list(files.row_blocks(f"{name}.weight")))
+    assert torch.equal(expected, layer(eye[None])[0].T.float().detach())
+    with model.disable_adapter():
+        assert torch.equal(expected, layer(eye.requires_grad_()[None])[0].T.float().detach())
 
 
 @every_quantization

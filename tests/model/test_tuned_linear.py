@@ -21,7 +21,7 @@ def layer_of(model) -> TunedLinear:
 
 def formula(layer, x: torch.Tensor) -> torch.Tensor:
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return x @ (dequantized(layer.get_base_layer()) + layer.scaling["default"] * b @ a).T
+    return x @ (dequantized(layer.get_base_layer(), x.dtype) + layer.scaling["default"] * b @ a).T
 
 
 def test_the_layer_and_its_gradients_are_the_formulas():
@@ -78,7 +78,7 @@ def test_a_change_below_the_grid_of_bf16_reaches_the_output_on_average(size):
         change = (b(a(x)) * layer.scaling["default"]).float()
         b.weight *= size * base.float().norm() / change.norm()
         change = (b(a(x)) * layer.scaling["default"]).float()
-        unrounded = x.double() @ dequantized(layer.get_base_layer()).double().T
+        unrounded = x.double() @ dequantized(layer.get_base_layer(), x.dtype).double().T
 
         def share(y: torch.Tensor) -> float:
             return float(((y.double() - unrounded) * change).sum() / change.double().square().sum())

@@ -41,6 +41,20 @@ def test_copies_are_trained_with_fp32_gradients_and_the_base_stays_as_it_is():
     assert not any(p.requires_grad for name, p in model.named_parameters() if "original_module" in name)
 
 
+def test_a_name_means_modules_of_that_name_and_no_longer_ones(tmp_path):
+    """peft would take "norm" for input_layernorm as well, and a merge would not know these."""
+    model = model_with(["norm"])
+    whole = {
+        name.split(".modules_to_save")[0]
+        for name, p in model.named_parameters()
+        if p.requires_grad and "lora" not in name
+    }
+    assert whole == {"base_model.model.model.norm"}
+    save_adapter(model, tmp_path / "adapter", base_name="base")
+    result = merge(tiny_artefact(), tmp_path / "adapter", tmp_path / "merged", [random_rows([3]).encoded(0)])
+    assert result.num_merged >= 1
+
+
 def test_splitting_a_step_does_not_change_the_heads_gradient():
     rows = random_rows([3, 5, 1, 7])
     one, four = (gradients(model_with(["lm_head"]), split_batches(rows, num)) for num in (1, 4))

@@ -210,6 +210,15 @@ def test_what_this_version_does_not_carry_out_is_refused_by_name(key, value):
         (("train.epochs=null",), "train.epochs: null, and so is train.max_steps: nothing says when to stop"),
         (("lora.target_modules=[]",), "lora.target_modules: an empty list, so nothing is trainable"),
         (("train.eval_every_steps=5", "data.eval=null"), "train.eval_every_steps: there is nothing to evaluate on"),
+        (
+            ("method=full", "lora.use_dora=true"),
+            "lora.use_dora: is about factors, and method full trains the weights themselves",
+        ),
+        (("method=full", "train.loraplus_ratio=4"), "train.loraplus_ratio: is about factors"),
+        (
+            ("lora.target_modules=[]", "lora.modules_to_save=[lm_head]"),
+            "lora.target_modules: an empty list, so there are no factors",
+        ),
         (("train.early_stop=5",), "train.early_stop: needs evaluations while training"),
     ],
 )
@@ -270,6 +279,15 @@ def test_an_adapter_to_start_from_is_looked_up_beside_the_recipe_and_must_agree_
 def test_other_ways_to_begin_are_refused_by_name_with_the_reason(tmp_path, name):
     (problem,) = problems_of(write(tmp_path, f"lora: {{init_from: {name}}}\n"))
     assert f"{name} is not carried out" in problem.replace('"', "") and "change the frozen base" in problem
+
+
+def test_an_adapter_that_began_another_way_is_refused_and_a_folder_of_such_a_name_is_not(tmp_path):
+    adapter_folder(tmp_path / "eva_run", init_lora_weights="pissa_niter_4")
+    adapter_folder(tmp_path / "pissa_run", init_lora_weights="eva")
+    (problem,) = problems_of(write(tmp_path, "lora: {init_from: eva_run, r: 8}\n"))
+    assert "was trained on weights that its start had changed" in problem and "pissa_niter_4" in problem
+    path = write(tmp_path, "lora: {init_from: pissa_run, r: 8}\n")
+    assert load_recipe(path).lora.init_from == str(tmp_path / "pissa_run")
 
 
 def test_a_folder_that_is_no_adapter_is_refused_with_the_one_that_was_meant(tmp_path):

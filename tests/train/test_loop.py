@@ -7,13 +7,15 @@ import torch
 
 from qlora_lite.data.batches import StepSampler, make_batches
 from qlora_lite.errors import TrainingStopped
+from qlora_lite.model.base import load_base
+from qlora_lite.model.trained import make_trainable
 from qlora_lite.train import loop
 from qlora_lite.train.best import Best
 from qlora_lite.train.loop import train_steps
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.schedule import learning_rate_at
 from qlora_lite.train.state import TrainState
-from tests.tiny_model import gradients, random_rows, tiny_adapted
+from tests.tiny_model import gradients, random_rows, tiny_adapted, tiny_source
 
 LABELS = [3, 5, 1, 9, 2, 7, 4, 4, 6, 1]
 POISON = 299  # a token that only the row made by `poisoned_rows` has
@@ -91,6 +93,18 @@ def test_one_step_of_a_run_is_measured_and_its_peak_is_more_than_the_gradients()
     measured = [peak for peak in peaks if peak is not None]
     assert len(measured) == 1
     assert measured[0] > sum(4 * factor.numel() for factor in factors_of(state))
+
+
+def test_the_updates_own_memory_counts_where_it_is_the_most():
+    """With every weight trained, fp32 copies of the largest one stand on top of all gradients."""
+    model = load_base(tiny_source(), device="cpu").model
+    make_trainable(model)
+    optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=1e-4, weight_decay=0.0)
+    state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    rows = random_rows([1, 1], prompt=(2, 3))
+    (stats,) = steps_of(state, rows, sampler_of(rows))
+    sizes = [4 * parameter.numel() for parameter in model.parameters()]
+    assert stats.peak_bytes is not None and stats.peak_bytes >= sum(sizes) + 2 * max(sizes)
 
 
 def test_the_measured_step_is_the_one_that_packs_the_largest_micro_batch():
