@@ -20,7 +20,7 @@ STANDS_FOR = {
     "Qwen/Qwen2.5-7B-Instruct": ("qwen2", "chatml"),
     "Qwen/Qwen3-8B": ("qwen3", "qwen"),
     "bigscience/bloom-560m": ("bloom", "plain"),
-    "mistralai/Mistral-7B-Instruct-v0.3": ("mistral", "mistral"),
+    "mistralai/Mistral-7B-Instruct-v0.3": ("mistral", "mistral_v3"),
 }
 
 

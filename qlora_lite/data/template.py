@@ -18,6 +18,7 @@ Surprising:
 - Text that a template puts between its generation prompt and the answer (an empty thinking block, say) belongs to the prompt.
 - A turn with thoughts is asked for with `enable_thinking`, one without them without it.
 - Where a template has no system role, the system's text is put before the first user message.
+- Mistral v0.3 prints the system's text in the last user message only, while that message is last: in no finished conversation.
 - Templates that print today's date get a fixed one where they allow it (`date_string`), so a run can be repeated tomorrow.
 """
 
@@ -142,15 +143,16 @@ class ChatTemplate:
     def _encode(self, conversation: Conversation) -> list[EncodedTurns]:
         messages, num_merged = self._place_system(conversation.messages)
         tools = conversation.tools
-        self._check_roles(messages, tools)
+        turns = [turn - num_merged for turn in conversation.trained_turns]
+        self._check_roles(messages, turns, tools)
         examples: list[EncodedTurns] = []
-        for turn in conversation.trained_turns:
-            prompt_ids, answer_ids = self._turn_ids(messages, turn - num_merged, tools)
+        for turn in turns:
+            prompt_ids, answer_ids = self._turn_ids(messages, turn, tools)
             start = len(prompt_ids)
             spans: tuple[tuple[int, int], ...] = ((start, start + len(answer_ids)),)
             if examples and prompt_ids[: len(examples[-1].encoded.input_ids)] == examples[-1].encoded.input_ids:
                 spans = examples.pop().encoded.spans + spans
-            examples.append(EncodedTurns(Encoded([*prompt_ids, *answer_ids], spans), last=turn))
+            examples.append(EncodedTurns(Encoded([*prompt_ids, *answer_ids], spans), last=turn + num_merged))
         return examples
 
     def _turn_ids(self, messages: list[Message], turn: int, tools: Sequence[Any]) -> tuple[list[int], list[int]]:
@@ -196,13 +198,17 @@ class ChatTemplate:
         merged = {**user, "content": f"{system}\n\n{user['content']}"} if system else user
         return [merged, *messages[2:]], 1
 
-    def _check_roles(self, messages: list[Message], tools: Sequence[Any]) -> None:
-        """Refuse a role, or tools, that the template would leave out in silence; once per role."""
-        for index, message in enumerate(messages):
+    def _check_roles(self, messages: list[Message], turns: list[int], tools: Sequence[Any]) -> None:
+        """Refuse a role, or tools, that the template would leave out in silence; once per role.
+
+        What counts is what is seen at a trained turn, not the finished conversation, where a system message may be gone again.
+        """
+        for index, message in enumerate(messages[: turns[-1]]):
             if message["role"] in self._known_roles:
                 continue
             probe = [*messages[:index], message | {"content": _PROBE_ANSWER}, *messages[index + 1 :]]
-            if _PROBE_ANSWER not in self._render(probe, tools, generate=False):
+            seen = (self._render(probe[:turn], tools, generate=True) for turn in turns if turn > index)
+            if not any(_PROBE_ANSWER in text for text in seen):
                 raise ModelError(
                     f'{self._where}: the chat template leaves messages of the role "{message["role"]}" out. '
                     f"Give it a template that prints them, or leave such messages out of the data."

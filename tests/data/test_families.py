@@ -90,7 +90,21 @@ def test_the_text_of_an_example_is_the_templates_up_to_the_last_stop(name):
 
 def test_the_families_without_a_system_role_are_known():
     without = {name for name, family in FAMILIES.items() if not ChatTemplate(family.tokenizer()).has_system_role}
-    assert without == {"gemma", "mistral"}
+    assert without == {"gemma", "mistral_v1"}
+
+
+def test_a_system_text_that_only_the_last_user_message_carries_makes_one_example_a_turn():
+    tokenizer = FAMILIES["mistral_v3"].tokenizer()
+    template = ChatTemplate(tokenizer)
+    examples = template.encode(chat(*TALK, system="Be brief."))
+    assert [example.last for example in examples] == [2, 4, 6]
+    texts = [tokenizer.decode(example.encoded.input_ids) for example in examples]
+    assert texts[0] == f"<s>[INST] Be brief.\n\n{TALK[0]}[/INST] {TALK[1]}</s>"
+    assert texts[1] == f"<s>[INST] {TALK[0]}[/INST] {TALK[1]}</s>[INST] Be brief.\n\n{TALK[2]}[/INST] {TALK[3]}</s>"
+    assert [text.count("Be brief.") for text in texts] == [1, 1, 1]
+    spans = [example.encoded.spans for example in examples]
+    assert all(len(each) == 1 for each in spans), "earlier answers are prompt there"
+    assert len(template.encode(chat(*TALK))) == 1, "nothing is rewritten where there is no system message"
 
 
 def test_thoughts_are_trained_where_they_are_given_and_asked_for_with_thinking_on():
@@ -133,7 +147,7 @@ def test_a_tool_call_is_trained_and_the_tools_answer_is_not():
 @pytest.mark.parametrize(
     ("name", "role", "said"),
     [
-        ("mistral", "tool", "cannot render messages of the roles user, assistant, tool"),
+        ("mistral_v1", "tool", "cannot render messages of the roles user, assistant, tool"),
         ("phi", "tool", 'leaves messages of the role "tool" out'),
     ],
 )

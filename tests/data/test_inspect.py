@@ -93,9 +93,12 @@ def test_long_texts_get_a_proposal_that_cuts_them_in_pieces():
 def test_what_the_template_makes_of_rows_is_said(write):
     talk = [{"role": "system", "content": "Be brief."}, *TALK]
     path = write(json.dumps({"messages": talk}), "rows.jsonl")
-    said = {name: inspect(path, FAMILIES[name].tokenizer()).notes for name in ("llama3", "mistral", "qwen")}
+    said = {
+        name: inspect(path, FAMILIES[name].tokenizer()).notes for name in ("llama3", "mistral_v1", "mistral_v3", "qwen")
+    }
     assert said["llama3"] == ()
-    assert "no system role" in said["mistral"][0] and "rewrites earlier turns" in said["qwen"][0]
+    assert "no system role" in said["mistral_v1"][0] and "rewrites earlier turns" in said["qwen"][0]
+    assert len(said["mistral_v3"]) == 1 and "rewrites earlier turns" in said["mistral_v3"][0]
 
 
 def test_three_rows_are_shown_with_answer_and_stop_token_marked(write, tokenizer):
