@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from qlora_lite.data.files import hash_file
-from qlora_lite.data.fit import Example, TemplateNotes, fit_row
-from qlora_lite.data.read import Mix, Source, as_pairs, file_identity, read_mix
+from qlora_lite.data.fit import Example, RowFitter, TemplateNotes
+from qlora_lite.data.read import Source, as_pairs, file_identity, read_mix
 from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, tokenizer_identity
 from qlora_lite.errors import DataError
 
-CODE_VERSION = 2  # raise it when the same file and tokenizer should give other rows
+CODE_VERSION = 3  # raise it when the same file and tokenizer should give other rows
 _WRITE_ROWS = 256  # rows held in memory while writing
 
 
@@ -39,7 +39,7 @@ class ReadCounts:
     num_read: int  # usable rows that were taken from the files
     num_cut: int  # of these, kept with a shortened context, or cut in pieces (text)
     num_dropped: int  # of these, left out: longer than max_seq_length
-    num_bad: int  # unusable rows in the whole files
+    num_bad: int  # unusable rows in the whole files, and rows taken that the template cannot render
     bad: tuple[str, ...]  # the first of them, named, with reasons
     dropped: tuple[str, ...]  # ids of the first dropped rows
     notes: tuple[str, ...]  # what was done to rows because of the chat template, a sentence each
@@ -114,8 +114,9 @@ def load_examples(
 ) -> Examples:
     """Tokenize the first `num_rows` usable rows of a file or of several with weights (None: all), or map what an earlier call wrote.
 
-    `max_seq_length` is in tokens (None: no limit). Raises DataError when a file is unusable (see `read_mix`), when every row is too
-    long, or when the cache cannot be written; ModelError when the tokenizer's template is unusable.
+    `max_seq_length` is in tokens (None: no limit). Raises DataError when a file is unusable (see `read_mix`), when the template cannot
+    render more than `max_bad_share` of the rows, when every row is too long, or when the cache cannot be written; ModelError when the
+    tokenizer's template is unusable.
     """
     for name, number in (("num_rows", num_rows), ("max_seq_length", max_seq_length)):
         if number is not None and number < 1:
@@ -141,7 +142,14 @@ def load_examples(
     counts = _read_cache(folder)
     if counts is None:
         mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
-        records = _Records(mix, ChatTemplate(tokenizer), no_answer_text, max_seq_length)
+        fitter = RowFitter(
+            mix,
+            ChatTemplate(tokenizer),
+            no_answer_text=no_answer_text,
+            max_seq_length=max_seq_length,
+            max_bad_share=max_bad_share,
+        )
+        records = _Records(fitter)
         try:
             counts = _write_cache(folder, records, fingerprint)
         except OSError as error:
@@ -160,29 +168,28 @@ def load_examples(
 class _Records:
     """Iterates once over the records to write, and counts what happens to the rows on the way."""
 
-    def __init__(self, mix: Mix, template: ChatTemplate, no_answer_text: str, max_seq_length: int | None) -> None:
-        self.mix = mix
-        self.template = template
-        self.no_answer_text = no_answer_text
-        self.max_seq_length = max_seq_length
+    def __init__(self, fitter: RowFitter) -> None:
+        self.fitter = fitter
         self.num_read = self.num_cut = self.num_dropped = 0
         self.notes = TemplateNotes()
         self.dropped: list[str] = []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for row in self.mix:
+        for row in self.fitter.mix:
+            fitted = self.fitter.fit(row)
+            if fitted is None:
+                continue
+            examples, was_cut = fitted
             self.num_read += 1
-            examples, was_cut = fit_row(
-                self.template, row, no_answer_text=self.no_answer_text, max_seq_length=self.max_seq_length
-            )
             if not examples:
                 self.num_dropped += 1
                 if len(self.dropped) < 20:
                     self.dropped.append(row.id)
                 continue
             self.num_cut += was_cut
-            self.notes.count(self.template, row, examples)
+            self.notes.count(self.fitter.template, row, examples)
             yield from map(_record, examples)
+        self.fitter.refuse_too_many()
 
     @property
     def counts(self) -> ReadCounts:
@@ -190,8 +197,8 @@ class _Records:
             num_read=self.num_read,
             num_cut=self.num_cut,
             num_dropped=self.num_dropped,
-            num_bad=self.mix.num_bad,
-            bad=self.mix.bad,
+            num_bad=self.fitter.num_bad,
+            bad=self.fitter.bad,
             dropped=tuple(self.dropped),
             notes=self.notes.sentences,
         )

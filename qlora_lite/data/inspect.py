@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 
-from qlora_lite.data.fit import TemplateNotes, fit_row, least_tokens
+from qlora_lite.data.fit import RowFitter, TemplateNotes, fit_row, least_tokens
 from qlora_lite.data.read import Source, find_format, read_mix
 from qlora_lite.data.rows import QuestionRow, Row
 from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer
@@ -47,7 +47,7 @@ class DataReport:
 
     num_rows: int  # usable rows taken from the files, at most `num_rows` of the call
     num_dropped: int  # of these, lost at the sequence length in use (the given one, or the proposed one)
-    num_bad: int  # unusable rows in the whole files
+    num_bad: int  # unusable rows in the whole files, and rows taken that the template cannot render
     bad: tuple[str, ...]  # the first of them, named, with reasons
     format: str
     format_reason: str
@@ -75,31 +75,37 @@ def inspect_rows(
     """Look at the first `num_rows` usable rows (None: all) of a file, or of several with weights.
 
     `max_seq_length` None means "use the proposal"; `limit` is the model's context window in tokens, which a proposal never exceeds.
-    Raises DataError as `read_mix` does, ModelError when the tokenizer's template is unusable.
+    Raises DataError as `load_examples` does for bad rows, ModelError when the tokenizer's template is unusable.
     """
     mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
     template = ChatTemplate(tokenizer)
+    fitter = RowFitter(mix, template, no_answer_text=no_answer_text, max_seq_length=None, max_bad_share=max_bad_share)
     notes = TemplateNotes()
-    lengths, unanswerable = [], []
-    for row in mix:
-        examples, _ = fit_row(template, row, no_answer_text=no_answer_text, max_seq_length=None)
+    positions, lengths, unanswerable = [], [], []  # of the rows that the template renders
+    for position, row in enumerate(mix):
+        fitted = fitter.fit(row)
+        if fitted is None:
+            continue
+        examples, _ = fitted
+        positions.append(position)
         whole = max(len(example.encoded.input_ids) for example in examples)
         lengths.append((whole, least_tokens(template, row, whole, no_answer_text=no_answer_text)))
         unanswerable.append(isinstance(row, QuestionRow) and not row.answers)
         notes.count(template, row, examples)
+    fitter.refuse_too_many()
     (whole_B, shortest_B), unanswerable_B = np.array(lengths).T, np.array(unanswerable)
     proposed, reason = propose_max_seq_length(whole_B, limit=limit, is_text=mix.format == "text")
     used = max_seq_length or proposed
     tried = sorted({*TABLE_LENGTHS, used, int(whole_B.max())})
     table = {length: _truncation_line(length, whole_B, shortest_B) for length in tried}
-    shown = _choose_rows(whole_B, shortest_B, unanswerable_B, used)
+    shown = [positions[i] for i in _choose_rows(whole_B, shortest_B, unanswerable_B, used)]
     is_nested = all(file.kind == "squad" for file in mix.files)
     version = "v2.0" if unanswerable_B.any() else "v1.1"
     return DataReport(
         num_rows=len(whole_B),
         num_dropped=table[used].num_dropped,
-        num_bad=mix.num_bad,
-        bad=mix.bad,
+        num_bad=fitter.num_bad,
+        bad=fitter.bad,
         format=f"SQuAD {version} JSON" if is_nested else mix.format,
         format_reason=find_format(source, format=format)[1],
         template=template.name,
@@ -109,8 +115,8 @@ def inspect_rows(
         truncation=tuple(table.values()),
         rows=tuple(
             _render_row(template, row, no_answer_text, used)
-            for index, row in enumerate(islice(mix, max(shown, default=-1) + 1))
-            if index in shown
+            for position, row in enumerate(islice(mix, max(shown, default=-1) + 1))
+            if position in shown
         ),
         proposed_max_seq_length=proposed,
         reason=reason,

@@ -64,6 +64,11 @@ class Mix:
         return int(sum(times.sum() for times in self.times_taken))
 
     @property
+    def names(self) -> str:
+        """The files, for messages."""
+        return ", ".join(str(file.path) for file in self.files)
+
+    @property
     def num_bad(self) -> int:
         return sum(file.num_bad for file in self.files)
 
@@ -145,7 +150,7 @@ def _check_file(path: Path, format: str, max_bad_share: float) -> RowFile:
         what = "no questions: nothing in data[].paragraphs[].qas[]" if kind == "squad" else "no rows"
         raise DataError(f"{path}: {what}.")
     if num_rows == 0 or num_bad > max_bad_share * (num_rows + num_bad):
-        raise DataError(_too_many_bad(path, num_rows, num_bad, named, max_bad_share))
+        raise DataError(too_many_bad(str(path), num_rows, num_bad, named, max_bad_share))
     return RowFile(path=path, kind=kind, format=name, num_rows=num_rows, num_bad=num_bad, bad=tuple(named))
 
 
@@ -173,12 +178,13 @@ def _read(path: Path, kind: FileKind, format: str) -> Iterator[Row | BadRow]:
         yield BadRow(place, values) if isinstance(values, str) else read_row(format, values, place)
 
 
-def _too_many_bad(path: Path, num_rows: int, num_bad: int, named: list[str], max_bad_share: float) -> str:
+def too_many_bad(files: str, num_rows: int, num_bad: int, named: Sequence[str], max_bad_share: float) -> str:
+    """What to say of `files` with `num_rows` usable rows and more bad ones than allowed, the first of them named."""
     shown = [f"  {name}" for name in named[:5]]
     rest = [f"  ... and {num_bad - 5} more"] if num_bad > 5 else []
     total = num_rows + num_bad
     head = (
-        f"{path}: {num_bad} of {total} rows cannot be used ({num_bad / total:.1%}, allowed {max_bad_share:.0%}). "
+        f"{files}: {num_bad} of {total} rows cannot be used ({num_bad / total:.1%}, allowed {max_bad_share:.0%}). "
         f"Mend or remove them:"
     )
     return "\n".join([head, *shown, *rest])

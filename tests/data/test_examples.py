@@ -11,11 +11,13 @@ import pytest
 from qlora_lite.data import examples as module
 from qlora_lite.data.examples import load_examples
 from qlora_lite.data.fit import fit_row
+from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.prompts import question_prompt
 from qlora_lite.data.rows import QuestionRow
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import DataError
 from tests.data.conftest import CONTEXT, question, squad
+from tests.data.families import FAMILIES
 
 QUESTIONS = [
     question("a", "Which river?", "The Nile", "Nile"),
@@ -180,6 +182,45 @@ def test_nothing_is_pickled_and_nothing_is_written_elsewhere(write, tmp_path):
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "3", "")
     assert list(home.rglob("*")) == []
     assert sorted(p.name for p in (tmp_path / "c").rglob("*") if p.is_file()) == ["note.json", "rows.arrow"]
+
+
+# --- rows that the template cannot render
+
+TURN = [{"role": "user", "content": "Which river?"}, {"role": "assistant", "content": "The Nile."}]
+
+
+def chats(write, num_good, num_bad):
+    """Bad ones first: two user messages in a row, which Gemma's template refuses."""
+    rows = [{"id": f"bad{i}", "messages": [TURN[0], *TURN]} for i in range(num_bad)]
+    rows += [{"id": f"good{i}", "messages": TURN} for i in range(num_good)]
+    return write("\n".join(json.dumps(row) for row in rows), "rows.jsonl")
+
+
+def test_a_row_that_the_template_cannot_render_is_a_bad_row_and_the_others_are_trained(write, tmp_path):
+    tokenizer, path = FAMILIES["gemma"].tokenizer(), chats(write, 99, 1)
+    settings = {"num_rows": None, "no_answer_text": "none", "max_seq_length": None}
+    counts = load_examples(path, tokenizer, cache_dir=tmp_path / "c", **settings).counts
+    report = inspect_rows(path, tokenizer, **settings)
+    for found in (counts, report):
+        assert found.num_bad == len(found.bad) == 1
+        assert found.bad[0].startswith("row bad0: ") and "roles must alternate" in found.bad[0]
+    assert counts.num_read == report.num_rows == 99
+    assert [row.id for row in report.rows] == ["good0", "good1", "good2"]
+
+
+def test_more_rows_that_the_template_cannot_render_than_allowed_are_refused_by_name(write, tmp_path):
+    tokenizer, path = FAMILIES["gemma"].tokenizer(), chats(write, 97, 3)
+    settings = {"num_rows": None, "no_answer_text": "none", "max_seq_length": None}
+    for read in (
+        lambda: load_examples(path, tokenizer, cache_dir=tmp_path / "c", **settings),
+        lambda: inspect_rows(path, tokenizer, **settings),
+    ):
+        with pytest.raises(
+            DataError, match=r"rows\.jsonl: 3 of 100 rows cannot be used \(3\.0%, allowed 2%\)"
+        ) as caught:
+            read()
+        assert [f"row bad{i}: " in str(caught.value) for i in range(3)] == [True] * 3
+    assert list((tmp_path / "c").iterdir()) == []
 
 
 # --- sequences that are too long
