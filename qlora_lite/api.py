@@ -159,8 +159,11 @@ def train(
         refuse_other_recipe(run, recipe)
         _refuse_other_base(run, loaded.base_sha256)
     examples = training_examples(plan, loaded.tokenizer)
-    for note in examples.counts.notes:
-        say(note)
+    for sentence in (*examples.account("training rows", limit="data.num_train"), *examples.counts.notes):
+        say(sentence)
+    if recipe.data.eval is not None and Path(recipe.data.eval).exists():
+        for sentence in held_out_examples(plan, loaded.tokenizer).account("held-out rows", limit="eval.num_examples"):
+            say(sentence)
     evaluate_now = _validation(plan, loaded) if recipe.train.eval_every_steps is not None else None
     sampler = StepSampler(
         len(examples),

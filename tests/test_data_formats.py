@@ -100,6 +100,24 @@ def test_a_wrong_guess_can_be_overridden_and_a_wrong_format_is_told_with_the_col
     assert not (tmp_path / "run").exists()
 
 
+def test_train_says_which_rows_it_does_not_use(tmp_path: Path) -> None:
+    rows = [{"id": f"r{i}", "prompt": f"{i}?", "completion": "b"} for i in range(60)]
+    rows[1]["prompt"] = ""
+    rows[2]["prompt"] = "long " * 300
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = write_recipe(tmp_path)
+    change = [part for key in ("train", "eval") for part in ("--set", f"data.{key}={tmp_path / key}.jsonl")]
+    change += ["--set", "train.max_steps=1", "--set", "data.max_seq_length=128", "--set", "data.num_train=20"]
+    done = train_cli(recipe, tmp_path / "run", *change)
+    assert done.code == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    for kind, limit, num_rows in (("training", "data.num_train", 20), ("held-out", "eval.num_examples", 4)):
+        assert f"{kind} rows: the first {num_rows} of 59 rows; {limit}: null takes all" in said
+        assert f'{kind} rows: 1 bad rows left out: id "r1": prompt: empty' in said
+        assert f"{kind} rows: 1 of {num_rows} rows left out, longer than data.max_seq_length (128): r2" in said
+
+
 def test_a_tokenizer_of_the_tiny_model_is_the_one_these_prompts_are_of() -> None:
     tokenizer = make_tokenizer()
     message = [{"role": "user", "content": "Q"}]

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,11 +25,13 @@ import numpy as np
 from qlora_lite.data.files import hash_file
 from qlora_lite.data.fit import Example, RowFitter, TemplateNotes
 from qlora_lite.data.read import Source, as_pairs, file_identity, read_mix
+from qlora_lite.data.rows import Document
 from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, tokenizer_identity
 from qlora_lite.errors import DataError
 
 CODE_VERSION = 3  # raise it when the same file and tokenizer should give other rows
 _WRITE_ROWS = 256  # rows held in memory while writing
+_NUM_KEPT, _NUM_SAID = 20, 3  # names of rows that are kept, and said
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,14 @@ class ReadCounts:
     """What happened to the rows of the files on their way to examples."""
 
     num_read: int  # usable rows that were taken from the files
+    num_left_out: int  # usable rows beyond the number that was asked for
     num_cut: int  # of these, kept with a shortened context, or cut in pieces (text)
     num_dropped: int  # of these, left out: longer than max_seq_length
     num_bad: int  # unusable rows in the whole files, and rows taken that the template cannot render
     bad: tuple[str, ...]  # the first of them, named, with reasons
     dropped: tuple[str, ...]  # ids of the first dropped rows
+    cut: tuple[str, ...]  # ids of the first rows that were cut
+    is_text: bool  # every row is plain text
     notes: tuple[str, ...]  # what was done to rows because of the chat template, a sentence each
 
 
@@ -62,8 +67,8 @@ class Examples:
 
     @property
     def is_text(self) -> bool:
-        """Whether every example is plain text: nothing to ask and compare."""
-        return bool(self.dataset.data.column("answers").null_count == len(self))
+        """Whether every row is plain text: nothing to ask and compare."""
+        return self.counts.is_text
 
     @property
     def num_dropped(self) -> int:
@@ -74,6 +79,30 @@ class Examples:
     def num_cut(self) -> int:
         """Rows kept with a shortened context, or cut in pieces."""
         return self.counts.num_cut
+
+    def account(self, rows: str, *, limit: str) -> list[str]:
+        """What became of rows that are not used, or not as they are, a sentence each; [] when all are.
+
+        `rows` is what to call them, `limit` the key of the recipe that limits their number.
+        """
+        counts, said = self.counts, []
+        if counts.num_left_out:
+            total = counts.num_read + counts.num_left_out
+            said.append(f"the first {counts.num_read:,} of {total:,} rows; {limit}: null takes all")
+        if counts.num_bad:
+            said.append(f"{counts.num_bad:,} bad rows left out: {_first_few(counts.bad, counts.num_bad)}")
+        if counts.num_dropped:
+            said.append(
+                f"{counts.num_dropped:,} of {counts.num_read:,} rows left out, longer than data.max_seq_length "
+                f"({self.max_seq_length}): {_first_few(counts.dropped, counts.num_dropped)}"
+            )
+        if counts.num_cut:
+            how = "cut in pieces of" if counts.is_text else "cut (a shorter context, or a text in pieces) to"
+            said.append(
+                f"{counts.num_cut:,} of {counts.num_read:,} rows {how} data.max_seq_length ({self.max_seq_length}): "
+                f"{_first_few(counts.cut, counts.num_cut)}"
+            )
+        return [f"{rows}: {sentence}" for sentence in said]
 
     def encoded(self, index: int) -> Encoded:
         """Token ids of example `index` (possibly with a shortened context)."""
@@ -173,6 +202,8 @@ class _Records:
         self.num_read = self.num_cut = self.num_dropped = 0
         self.notes = TemplateNotes()
         self.dropped: list[str] = []
+        self.cut: list[str] = []
+        self.is_text = True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row in self.fitter.mix:
@@ -181,12 +212,13 @@ class _Records:
                 continue
             examples, was_cut = fitted
             self.num_read += 1
+            self.is_text = self.is_text and isinstance(row, Document)
             if not examples:
                 self.num_dropped += 1
-                if len(self.dropped) < 20:
-                    self.dropped.append(row.id)
+                self.dropped += [row.id] if len(self.dropped) < _NUM_KEPT else []
                 continue
             self.num_cut += was_cut
+            self.cut += [row.id] if was_cut and len(self.cut) < _NUM_KEPT else []
             self.notes.count(self.fitter.template, row, examples)
             yield from map(_record, examples)
         self.fitter.refuse_too_many()
@@ -195,13 +227,21 @@ class _Records:
     def counts(self) -> ReadCounts:
         return ReadCounts(
             num_read=self.num_read,
+            num_left_out=self.fitter.mix.num_left_out,
             num_cut=self.num_cut,
             num_dropped=self.num_dropped,
             num_bad=self.fitter.num_bad,
             bad=self.fitter.bad,
             dropped=tuple(self.dropped),
+            cut=tuple(self.cut),
+            is_text=self.is_text,
             notes=self.notes.sentences,
         )
+
+
+def _first_few(named: Sequence[str], num_rows: int) -> str:
+    more = num_rows - min(len(named), _NUM_SAID)
+    return "; ".join(named[:_NUM_SAID]) + (f"; and {more:,} more" if more else "")
 
 
 def _record(example: Example) -> dict[str, Any]:
@@ -283,7 +323,8 @@ def _read_cache(folder: Path) -> ReadCounts | None:
 
 
 def _with_tuples(counts: ReadCounts) -> ReadCounts:
-    return replace(counts, bad=tuple(counts.bad), dropped=tuple(counts.dropped), notes=tuple(counts.notes))
+    lists = {name: tuple(getattr(counts, name)) for name in ("bad", "dropped", "cut", "notes")}  # JSON has no tuples
+    return replace(counts, **lists)
 
 
 def _map(folder: Path) -> Any:

@@ -18,6 +18,12 @@ from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer
 TEXT_TOKENS = 1024  # proposed for plain text, which loses nothing when it is cut in pieces
 TABLE_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 NUM_SHOWN = 3
+_OUTLIERS_OF_ANY = "lose context, or are left out where there is no passage to shorten"
+_OUTLIERS = {
+    "squad": "lose context",
+    **dict.fromkeys(("chat", "sharegpt", "prompt_completion", "alpaca"), "are left out"),
+    "text": "are cut in pieces",
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,9 @@ def inspect_rows(
         notes.count(template, row, examples)
     fitter.refuse_too_many()
     (whole_B, shortest_B), unanswerable_B = np.array(lengths).T, np.array(unanswerable)
-    proposed, reason = propose_max_seq_length(whole_B, limit=limit, is_text=mix.format == "text")
+    proposed, reason = propose_max_seq_length(
+        whole_B, limit=limit, is_text=mix.format == "text", outliers=_OUTLIERS.get(mix.format, _OUTLIERS_OF_ANY)
+    )
     used = max_seq_length or proposed
     tried = sorted({*TABLE_LENGTHS, used, int(whole_B.max())})
     table = {length: _truncation_line(length, whole_B, shortest_B) for length in tried}
@@ -124,12 +132,17 @@ def inspect_rows(
 
 
 def propose_max_seq_length(
-    lengths_B: Sequence[int] | np.ndarray, *, limit: int | None = None, is_text: bool = False
+    lengths_B: Sequence[int] | np.ndarray,
+    *,
+    limit: int | None = None,
+    is_text: bool = False,
+    outliers: str = _OUTLIERS_OF_ANY,
 ) -> tuple[int, str]:
     """Tokens per row, uncut -> (`max_seq_length`, reason).
 
     The smallest multiple of 64 that holds every row; or 99.5% of them when the longest row is more than twice as long as all those.
-    Never above `limit`, the model's context window; of plain text not above TEXT_TOKENS. Raises ValueError when there are no rows.
+    Never above `limit`, the model's context window; of plain text not above TEXT_TOKENS. `outliers` says what becomes of rows that are
+    longer. Raises ValueError when there are no rows.
     """
     if len(lengths_B) == 0:
         raise ValueError("no rows to propose a sequence length for")
@@ -146,7 +159,7 @@ def propose_max_seq_length(
         return proposed, f"the smallest multiple of 64 that holds every row; the longest has {longest} tokens"
     num_longer = int((ordered > proposed).sum())
     return proposed, (
-        f"the smallest multiple of 64 that holds 99.5% of the rows; {num_longer} outliers of up to {longest} tokens lose context"
+        f"the smallest multiple of 64 that holds 99.5% of the rows; {num_longer} outliers of up to {longest} tokens {outliers}"
     )
 
 

@@ -51,6 +51,7 @@ class Mix:
 
     files: tuple[RowFile, ...]
     times_taken: tuple[np.ndarray, ...]  # per file: int64 [its rows]
+    num_left_out: int  # usable rows beyond the number that was asked for
 
     def __iter__(self) -> Iterator[Row]:
         for file, times in zip(self.files, self.times_taken, strict=True):
@@ -99,8 +100,10 @@ def read_mix(source: Source, *, format: str = "auto", num_rows: int | None = Non
         raise DataError(
             f"data.train: the weights leave no row of {', '.join(str(path) for path, _ in pairs)}. Raise them"
         )
-    shares = _shares(totals, sum(totals) if num_rows is None else min(num_rows, sum(totals)))
-    return Mix(files, tuple(_first(each, share) for each, share in zip(times, shares, strict=True)))
+    num_taken = sum(totals) if num_rows is None else min(num_rows, sum(totals))
+    shares = _shares(totals, num_taken)
+    taken = tuple(_first(each, share) for each, share in zip(times, shares, strict=True))
+    return Mix(files, taken, num_left_out=sum(totals) - num_taken)
 
 
 def find_format(source: Source, *, format: str) -> tuple[str, str]:

@@ -184,6 +184,33 @@ def test_nothing_is_pickled_and_nothing_is_written_elsewhere(write, tmp_path):
     assert sorted(p.name for p in (tmp_path / "c").rglob("*") if p.is_file()) == ["note.json", "rows.arrow"]
 
 
+def test_rows_that_are_not_used_are_accounted_for_with_their_names(load, write):
+    long_question = question("long", "Which " + "very " * 100 + "river?", "The Nile")
+    long_context = {"context": CONTEXT * 5, "qas": [question("deep", "Which town?", "Luxor", context=CONTEXT * 5)]}
+    document = squad(long_question, *QUESTIONS, question("bad", "", "The Nile"), question("last", "Which?", "The Nile"))
+    document["data"][0]["paragraphs"].insert(0, long_context)
+    path = write(document)
+    for _ in range(2):  # also from the cache
+        examples = load(path, max_seq_length=170, num_rows=5, max_bad_share=0.5)
+        assert examples.account("training rows", limit="data.num_train") == [
+            "training rows: the first 5 of 6 rows; data.num_train: null takes all",
+            'training rows: 1 bad rows left out: id "bad": question: empty',
+            "training rows: 1 of 5 rows left out, longer than data.max_seq_length (170): long",
+            "training rows: 1 of 5 rows cut (a shorter context, or a text in pieces) to data.max_seq_length (170): deep",
+        ]
+    assert load(path, max_bad_share=0.5, num_rows=6).account("rows", limit="x") == [
+        'rows: 1 bad rows left out: id "bad": question: empty'
+    ]
+
+
+def test_of_many_rows_that_are_not_used_the_first_few_are_named(load, write):
+    path = write("\n".join(json.dumps({"text": "word " * 100}) for _ in range(5)), "rows.jsonl")
+    assert load(path, max_seq_length=50).account("rows", limit="x") == [
+        "rows: 5 of 5 rows cut in pieces of data.max_seq_length (50): line 1; line 2; line 3; and 2 more"
+    ]
+    assert load(write(squad(*QUESTIONS)), max_seq_length=None).account("rows", limit="x") == []
+
+
 # --- rows that the template cannot render
 
 TURN = [{"role": "user", "content": "Which river?"}, {"role": "assistant", "content": "The Nile."}]

@@ -144,6 +144,20 @@ def test_the_proposed_length_and_its_reason(lengths, limit, proposed, said):
     assert said in reason
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"context": "C " * n, "question": "Q?", "answers": ["C"]} for n in (*[1] * 399, 2000)], "lose context"),
+        ([{"prompt": "P " * n, "completion": "C"} for n in (*[1] * 399, 2000)], "are left out"),
+        ([{"text": "T " * n} for n in (*[1] * 399, 400)], "are cut in pieces"),
+    ],
+    ids=["squad", "prompt_completion", "text"],
+)
+def test_what_becomes_of_outliers_is_said_for_the_format(write, tokenizer, rows, said):
+    report = inspect(write("\n".join(json.dumps(row) for row in rows), "rows.jsonl"), tokenizer)
+    assert report.reason.endswith(f" tokens {said}") and "1 outliers" in report.reason
+
+
 def test_no_rows_no_proposal():
     with pytest.raises(ValueError, match="no rows"):
         propose_max_seq_length([])
