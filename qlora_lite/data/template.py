@@ -19,7 +19,8 @@ Surprising:
 - A turn with thoughts is asked for with `enable_thinking`, one without them without it.
 - Where a template has no system role, the system's text is put before the first user message.
 - Mistral v0.3 prints the system's text in the last user message only, while that message is last: in no finished conversation.
-- Templates that print today's date get a fixed one where they allow it (`date_string`), so a run can be repeated tomorrow.
+- Templates that print today's date (`strftime_now`) get a fixed one where they allow it (`date_string`), so a run can be repeated
+  tomorrow. One that prints a date of its own (Llama 3.1) keeps it, as inference does.
 """
 
 import json
@@ -37,7 +38,8 @@ Tokenizer = Any
 
 _PROBE_PROMPT, _PROBE_ANSWER = "Question: probe?", "Xanadu"
 # Read by the templates that know them, ignored by the others. Thinking models get their empty thinking block as prompt.
-_TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False, "date_string": "01 Jan 2026"}
+_TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False}
+_FIXED_DATE = {"date_string": "01 Jan 2026"}  # for templates that ask for today's
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -90,6 +92,8 @@ class ChatTemplate:
         self._where = tokenizer.name_or_path or "tokenizer"
         added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._special_ids = {*tokenizer.all_special_ids, *added}
+        asks_for_today = "strftime_now" in (tokenizer.chat_template or "")
+        self._settings = _TEMPLATE_SETTINGS | (_FIXED_DATE if asks_for_today else {})
         self._known_roles = {"assistant"}  # roles seen in a rendering; "" stands for tools
         asked: list[Message] = [{"role": "user", "content": _PROBE_PROMPT}]
         prompt = self._render(asked, generate=True)
@@ -241,7 +245,7 @@ class ChatTemplate:
                 chat_template=None if self.tokenizer.chat_template else _PLAIN_TEMPLATE,
                 tokenize=False,
                 add_generation_prompt=generate,
-                **_TEMPLATE_SETTINGS | settings,
+                **self._settings | settings,
             )
         except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
             roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
@@ -293,5 +297,5 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str:
     else:
         rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     probe = ChatTemplate(tokenizer).prompt_ids([{"role": "user", "content": _PROBE_PROMPT}])  # may hold the date
-    parts = [rules, tokenizer.chat_template, tokenizer.special_tokens_map, probe, _TEMPLATE_SETTINGS]
+    parts = [rules, tokenizer.chat_template, tokenizer.special_tokens_map, probe, _TEMPLATE_SETTINGS, _FIXED_DATE]
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -144,6 +144,26 @@ def test_a_tokenizer_without_a_stop_token_is_one_clear_error():
         ChatTemplate(tokenizer)
 
 
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = DATE %}{% endif %}{{ 'Today is ' + date_string + '\n' }}"
+    "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("date", "printed"),
+    [
+        ("'26 Jul 2024'", "26 Jul 2024"),  # Llama 3.1: what inference prints on any day
+        ("strftime_now('%d %b %Y')", "01 Jan 2026"),  # Llama 3.2: another prompt every day
+    ],
+)
+def test_a_date_is_fixed_only_where_the_template_asks_for_todays(date, printed):
+    tokenizer = make_tokenizer(DATED.replace("DATE", date))
+    prompt_ids, _ = parts(tokenizer, "Q?", "Cairo")
+    assert tokenizer.decode(prompt_ids).startswith(f"Today is {printed}\n")
+    assert prompt_ids == ChatTemplate(tokenizer).prompt_ids([{"role": "user", "content": "Q?"}])
+
+
 def test_the_identity_follows_the_template_but_not_padding_or_truncation():
     tokenizer = make_tokenizer()
     before = tokenizer_identity(tokenizer)
