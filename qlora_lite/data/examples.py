@@ -47,7 +47,9 @@ class ReadCounts:
     dropped: tuple[str, ...]  # ids of the first dropped rows
     cut: tuple[str, ...]  # ids of the first rows that were cut
     is_text: bool  # every row is plain text
-    notes: tuple[str, ...]  # what was done to rows because of the chat template, a sentence each
+    notes: tuple[
+        str, ...
+    ]  # which columns are not used, what was done to rows because of the chat template; a sentence each
 
 
 class Examples:
@@ -235,7 +237,7 @@ class _Records:
             dropped=tuple(self.dropped),
             cut=tuple(self.cut),
             is_text=self.is_text,
-            notes=self.notes.sentences,
+            notes=(*self.fitter.mix.notes, *self.notes.sentences),
         )
 
 

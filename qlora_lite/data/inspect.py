@@ -58,7 +58,7 @@ class DataReport:
     format: str
     format_reason: str
     template: str  # "the tokenizer's chat template" or "plain"
-    notes: tuple[str, ...]  # what was done to rows because of the template, a sentence each
+    notes: tuple[str, ...]  # which columns are not used, what was done to rows because of the template; a sentence each
     stop_token: str
     max_tokens: int  # of the longest row, uncut
     truncation: tuple[TruncationLine, ...]
@@ -117,7 +117,7 @@ def inspect_rows(
         format=f"SQuAD {version} JSON" if is_nested else mix.format,
         format_reason=find_format(source, format=format)[1],
         template=template.name,
-        notes=notes.sentences,
+        notes=(*mix.notes, *notes.sentences),
         stop_token=str(tokenizer.convert_ids_to_tokens(template.stop_token_id)),
         max_tokens=int(whole_B.max()),
         truncation=tuple(table.values()),

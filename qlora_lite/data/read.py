@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from qlora_lite.data.files import hash_file
-from qlora_lite.data.formats import FORMATS, find_columns, read_row
-from qlora_lite.data.rows import BadRow, Row
+from qlora_lite.data.formats import FORMATS, find_columns, read_row, unused_columns
+from qlora_lite.data.rows import BadRow, Row, short
 from qlora_lite.data.squad import read_questions
 from qlora_lite.data.tables import FileKind, file_kind, open_table
 from qlora_lite.errors import DataError
@@ -40,6 +40,7 @@ class RowFile:
     num_rows: int
     num_bad: int
     bad: tuple[str, ...]  # the first 20 bad rows, named, with their reason
+    unused: tuple[str, ...]  # columns that are not read
 
     def __iter__(self) -> Iterator[Row]:
         return (row for row in _read(self.path, self.kind, self.format) if not isinstance(row, BadRow))
@@ -79,6 +80,15 @@ class Mix:
         if len(self.files) == 1:
             return self.files[0].bad
         return tuple(f"{file.path.name} {bad}" for file in self.files for bad in file.bad)[:NUM_NAMED]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the files is not read, a sentence each."""
+        return tuple(
+            f"{file.path.name}: columns that are not used: {', '.join(short(name) for name in file.unused[:30])}"
+            for file in self.files
+            if file.unused
+        )
 
     @property
     def format(self) -> str:
@@ -154,7 +164,8 @@ def _check_file(path: Path, format: str, max_bad_share: float) -> RowFile:
         raise DataError(f"{path}: {what}.")
     if num_rows == 0 or num_bad > max_bad_share * (num_rows + num_bad):
         raise DataError(too_many_bad(str(path), num_rows, num_bad, named, max_bad_share))
-    return RowFile(path=path, kind=kind, format=name, num_rows=num_rows, num_bad=num_bad, bad=tuple(named))
+    unused = () if kind == "squad" else unused_columns(open_table(path, kind).columns, format=name)
+    return RowFile(path, kind, name, num_rows=num_rows, num_bad=num_bad, bad=tuple(named), unused=unused)
 
 
 def _find_format(path: Path, kind: FileKind, format: str) -> tuple[str, str]:

@@ -70,18 +70,21 @@ def check_question(context: Any, question: Any, where: str) -> QuestionRow | Bad
 
 
 def check_columns(values: dict[str, Any], where: str) -> QuestionRow | BadRow:
-    """One row with columns `context`, `question` and `answers` (or `answer`) -> the row.
+    """One row with columns `context`, `question` and `answers` (or `answer`), perhaps `is_impossible` -> the row.
 
     `answers` is as `datasets` has it ({"text": [...], "answer_start": [...]}, empty lists where there is no answer), as in the nested
     file, or plain text, one or a list. Without `id` the place in the file is the id.
     """
     given = values.get("answers", values.get("answer"))
-    answers = _as_answers(given)
+    impossible = values.get("is_impossible")
+    answers = [] if impossible is True and given in (None, "") else _as_answers(given)
+    if impossible is None:
+        impossible = bool(answers == [] and isinstance(given, dict | list))
     question = {
         "id": values.get("id") or where,
         "question": values.get("question"),
         "answers": answers,
-        "is_impossible": bool(answers == [] and isinstance(given, dict | list)),
+        "is_impossible": impossible,
     }
     return check_question(values.get("context"), question, where)
 

@@ -173,6 +173,16 @@ def test_only_the_completion_is_trained_when_the_prompt_holds_answers_too():
     ]
 
 
+@pytest.mark.parametrize("name", ["llama3", "mistral_v3", "qwen"])
+def test_a_turn_of_weight_0_is_prompt_for_those_behind_it(name):
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    messages = [m | ({"weight": 0} if m["content"] == TALK[1] else {}) for m in chat(*TALK).messages]
+    found = trained_turns(tokenizer, ChatTemplate(tokenizer).encode(Conversation("row", tuple(messages))))
+    assert [text for _, text in found] == [f"{family.space}{answer}{family.stop}" for answer in TALK[3::2]]
+    assert found[0][0] == at_inference(tokenizer, list(chat(*TALK).messages[:3]))
+
+
 def test_an_answer_without_a_question_before_it_is_not_trained():
     tokenizer = FAMILIES["chatml"].tokenizer()
     greeting = {"role": "assistant", "content": "Hello!"}

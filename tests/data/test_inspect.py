@@ -101,6 +101,15 @@ def test_what_the_template_makes_of_rows_is_said(write):
     assert len(said["mistral_v3"]) == 1 and "rewrites earlier turns" in said["mistral_v3"][0]
 
 
+def test_columns_that_are_not_read_are_said_by_check_and_train(write, tokenizer, tmp_path):
+    path = write(json.dumps({"id": "a", "messages": TALK, "source": "x", "score": 1}), "rows.jsonl")
+    examples = load_examples(
+        path, tokenizer, num_rows=None, no_answer_text="none", max_seq_length=None, cache_dir=tmp_path / "c"
+    )
+    assert inspect(path, tokenizer).notes == ("rows.jsonl: columns that are not used: source, score",)
+    assert examples.counts.notes == inspect(path, tokenizer).notes
+
+
 def test_three_rows_are_shown_with_answer_and_stop_token_marked(write, tokenizer):
     report = inspect(write(squad(*QUESTIONS)), tokenizer)
     assert [row.id for row in report.rows] == ["a", "b", "c"]

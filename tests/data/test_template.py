@@ -2,6 +2,7 @@
 
 import pytest
 
+from qlora_lite.data.formats import read_row
 from qlora_lite.data.prompts import question_prompt, squad_text
 from qlora_lite.data.rows import Conversation
 from qlora_lite.data.template import ChatTemplate, tokenizer_identity
@@ -61,6 +62,15 @@ def test_a_question_is_put_as_the_rows_of_its_format_put_it(tokenizer, format, m
     ids, stop = question_prompt(ChatTemplate(tokenizer), "Q?", "C", format=format)
     assert ids == parts(tokenizer, message, "x")[0]
     assert stop == ChatTemplate(tokenizer).stop_token_id
+
+
+@pytest.mark.parametrize(("given", "asked"), [("C", "C"), (None, None), ("", None)])
+def test_rows_with_a_context_column_are_trained_on_what_ask_will_ask(tokenizer, given, asked):
+    template = ChatTemplate(tokenizer)
+    row = read_row("prompt_completion", {"prompt": "Q?", "completion": "x", "context": given}, "line 1")
+    (example,) = template.encode(row)
+    prompt_ids, _ = question_prompt(template, "Q?", asked, format="prompt_completion")
+    assert example.encoded.input_ids[: example.encoded.spans[0][0]] == prompt_ids
 
 
 def test_plain_text_is_continued_without_a_template_until_the_end_of_text():
