@@ -132,6 +132,19 @@ def find_format(source: Source, *, format: str) -> tuple[str, str]:
     return name, f"{path.name}: {why}"
 
 
+def format_of_held_out(path: str | os.PathLike[str], *, format: str) -> str:
+    """`format`, that of the training rows, where the file at `path` has its columns; otherwise the one that its own columns say.
+
+    Raises DataError when the file cannot be read or has no columns of a known format.
+    """
+    path = Path(path)
+    kind = file_kind(path)
+    if format == "auto":
+        return _find_format(path, kind, "auto")[0]
+    is_such = format == "squad" if kind == "squad" else not isinstance(_found(path, kind, format), str)
+    return format if is_such else _find_format(path, kind, "auto")[0]
+
+
 def as_pairs(source: Source) -> list[tuple[Path, float]]:
     """(path, weight) of every file."""
     if isinstance(source, str | os.PathLike):
@@ -177,11 +190,16 @@ def _find_format(path: Path, kind: FileKind, format: str) -> tuple[str, str]:
         raise DataError(
             f"{path}: one JSON object, which only SQuAD files are; {format} is an object per row (json or jsonl)."
         )
-    found = find_columns(open_table(path, kind).columns, format=format)
+    found = _found(path, kind, format)
     if isinstance(found, str):
         raise DataError(f"{path}: {found}. Rename the columns, or choose another data.format.")
     name, columns = found
     return name, f"it has the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}"
+
+
+def _found(path: Path, kind: FileKind, format: str) -> tuple[str, tuple[str, ...]] | str:
+    """What `find_columns` says of a file of rows."""
+    return find_columns(open_table(path, kind).columns, format=format)
 
 
 def _read(path: Path, kind: FileKind, format: str) -> Iterator[Row | BadRow]:
