@@ -274,7 +274,7 @@ def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCount
             "num_label_tokens": Value("int32"),
             "id": Value("string"),
             "question": Value("large_string"),
-            "answers": List(Value("large_string")),  # null: none to compare
+            "answers": List(Value("large_string")),  # null: none to compare (text, a call)
             "whole_prompt_ids": List(Value("int32")),  # null: the ids before the last span
         }
     )

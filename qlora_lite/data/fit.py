@@ -24,7 +24,9 @@ class Example:
     id: str  # of the row it comes from
     encoded: Encoded
     question: str = ""  # the last message before the answer, for people
-    answers: tuple[str, ...] | None = None  # the gold answers of the last trained turn; None: nothing to compare (text)
+    answers: tuple[str, ...] | None = (
+        None  # the gold answers of the last trained turn; None: nothing to compare (text, a call)
+    )
     whole_prompt_ids: tuple[int, ...] | None = None  # where `encoded` lost context: the prompt with all of it
 
     @property
@@ -141,7 +143,7 @@ def _turn_examples(template: ChatTemplate, row: Conversation) -> list[Example]:
             row.id,
             turns.encoded,
             question=_said(row.messages[turns.last - 1]),
-            answers=(_said(row.messages[turns.last]),),
+            answers=None if "tool_calls" in row.messages[turns.last] else (_said(row.messages[turns.last]),),
         )
         for turns in template.encode(row)
     ]

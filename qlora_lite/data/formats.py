@@ -12,6 +12,7 @@
 |                   | [, input, history, system, tools]              | behind those of the history, also trained        |
 | text              | text                                           | a document, every token trained                  |
 
+In csv, a cell of `messages`, `conversations`, `history`, `answers` or `tools` that holds a list is JSON; an empty `answers` is none.
 An `id` column names the rows; without one the place in the file does. An assistant message with `weight: 0` is not trained. Names follow
 TRL, LLaMA-Factory (whose alpaca `history` is a list of [instruction, answer]) and the OpenAI chat format.
 """
@@ -44,6 +45,7 @@ _MORE_COLUMNS: dict[str, tuple[str, ...]] = {
     "alpaca": ("input", "history", "system", "tools"),
     "text": (),
 }
+_LISTS = ("messages", "conversations", "history")  # columns that hold no text, so that a text in them is JSON
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     **{name: name for name in _ROLES},
@@ -52,6 +54,7 @@ _SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "observation": "tool",
+    "function_call": "assistant",
 }
 
 
@@ -84,13 +87,20 @@ def read_row(format: str, values: dict[str, Any], place: str) -> Row | BadRow:
     if format == "squad":
         return check_columns(values | {"id": name}, place)
     try:
-        return _READERS[format](values, name)
+        return _READERS[format](_with_lists(values), name)
     except _Unusable as problem:
         return BadRow(f'id "{short(name)}"' if has_id else place, str(problem))
 
 
 class _Unusable(Exception):
     """Why a row cannot be used."""
+
+
+def _with_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """A csv cell has no lists, only the JSON of them."""
+    cells = {name: values.get(name) for name in _LISTS}
+    texts = {name: cell for name, cell in cells.items() if isinstance(cell, str) and cell.lstrip().startswith("[")}
+    return values | {name: _parsed(text, name) for name, text in texts.items()}
 
 
 def _chat(values: dict[str, Any], name: str) -> Conversation:
@@ -109,7 +119,10 @@ def _sharegpt(values: dict[str, Any], name: str) -> Conversation:
         speaker = str(turn.get("from"))
         if speaker not in _SHAREGPT_ROLES:
             raise _Unusable(f'{where}.from: "{short(speaker)}", known are {", ".join(_SHAREGPT_ROLES)}')
-        messages.append({"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value"), "weight": turn.get("weight")})
+        message = {"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value"), "weight": turn.get("weight")}
+        if speaker == "function_call":
+            message |= {"content": None, "tool_calls": _written_calls(turn.get("value"), f"{where}.value")}
+        messages.append(message)
     return _conversation(name, _messages(messages, "conversations"), values)
 
 
@@ -227,6 +240,15 @@ def _tool_calls(given: Any, where: str) -> list[Any]:
             arguments = _parsed(arguments, f"{where}[{position}].function.arguments")
         calls.append({**call, "function": {**function, "arguments": arguments}})
     return calls
+
+
+def _written_calls(given: Any, where: str) -> list[Any]:
+    """The call that is the text of a sharegpt turn, {"name", "arguments"}, or a list of them, as the OpenAI format has it."""
+    calls = _parsed(given, where) if isinstance(given, str) else given
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        raise _Unusable(f"{where}: expected a call, an object with name and arguments, as JSON")
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _tools(given: Any) -> tuple[Any, ...]:

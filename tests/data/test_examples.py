@@ -203,6 +203,14 @@ def test_rows_that_are_not_used_are_accounted_for_with_their_names(load, write):
     ]
 
 
+def test_rows_of_which_each_ends_in_a_tool_call_are_no_plain_text(write, tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "towns", "arguments": {}}}]}
+    path = write(json.dumps({"messages": [TURN[0], call]}), "rows.jsonl")
+    settings = {"num_rows": None, "no_answer_text": "none", "max_seq_length": None, "cache_dir": tmp_path / "c"}
+    examples = load_examples(path, FAMILIES["llama3"].tokenizer(), **settings)
+    assert examples.row(0).answers is None and not examples.is_text
+
+
 def test_of_many_rows_that_are_not_used_the_first_few_are_named(load, write):
     path = write("\n".join(json.dumps({"text": "word " * 100}) for _ in range(5)), "rows.jsonl")
     assert load(path, max_seq_length=50).account("rows", limit="x") == [

@@ -1,5 +1,7 @@
 """Six formats: found by their columns, read into conversations, questions and documents, bad rows told why."""
 
+import json
+
 import pytest
 
 from qlora_lite.data.formats import FORMATS, find_columns, read_row, unused_columns
@@ -58,6 +60,18 @@ GOOD = [
     ("squad", {**SQUAD, "answer": "", "is_impossible": True}, QuestionRow("7", *SQUAD.values(), ())),
     ("squad", {**SQUAD, "answers": None, "is_impossible": True}, QuestionRow("7", *SQUAD.values(), ())),
     ("squad", {**SQUAD, "answers": ["The Nile"], "is_impossible": False}, QUESTION),
+    ("squad", {**SQUAD, "answers": '["The Nile"]'}, QUESTION),
+    ("squad", {**SQUAD, "answers": '{"text": ["The Nile"], "answer_start": [0]}'}, QUESTION),
+    ("squad", {**SQUAD, "answers": '[{"text": "The Nile", "answer_start": 0}]', "is_impossible": "False"}, QUESTION),
+    ("squad", {**SQUAD, "answers": "The Nile", "is_impossible": ""}, QUESTION),
+    ("squad", {**SQUAD, "answers": ""}, QuestionRow("7", *SQUAD.values(), ())),
+    ("squad", {**SQUAD, "answers": '{"text": [], "answer_start": []}'}, QuestionRow("7", *SQUAD.values(), ())),
+    ("squad", {**SQUAD, "answer": "", "is_impossible": "True"}, QuestionRow("7", *SQUAD.values(), ())),
+    ("squad", {"context": "As in [3].", "question": "a", "answers": "[3]"}, QuestionRow("7", "As in [3].", "a", ("[3]",), 6)),
+    ("squad", {"context": "As in [b].", "question": "a", "answers": "[b]"}, QuestionRow("7", "As in [b].", "a", ("[b]",), 6)),
+    ("chat", {"messages": json.dumps(TALK)}, Conversation("7", tuple(TALK))),
+    ("sharegpt", {"conversations": json.dumps(SHAREGPT)}, Conversation("7", tuple(TALK))),
+    ("alpaca", {"instruction": "c", "output": "d", "history": '[["a", "b"]]'}, Conversation("7", tuple(TALK))),
 ]  # fmt: skip
 
 
@@ -116,14 +130,37 @@ def test_columns_that_are_not_read_are_known():
         assert unused_columns(columns, format=format) == unused
 
 
+def test_a_function_call_of_sharegpt_is_a_message_with_tool_calls():
+    call = {"name": "f", "arguments": {"x": 1}}
+    turns = [SHAREGPT[0], {"from": "function_call", "value": json.dumps(call)}, {"from": "observation", "value": "2"}]
+    row = read_row("sharegpt", {"conversations": [*turns, SHAREGPT[3]]}, "line 1")
+    assert row.messages == (
+        user("a"),
+        assistant("", tool_calls=[{"type": "function", "function": call}]),
+        {"role": "tool", "content": "2"},
+        assistant("d"),
+    )
+    assert row.trained_turns == [1, 3]
+
+
 def test_parts_of_text_are_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     row = read_row("chat", {"messages": [user(parts), assistant("c")]}, "line 1")
     assert row.messages[0] == user("ab")
 
 
+def called(value):
+    return [SHAREGPT[0], {"from": "function_call", "value": value}]
+
+
 BAD = [
     ("chat", {"messages": "a"}, "messages: expected a list of messages, got text"),
+    ("chat", {"messages": "[{"}, "messages: not JSON"),
+    ("sharegpt", {"conversations": called("f()")}, "conversations[1].value: not JSON"),
+    ("sharegpt", {"conversations": called("[]")}, "conversations[1].value: expected a call"),
+    ("sharegpt", {"conversations": called("{}")}, "tool_calls[0]: expected an object with function.name"),
+    ("squad", {**SQUAD, "answers": "", "is_impossible": "false"}, "no answers, and is_impossible is not true"),
+    ("squad", {**SQUAD, "answers": "The Nile", "is_impossible": "perhaps"}, "is_impossible: expected true or false, got text"),
     ("chat", {"messages": []}, "no assistant message with one before it"),
     ("chat", {"messages": [user("a")]}, "no assistant message with one before it"),
     ("chat", {"messages": [assistant("a")]}, "no assistant message with one before it"),
