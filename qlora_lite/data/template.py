@@ -172,6 +172,8 @@ class ChatTemplate:
         elif "tool_calls" not in message:
             text = self._space + str(message["content"]).strip() + self._after
         else:
+            text = self._call_text(history, message, tools)
+        if any(call["function"]["name"] not in text for call in message.get("tool_calls", ())):
             raise ModelError(
                 f"{self._where}: the chat template does not print a message with tool_calls after its generation prompt and "
                 f"before its stop token, so it cannot be told which tokens to train. Leave such rows out, or change the template."
@@ -179,6 +181,14 @@ class ChatTemplate:
         prompt_ids = self._tokenize_prompt(prompt)
         answer_ids = self._answer_ids(prompt, prompt_ids, text, is_call="tool_calls" in message)
         return prompt_ids, [*answer_ids, self.stop_token_id]
+
+    def _call_text(self, history: list[Message], message: Message, tools: Sequence[Any]) -> str:
+        """A message with tool_calls where the template rewrites its prompt: its text without a system message, or ""."""
+        bare = [message for message in history if message["role"] != "system"]
+        prompt = self._render(bare, tools, generate=True) + self._before
+        finished = self._render([*bare, message], tools, generate=False)
+        is_found = finished.startswith(prompt) and finished.endswith(self._tail)
+        return finished[len(prompt) : len(finished) - len(self._tail)] + self._after if is_found else ""
 
     def _answer_ids(self, prompt: str, prompt_ids: list[int], text: str, *, is_call: bool) -> list[int]:
         """Ids of an answer behind its prompt: as in the whole text where that leaves the prompt's ids alone, otherwise tokenized apart.

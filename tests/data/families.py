@@ -53,6 +53,8 @@ MISTRAL_V3 = (
     + "{% if message['role'] == 'user' %}"
     "{% set head = messages[0]['content'] + '\n\n' if has_system and loop.last else '' %}"
     "{{ '[INST] ' + head + message['content'] + '[/INST]' }}"
+    "{% elif message['tool_calls'] %}{{ '[TOOL_CALLS] [' }}"
+    "{% for call in message['tool_calls'] %}{{ call['function'] | tojson }}{% endfor %}{{ ']' + eos_token }}"
     "{% else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}"
 )
 GEMMA = (

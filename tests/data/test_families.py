@@ -144,6 +144,19 @@ def test_a_tool_call_is_trained_and_the_tools_answer_is_not():
     assert "Tools: " in tokenizer.decode(example.encoded.input_ids)
 
 
+def test_a_tool_call_is_trained_where_the_finished_conversation_has_lost_the_system_text():
+    tokenizer = FAMILIES["mistral_v3"].tokenizer()
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Towns?"}]
+    found = trained_turns(tokenizer, ChatTemplate(tokenizer).encode(Conversation("row", (*asked, CALL))))
+    assert found == [(at_inference(tokenizer, asked), '[TOOL_CALLS] [{"name": "towns", "arguments": {}}]</s>')]
+
+
+def test_a_tool_call_that_the_template_does_not_print_is_refused():
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    with pytest.raises(ModelError, match=r"row 7: .* does not print a message with tool_calls"):
+        ChatTemplate(tokenizer).encode(Conversation("7", ({"role": "user", "content": "Towns?"}, CALL)))
+
+
 @pytest.mark.parametrize(
     ("name", "role", "said"),
     [
