@@ -202,6 +202,9 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
     show.show_rows([(row.id, row.tokens) for row in found.rows])
     show.show_truncation(found.truncation)
     show.say(f"format: {found.format} ({found.format_reason})")
+    if found.num_left_out:
+        total = found.num_rows + found.num_left_out
+        show.say(f"the first {found.num_rows:,} of {total:,} rows; data.num_train: null takes all")
     show.say(
         f"{found.num_rows} rows, {found.num_dropped} dropped; template: {found.template}; stop token: {found.stop_token}"
     )
@@ -216,6 +219,7 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
     return {
         "recipe": str(recipe.path or recipe.name),
         "num_rows": found.num_rows,
+        "num_left_out": found.num_left_out,
         "num_dropped": found.num_dropped,
         "num_bad": found.num_bad,
         "format": found.format,

@@ -141,6 +141,9 @@ def test_check_reads_the_held_out_rows_too(tmp_path: Path) -> None:
     assert 'data.eval: bad row, left out: id "r1": prompt: empty' in said
     assert "data.eval: 4 rows, 0 dropped; format: prompt_completion" in said
     assert "data.eval: held_out.jsonl: columns that are not used: source" in said
+    assert "of 24 rows" not in said
+    done = run_cli("check", recipe, *change, "--set", "data.num_train=20")
+    assert "the first 20 of 24 rows; data.num_train: null takes all" in " ".join(done.stderr.split())
 
     held_out.write_text("\n".join(json.dumps({"question": "Q"}) for _ in range(3)))
     done = run_cli("check", recipe, *change)

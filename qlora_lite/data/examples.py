@@ -87,7 +87,8 @@ class Examples:
 
         `rows` is what to call them, `limit` the key of the recipe that limits their number.
         """
-        counts, said = self.counts, []
+        counts = self.counts
+        said: list[str] = []
         if counts.num_left_out:
             total = counts.num_read + counts.num_left_out
             said.append(f"the first {counts.num_read:,} of {total:,} rows; {limit}: null takes all")

@@ -53,6 +53,7 @@ class DataReport:
 
     num_rows: int  # usable rows taken from the files, at most `num_rows` of the call
     num_dropped: int  # of these, lost at the sequence length in use (the given one, or the proposed one)
+    num_left_out: int  # usable rows beyond the number that was asked for
     num_bad: int  # unusable rows in the whole files, and rows taken that the template cannot render
     bad: tuple[str, ...]  # the first of them, named, with reasons
     format: str
@@ -111,6 +112,7 @@ def inspect_rows(
     version = "v2.0" if unanswerable_B.any() else "v1.1"
     return DataReport(
         num_rows=len(whole_B),
+        num_left_out=mix.num_left_out,
         num_dropped=table[used].num_dropped,
         num_bad=fitter.num_bad,
         bad=fitter.bad,
