@@ -326,8 +326,9 @@ def _read_cache(folder: Path) -> ReadCounts | None:
 
 
 def _with_tuples(counts: ReadCounts) -> ReadCounts:
-    lists = {name: tuple(getattr(counts, name)) for name in ("bad", "dropped", "cut", "notes")}  # JSON has no tuples
-    return replace(counts, **lists)
+    """JSON has none."""
+    bad, dropped, cut, notes = (tuple(lines) for lines in (counts.bad, counts.dropped, counts.cut, counts.notes))
+    return replace(counts, bad=bad, dropped=dropped, cut=cut, notes=notes)
 
 
 def _map(folder: Path) -> Any:

@@ -191,12 +191,12 @@ def test_rows_that_are_not_used_are_accounted_for_with_their_names(load, write):
     document["data"][0]["paragraphs"].insert(0, long_context)
     path = write(document)
     for _ in range(2):  # also from the cache
-        examples = load(path, max_seq_length=170, num_rows=5, max_bad_share=0.5)
+        examples = load(path, max_seq_length=180, num_rows=5, max_bad_share=0.5)
         assert examples.account("training rows", limit="data.num_train") == [
             "training rows: the first 5 of 6 rows; data.num_train: null takes all",
             'training rows: 1 bad rows left out: id "bad": question: empty',
-            "training rows: 1 of 5 rows left out, longer than data.max_seq_length (170): long",
-            "training rows: 1 of 5 rows cut (a shorter context, or a text in pieces) to data.max_seq_length (170): deep",
+            "training rows: 1 of 5 rows left out, longer than data.max_seq_length (180): long",
+            "training rows: 1 of 5 rows cut (a shorter context, or a text in pieces) to data.max_seq_length (180): deep",
         ]
     assert load(path, max_bad_share=0.5, num_rows=6).account("rows", limit="x") == [
         'rows: 1 bad rows left out: id "bad": question: empty'
