@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from qlora_lite.data.batches import StepSampler
 from qlora_lite.data.examples import Examples, load_examples
+from qlora_lite.data.read import format_of_held_out
 from qlora_lite.data.template import Encoded
 from qlora_lite.errors import DataError, RunError, TrainingStopped
 from qlora_lite.evaluate import EvalResult, evaluate_model, validation_loss
@@ -117,7 +118,9 @@ def training_examples(plan: Plan, tokenizer: Any) -> Examples:
 
 
 def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = None) -> Examples:
-    """The rows of data.eval (or of `path`, whatever its format), tokenized: at most eval.num_examples of data.eval.
+    """The rows of data.eval or `path`, tokenized: at most eval.num_examples of data.eval.
+
+    A file that has not the columns of data.format is of the format that its own columns say.
 
     Raises DataError.
     """
@@ -128,7 +131,7 @@ def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = N
     return load_examples(
         file,
         tokenizer,
-        format=data.format if path is None else "auto",
+        format=format_of_held_out(file, format=data.format),
         num_rows=plan.recipe.eval.num_examples if path is None else None,
         no_answer_text=data.no_answer_text,
         max_seq_length=_length(plan),
@@ -159,8 +162,11 @@ def train(
         refuse_other_recipe(run, recipe)
         _refuse_other_base(run, loaded.base_sha256)
     examples = training_examples(plan, loaded.tokenizer)
-    for note in examples.counts.notes:
-        say(note)
+    for sentence in (*examples.account("training rows", limit="data.num_train"), *examples.counts.notes):
+        say(sentence)
+    if recipe.data.eval is not None and Path(recipe.data.eval).exists():
+        for sentence in held_out_examples(plan, loaded.tokenizer).account("held-out rows", limit="eval.num_examples"):
+            say(sentence)
     evaluate_now = _validation(plan, loaded) if recipe.train.eval_every_steps is not None else None
     sampler = StepSampler(
         len(examples),

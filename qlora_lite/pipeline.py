@@ -16,6 +16,7 @@ from typing import Any
 from qlora_lite import OFFLINE_ASKED, api, show
 from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.prompts import question_prompt
+from qlora_lite.data.read import find_format, format_of_held_out
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import Interrupted, RunError, UserError
 from qlora_lite.evaluate import EvalResult, by_phrasing, stream_answer
@@ -242,6 +243,9 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
     show.show_rows([(row.id, row.tokens) for row in found.rows])
     show.show_truncation(found.truncation)
     show.say(f"format: {found.format} ({found.format_reason})")
+    if found.num_left_out:
+        total = found.num_rows + found.num_left_out
+        show.say(f"the first {found.num_rows:,} of {total:,} rows; data.num_train: null takes all")
     show.say(
         f"{found.num_rows} rows, {found.num_dropped} dropped; template: {found.template}; stop token: {found.stop_token}"
     )
@@ -252,9 +256,11 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
         raise UserError(
             f"data.max_seq_length: at {asked} tokens every row would lose its labels. Use {found.proposed_max_seq_length}, or auto"
         )
+    length = asked if isinstance(asked, int) else found.proposed_max_seq_length
     return {
         "recipe": str(recipe.path or recipe.name),
         "num_rows": found.num_rows,
+        "num_left_out": found.num_left_out,
         "num_dropped": found.num_dropped,
         "num_bad": found.num_bad,
         "format": found.format,
@@ -264,6 +270,37 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
         "rows": [asdict(row) for row in found.rows],
         "proposed_max_seq_length": found.proposed_max_seq_length,
         "reason": found.reason,
+        "eval": None if recipe.data.eval is None else _check_held_out(recipe, recipe.data.eval, tokenizer, length),
+    }
+
+
+def _check_held_out(recipe: Recipe, file: str, tokenizer: Any, max_seq_length: int) -> dict[str, Any]:
+    """What scoring will make of data.eval."""
+    trained_format, _ = find_format(recipe.data.train_files, format=recipe.data.format)
+    found = inspect_rows(
+        file,
+        tokenizer,
+        format=format_of_held_out(file, format=trained_format),
+        num_rows=recipe.eval.num_examples,
+        no_answer_text=recipe.data.no_answer_text,
+        max_seq_length=max_seq_length,
+    )
+    for row in found.bad:
+        show.say_warning(f"data.eval: bad row, left out: {row}")
+    show.say(f"data.eval: {found.num_rows} rows, {found.num_dropped} dropped; format: {found.format}")
+    for note in found.notes:
+        show.say(f"data.eval: {note}")
+    if found.num_dropped >= found.num_rows:
+        raise UserError(
+            f"{file}: at data.max_seq_length={max_seq_length} every held-out row would lose its answer. Raise it to "
+            f"{found.proposed_max_seq_length}, or set data.eval to null"
+        )
+    return {
+        "num_rows": found.num_rows,
+        "num_dropped": found.num_dropped,
+        "num_bad": found.num_bad,
+        "format": found.format,
+        "notes": list(found.notes),
     }
 
 

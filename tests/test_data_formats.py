@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_lite import pipeline
+from qlora_lite.data.prompts import squad_text
 from qlora_lite.recipe import load_recipe
 from tests.data.tiny_tokenizer import make_tokenizer
 from tests.tiny_run import run_cli, train_cli, write_recipe
@@ -98,6 +99,77 @@ def test_a_wrong_guess_can_be_overridden_and_a_wrong_format_is_told_with_the_col
         assert 'no column "instruction" and no column "output"' in done.stderr
         assert "Its columns: text, messages" in " ".join(done.stderr.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_rows_of_another_format_do_not_change_how_a_question_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run, held_out = write_recipe(tmp_path), tmp_path / "run", tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join(json.dumps({"prompt": f"{i}?", "completion": "b"}) for i in range(3)))
+    change = ["--set", f"data.eval={held_out}"]
+    found = run_cli("check", recipe, *change, "--json").json
+    assert (found["format"], found["eval"]["format"]) == ("SQuAD v1.1 JSON", "prompt_completion")
+    assert (found["eval"]["num_rows"], found["eval"]["num_bad"]) == (3, 0)
+
+    done = train_cli(recipe, run, *change, "--set", "train.max_steps=1", "--json")
+    assert done.json["eval"]["after"]["num_examples"] == 3
+    assert "data.eval is prompt_completion" in " ".join(done.stderr.split())
+    assert load_recipe(run / "recipe.yaml").data.format == "squad"
+
+    prompts: list[str] = []
+
+    def answer(model: Any, tokenizer: Any, prompt: list[int], **settings: Any) -> list[str]:
+        prompts.append(tokenizer.decode(prompt))
+        return ["x"]
+
+    monkeypatch.setattr(pipeline, "stream_answer", answer)
+    assert run_cli("ask", run, "Q?", "--json").code == 0
+    assert prompts == [ASKED.format(squad_text("Q?", None))]
+
+
+def test_check_reads_the_held_out_rows_too(tmp_path: Path) -> None:
+    recipe, held_out = write_recipe(tmp_path), tmp_path / "held_out.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"id": f"r{i}", "prompt": f"{i}?", "completion": "b", "source": "x"} for i in range(60)
+    ]
+    rows[1]["prompt"] = ""
+    held_out.write_text("\n".join(json.dumps(row) for row in rows))
+    change = ["--set", f"data.eval={held_out}"]
+    done = run_cli("check", recipe, *change)
+    assert done.code == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert 'data.eval: bad row, left out: id "r1": prompt: empty' in said
+    assert "data.eval: 4 rows, 0 dropped; format: prompt_completion" in said
+    assert "data.eval: held_out.jsonl: columns that are not used: source" in said
+    assert "of 24 rows" not in said
+    done = run_cli("check", recipe, *change, "--set", "data.num_train=20")
+    assert "the first 20 of 24 rows; data.num_train: null takes all" in " ".join(done.stderr.split())
+
+    held_out.write_text("\n".join(json.dumps({"question": "Q"}) for _ in range(3)))
+    done = run_cli("check", recipe, *change)
+    assert done.code == 2 and "no format has these columns: question" in " ".join(done.stderr.split())
+
+    held_out.write_text(json.dumps({"prompt": "long " * 2000, "completion": "b"}))
+    done = run_cli("check", recipe, *change)
+    assert done.code == 2 and "every held-out row would lose its answer" in " ".join(done.stderr.split())
+
+
+def test_train_says_which_rows_it_does_not_use(tmp_path: Path) -> None:
+    rows = [{"id": f"r{i}", "prompt": f"{i}?", "completion": "b"} for i in range(60)]
+    rows[1]["prompt"] = ""
+    rows[2]["prompt"] = "long " * 300
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = write_recipe(tmp_path)
+    change = [part for key in ("train", "eval") for part in ("--set", f"data.{key}={tmp_path / key}.jsonl")]
+    change += ["--set", "train.max_steps=1", "--set", "data.max_seq_length=128", "--set", "data.num_train=20"]
+    done = train_cli(recipe, tmp_path / "run", *change)
+    assert done.code == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    for kind, limit, num_rows in (("training", "data.num_train", 20), ("held-out", "eval.num_examples", 4)):
+        assert f"{kind} rows: the first {num_rows} of 59 rows; {limit}: null takes all" in said
+        assert f'{kind} rows: 1 bad rows left out: id "r1": prompt: empty' in said
+        assert f"{kind} rows: 1 of {num_rows} rows left out, longer than data.max_seq_length (128): r2" in said
 
 
 def test_a_tokenizer_of_the_tiny_model_is_the_one_these_prompts_are_of() -> None:

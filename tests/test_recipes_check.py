@@ -1,16 +1,26 @@
 """Every shipped recipe passes `check` as it is, its model stood in for by config and tokenizer of the same kind (no weights)."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from qlora_lite.recipe import list_recipes, show_recipe
+from qlora_lite.recipe import list_recipes, load_recipe, show_recipe
 from tests.architectures import published_config
 from tests.data.families import FAMILIES
 from tests.tiny_run import run_cli
 
+# Published parameters; in + out features of one layer's linear modules, and the layers (from the models' config.json).
+PUBLISHED = {
+    "llama-3.1-8b_qa-24gb": (8_030_261_248, 2 * 8192 + 2 * 5120 + 3 * 18432, 32),
+    "llama-3.2-3b_qa-8gb": (3_212_749_824, 2 * 6144 + 2 * 4096 + 3 * 11264, 28),
+    "qwen2.5-7b_qa-24gb": (7_615_616_512, 2 * 7168 + 2 * 4096 + 3 * 22528, 28),
+    "qwen3-8b_qa-24gb": (8_190_735_360, 2 * 8192 + 2 * 5120 + 3 * 16384, 36),
+    "bloom-560m_qa": (559_214_592, 4096 + 2048 + 2 * 5120, 24),
+    "mistral-7b_chat": (7_248_023_552, 2 * 8192 + 2 * 5120 + 3 * 18432, 32),
+}
 NAMES = [recipe.name for recipe in list_recipes()]
 # What the recipe's model is: a row of tests/architectures.py and a family of chat templates.
 STANDS_FOR = {
@@ -20,7 +30,7 @@ STANDS_FOR = {
     "Qwen/Qwen2.5-7B-Instruct": ("qwen2", "chatml"),
     "Qwen/Qwen3-8B": ("qwen3", "qwen"),
     "bigscience/bloom-560m": ("bloom", "plain"),
-    "mistralai/Mistral-7B-Instruct-v0.3": ("mistral", "mistral"),
+    "mistralai/Mistral-7B-Instruct-v0.3": ("mistral", "mistral_v3"),
 }
 
 
@@ -34,6 +44,48 @@ def stand_in(base: str, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     FAMILIES[family].tokenizer().save_pretrained(folder)
     return folder
+
+
+def header(name: str) -> str:
+    """The recipe's comment in one line, without its marks."""
+    lines = [line for line in show_recipe(name).splitlines() if line.startswith("#")]
+    return " ".join(" ".join(line.removeprefix("#") for line in lines).split())
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    found = re.search(pattern, text)
+    assert found is not None, pattern
+    return [float(number) for number in found.groups()]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_a_recipe_says_it_needs_is_the_arithmetic_of_its_model(name):
+    num_parameters, features, layers = PUBLISHED[name]
+    said, recipe = header(name), load_recipe(name, overrides=["model.base=smollm2-135m"])
+    parts = numbers(r"weights (\d+\.\d), adapter and optimizer (\d+\.\d), activations (\d+\.\d)", said)
+    assert abs(numbers(r"about (\d+\.\d) GiB", said)[0] - sum(parts)) < 0.15, "each part is rounded"
+    factors = recipe.lora.r * features * layers
+    assert parts[1] == round(10 * factors / 2**30, 1), "fp32 factors and gradients, two bytes of state"
+    sixteen_bits, four_bits = 2 * num_parameters / 1e9, parts[0] * 2**30 / 1e9
+    assert numbers(r"(\d+) GB of disk", said)[0] == round(2 * sixteen_bits + four_bits), "base, quantized base, merged"
+    assert numbers(r"(\d+) of them for the merged model", said)[0] == round(sixteen_bits)
+
+
+def test_recipes_say_what_only_their_model_needs():
+    for name in NAMES:
+        assert ("HF_TOKEN" in header(name)) == name.startswith("llama")
+        assert ("enable_thinking=false" in header(name)) == name.startswith("qwen3")
+
+
+def test_the_early_stop_of_the_chat_recipe_can_act_on_its_own_data():
+    recipe = load_recipe("mistral-7b_chat", overrides=["model.base=smollm2-135m"])
+    ((path, _),) = recipe.data.train_files
+    rows = [json.loads(line)["messages"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    assert all(messages[0]["role"] == "system" for messages in rows), "so that each turn is an example"
+    num_examples = sum(message["role"] == "assistant" for messages in rows for message in messages)
+    num_steps = recipe.train.epochs * math.ceil(num_examples / recipe.train.examples_per_step)
+    assert f"{num_steps:.0f} steps of the shipped data" in show_recipe("mistral-7b_chat")
+    assert num_steps // recipe.train.eval_every_steps > recipe.train.early_stop
 
 
 @pytest.mark.parametrize("name", NAMES)

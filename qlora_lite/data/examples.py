@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 
 from qlora_lite.data.files import hash_file
-from qlora_lite.data.fit import Example, TemplateNotes, fit_row
-from qlora_lite.data.read import Mix, Source, as_pairs, file_identity, read_mix
+from qlora_lite.data.fit import Example, RowFitter, TemplateNotes
+from qlora_lite.data.read import Source, as_pairs, file_identity, read_mix
+from qlora_lite.data.rows import Document
 from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, tokenizer_identity
 from qlora_lite.errors import DataError
 
-CODE_VERSION = 2  # raise it when the same file and tokenizer should give other rows
+CODE_VERSION = 3  # raise it when the same file and tokenizer should give other rows
 _WRITE_ROWS = 256  # rows held in memory while writing
+_NUM_KEPT, _NUM_SAID = 20, 3  # names of rows that are kept, and said
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,17 @@ class ReadCounts:
     """What happened to the rows of the files on their way to examples."""
 
     num_read: int  # usable rows that were taken from the files
+    num_left_out: int  # usable rows beyond the number that was asked for
     num_cut: int  # of these, kept with a shortened context, or cut in pieces (text)
     num_dropped: int  # of these, left out: longer than max_seq_length
-    num_bad: int  # unusable rows in the whole files
+    num_bad: int  # unusable rows in the whole files, and rows taken that the template cannot render
     bad: tuple[str, ...]  # the first of them, named, with reasons
     dropped: tuple[str, ...]  # ids of the first dropped rows
-    notes: tuple[str, ...]  # what was done to rows because of the chat template, a sentence each
+    cut: tuple[str, ...]  # ids of the first rows that were cut
+    is_text: bool  # every row is plain text
+    notes: tuple[
+        str, ...
+    ]  # which columns are not used, what was done to rows because of the chat template; a sentence each
 
 
 class Examples:
@@ -62,8 +69,8 @@ class Examples:
 
     @property
     def is_text(self) -> bool:
-        """Whether every example is plain text: nothing to ask and compare."""
-        return bool(self.dataset.data.column("answers").null_count == len(self))
+        """Whether every row is plain text: nothing to ask and compare."""
+        return self.counts.is_text
 
     @property
     def num_dropped(self) -> int:
@@ -74,6 +81,31 @@ class Examples:
     def num_cut(self) -> int:
         """Rows kept with a shortened context, or cut in pieces."""
         return self.counts.num_cut
+
+    def account(self, rows: str, *, limit: str) -> list[str]:
+        """What became of rows that are not used, or not as they are, a sentence each; [] when all are.
+
+        `rows` is what to call them, `limit` the key of the recipe that limits their number.
+        """
+        counts = self.counts
+        said: list[str] = []
+        if counts.num_left_out:
+            total = counts.num_read + counts.num_left_out
+            said.append(f"the first {counts.num_read:,} of {total:,} rows; {limit}: null takes all")
+        if counts.num_bad:
+            said.append(f"{counts.num_bad:,} bad rows left out: {_first_few(counts.bad, counts.num_bad)}")
+        if counts.num_dropped:
+            said.append(
+                f"{counts.num_dropped:,} of {counts.num_read:,} rows left out, longer than data.max_seq_length "
+                f"({self.max_seq_length}): {_first_few(counts.dropped, counts.num_dropped)}"
+            )
+        if counts.num_cut:
+            how = "cut in pieces of" if counts.is_text else "cut (a shorter context, or a text in pieces) to"
+            said.append(
+                f"{counts.num_cut:,} of {counts.num_read:,} rows {how} data.max_seq_length ({self.max_seq_length}): "
+                f"{_first_few(counts.cut, counts.num_cut)}"
+            )
+        return [f"{rows}: {sentence}" for sentence in said]
 
     def encoded(self, index: int) -> Encoded:
         """Token ids of example `index` (possibly with a shortened context)."""
@@ -114,8 +146,9 @@ def load_examples(
 ) -> Examples:
     """Tokenize the first `num_rows` usable rows of a file or of several with weights (None: all), or map what an earlier call wrote.
 
-    `max_seq_length` is in tokens (None: no limit). Raises DataError when a file is unusable (see `read_mix`), when every row is too
-    long, or when the cache cannot be written; ModelError when the tokenizer's template is unusable.
+    `max_seq_length` is in tokens (None: no limit). Raises DataError when a file is unusable (see `read_mix`), when the template cannot
+    render more than `max_bad_share` of the rows, when every row is too long, or when the cache cannot be written; ModelError when the
+    tokenizer's template is unusable.
     """
     for name, number in (("num_rows", num_rows), ("max_seq_length", max_seq_length)):
         if number is not None and number < 1:
@@ -141,7 +174,14 @@ def load_examples(
     counts = _read_cache(folder)
     if counts is None:
         mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
-        records = _Records(mix, ChatTemplate(tokenizer), no_answer_text, max_seq_length)
+        fitter = RowFitter(
+            mix,
+            ChatTemplate(tokenizer),
+            no_answer_text=no_answer_text,
+            max_seq_length=max_seq_length,
+            max_bad_share=max_bad_share,
+        )
+        records = _Records(fitter)
         try:
             counts = _write_cache(folder, records, fingerprint)
         except OSError as error:
@@ -160,41 +200,51 @@ def load_examples(
 class _Records:
     """Iterates once over the records to write, and counts what happens to the rows on the way."""
 
-    def __init__(self, mix: Mix, template: ChatTemplate, no_answer_text: str, max_seq_length: int | None) -> None:
-        self.mix = mix
-        self.template = template
-        self.no_answer_text = no_answer_text
-        self.max_seq_length = max_seq_length
+    def __init__(self, fitter: RowFitter) -> None:
+        self.fitter = fitter
         self.num_read = self.num_cut = self.num_dropped = 0
         self.notes = TemplateNotes()
         self.dropped: list[str] = []
+        self.cut: list[str] = []
+        self.is_text = True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for row in self.mix:
+        for row in self.fitter.mix:
+            fitted = self.fitter.fit(row)
+            if fitted is None:
+                continue
+            examples, was_cut = fitted
             self.num_read += 1
-            examples, was_cut = fit_row(
-                self.template, row, no_answer_text=self.no_answer_text, max_seq_length=self.max_seq_length
-            )
+            self.is_text = self.is_text and isinstance(row, Document)
             if not examples:
                 self.num_dropped += 1
-                if len(self.dropped) < 20:
-                    self.dropped.append(row.id)
+                self.dropped += [row.id] if len(self.dropped) < _NUM_KEPT else []
                 continue
             self.num_cut += was_cut
-            self.notes.count(self.template, row, examples)
+            self.cut += [row.id] if was_cut and len(self.cut) < _NUM_KEPT else []
+            self.notes.count(self.fitter.template, row, examples)
             yield from map(_record, examples)
+        self.fitter.refuse_too_many()
 
     @property
     def counts(self) -> ReadCounts:
         return ReadCounts(
             num_read=self.num_read,
+            num_left_out=self.fitter.mix.num_left_out,
             num_cut=self.num_cut,
             num_dropped=self.num_dropped,
-            num_bad=self.mix.num_bad,
-            bad=self.mix.bad,
+            num_bad=self.fitter.num_bad,
+            bad=self.fitter.bad,
             dropped=tuple(self.dropped),
-            notes=self.notes.sentences,
+            cut=tuple(self.cut),
+            is_text=self.is_text,
+            notes=(*self.fitter.mix.notes, *self.notes.sentences),
         )
+
+
+def _first_few(named: Sequence[str], num_rows: int) -> str:
+    more = num_rows - min(len(named), _NUM_SAID)
+    return "; ".join(named[:_NUM_SAID]) + (f"; and {more:,} more" if more else "")
 
 
 def _record(example: Example) -> dict[str, Any]:
@@ -225,7 +275,7 @@ def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCount
             "num_label_tokens": Value("int32"),
             "id": Value("string"),
             "question": Value("large_string"),
-            "answers": List(Value("large_string")),  # null: none to compare
+            "answers": List(Value("large_string")),  # null: none to compare (text, a call)
             "whole_prompt_ids": List(Value("int32")),  # null: the ids before the last span
         }
     )
@@ -276,7 +326,9 @@ def _read_cache(folder: Path) -> ReadCounts | None:
 
 
 def _with_tuples(counts: ReadCounts) -> ReadCounts:
-    return replace(counts, bad=tuple(counts.bad), dropped=tuple(counts.dropped), notes=tuple(counts.notes))
+    """JSON has none."""
+    bad, dropped, cut, notes = (tuple(lines) for lines in (counts.bad, counts.dropped, counts.cut, counts.notes))
+    return replace(counts, bad=bad, dropped=dropped, cut=cut, notes=notes)
 
 
 def _map(folder: Path) -> Any:

@@ -9,8 +9,10 @@
 from dataclasses import dataclass, replace
 
 from qlora_lite.data.prompts import squad_text
+from qlora_lite.data.read import NUM_NAMED, Mix, too_many_bad
 from qlora_lite.data.rows import Conversation, Document, Message, QuestionRow, Row
 from qlora_lite.data.template import ChatTemplate, Encoded
+from qlora_lite.errors import DataError, ModelError
 
 _SNAP_CHARS = 24  # a shortened context moves to a word boundary when one is this near
 
@@ -22,7 +24,9 @@ class Example:
     id: str  # of the row it comes from
     encoded: Encoded
     question: str = ""  # the last message before the answer, for people
-    answers: tuple[str, ...] | None = None  # the gold answers of the last trained turn; None: nothing to compare (text)
+    answers: tuple[str, ...] | None = (
+        None  # the gold answers of the last trained turn; None: nothing to compare (text, a call)
+    )
     whole_prompt_ids: tuple[int, ...] | None = None  # where `encoded` lost context: the prompt with all of it
 
     @property
@@ -57,6 +61,50 @@ def least_tokens(template: ChatTemplate, row: Row, whole: int, *, no_answer_text
         shortest = replace(row, context=row.answers[0] if row.answers else "")
         return min(whole, len(_encode_question(template, shortest, no_answer_text).input_ids))
     return whole
+
+
+class RowFitter:
+    """`fit_row` for the rows of a `Mix`, and the bad rows: those of the files and those that the template cannot render."""
+
+    def __init__(
+        self, mix: Mix, template: ChatTemplate, *, no_answer_text: str, max_seq_length: int | None, max_bad_share: float
+    ) -> None:
+        self.mix = mix
+        self.template = template
+        self.no_answer_text = no_answer_text
+        self.max_seq_length = max_seq_length
+        self.max_bad_share = max_bad_share
+        self.num_unrendered = 0
+        self._unrendered: dict[str, None] = {}  # named, with the reason; a row that is taken twice is named once
+
+    def fit(self, row: Row) -> tuple[list[Example], bool] | None:
+        """As `fit_row`; None for a row that the template cannot render."""
+        try:
+            return fit_row(self.template, row, no_answer_text=self.no_answer_text, max_seq_length=self.max_seq_length)
+        except ModelError as error:
+            if isinstance(row, Document):  # no template reads it, so it is the tokenizer's fault and every row's
+                raise
+            self.num_unrendered += 1
+            if len(self._unrendered) < NUM_NAMED:
+                self._unrendered[str(error)] = None
+            return None
+
+    def refuse_too_many(self) -> None:
+        """After the last row: raise DataError when the template cannot render more than `max_bad_share` of the rows taken."""
+        num_taken = self.mix.num_rows
+        if self.num_unrendered > self.max_bad_share * num_taken:
+            num_rows, named = num_taken - self.num_unrendered, list(self._unrendered)
+            raise DataError(too_many_bad(self.mix.names, num_rows, self.num_unrendered, named, self.max_bad_share))
+
+    @property
+    def num_bad(self) -> int:
+        """Unusable rows in the whole files, and those of the rows taken that the template cannot render."""
+        return self.mix.num_bad + self.num_unrendered
+
+    @property
+    def bad(self) -> tuple[str, ...]:
+        """The first bad rows, named, with reasons."""
+        return (*self.mix.bad, *self._unrendered)[:NUM_NAMED]
 
 
 @dataclass
@@ -95,7 +143,7 @@ def _turn_examples(template: ChatTemplate, row: Conversation) -> list[Example]:
             row.id,
             turns.encoded,
             question=_said(row.messages[turns.last - 1]),
-            answers=(_said(row.messages[turns.last]),),
+            answers=None if "tool_calls" in row.messages[turns.last] else (_said(row.messages[turns.last]),),
         )
         for turns in template.encode(row)
     ]

@@ -3,21 +3,26 @@
 | format            | columns                                        | becomes                                          |
 |-------------------|------------------------------------------------|--------------------------------------------------|
 | squad             | context, question, answers (or answer)         | a question about a passage                       |
-| chat              | messages [, tools]                             | a conversation, every assistant message trained  |
+|                   | [, is_impossible]                              |                                                  |
+| chat              | messages [, system, tools]                     | a conversation, every assistant message trained  |
 | sharegpt          | conversations [, system, tools]                | the same, of {from, value}                       |
 | prompt_completion | prompt, completion (or question, answer)       | one exchange; or messages, the completion trained |
-|                   | [, system, tools]                              |                                                  |
-| alpaca            | instruction, output [, input, system]          | one exchange: instruction, empty line, input     |
+|                   | [, context, system, tools]                     | context, empty line, prompt                      |
+| alpaca            | instruction, output                            | one exchange: instruction, empty line, input     |
+|                   | [, input, history, system, tools]              | behind those of the history, also trained        |
 | text              | text                                           | a document, every token trained                  |
 
-An `id` column names the rows; without one the place in the file does. Names follow TRL, LLaMA-Factory and the OpenAI chat format.
+In csv, a cell of `messages`, `conversations`, `history`, `answers` or `tools` that holds a list is JSON; an empty `answers` is none.
+An `id` column names the rows; without one the place in the file does. An assistant message with `weight: 0` is not trained. Names follow
+TRL, LLaMA-Factory (whose alpaca `history` is a list of [instruction, answer]) and the OpenAI chat format.
 """
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from qlora_lite.data.prompts import alpaca_text
+from qlora_lite.data.prompts import alpaca_text, text_with_context
 from qlora_lite.data.rows import BadRow, Conversation, Document, Message, Row, kind, problem_with_text, short
 from qlora_lite.data.squad import check_columns
 
@@ -31,6 +36,16 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("text",),),
 }
 FORMATS = tuple(_COLUMNS)
+# Columns that are read where they are there, besides `id`.
+_MORE_COLUMNS: dict[str, tuple[str, ...]] = {
+    "squad": ("is_impossible",),
+    "chat": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "prompt_completion": ("context", "system", "tools"),
+    "alpaca": ("input", "history", "system", "tools"),
+    "text": (),
+}
+_LISTS = ("messages", "conversations", "history")  # columns that hold no text, so that a text in them is JSON
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     **{name: name for name in _ROLES},
@@ -39,6 +54,7 @@ _SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "observation": "tool",
+    "function_call": "assistant",
 }
 
 
@@ -56,6 +72,13 @@ def find_columns(columns: Sequence[str], *, format: str) -> tuple[str, tuple[str
     return f"no column {' and no column '.join(fewest)}, which {format} needs ({_alternatives(format)}). Its columns: {there}"
 
 
+def unused_columns(columns: Sequence[str], *, format: str) -> tuple[str, ...]:
+    """The columns that rows of `format` do not read; () where it does not find its own."""
+    found = find_columns(columns, format=format)
+    used = columns if isinstance(found, str) else {"id", *found[1], *_MORE_COLUMNS[found[0]]}
+    return tuple(column for column in columns if column not in used)
+
+
 def read_row(format: str, values: dict[str, Any], place: str) -> Row | BadRow:
     """One row's columns -> the row. `place` names a row without an id, such as "line 7"."""
     given = values.get("id")
@@ -64,13 +87,20 @@ def read_row(format: str, values: dict[str, Any], place: str) -> Row | BadRow:
     if format == "squad":
         return check_columns(values | {"id": name}, place)
     try:
-        return _READERS[format](values, name)
+        return _READERS[format](_with_lists(values), name)
     except _Unusable as problem:
         return BadRow(f'id "{short(name)}"' if has_id else place, str(problem))
 
 
 class _Unusable(Exception):
     """Why a row cannot be used."""
+
+
+def _with_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """A csv cell has no lists, only the JSON of them."""
+    cells = {name: values.get(name) for name in _LISTS}
+    texts = {name: cell for name, cell in cells.items() if isinstance(cell, str) and cell.lstrip().startswith("[")}
+    return values | {name: _parsed(text, name) for name, text in texts.items()}
 
 
 def _chat(values: dict[str, Any], name: str) -> Conversation:
@@ -89,7 +119,10 @@ def _sharegpt(values: dict[str, Any], name: str) -> Conversation:
         speaker = str(turn.get("from"))
         if speaker not in _SHAREGPT_ROLES:
             raise _Unusable(f'{where}.from: "{short(speaker)}", known are {", ".join(_SHAREGPT_ROLES)}')
-        messages.append({"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")})
+        message = {"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value"), "weight": turn.get("weight")}
+        if speaker == "function_call":
+            message |= {"content": None, "tool_calls": _written_calls(turn.get("value"), f"{where}.value")}
+        messages.append(message)
     return _conversation(name, _messages(messages, "conversations"), values)
 
 
@@ -97,6 +130,10 @@ def _prompt_completion(values: dict[str, Any], name: str) -> Conversation:
     columns = _COLUMNS["prompt_completion"]
     prompt_column, completion_column = columns[0] if "prompt" in values else columns[1]
     prompt = _as_messages(values.get(prompt_column), "user", prompt_column)
+    if not _is_blank(values.get("context")):
+        if isinstance(values[prompt_column], list):
+            raise _Unusable(f"context: can stand before a text only, and {prompt_column} is a list of messages")
+        prompt = [_user(text_with_context(values[prompt_column], _text(values["context"], "context")))]
     completion = _as_messages(values.get(completion_column), "assistant", completion_column)
     return _conversation(name, [*prompt, *completion], values, num_prompt=len(prompt))
 
@@ -104,7 +141,23 @@ def _prompt_completion(values: dict[str, Any], name: str) -> Conversation:
 def _alpaca(values: dict[str, Any], name: str) -> Conversation:
     instruction, output = (_text(values.get(column), column) for column in ("instruction", "output"))
     added = "" if _is_blank(values.get("input")) else _text(values["input"], "input")
-    return _conversation(name, [_user(alpaca_text(instruction, added)), _assistant(output)], values)
+    asked = [*_history(values.get("history")), _user(alpaca_text(instruction, added))]
+    return _conversation(name, [*asked, _assistant(output)], values)
+
+
+def _history(given: Any) -> list[Message]:
+    """Earlier exchanges, as LLaMA-Factory has them: a list of [instruction, answer]."""
+    if _is_blank(given):
+        return []
+    if not isinstance(given, list):
+        raise _Unusable(f"history: expected a list of [instruction, answer], got {kind(given)}")
+    messages: list[Message] = []
+    for position, pair in enumerate(given):
+        where = f"history[{position}]"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise _Unusable(f"{where}: expected [instruction, answer]")
+        messages += [_user(_text(pair[0], where)), _assistant(_text(pair[1], where))]
+    return messages
 
 
 def _document(values: dict[str, Any], name: str) -> Document:
@@ -121,16 +174,15 @@ _READERS: dict[str, Callable[[dict[str, Any], str], Conversation | Document]] = 
 
 
 def _conversation(name: str, messages: list[Message], values: dict[str, Any], *, num_prompt: int = 0) -> Conversation:
-    """The messages up to the last answer: what follows it is not trained and not seen by what is."""
+    """The messages up to the last trained one: what follows it is not seen by what is trained."""
     if not _is_blank(values.get("system")) and messages and messages[0]["role"] != "system":
         system = {"role": "system", "content": _text(values["system"], "system")}
         messages, num_prompt = [system, *messages], num_prompt + 1
-    while messages and messages[-1]["role"] != "assistant":
-        messages = messages[:-1]
     row = Conversation(name, tuple(messages), _tools(values.get("tools")), first_trained=max(1, num_prompt))
     if not row.trained_turns:
-        raise _Unusable("no assistant message with one before it, so there is nothing to train")
-    return row
+        weights = " and a weight other than 0" if any("weight" in message for message in messages) else ""
+        raise _Unusable(f"no assistant message with one before it{weights}, so there is nothing to train")
+    return replace(row, messages=row.messages[: row.trained_turns[-1] + 1])
 
 
 def _messages(given: Any, where: str) -> list[Message]:
@@ -151,10 +203,16 @@ def _message(message: Any, where: str) -> Message:
         raise _Unusable(f'{where}.role: "{short(str(message.get("role")))}", known are {", ".join(_ROLES)}')
     kept = {key: value for key, value in message.items() if value is not None}
     content = _joined(kept.get("content", ""), where)
+    weight = kept.pop("weight", 1)
+    if weight not in (0, 1):
+        raise _Unusable(f"{where}.weight: expected 1, or 0 for a message that is not trained, got {short(str(weight))}")
     calls = _tool_calls(kept.pop("tool_calls", []), f"{where}.tool_calls")
     may_be_empty = bool(calls) or message["role"] in ("system", "tool")
     content = "" if _is_blank(content) and may_be_empty else _text(content, f"{where}.content")
-    return kept | {"content": content} | ({"tool_calls": calls} if calls else {})
+    is_untrained = weight == 0 and message["role"] == "assistant"
+    return (
+        kept | {"content": content} | ({"tool_calls": calls} if calls else {}) | ({"weight": 0} if is_untrained else {})
+    )
 
 
 def _joined(content: Any, where: str) -> Any:
@@ -182,6 +240,15 @@ def _tool_calls(given: Any, where: str) -> list[Any]:
             arguments = _parsed(arguments, f"{where}[{position}].function.arguments")
         calls.append({**call, "function": {**function, "arguments": arguments}})
     return calls
+
+
+def _written_calls(given: Any, where: str) -> list[Any]:
+    """The call that is the text of a sharegpt turn, {"name", "arguments"}, or a list of them, as the OpenAI format has it."""
+    calls = _parsed(given, where) if isinstance(given, str) else given
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        raise _Unusable(f"{where}: expected a call, an object with name and arguments, as JSON")
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _tools(given: Any) -> tuple[Any, ...]:

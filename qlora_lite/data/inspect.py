@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 
-from qlora_lite.data.fit import TemplateNotes, fit_row, least_tokens
+from qlora_lite.data.fit import RowFitter, TemplateNotes, fit_row, least_tokens
 from qlora_lite.data.read import Source, find_format, read_mix
 from qlora_lite.data.rows import QuestionRow, Row
 from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer
@@ -18,6 +18,12 @@ from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer
 TEXT_TOKENS = 1024  # proposed for plain text, which loses nothing when it is cut in pieces
 TABLE_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 NUM_SHOWN = 3
+_OUTLIERS_OF_ANY = "lose context, or are left out where there is no passage to shorten"
+_OUTLIERS = {
+    "squad": "lose context",
+    **dict.fromkeys(("chat", "sharegpt", "prompt_completion", "alpaca"), "are left out"),
+    "text": "are cut in pieces",
+}
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,13 @@ class DataReport:
 
     num_rows: int  # usable rows taken from the files, at most `num_rows` of the call
     num_dropped: int  # of these, lost at the sequence length in use (the given one, or the proposed one)
-    num_bad: int  # unusable rows in the whole files
+    num_left_out: int  # usable rows beyond the number that was asked for
+    num_bad: int  # unusable rows in the whole files, and rows taken that the template cannot render
     bad: tuple[str, ...]  # the first of them, named, with reasons
     format: str
     format_reason: str
     template: str  # "the tokenizer's chat template" or "plain"
-    notes: tuple[str, ...]  # what was done to rows because of the template, a sentence each
+    notes: tuple[str, ...]  # which columns are not used, what was done to rows because of the template; a sentence each
     stop_token: str
     max_tokens: int  # of the longest row, uncut
     truncation: tuple[TruncationLine, ...]
@@ -75,42 +82,51 @@ def inspect_rows(
     """Look at the first `num_rows` usable rows (None: all) of a file, or of several with weights.
 
     `max_seq_length` None means "use the proposal"; `limit` is the model's context window in tokens, which a proposal never exceeds.
-    Raises DataError as `read_mix` does, ModelError when the tokenizer's template is unusable.
+    Raises DataError as `load_examples` does for bad rows, ModelError when the tokenizer's template is unusable.
     """
     mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
     template = ChatTemplate(tokenizer)
+    fitter = RowFitter(mix, template, no_answer_text=no_answer_text, max_seq_length=None, max_bad_share=max_bad_share)
     notes = TemplateNotes()
-    lengths, unanswerable = [], []
-    for row in mix:
-        examples, _ = fit_row(template, row, no_answer_text=no_answer_text, max_seq_length=None)
+    positions, lengths, unanswerable = [], [], []  # of the rows that the template renders
+    for position, row in enumerate(mix):
+        fitted = fitter.fit(row)
+        if fitted is None:
+            continue
+        examples, _ = fitted
+        positions.append(position)
         whole = max(len(example.encoded.input_ids) for example in examples)
         lengths.append((whole, least_tokens(template, row, whole, no_answer_text=no_answer_text)))
         unanswerable.append(isinstance(row, QuestionRow) and not row.answers)
         notes.count(template, row, examples)
+    fitter.refuse_too_many()
     (whole_B, shortest_B), unanswerable_B = np.array(lengths).T, np.array(unanswerable)
-    proposed, reason = propose_max_seq_length(whole_B, limit=limit, is_text=mix.format == "text")
+    proposed, reason = propose_max_seq_length(
+        whole_B, limit=limit, is_text=mix.format == "text", outliers=_OUTLIERS.get(mix.format, _OUTLIERS_OF_ANY)
+    )
     used = max_seq_length or proposed
     tried = sorted({*TABLE_LENGTHS, used, int(whole_B.max())})
     table = {length: _truncation_line(length, whole_B, shortest_B) for length in tried}
-    shown = _choose_rows(whole_B, shortest_B, unanswerable_B, used)
+    shown = [positions[i] for i in _choose_rows(whole_B, shortest_B, unanswerable_B, used)]
     is_nested = all(file.kind == "squad" for file in mix.files)
     version = "v2.0" if unanswerable_B.any() else "v1.1"
     return DataReport(
         num_rows=len(whole_B),
+        num_left_out=mix.num_left_out,
         num_dropped=table[used].num_dropped,
-        num_bad=mix.num_bad,
-        bad=mix.bad,
+        num_bad=fitter.num_bad,
+        bad=fitter.bad,
         format=f"SQuAD {version} JSON" if is_nested else mix.format,
         format_reason=find_format(source, format=format)[1],
         template=template.name,
-        notes=notes.sentences,
+        notes=(*mix.notes, *notes.sentences),
         stop_token=str(tokenizer.convert_ids_to_tokens(template.stop_token_id)),
         max_tokens=int(whole_B.max()),
         truncation=tuple(table.values()),
         rows=tuple(
             _render_row(template, row, no_answer_text, used)
-            for index, row in enumerate(islice(mix, max(shown, default=-1) + 1))
-            if index in shown
+            for position, row in enumerate(islice(mix, max(shown, default=-1) + 1))
+            if position in shown
         ),
         proposed_max_seq_length=proposed,
         reason=reason,
@@ -118,12 +134,17 @@ def inspect_rows(
 
 
 def propose_max_seq_length(
-    lengths_B: Sequence[int] | np.ndarray, *, limit: int | None = None, is_text: bool = False
+    lengths_B: Sequence[int] | np.ndarray,
+    *,
+    limit: int | None = None,
+    is_text: bool = False,
+    outliers: str = _OUTLIERS_OF_ANY,
 ) -> tuple[int, str]:
     """Tokens per row, uncut -> (`max_seq_length`, reason).
 
     The smallest multiple of 64 that holds every row; or 99.5% of them when the longest row is more than twice as long as all those.
-    Never above `limit`, the model's context window; of plain text not above TEXT_TOKENS. Raises ValueError when there are no rows.
+    Never above `limit`, the model's context window; of plain text not above TEXT_TOKENS. `outliers` says what becomes of rows that are
+    longer. Raises ValueError when there are no rows.
     """
     if len(lengths_B) == 0:
         raise ValueError("no rows to propose a sequence length for")
@@ -140,7 +161,7 @@ def propose_max_seq_length(
         return proposed, f"the smallest multiple of 64 that holds every row; the longest has {longest} tokens"
     num_longer = int((ordered > proposed).sum())
     return proposed, (
-        f"the smallest multiple of 64 that holds 99.5% of the rows; {num_longer} outliers of up to {longest} tokens lose context"
+        f"the smallest multiple of 64 that holds 99.5% of the rows; {num_longer} outliers of up to {longest} tokens {outliers}"
     )
 
 

@@ -14,6 +14,11 @@ def alpaca_text(instruction: str, added: str) -> str:
     return f"{instruction}\n\n{added}" if added.strip() else instruction
 
 
+def text_with_context(question: str, context: str | None) -> str:
+    """A question of prompt/completion rows or a chat behind the text it is about."""
+    return question if context is None else f"{context}\n\n{question}"
+
+
 def question_prompt(
     template: ChatTemplate, question: str, context: str | None, *, format: str
 ) -> tuple[list[int], int]:
@@ -22,7 +27,7 @@ def question_prompt(
     alpaca: the context is the input; text: context and question are continued; chat, all others, and "auto" (files of several formats):
     the context stands before the question. Raises ModelError.
     """
-    message = question if context is None else f"{context}\n\n{question}"
+    message = text_with_context(question, context)
     if format == "text":
         return template.document_ids(message, is_finished=False), template.end_token_id
     if format == "squad":

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from qlora_lite.data.files import hash_file
-from qlora_lite.data.formats import FORMATS, find_columns, read_row
-from qlora_lite.data.rows import BadRow, Row
+from qlora_lite.data.formats import FORMATS, find_columns, read_row, unused_columns
+from qlora_lite.data.rows import BadRow, Row, short
 from qlora_lite.data.squad import read_questions
 from qlora_lite.data.tables import FileKind, file_kind, open_table
 from qlora_lite.errors import DataError
@@ -40,6 +40,7 @@ class RowFile:
     num_rows: int
     num_bad: int
     bad: tuple[str, ...]  # the first 20 bad rows, named, with their reason
+    unused: tuple[str, ...]  # columns that are not read
 
     def __iter__(self) -> Iterator[Row]:
         return (row for row in _read(self.path, self.kind, self.format) if not isinstance(row, BadRow))
@@ -51,6 +52,7 @@ class Mix:
 
     files: tuple[RowFile, ...]
     times_taken: tuple[np.ndarray, ...]  # per file: int64 [its rows]
+    num_left_out: int  # usable rows beyond the number that was asked for
 
     def __iter__(self) -> Iterator[Row]:
         for file, times in zip(self.files, self.times_taken, strict=True):
@@ -64,6 +66,11 @@ class Mix:
         return int(sum(times.sum() for times in self.times_taken))
 
     @property
+    def names(self) -> str:
+        """The files, for messages."""
+        return ", ".join(str(file.path) for file in self.files)
+
+    @property
     def num_bad(self) -> int:
         return sum(file.num_bad for file in self.files)
 
@@ -73,6 +80,15 @@ class Mix:
         if len(self.files) == 1:
             return self.files[0].bad
         return tuple(f"{file.path.name} {bad}" for file in self.files for bad in file.bad)[:NUM_NAMED]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the files is not read, a sentence each."""
+        return tuple(
+            f"{file.path.name}: columns that are not used: {', '.join(short(name) for name in file.unused[:30])}"
+            for file in self.files
+            if file.unused
+        )
 
     @property
     def format(self) -> str:
@@ -94,8 +110,10 @@ def read_mix(source: Source, *, format: str = "auto", num_rows: int | None = Non
         raise DataError(
             f"data.train: the weights leave no row of {', '.join(str(path) for path, _ in pairs)}. Raise them"
         )
-    shares = _shares(totals, sum(totals) if num_rows is None else min(num_rows, sum(totals)))
-    return Mix(files, tuple(_first(each, share) for each, share in zip(times, shares, strict=True)))
+    num_taken = sum(totals) if num_rows is None else min(num_rows, sum(totals))
+    shares = _shares(totals, num_taken)
+    taken = tuple(_first(each, share) for each, share in zip(times, shares, strict=True))
+    return Mix(files, taken, num_left_out=sum(totals) - num_taken)
 
 
 def find_format(source: Source, *, format: str) -> tuple[str, str]:
@@ -112,6 +130,19 @@ def find_format(source: Source, *, format: str) -> tuple[str, str]:
         return "auto", "; ".join(f"{path.name} is {name}: {why}" for path, (name, why) in found.items())
     path, (name, why) = next(iter(found.items()))
     return name, f"{path.name}: {why}"
+
+
+def format_of_held_out(path: str | os.PathLike[str], *, format: str) -> str:
+    """`format`, that of the training rows, where the file at `path` has its columns; otherwise the one that its own columns say.
+
+    Raises DataError when the file cannot be read or has no columns of a known format.
+    """
+    path = Path(path)
+    kind = file_kind(path)
+    if format == "auto":
+        return _find_format(path, kind, "auto")[0]
+    is_such = format == "squad" if kind == "squad" else not isinstance(_found(path, kind, format), str)
+    return format if is_such else _find_format(path, kind, "auto")[0]
 
 
 def as_pairs(source: Source) -> list[tuple[Path, float]]:
@@ -145,8 +176,9 @@ def _check_file(path: Path, format: str, max_bad_share: float) -> RowFile:
         what = "no questions: nothing in data[].paragraphs[].qas[]" if kind == "squad" else "no rows"
         raise DataError(f"{path}: {what}.")
     if num_rows == 0 or num_bad > max_bad_share * (num_rows + num_bad):
-        raise DataError(_too_many_bad(path, num_rows, num_bad, named, max_bad_share))
-    return RowFile(path=path, kind=kind, format=name, num_rows=num_rows, num_bad=num_bad, bad=tuple(named))
+        raise DataError(too_many_bad(str(path), num_rows, num_bad, named, max_bad_share))
+    unused = () if kind == "squad" else unused_columns(open_table(path, kind).columns, format=name)
+    return RowFile(path, kind, name, num_rows=num_rows, num_bad=num_bad, bad=tuple(named), unused=unused)
 
 
 def _find_format(path: Path, kind: FileKind, format: str) -> tuple[str, str]:
@@ -158,11 +190,16 @@ def _find_format(path: Path, kind: FileKind, format: str) -> tuple[str, str]:
         raise DataError(
             f"{path}: one JSON object, which only SQuAD files are; {format} is an object per row (json or jsonl)."
         )
-    found = find_columns(open_table(path, kind).columns, format=format)
+    found = _found(path, kind, format)
     if isinstance(found, str):
         raise DataError(f"{path}: {found}. Rename the columns, or choose another data.format.")
     name, columns = found
     return name, f"it has the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}"
+
+
+def _found(path: Path, kind: FileKind, format: str) -> tuple[str, tuple[str, ...]] | str:
+    """What `find_columns` says of a file of rows."""
+    return find_columns(open_table(path, kind).columns, format=format)
 
 
 def _read(path: Path, kind: FileKind, format: str) -> Iterator[Row | BadRow]:
@@ -173,12 +210,13 @@ def _read(path: Path, kind: FileKind, format: str) -> Iterator[Row | BadRow]:
         yield BadRow(place, values) if isinstance(values, str) else read_row(format, values, place)
 
 
-def _too_many_bad(path: Path, num_rows: int, num_bad: int, named: list[str], max_bad_share: float) -> str:
+def too_many_bad(files: str, num_rows: int, num_bad: int, named: Sequence[str], max_bad_share: float) -> str:
+    """What to say of `files` with `num_rows` usable rows and more bad ones than allowed, the first of them named."""
     shown = [f"  {name}" for name in named[:5]]
     rest = [f"  ... and {num_bad - 5} more"] if num_bad > 5 else []
     total = num_rows + num_bad
     head = (
-        f"{path}: {num_bad} of {total} rows cannot be used ({num_bad / total:.1%}, allowed {max_bad_share:.0%}). "
+        f"{files}: {num_bad} of {total} rows cannot be used ({num_bad / total:.1%}, allowed {max_bad_share:.0%}). "
         f"Mend or remove them:"
     )
     return "\n".join([head, *shown, *rest])

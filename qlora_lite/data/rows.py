@@ -25,7 +25,7 @@ class QuestionRow:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in turn, the last one the assistant's. Every assistant message is trained that has one before it.
+    """Messages in turn, the last one a trained one. Every assistant message is trained that has one before it and not weight 0.
 
     `first_trained` is the index of the first message that may be trained: answers before it belong to the prompt.
     """
@@ -39,7 +39,8 @@ class Conversation:
     def trained_turns(self) -> list[int]:
         """Indices of the messages that are trained, in order."""
         start = max(1, self.first_trained)  # nothing was said before message 0, so it answers nothing
-        return [i for i in range(start, len(self.messages)) if self.messages[i]["role"] == "assistant"]
+        messages = enumerate(self.messages[start:], start)
+        return [i for i, message in messages if message["role"] == "assistant" and message.get("weight") != 0]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Sources: SQuAD arXiv 1606.05250 (v1.1), arXiv 1806.03822 (v2.0: `is_impossible` 
 Surprising: an `answer_start` that points elsewhere is forgiven when the answer's text does occur in the context.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,20 +71,48 @@ def check_question(context: Any, question: Any, where: str) -> QuestionRow | Bad
 
 
 def check_columns(values: dict[str, Any], where: str) -> QuestionRow | BadRow:
-    """One row with columns `context`, `question` and `answers` (or `answer`) -> the row.
+    """One row with columns `context`, `question` and `answers` (or `answer`), perhaps `is_impossible` -> the row.
 
     `answers` is as `datasets` has it ({"text": [...], "answer_start": [...]}, empty lists where there is no answer), as in the nested
-    file, or plain text, one or a list. Without `id` the place in the file is the id.
+    file, or plain text, one or a list. Without `id` the place in the file is the id. A csv cell has them as text: a list as JSON,
+    `is_impossible` as true or false; an empty `answers` is none.
     """
-    given = values.get("answers", values.get("answer"))
-    answers = _as_answers(given)
+    impossible = _as_bool(values.get("is_impossible"))
+    given = _from_cell(values["answers"]) if "answers" in values else values.get("answer")
+    answers = [] if impossible is True and given in (None, "") else _as_answers(given)
+    if impossible is None:
+        impossible = bool(answers == [] and isinstance(given, dict | list))
     question = {
         "id": values.get("id") or where,
         "question": values.get("question"),
         "answers": answers,
-        "is_impossible": bool(answers == [] and isinstance(given, dict | list)),
+        "is_impossible": impossible,
     }
     return check_question(values.get("context"), question, where)
+
+
+def _as_bool(given: Any) -> Any:
+    """A csv cell of `is_impossible` as true, false or None; what is none of them as it is, for `check_question` to name."""
+    if not isinstance(given, str):
+        return given
+    return {"true": True, "1": True, "false": False, "0": False, "": None}.get(given.strip().lower(), given)
+
+
+def _from_cell(given: Any) -> Any:
+    """A csv cell of `answers`: the JSON of a list or an object of texts, or an answer itself; an empty one is no answers."""
+    if not isinstance(given, str):
+        return given
+    if not given.strip():
+        return []
+    if not given.lstrip().startswith(("[", "{")):
+        return given
+    try:
+        parsed = json.loads(given)
+    except (ValueError, RecursionError):
+        return given  # an answer may begin so
+    texts = parsed.get("text") if isinstance(parsed, dict) else parsed
+    is_list = isinstance(texts, list) and all(isinstance(text, str | dict) for text in texts)
+    return parsed if is_list else given
 
 
 def _as_answers(given: Any) -> Any:

@@ -18,7 +18,9 @@ Surprising:
 - Text that a template puts between its generation prompt and the answer (an empty thinking block, say) belongs to the prompt.
 - A turn with thoughts is asked for with `enable_thinking`, one without them without it.
 - Where a template has no system role, the system's text is put before the first user message.
-- Templates that print today's date get a fixed one where they allow it (`date_string`), so a run can be repeated tomorrow.
+- Mistral v0.3 prints the system's text in the last user message only, while that message is last: in no finished conversation.
+- Templates that print today's date (`strftime_now`) get a fixed one where they allow it (`date_string`), so a run can be repeated
+  tomorrow. One that prints a date of its own (Llama 3.1) keeps it, as inference does.
 """
 
 import json
@@ -36,7 +38,8 @@ Tokenizer = Any
 
 _PROBE_PROMPT, _PROBE_ANSWER = "Question: probe?", "Xanadu"
 # Read by the templates that know them, ignored by the others. Thinking models get their empty thinking block as prompt.
-_TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False, "date_string": "01 Jan 2026"}
+_TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False}
+_FIXED_DATE = {"date_string": "01 Jan 2026"}  # for templates that ask for today's
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -89,6 +92,8 @@ class ChatTemplate:
         self._where = tokenizer.name_or_path or "tokenizer"
         added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._special_ids = {*tokenizer.all_special_ids, *added}
+        asks_for_today = "strftime_now" in (tokenizer.chat_template or "")
+        self._settings = _TEMPLATE_SETTINGS | (_FIXED_DATE if asks_for_today else {})
         self._known_roles = {"assistant"}  # roles seen in a rendering; "" stands for tools
         asked: list[Message] = [{"role": "user", "content": _PROBE_PROMPT}]
         prompt = self._render(asked, generate=True)
@@ -142,15 +147,16 @@ class ChatTemplate:
     def _encode(self, conversation: Conversation) -> list[EncodedTurns]:
         messages, num_merged = self._place_system(conversation.messages)
         tools = conversation.tools
-        self._check_roles(messages, tools)
+        turns = [turn - num_merged for turn in conversation.trained_turns]
+        self._check_roles(messages, turns, tools)
         examples: list[EncodedTurns] = []
-        for turn in conversation.trained_turns:
-            prompt_ids, answer_ids = self._turn_ids(messages, turn - num_merged, tools)
+        for turn in turns:
+            prompt_ids, answer_ids = self._turn_ids(messages, turn, tools)
             start = len(prompt_ids)
             spans: tuple[tuple[int, int], ...] = ((start, start + len(answer_ids)),)
             if examples and prompt_ids[: len(examples[-1].encoded.input_ids)] == examples[-1].encoded.input_ids:
                 spans = examples.pop().encoded.spans + spans
-            examples.append(EncodedTurns(Encoded([*prompt_ids, *answer_ids], spans), last=turn))
+            examples.append(EncodedTurns(Encoded([*prompt_ids, *answer_ids], spans), last=turn + num_merged))
         return examples
 
     def _turn_ids(self, messages: list[Message], turn: int, tools: Sequence[Any]) -> tuple[list[int], list[int]]:
@@ -166,6 +172,8 @@ class ChatTemplate:
         elif "tool_calls" not in message:
             text = self._space + str(message["content"]).strip() + self._after
         else:
+            text = self._call_text(history, message, tools)
+        if any(call["function"]["name"] not in text for call in message.get("tool_calls", ())):
             raise ModelError(
                 f"{self._where}: the chat template does not print a message with tool_calls after its generation prompt and "
                 f"before its stop token, so it cannot be told which tokens to train. Leave such rows out, or change the template."
@@ -173,6 +181,14 @@ class ChatTemplate:
         prompt_ids = self._tokenize_prompt(prompt)
         answer_ids = self._answer_ids(prompt, prompt_ids, text, is_call="tool_calls" in message)
         return prompt_ids, [*answer_ids, self.stop_token_id]
+
+    def _call_text(self, history: list[Message], message: Message, tools: Sequence[Any]) -> str:
+        """A message with tool_calls where the template rewrites its prompt: its text without a system message, or ""."""
+        bare = [message for message in history if message["role"] != "system"]
+        prompt = self._render(bare, tools, generate=True) + self._before
+        finished = self._render([*bare, message], tools, generate=False)
+        is_found = finished.startswith(prompt) and finished.endswith(self._tail)
+        return finished[len(prompt) : len(finished) - len(self._tail)] + self._after if is_found else ""
 
     def _answer_ids(self, prompt: str, prompt_ids: list[int], text: str, *, is_call: bool) -> list[int]:
         """Ids of an answer behind its prompt: as in the whole text where that leaves the prompt's ids alone, otherwise tokenized apart.
@@ -196,13 +212,17 @@ class ChatTemplate:
         merged = {**user, "content": f"{system}\n\n{user['content']}"} if system else user
         return [merged, *messages[2:]], 1
 
-    def _check_roles(self, messages: list[Message], tools: Sequence[Any]) -> None:
-        """Refuse a role, or tools, that the template would leave out in silence; once per role."""
-        for index, message in enumerate(messages):
+    def _check_roles(self, messages: list[Message], turns: list[int], tools: Sequence[Any]) -> None:
+        """Refuse a role, or tools, that the template would leave out in silence; once per role.
+
+        What counts is what is seen at a trained turn, not the finished conversation, where a system message may be gone again.
+        """
+        for index, message in enumerate(messages[: turns[-1]]):
             if message["role"] in self._known_roles:
                 continue
             probe = [*messages[:index], message | {"content": _PROBE_ANSWER}, *messages[index + 1 :]]
-            if _PROBE_ANSWER not in self._render(probe, tools, generate=False):
+            seen = (self._render(probe[:turn], tools, generate=True) for turn in turns if turn > index)
+            if not any(_PROBE_ANSWER in text for text in seen):
                 raise ModelError(
                     f'{self._where}: the chat template leaves messages of the role "{message["role"]}" out. '
                     f"Give it a template that prints them, or leave such messages out of the data."
@@ -235,7 +255,7 @@ class ChatTemplate:
                 chat_template=None if self.tokenizer.chat_template else _PLAIN_TEMPLATE,
                 tokenize=False,
                 add_generation_prompt=generate,
-                **_TEMPLATE_SETTINGS | settings,
+                **self._settings | settings,
             )
         except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
             roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
@@ -287,5 +307,5 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str:
     else:
         rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     probe = ChatTemplate(tokenizer).prompt_ids([{"role": "user", "content": _PROBE_PROMPT}])  # may hold the date
-    parts = [rules, tokenizer.chat_template, tokenizer.special_tokens_map, probe, _TEMPLATE_SETTINGS]
+    parts = [rules, tokenizer.chat_template, tokenizer.special_tokens_map, probe, _TEMPLATE_SETTINGS, _FIXED_DATE]
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -9,7 +9,7 @@ import torch
 
 from qlora_lite.data.examples import load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
-from qlora_lite.data.read import find_format
+from qlora_lite.data.read import find_format, format_of_held_out
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
@@ -196,8 +196,11 @@ def _choose_format(recipe: Recipe) -> tuple[str, str]:
     data = recipe.data
     if not all(Path(path).exists() for path, _ in data.train_files):  # a run may be asked when its data are gone
         return data.format, "the training data are not there"
-    held_out = ((data.eval, 1.0),) if data.eval is not None and Path(data.eval).exists() else ()
-    return find_format((*data.train_files, *held_out), format=data.format)
+    chosen, reason = find_format(data.train_files, format=data.format)
+    if data.eval is None or not Path(data.eval).exists():
+        return chosen, reason
+    held_out = format_of_held_out(data.eval, format=chosen)
+    return chosen, reason if held_out == chosen else f"{reason}; data.eval is {held_out}"
 
 
 def choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> tuple[int, str, float]:

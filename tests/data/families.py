@@ -5,7 +5,8 @@
 | chatml  | SmolLM2-1.7B-Instruct          | a system turn of its own when there is none                                         |
 | llama2  | Llama-2-7b-chat-hf             | system inside the first user turn, a begin token per exchange, a space round answers |
 | llama3  | Llama-3.1-8B-Instruct          | one begin token, contents trimmed, stop is not the end of text                      |
-| mistral | Mistral-7B-Instruct-v0.3       | refuses system and every other order than user, assistant, user ...                 |
+| mistral_v1 | Mistral-7B-Instruct-v0.1, 2 | refuses system and every other order than user, assistant, user ...                 |
+| mistral_v3 | Mistral-7B-Instruct-v0.3    | system inside the last user turn, and only while that turn is the last message       |
 | gemma   | gemma-2-9b-it                  | the assistant is called model, refuses system, stop is not the end of text           |
 | phi     | Phi-3.5-mini-instruct          | the end of text follows the last turn, but not the turns before it                  |
 | qwen    | Qwen3-8B                       | thoughts of earlier turns are dropped; an empty thinking block when it is switched off |
@@ -38,12 +39,23 @@ LLAMA3 = (
     "{% else %}{{ message['content'] | trim }}{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-MISTRAL = (
+MISTRAL_V1 = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] not in ['user', 'assistant'] %}"
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}"
     + _ALTERNATE
     + "{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + message['content'] + '[/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+MISTRAL_V3 = (
+    "{{ bos_token }}{% set has_system = messages[0]['role'] == 'system' %}"
+    "{% for message in (messages[1:] if has_system else messages) %}"
+    + _ALTERNATE
+    + "{% if message['role'] == 'user' %}"
+    "{% set head = messages[0]['content'] + '\n\n' if has_system and loop.last else '' %}"
+    "{{ '[INST] ' + head + message['content'] + '[/INST]' }}"
+    "{% elif message['tool_calls'] %}{{ '[TOOL_CALLS] [' }}"
+    "{% for call in message['tool_calls'] %}{{ call['function'] | tojson }}{% endfor %}{{ ']' + eos_token }}"
+    "{% else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}"
 )
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -98,7 +110,8 @@ FAMILIES = {
         "<|end_of_text|>",
         "<|eot_id|>",
     ),
-    "mistral": Family(MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", "</s>", space=" "),
+    "mistral_v1": Family(MISTRAL_V1, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", "</s>", space=" "),
+    "mistral_v3": Family(MISTRAL_V3, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", "</s>", space=" "),
     "gemma": Family(GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<bos>", "<eos>", "<end_of_turn>"),
     "phi": Family(
         PHI, ("<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<s>", "<|endoftext|>", "<|end|>"

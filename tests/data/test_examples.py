@@ -11,11 +11,13 @@ import pytest
 from qlora_lite.data import examples as module
 from qlora_lite.data.examples import load_examples
 from qlora_lite.data.fit import fit_row
+from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.prompts import question_prompt
 from qlora_lite.data.rows import QuestionRow
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import DataError
 from tests.data.conftest import CONTEXT, question, squad
+from tests.data.families import FAMILIES
 
 QUESTIONS = [
     question("a", "Which river?", "The Nile", "Nile"),
@@ -180,6 +182,80 @@ def test_nothing_is_pickled_and_nothing_is_written_elsewhere(write, tmp_path):
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "3", "")
     assert list(home.rglob("*")) == []
     assert sorted(p.name for p in (tmp_path / "c").rglob("*") if p.is_file()) == ["note.json", "rows.arrow"]
+
+
+def test_rows_that_are_not_used_are_accounted_for_with_their_names(load, write):
+    long_question = question("long", "Which " + "very " * 100 + "river?", "The Nile")
+    long_context = {"context": CONTEXT * 5, "qas": [question("deep", "Which town?", "Luxor", context=CONTEXT * 5)]}
+    document = squad(long_question, *QUESTIONS, question("bad", "", "The Nile"), question("last", "Which?", "The Nile"))
+    document["data"][0]["paragraphs"].insert(0, long_context)
+    path = write(document)
+    for _ in range(2):  # also from the cache
+        examples = load(path, max_seq_length=180, num_rows=5, max_bad_share=0.5)
+        assert examples.account("training rows", limit="data.num_train") == [
+            "training rows: the first 5 of 6 rows; data.num_train: null takes all",
+            'training rows: 1 bad rows left out: id "bad": question: empty',
+            "training rows: 1 of 5 rows left out, longer than data.max_seq_length (180): long",
+            "training rows: 1 of 5 rows cut (a shorter context, or a text in pieces) to data.max_seq_length (180): deep",
+        ]
+    assert load(path, max_bad_share=0.5, num_rows=6).account("rows", limit="x") == [
+        'rows: 1 bad rows left out: id "bad": question: empty'
+    ]
+
+
+def test_rows_of_which_each_ends_in_a_tool_call_are_no_plain_text(write, tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "towns", "arguments": {}}}]}
+    path = write(json.dumps({"messages": [TURN[0], call]}), "rows.jsonl")
+    settings = {"num_rows": None, "no_answer_text": "none", "max_seq_length": None, "cache_dir": tmp_path / "c"}
+    examples = load_examples(path, FAMILIES["llama3"].tokenizer(), **settings)
+    assert examples.row(0).answers is None and not examples.is_text
+
+
+def test_of_many_rows_that_are_not_used_the_first_few_are_named(load, write):
+    path = write("\n".join(json.dumps({"text": "word " * 100}) for _ in range(5)), "rows.jsonl")
+    assert load(path, max_seq_length=50).account("rows", limit="x") == [
+        "rows: 5 of 5 rows cut in pieces of data.max_seq_length (50): line 1; line 2; line 3; and 2 more"
+    ]
+    assert load(write(squad(*QUESTIONS)), max_seq_length=None).account("rows", limit="x") == []
+
+
+# --- rows that the template cannot render
+
+TURN = [{"role": "user", "content": "Which river?"}, {"role": "assistant", "content": "The Nile."}]
+
+
+def chats(write, num_good, num_bad):
+    """Bad ones first: two user messages in a row, which Gemma's template refuses."""
+    rows = [{"id": f"bad{i}", "messages": [TURN[0], *TURN]} for i in range(num_bad)]
+    rows += [{"id": f"good{i}", "messages": TURN} for i in range(num_good)]
+    return write("\n".join(json.dumps(row) for row in rows), "rows.jsonl")
+
+
+def test_a_row_that_the_template_cannot_render_is_a_bad_row_and_the_others_are_trained(write, tmp_path):
+    tokenizer, path = FAMILIES["gemma"].tokenizer(), chats(write, 99, 1)
+    settings = {"num_rows": None, "no_answer_text": "none", "max_seq_length": None}
+    counts = load_examples(path, tokenizer, cache_dir=tmp_path / "c", **settings).counts
+    report = inspect_rows(path, tokenizer, **settings)
+    for found in (counts, report):
+        assert found.num_bad == len(found.bad) == 1
+        assert found.bad[0].startswith("row bad0: ") and "roles must alternate" in found.bad[0]
+    assert counts.num_read == report.num_rows == 99
+    assert [row.id for row in report.rows] == ["good0", "good1", "good2"]
+
+
+def test_more_rows_that_the_template_cannot_render_than_allowed_are_refused_by_name(write, tmp_path):
+    tokenizer, path = FAMILIES["gemma"].tokenizer(), chats(write, 97, 3)
+    settings = {"num_rows": None, "no_answer_text": "none", "max_seq_length": None}
+    for read in (
+        lambda: load_examples(path, tokenizer, cache_dir=tmp_path / "c", **settings),
+        lambda: inspect_rows(path, tokenizer, **settings),
+    ):
+        with pytest.raises(
+            DataError, match=r"rows\.jsonl: 3 of 100 rows cannot be used \(3\.0%, allowed 2%\)"
+        ) as caught:
+            read()
+        assert [f"row bad{i}: " in str(caught.value) for i in range(3)] == [True] * 3
+    assert list((tmp_path / "c").iterdir()) == []
 
 
 # --- sequences that are too long

@@ -90,7 +90,21 @@ def test_the_text_of_an_example_is_the_templates_up_to_the_last_stop(name):
 
 def test_the_families_without_a_system_role_are_known():
     without = {name for name, family in FAMILIES.items() if not ChatTemplate(family.tokenizer()).has_system_role}
-    assert without == {"gemma", "mistral"}
+    assert without == {"gemma", "mistral_v1"}
+
+
+def test_a_system_text_that_only_the_last_user_message_carries_makes_one_example_a_turn():
+    tokenizer = FAMILIES["mistral_v3"].tokenizer()
+    template = ChatTemplate(tokenizer)
+    examples = template.encode(chat(*TALK, system="Be brief."))
+    assert [example.last for example in examples] == [2, 4, 6]
+    texts = [tokenizer.decode(example.encoded.input_ids) for example in examples]
+    assert texts[0] == f"<s>[INST] Be brief.\n\n{TALK[0]}[/INST] {TALK[1]}</s>"
+    assert texts[1] == f"<s>[INST] {TALK[0]}[/INST] {TALK[1]}</s>[INST] Be brief.\n\n{TALK[2]}[/INST] {TALK[3]}</s>"
+    assert [text.count("Be brief.") for text in texts] == [1, 1, 1]
+    spans = [example.encoded.spans for example in examples]
+    assert all(len(each) == 1 for each in spans), "earlier answers are prompt there"
+    assert len(template.encode(chat(*TALK))) == 1, "nothing is rewritten where there is no system message"
 
 
 def test_thoughts_are_trained_where_they_are_given_and_asked_for_with_thinking_on():
@@ -130,10 +144,23 @@ def test_a_tool_call_is_trained_and_the_tools_answer_is_not():
     assert "Tools: " in tokenizer.decode(example.encoded.input_ids)
 
 
+def test_a_tool_call_is_trained_where_the_finished_conversation_has_lost_the_system_text():
+    tokenizer = FAMILIES["mistral_v3"].tokenizer()
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Towns?"}]
+    found = trained_turns(tokenizer, ChatTemplate(tokenizer).encode(Conversation("row", (*asked, CALL))))
+    assert found == [(at_inference(tokenizer, asked), '[TOOL_CALLS] [{"name": "towns", "arguments": {}}]</s>')]
+
+
+def test_a_tool_call_that_the_template_does_not_print_is_refused():
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    with pytest.raises(ModelError, match=r"row 7: .* does not print a message with tool_calls"):
+        ChatTemplate(tokenizer).encode(Conversation("7", ({"role": "user", "content": "Towns?"}, CALL)))
+
+
 @pytest.mark.parametrize(
     ("name", "role", "said"),
     [
-        ("mistral", "tool", "cannot render messages of the roles user, assistant, tool"),
+        ("mistral_v1", "tool", "cannot render messages of the roles user, assistant, tool"),
         ("phi", "tool", 'leaves messages of the role "tool" out'),
     ],
 )
@@ -157,6 +184,16 @@ def test_only_the_completion_is_trained_when_the_prompt_holds_answers_too():
     assert [text for _, text in trained_turns(tokenizer, ChatTemplate(tokenizer).encode(conversation))] == [
         "Luxor<|eot_id|>"
     ]
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral_v3", "qwen"])
+def test_a_turn_of_weight_0_is_prompt_for_those_behind_it(name):
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    messages = [m | ({"weight": 0} if m["content"] == TALK[1] else {}) for m in chat(*TALK).messages]
+    found = trained_turns(tokenizer, ChatTemplate(tokenizer).encode(Conversation("row", tuple(messages))))
+    assert [text for _, text in found] == [f"{family.space}{answer}{family.stop}" for answer in TALK[3::2]]
+    assert found[0][0] == at_inference(tokenizer, list(chat(*TALK).messages[:3]))
 
 
 def test_an_answer_without_a_question_before_it_is_not_trained():

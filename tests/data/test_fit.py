@@ -73,6 +73,15 @@ def test_the_last_answer_of_each_example_is_asked_behind_what_inference_sees():
     assert [example.prompt_ids for example in examples] == [template.prompt_ids(TALK.messages[:i]) for i in (2, 4)]
 
 
+def test_a_tool_call_is_trained_and_not_compared_as_an_answer():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "towns", "arguments": {}}}]}
+    _, (example,), _ = fit("llama3", Conversation("call", (TALK.messages[1], call)))
+    assert example.answers is None and example.encoded.num_label_tokens > 2
+    tool = {"role": "tool", "content": "Luxor"}
+    _, (example,), _ = fit("llama3", Conversation("both", (TALK.messages[1], call, tool, TALK.messages[2])))
+    assert example.answers == ("The Nile.",)
+
+
 def test_a_shortened_question_is_asked_about_its_whole_context():
     row = QuestionRow("a", CONTEXT * 5, "Which town?", ("Luxor",))
     _, (whole,), _ = fit("chatml", row)

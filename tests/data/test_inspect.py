@@ -93,9 +93,21 @@ def test_long_texts_get_a_proposal_that_cuts_them_in_pieces():
 def test_what_the_template_makes_of_rows_is_said(write):
     talk = [{"role": "system", "content": "Be brief."}, *TALK]
     path = write(json.dumps({"messages": talk}), "rows.jsonl")
-    said = {name: inspect(path, FAMILIES[name].tokenizer()).notes for name in ("llama3", "mistral", "qwen")}
+    said = {
+        name: inspect(path, FAMILIES[name].tokenizer()).notes for name in ("llama3", "mistral_v1", "mistral_v3", "qwen")
+    }
     assert said["llama3"] == ()
-    assert "no system role" in said["mistral"][0] and "rewrites earlier turns" in said["qwen"][0]
+    assert "no system role" in said["mistral_v1"][0] and "rewrites earlier turns" in said["qwen"][0]
+    assert len(said["mistral_v3"]) == 1 and "rewrites earlier turns" in said["mistral_v3"][0]
+
+
+def test_columns_that_are_not_read_are_said_by_check_and_train(write, tokenizer, tmp_path):
+    path = write(json.dumps({"id": "a", "messages": TALK, "source": "x", "score": 1}), "rows.jsonl")
+    examples = load_examples(
+        path, tokenizer, num_rows=None, no_answer_text="none", max_seq_length=None, cache_dir=tmp_path / "c"
+    )
+    assert inspect(path, tokenizer).notes == ("rows.jsonl: columns that are not used: source, score",)
+    assert examples.counts.notes == inspect(path, tokenizer).notes
 
 
 def test_three_rows_are_shown_with_answer_and_stop_token_marked(write, tokenizer):
@@ -139,6 +151,20 @@ def test_the_proposed_length_and_its_reason(lengths, limit, proposed, said):
     found, reason = propose_max_seq_length(lengths, limit=limit)
     assert found == proposed
     assert said in reason
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"context": "C " * n, "question": "Q?", "answers": ["C"]} for n in (*[1] * 399, 2000)], "lose context"),
+        ([{"prompt": "P " * n, "completion": "C"} for n in (*[1] * 399, 2000)], "are left out"),
+        ([{"text": "T " * n} for n in (*[1] * 399, 400)], "are cut in pieces"),
+    ],
+    ids=["squad", "prompt_completion", "text"],
+)
+def test_what_becomes_of_outliers_is_said_for_the_format(write, tokenizer, rows, said):
+    report = inspect(write("\n".join(json.dumps(row) for row in rows), "rows.jsonl"), tokenizer)
+    assert report.reason.endswith(f" tokens {said}") and "1 outliers" in report.reason
 
 
 def test_no_rows_no_proposal():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qlora_lite.data.read import file_identity, find_format, read_mix
+from qlora_lite.data.read import file_identity, find_format, format_of_held_out, read_mix
 from qlora_lite.data.rows import Document
 from qlora_lite.errors import DataError
 from tests.data.conftest import question, squad
@@ -79,6 +79,28 @@ def test_the_format_is_said_with_its_reason(texts, write):
     format, reason = find_format([(nested, 1), (chat, 1)], format="auto")
     assert format == "auto"
     assert "data.json is squad" in reason and "chat.jsonl is chat: it has the column messages" in reason
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "held_out"),
+    [
+        ("chat", {"text": "a", "messages": []}, "chat"),
+        ("text", {"text": "a", "messages": []}, "text"),
+        ("alpaca", {"text": "a", "messages": []}, "chat"),
+        ("squad", {"prompt": "a", "completion": "b"}, "prompt_completion"),
+        ("prompt_completion", {"context": "a", "question": "b", "answer": "c"}, "prompt_completion"),
+        ("auto", {"context": "a", "question": "b", "answer": "c"}, "squad"),
+    ],
+)
+def test_held_out_rows_are_of_the_training_rows_format_where_they_can_be(write, format, row, held_out):
+    assert format_of_held_out(write([row], "rows.json"), format=format) == held_out
+
+
+def test_a_nested_file_of_held_out_rows_is_squad_whatever_was_trained(write):
+    nested = write(squad(question("a", "Which river?", "The Nile")))
+    assert {format_of_held_out(nested, format=format) for format in ("chat", "squad", "auto")} == {"squad"}
+    with pytest.raises(DataError, match="no format has these columns: x"):
+        format_of_held_out(write('{"x": 1}\n', "x.jsonl"), format="squad")
 
 
 def test_files_of_several_formats_can_be_mixed(texts, write):

@@ -75,6 +75,30 @@ def test_csv_rows_of_another_width_than_the_header_are_named(write):
     ]
 
 
+def test_a_csv_file_holds_answerable_and_unanswerable_questions_and_conversations(tmp_path):
+    import csv
+
+    from qlora_lite.data.read import read_mix
+
+    def written(name, rows):
+        with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return list(read_mix(tmp_path / name))
+
+    asked = {"context": "The Nile flows.", "question": "Which?"}
+    answers = ("The Nile", json.dumps(["The Nile", "Nile"]), "")
+    rows = written("squad.csv", [asked | {"answers": cell} for cell in answers])
+    assert [row.answers for row in rows] == [("The Nile",), ("The Nile", "Nile"), ()]
+    marked = (("The Nile", "False"), ("", "True"))
+    rows = written("marked.csv", [asked | {"answer": cell, "is_impossible": flag} for cell, flag in marked])
+    assert [row.answers for row in rows] == [("The Nile",), ()]
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (row,) = written("chat.csv", [{"messages": json.dumps(talk)}])
+    assert list(row.messages) == talk
+
+
 def test_a_cell_may_be_as_long_as_a_text_may_be(write):
     text = "word " * 40_000
     ((_, values),) = open_table(write(f'text\n"{text}"\n', "rows.csv"), "csv").rows

@@ -2,6 +2,7 @@
 
 import pytest
 
+from qlora_lite.data.formats import read_row
 from qlora_lite.data.prompts import question_prompt, squad_text
 from qlora_lite.data.rows import Conversation
 from qlora_lite.data.template import ChatTemplate, tokenizer_identity
@@ -61,6 +62,15 @@ def test_a_question_is_put_as_the_rows_of_its_format_put_it(tokenizer, format, m
     ids, stop = question_prompt(ChatTemplate(tokenizer), "Q?", "C", format=format)
     assert ids == parts(tokenizer, message, "x")[0]
     assert stop == ChatTemplate(tokenizer).stop_token_id
+
+
+@pytest.mark.parametrize(("given", "asked"), [("C", "C"), (None, None), ("", None)])
+def test_rows_with_a_context_column_are_trained_on_what_ask_will_ask(tokenizer, given, asked):
+    template = ChatTemplate(tokenizer)
+    row = read_row("prompt_completion", {"prompt": "Q?", "completion": "x", "context": given}, "line 1")
+    (example,) = template.encode(row)
+    prompt_ids, _ = question_prompt(template, "Q?", asked, format="prompt_completion")
+    assert example.encoded.input_ids[: example.encoded.spans[0][0]] == prompt_ids
 
 
 def test_plain_text_is_continued_without_a_template_until_the_end_of_text():
@@ -142,6 +152,26 @@ def test_a_tokenizer_without_a_stop_token_is_one_clear_error():
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match=r'Set "eos_token"'):
         ChatTemplate(tokenizer)
+
+
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = DATE %}{% endif %}{{ 'Today is ' + date_string + '\n' }}"
+    "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("date", "printed"),
+    [
+        ("'26 Jul 2024'", "26 Jul 2024"),  # Llama 3.1: what inference prints on any day
+        ("strftime_now('%d %b %Y')", "01 Jan 2026"),  # Llama 3.2: another prompt every day
+    ],
+)
+def test_a_date_is_fixed_only_where_the_template_asks_for_todays(date, printed):
+    tokenizer = make_tokenizer(DATED.replace("DATE", date))
+    prompt_ids, _ = parts(tokenizer, "Q?", "Cairo")
+    assert tokenizer.decode(prompt_ids).startswith(f"Today is {printed}\n")
+    assert prompt_ids == ChatTemplate(tokenizer).prompt_ids([{"role": "user", "content": "Q?"}])
 
 
 def test_the_identity_follows_the_template_but_not_padding_or_truncation():

@@ -208,7 +208,7 @@ def test_what_this_version_does_not_carry_out_is_refused_by_name(key, value):
     ("overrides", "expected"),
     [
         (("train.epochs=null",), "train.epochs: null, and so is train.max_steps: nothing says when to stop"),
-        (("lora.target_modules=[]",), "lora.target_modules: an empty list, so nothing is trainable"),
+        (("lora.target_modules=[]",), "lora.target_modules: an empty list, so there are no factors"),
         (("train.eval_every_steps=5", "data.eval=null"), "train.eval_every_steps: there is nothing to evaluate on"),
         (
             ("method=full", "lora.use_dora=true"),
