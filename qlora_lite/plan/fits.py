@@ -1,16 +1,24 @@
 """What fits a budget: the map of sequence lengths and batches, and the longest sequence.
 
-Bytes grow in a straight line with the examples of a micro-batch, whatever the model; with its length they do where attention
-needs no mask. So a row of the map takes two rehearsals, and the longest sequence is searched by halving.
+A rehearsal takes tenths of a second, a map has dozens of cells. Where attention needs no mask, bytes depend on the tokens of a row
+alone, whoever's they are, in straight lines between KNOTS (the head's chunk fills up between two of them). Elsewhere (soft caps,
+sliding windows, models whose examples run one at a time) they grow in a straight line with the examples of one length, so each
+length is rehearsed with one and with two. The longest sequence is searched for, and rehearsed itself.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
+from transformers import PreTrainedConfig
+
+from qlora_lite.model.attention import packs_rows
+from qlora_lite.model.skeleton import model_class
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16)
+KNOTS = (512, 2048, 4096, 32768)  # tokens in a row
 STEP = 64  # tokens; lengths are given in multiples of it
 Rehearse = Callable[[MicroBatch], Rehearsal]
 
@@ -34,38 +42,81 @@ class Cell:
     fits: bool
 
 
-def memory_map(rehearse: Rehearse, room: Room) -> tuple[Cell, ...]:
+class Growth:
+    """Peaks of any micro-batch, from few rehearsals."""
+
+    def __init__(self, rehearse: Rehearse, *, label_share: float, is_straight: bool) -> None:
+        self._rehearse = rehearse
+        self._label_share = label_share
+        self._is_straight = is_straight
+
+    def peak_bytes(self, length: int, batch: int = 1) -> int:
+        """Of `batch` examples of `length` tokens, along the lines."""
+        if self._is_straight:
+            tokens = length * batch
+            low, high = next(((a, b) for a, b in pairwise(KNOTS) if tokens <= b), KNOTS[-2:])
+            one, two, share = self._phases(low, 1), self._phases(high, 1), (tokens - low) / (high - low)
+        else:
+            one, two, share = self._phases(length, 1), self._phases(length, 2), batch - 1
+        return max(round(one[phase] + share * (two[phase] - one[phase])) for phase in one)
+
+    def exact_peak_bytes(self, length: int) -> int:
+        """Of one example of `length` tokens, rehearsed."""
+        return max(self._phases(length, 1).values())
+
+    def _phases(self, length: int, batch: int) -> dict[str, int]:
+        found = self._rehearse(MicroBatch(length, batch, self._label_share))
+        return {phase: sum(parts.values()) for phase, parts in found.phases.items()}
+
+
+def is_straight(config: PreTrainedConfig) -> bool:
+    """Whether attention needs no mask in any layer and examples share a row, so that only the tokens of a row matter."""
+    masks = ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")
+    uses_window = getattr(config, "use_sliding_window", True)  # Qwen names a window and does not use it
+    masked = any(getattr(config, name, None) for name in masks) and uses_window
+    return packs_rows(model_class(config)) and not masked
+
+
+def memory_map(growth: Growth, room: Room) -> tuple[Cell, ...]:
     """Peaks for LENGTHS (as far as the model has positions) by BATCHES."""
-    cells = []
-    for length in (length for length in LENGTHS if room.positions is None or length <= room.positions):
-        one, two = (_phase_bytes(rehearse(MicroBatch(length, n, room.label_share))) for n in (1, 2))
-        for batch in BATCHES:
-            peak = max(one[phase] + (batch - 1) * (two[phase] - one[phase]) for phase in one)
-            cells.append(Cell(length, batch, peak, peak <= room.budget_bytes))
-    return tuple(cells)
+    lengths = [length for length in LENGTHS if room.positions is None or length <= room.positions]
+    peaks = {(length, batch): growth.peak_bytes(length, batch) for length in lengths for batch in BATCHES}
+    return tuple(Cell(length, batch, peak, peak <= room.budget_bytes) for (length, batch), peak in peaks.items())
 
 
-def longest_length(rehearse: Rehearse, room: Room) -> int | None:
+def longest_length(growth: Growth, room: Room) -> int | None:
     """The longest sequence, in multiples of STEP, that one example a micro-batch may have; None when not even STEP tokens fit."""
 
-    def peak(steps: int) -> int:
-        return rehearse(MicroBatch(steps * STEP, 1, room.label_share)).peak_bytes
+    def fits(steps: int) -> bool:
+        return growth.exact_peak_bytes(steps * STEP) <= room.budget_bytes
 
     most = (room.positions or LENGTHS[-1] * 4) // STEP
-    if most < 1 or peak(1) > room.budget_bytes:
+    if most < 1 or not fits(1):
         return None
-    second = min(2048 // STEP, most)
-    slope = (peak(second) - peak(1)) / max(1, second - 1)
-    low, high = 1, most + 1  # `low` fits, `high` does not, or is not allowed
-    num_tries = 0
+    if fits(most):
+        return most * STEP
+    low, high = _around(_guess(growth, room, most), fits, most)
     while high - low > 1:
-        along_the_line = low + int((room.budget_bytes - peak(low)) / slope) if slope > 0 else most
-        guess = along_the_line if num_tries < 4 else (low + high) // 2  # a mask makes the line a curve
-        middle = min(max(guess, low + 1), high - 1)
-        low, high = (middle, high) if peak(middle) <= room.budget_bytes else (low, middle)
-        num_tries += 1
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low * STEP
 
 
-def _phase_bytes(rehearsal: Rehearsal) -> dict[str, int]:
-    return {phase: sum(parts.values()) for phase, parts in rehearsal.phases.items()}
+def _around(guess: int, fits: Callable[[int], bool], most: int) -> tuple[int, int]:
+    """From `guess` in growing strides -> (steps that fit, more steps that do not); 1 fits and `most` does not."""
+    stride, here, fits_here = 1, guess, fits(guess)
+    while True:
+        there = min(most, here + stride) if fits_here else max(1, here - stride)
+        if fits(there) != fits_here:
+            return (here, there) if fits_here else (there, here)
+        here, stride = there, 2 * stride
+
+
+def _guess(growth: Growth, room: Room, most: int) -> int:
+    """Where the line through two long rows meets the budget."""
+    ends = [min(knot, most * STEP) for knot in KNOTS[-2:]]
+    one, two = (growth.exact_peak_bytes(tokens) for tokens in ends)
+    if two <= one:
+        return 1
+    tokens = ends[0] + (ends[1] - ends[0]) * (room.budget_bytes - one) / (two - one)
+    return max(1, min(most, int(tokens) // STEP))

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from qlora_lite.plan.compare import METHODS, Comparison, as_json
-from qlora_lite.plan.fits import Cell, Room, longest_length, memory_map
+from qlora_lite.plan.fits import Cell, Growth, Room, is_straight, longest_length, memory_map
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings
 from qlora_lite.units import format_bytes
 
@@ -71,12 +71,12 @@ class Forecast:
 def forecast(config: PreTrainedConfig, settings: Settings, batch: MicroBatch, room: Room, *, method: str) -> Forecast:
     """`method` is the one of METHODS that would be run. Raises ModelError for a config that is no model."""
     comparison = Comparison(config, settings)
-    rehearse = {name: partial(comparison.rehearse, name) for name in METHODS}
+    growth = {name: _growth(comparison, name, config, room.label_share) for name in METHODS}
     return Forecast(
         method=method,
-        methods={name: rehearse[name](batch) for name in METHODS},
-        longest={name: longest_length(rehearse[name], room) for name in METHODS},
-        grid=memory_map(rehearse[method], room),
+        methods={name: comparison.rehearse(name, batch) for name in METHODS},
+        longest={name: longest_length(growth[name], room) for name in METHODS},
+        grid=memory_map(growth[method], room),
         checkpoint_bytes=comparison.checkpoint_bytes(batch),
         budget_bytes=room.budget_bytes,
     )
@@ -87,12 +87,17 @@ def sweep(
 ) -> Iterator[dict[str, Any]]:
     """For each (name, config, positions): its weights, QLoRA's peak for 1,024 tokens, and the longest sequence on each of CARDS."""
     for name, config, positions in models:
-        rehearse = partial(Comparison(config, replace(settings, method="qlora")).rehearse, "qlora")
-        found = rehearse(MicroBatch(1024, 1, label_share))
-        longest = {card: longest_length(rehearse, Room(card, positions, label_share)) for card in CARDS}
+        comparison = Comparison(config, replace(settings, method="qlora"))
+        growth = _growth(comparison, "qlora", config, label_share)
+        found = comparison.rehearse("qlora", MicroBatch(1024, 1, label_share))
+        longest = {card: longest_length(growth, Room(card, positions, label_share)) for card in CARDS}
         yield {
             "model": name,
             "num_weights": found.num_weights,
             "peak_bytes": found.peak_bytes,
             "max_seq_length": {str(card): length for card, length in longest.items()},
         }
+
+
+def _growth(comparison: Comparison, method: str, config: PreTrainedConfig, label_share: float) -> Growth:
+    return Growth(partial(comparison.rehearse, method), label_share=label_share, is_straight=is_straight(config))
