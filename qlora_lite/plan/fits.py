@@ -48,11 +48,11 @@ class Growth:
     def __init__(self, rehearse: Rehearse, *, label_share: float, is_straight: bool) -> None:
         self._rehearse = rehearse
         self._label_share = label_share
-        self._is_straight = is_straight
+        self.is_straight = is_straight
 
     def peak_bytes(self, length: int, batch: int = 1) -> int:
         """Of `batch` examples of `length` tokens, along the lines."""
-        if self._is_straight:
+        if self.is_straight:
             tokens = length * batch
             low, high = next(((a, b) for a, b in pairwise(KNOTS) if tokens <= b), KNOTS[-2:])
             one, two, share = self._phases(low, 1), self._phases(high, 1), (tokens - low) / (high - low)
@@ -93,8 +93,6 @@ def longest_length(growth: Growth, room: Room) -> int | None:
     most = (room.positions or LENGTHS[-1] * 4) // STEP
     if most < 1 or not fits(1):
         return None
-    if fits(most):
-        return most * STEP
     low, high = _around(_guess(growth, room, most), fits, most)
     while high - low > 1:
         middle = (low + high) // 2
@@ -103,20 +101,21 @@ def longest_length(growth: Growth, room: Room) -> int | None:
 
 
 def _around(guess: int, fits: Callable[[int], bool], most: int) -> tuple[int, int]:
-    """From `guess` in growing strides -> (steps that fit, more steps that do not); 1 fits and `most` does not."""
+    """From `guess` in growing strides -> (steps that fit, more steps that do not or are not allowed); 1 fits."""
     stride, here, fits_here = 1, guess, fits(guess)
-    while True:
+    while not (fits_here and here == most):
         there = min(most, here + stride) if fits_here else max(1, here - stride)
         if fits(there) != fits_here:
             return (here, there) if fits_here else (there, here)
         here, stride = there, 2 * stride
+    return most, most + 1
 
 
 def _guess(growth: Growth, room: Room, most: int) -> int:
-    """Where the line through two long rows meets the budget."""
-    ends = [min(knot, most * STEP) for knot in KNOTS[-2:]]
+    """Where the line through two lengths meets the budget. Long ones are dear where a mask is made block by block."""
+    ends = [min(tokens, most * STEP) for tokens in (KNOTS[-2:] if growth.is_straight else (1024, 2048))]
     one, two = (growth.exact_peak_bytes(tokens) for tokens in ends)
     if two <= one:
-        return 1
+        return most
     tokens = ends[0] + (ends[1] - ends[0]) * (room.budget_bytes - one) / (two - one)
     return max(1, min(most, int(tokens) // STEP))
