@@ -24,8 +24,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qlora_lite.data.batches import Batch, pack_batch
-from qlora_lite.data.template import Encoded
+from qlora_lite.data.batches import Batch
 from qlora_lite.ledger import PAGED, Ledger, counted_as
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.base import checkpoint_activations
@@ -145,7 +144,7 @@ class Scene:
 
     def rehearse(self, micro_batch: MicroBatch) -> Rehearsal:
         """See `Stage`."""
-        ledger, batch = self._ledger, batch_of(micro_batch).to("meta")
+        ledger, batch = self._ledger, _meta_batch(micro_batch)
         ledger.forget_peaks()
         ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
         if not micro_batch.is_first:
@@ -251,11 +250,27 @@ def _num_weights(model: PreTrainedModel) -> int:
     )
 
 
-def batch_of(micro_batch: MicroBatch) -> Batch:
-    """Such a row of the first token."""
-    length, labels = micro_batch.length, max(1, round(micro_batch.label_share * micro_batch.length))
-    example = Encoded([0] * length, ((length - min(labels, length - 1), length),))
-    return pack_batch([example] * micro_batch.num_examples, range(micro_batch.num_examples))
+def num_labels(micro_batch: MicroBatch) -> int:
+    """Label tokens of each example: at least one, and the first token carries none."""
+    return min(max(1, round(micro_batch.label_share * micro_batch.length)), micro_batch.length - 1)
+
+
+def _meta_batch(micro_batch: MicroBatch) -> Batch:
+    """What `pack_batch` makes, by shape."""
+    num_examples = micro_batch.num_examples
+    labels = num_examples * num_labels(micro_batch)
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    return Batch(
+        input_ids_1T=ids(1, num_examples * micro_batch.length),
+        position_ids_1T=ids(1, num_examples * micro_batch.length),
+        lengths=(micro_batch.length,) * num_examples,
+        predictor_N=ids(labels),
+        target_N=ids(labels),
+        rows=tuple(range(num_examples)),
+    )
 
 
 @contextmanager

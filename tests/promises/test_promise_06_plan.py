@@ -8,6 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from qlora_lite.data.batches import pack_batch
+from qlora_lite.data.template import Encoded
 from qlora_lite.ledger import Ledger, counted_as
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.artefact import quantize_base
@@ -17,7 +19,16 @@ from qlora_lite.model.meta import meta_model
 from qlora_lite.model.quantization import Quantization
 from qlora_lite.model.source import load_config
 from qlora_lite.model.trained import make_trainable
-from qlora_lite.plan.rehearsal import MicroBatch, Scene, Settings, Stage, batch_of, layer_period, residents, with_depth
+from qlora_lite.plan.rehearsal import (
+    MicroBatch,
+    Scene,
+    Settings,
+    Stage,
+    layer_period,
+    num_labels,
+    residents,
+    with_depth,
+)
 from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.train.measure import measure_allocations
 from qlora_lite.train.optimizer import make_optimizer
@@ -43,7 +54,9 @@ def real_model(settings: Settings, *, quantized=None, plain=None):
 def real_step(model, settings: Settings, micro_batch: MicroBatch):
     """-> (a function that runs one step with the rehearsal's own batch, what is resident)."""
     optimizer = make_optimizer(model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0)
-    batch = batch_of(micro_batch)
+    length, labels = micro_batch.length, num_labels(micro_batch)
+    examples = [Encoded([0] * length, ((length - labels, length),))] * micro_batch.num_examples
+    batch = pack_batch(examples, range(len(examples)))
     model.train()
 
     def step(before_backward=lambda: None) -> None:
