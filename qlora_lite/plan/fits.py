@@ -1,11 +1,12 @@
 """What fits a budget: the map of sequence lengths and batches, and the longest sequence.
 
 A rehearsal takes tenths of a second, a map has dozens of cells. Where attention needs no mask, bytes depend on the tokens of a row
-alone, whoever's they are, in straight lines between KNOTS (the head's chunk fills up between two of them). Elsewhere (soft caps,
-sliding windows, models whose examples run one at a time) they grow in a straight line with the examples of one length, so each
-length is rehearsed with one and with two. The longest sequence is searched for, and rehearsed itself.
+alone, whoever's they are, in a straight line that bends once, where the labels fill the head's chunk. Elsewhere (soft caps, sliding
+windows, models whose examples run one at a time) they grow so with the examples of one length, and each length is rehearsed by
+itself. The longest sequence is searched for, and rehearsed itself.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,12 +14,13 @@ from itertools import pairwise
 from transformers import PreTrainedConfig
 
 from qlora_lite.model.attention import packs_rows
+from qlora_lite.model.head import CHUNK
 from qlora_lite.model.skeleton import model_class
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16)
-KNOTS = (512, 2048, 4096, 32768)  # tokens in a row
+KNOTS = (512, 4096, 32768)  # tokens in a row
 STEP = 64  # tokens; lengths are given in multiples of it
 Rehearse = Callable[[MicroBatch], Rehearsal]
 
@@ -48,16 +50,23 @@ class Growth:
     def __init__(self, rehearse: Rehearse, *, label_share: float, is_straight: bool) -> None:
         self._rehearse = rehearse
         self._label_share = label_share
+        self._filled = math.ceil(
+            CHUNK / label_share
+        )  # tokens whose labels fill the head's chunk: the line bends there, and steps up at a second chunk
         self.is_straight = is_straight
 
     def peak_bytes(self, length: int, batch: int = 1) -> int:
         """Of `batch` examples of `length` tokens, along the lines."""
         if self.is_straight:
-            tokens = length * batch
-            low, high = next(((a, b) for a, b in pairwise(KNOTS) if tokens <= b), KNOTS[-2:])
-            one, two, share = self._phases(low, 1), self._phases(high, 1), (tokens - low) / (high - low)
+            at, knots = length * batch, sorted({KNOTS[0], self._filled, 2 * self._filled, KNOTS[-1]})
+            low, high = next(((a, b) for a, b in pairwise(knots) if at <= b), tuple(knots[-2:]))
+            one, two = self._phases(low, 1), self._phases(high, 1)
         else:
-            one, two, share = self._phases(length, 1), self._phases(length, 2), batch - 1
+            filled = max(1, self._filled // length)
+            at, knots = batch, sorted({1, filled, filled + 1, 2 * filled + 2})
+            low, high = next(((a, b) for a, b in pairwise(knots) if at <= b), tuple(knots[-2:]))
+            one, two = self._phases(length, low), self._phases(length, high)
+        share = (at - low) / (high - low)
         return max(round(one[phase] + share * (two[phase] - one[phase])) for phase in one)
 
     def exact_peak_bytes(self, length: int) -> int:

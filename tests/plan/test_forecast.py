@@ -25,7 +25,7 @@ def growth_of(name: str, settings: Settings = Settings()) -> Growth:  # noqa: B0
     return Growth(cache(Stage(config, settings).rehearse), label_share=0.1, is_straight=is_straight(config))
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-1b", "bloom-560m"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "bloom-560m"])
 def test_the_map_is_what_rehearsals_say(name):
     growth, stage = growth_of(name), Stage(known_config(name), Settings())
     cells = memory_map(growth, Room(2 * GIB, 2048))
@@ -51,12 +51,12 @@ def test_which_models_grow_in_straight_lines():
 
 @pytest.mark.parametrize(
     ("name", "budgets"),
-    [("smollm2-135m", (0.5, 1)), ("gemma-3-1b", (2, 2.2))],  # without and with a sliding window
+    [("smollm2-135m", (0.5, 1)), ("bloom-560m", (1.5,))],  # straight and not
 )
 def test_the_longest_sequence_fits_and_a_longer_one_does_not(name, budgets):
     growth = growth_of(name)
     for budget in (int(gib * GIB) for gib in budgets):
-        longest = longest_length(growth, Room(budget, 100_000))
+        longest = longest_length(growth, Room(budget, 20_000))
         assert longest is not None and longest % STEP == 0
         assert growth.exact_peak_bytes(longest) <= budget < growth.exact_peak_bytes(longest + STEP)
     assert longest_length(growth, Room(10 * 2**20, 2048)) is None
@@ -65,8 +65,8 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not(name, budgets):
 
 def test_more_memory_never_fits_less():
     growth = growth_of("smollm2-135m")
-    found = [longest_length(growth, Room(2 * GIB * i, 200_000)) or 0 for i in range(1, 41)]
-    assert found == sorted(found) and found[0] < found[3]
+    found = [longest_length(growth, Room(GIB * i // 4, 20_000)) or 0 for i in range(1, 41)]
+    assert found == sorted(found) and found[0] < found[-1]
 
 
 def test_the_methods_differ_as_they_should(small):

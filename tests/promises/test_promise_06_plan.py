@@ -37,7 +37,7 @@ from tests.architectures import artefact, published
 from tests.tiny_model import tiny_artefact, tiny_source
 
 CPU = Settings(device="cpu", r=4, optimizer="adamw", num_threads=torch.get_num_threads())
-KINDS = ["gemma2", "bloom", "falcon_new", "falcon_alibi", "qwen3", "opt"]
+PACKED, OWN_MASKS = ["gemma2", "qwen3", "phi3"], ["bloom", "falcon_new", "falcon_alibi", "opt"]
 
 
 def real_model(settings: Settings, *, quantized=None, plain=None):
@@ -95,17 +95,19 @@ def test_the_meta_ledger_is_the_real_one_to_the_byte(method, checkpointing):
     assert scene.peak_totals == real_ledger(model, settings, micro_batch)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", PACKED + OWN_MASKS)
 def test_so_it_is_for_other_architectures(name):
+    """To the byte but where transformers' mask code looks at values, which meta tensors have not: there within 2%."""
     micro_batch = MicroBatch(60, 2, 0.1, is_first=True)
     model = real_model(CPU, quantized=artefact(name))
     scene = Scene(causal_lm(model).config, CPU)
     scene.rehearse(micro_batch)
-    assert scene.peak_totals == real_ledger(model, CPU, micro_batch)
+    real = real_ledger(model, CPU, micro_batch)
+    assert scene.peak_totals == (pytest.approx(real, rel=0.02) if name in OWN_MASKS else real)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit", "paged_adamw_32bit"])
-@pytest.mark.parametrize(("length", "num_examples"), [(120, 1), (120, 4), (400, 1)])
+@pytest.mark.parametrize(("length", "num_examples"), [(400, 1), (120, 4), (400, 4)])
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_the_planned_peak_meets_the_allocators(method, length, num_examples, optimizer):
     settings, micro_batch = (
