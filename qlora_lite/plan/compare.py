@@ -17,20 +17,27 @@ _FULL_OPTIMIZER = {"full": "adamw", "full_8bit": "paged_adamw_8bit"}
 _STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}  # a trained weight
 
 
+_known: dict[tuple[str, Settings, MicroBatch], Rehearsal] = {}  # a rehearsal depends on nothing else
+
+
 class Comparison:
     """Rehearsals of every method, made when they are asked for."""
 
     def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
         self.settings = settings
         self._config = config
+        self._key = config.to_json_string(use_diff=False)
         self._stage = cache(self._make_stage)
-        self.rehearse = cache(self._rehearse)
+
+    def rehearse(self, method: str, batch: MicroBatch) -> Rehearsal:
+        """Of one of METHODS."""
+        key = self._key, as_method(self.settings, method), batch
+        if key not in _known:
+            _known[key] = self._stage(method).rehearse(batch)
+        return _known[key]
 
     def _make_stage(self, method: str) -> Stage:
         return Stage(self._config, as_method(self.settings, method))
-
-    def _rehearse(self, method: str, batch: MicroBatch) -> Rehearsal:
-        return self._stage(method).rehearse(batch)
 
     def checkpoint_bytes(self, batch: MicroBatch) -> dict[str, int]:
         """On disk: 16-bit weights; these with all that is needed to resume; the adapter, and the adapter with that."""
