@@ -111,9 +111,12 @@ def test_lora_trains_on_16_bits_and_its_merge_adds_to_them(recipe, tmp_path):
 
 def test_a_plan_says_what_each_method_needs(recipe):
     plans = {method: make_plan(load_recipe(recipe, overrides=[f"method={method}"])) for method in METHODS}
-    peaks = {method: plan.peak_bytes for method, plan in plans.items()}
-    assert peaks["qlora"] < peaks["lora"] < peaks["full"]
-    assert plans["full"].to_json_dict()["savings_vs_full"]["bytes"] == 0
+    weights = {method: plan.rehearsal(method).parts["weights"] for method, plan in plans.items()}
+    assert weights["qlora"] < weights["lora"]
+    gradients = {method: plan.rehearsal(method).parts["gradients"] for method, plan in plans.items()}
+    assert gradients["qlora"] == gradients["lora"] < gradients["full"]
+    own = make_plan(load_recipe(recipe, overrides=["method=full", "train.optimizer=adamw"])).to_json_dict()
+    assert own["savings_vs_full"]["bytes"] == 0 < plans["full"].to_json_dict()["savings_vs_full"]["bytes"]
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,12 @@ from qlora_lite.ledger import PAGED, Ledger, counted_as
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.base import checkpoint_activations
 from qlora_lite.model.bnb import quantization_constants
+from qlora_lite.model.dora import Dora
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.meta import meta_model
 from qlora_lite.model.quantization import Quantization
 from qlora_lite.model.trained import make_trainable
+from qlora_lite.model.tuned_linear import TunedLinear
 from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.update import update
@@ -221,12 +223,22 @@ def _model(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | Pe
             r=settings.r,
             lora_alpha=2 * settings.r,
             target_modules=targets if isinstance(targets, str) else list(targets),
-            use_dora=settings.use_dora,
             modules_to_save=settings.modules_to_save,
             factor_dtype=settings.factors,
         )
+        if settings.use_dora:
+            _add_magnitudes(model)
     checkpoint_activations(base, enable=settings.checkpointing)
     return model
+
+
+def _add_magnitudes(model: PeftModel) -> None:
+    """DoRA on meta: peft 0.21 cannot make its layers there (it moves quantized weights about)."""
+    for layer in list(model.modules()):
+        if isinstance(layer, TunedLinear):
+            layer.dora, holder = Dora(layer), torch.nn.Module()
+            holder.weight = layer.dora.first_magnitudes()
+            layer.lora_magnitude_vector = torch.nn.ModuleDict({"default": holder})
 
 
 def residents(model: PreTrainedModel | PeftModel) -> dict[str, list[torch.Tensor]]:
