@@ -2,7 +2,8 @@
 
     CPU    bitsandbytes' AdamW for 8-bit states works on fp32 copies in five tensors, for 32-bit states in three
            (its Python kernels; tests/plan/test_workspace.py measures them with the allocator)
-           flash attention: score blocks a thread, forward 6 bytes a score and its rows, backward 12 (PyTorch, FlashAttentionKernel.cpp)
+           flash attention: score blocks a thread, forward 6 bytes a score and its rows, backward 12 (PyTorch, FlashAttentionKernel.cpp);
+           backward is a lower bound: what its matrix products pack for themselves is left out
     CUDA   FlashAttention-2's backward pass sums dQ in fp32 over 128-row blocks and, for grouped heads, makes dK and dV for every query
            head first (flash_attn, flash_bwd); not measured yet, for want of a card
 
