@@ -19,19 +19,18 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from qlora_lite.data.batches import StepSampler
+from qlora_lite.data.batches import StepSampler, largest_batch
 from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.read import format_of_held_out
 from qlora_lite.data.template import Encoded
-from qlora_lite.errors import DataError, RunError, TrainingStopped
+from qlora_lite.errors import DataError, DoesNotFit, RunError, TrainingStopped
 from qlora_lite.evaluate import EvalResult, evaluate_model, validation_loss
 from qlora_lite.merge import MergeResult
 from qlora_lite.merge import merge as merge_files
 from qlora_lite.model.adapter import attach_adapter, load_adapter
 from qlora_lite.model.artefact import quantize_base, verify_artefact
-from qlora_lite.model.base import LoadedBase, checkpoint_activations, load_base, load_tokenizer
+from qlora_lite.model.base import LoadedBase, load_base, load_tokenizer
 from qlora_lite.model.factors import FACTORS_FILE, copy_factors
-from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.manifest import folder_weights_sha256, sha256_of_file, write_manifest
 from qlora_lite.model.quantization import stored_quantization
 from qlora_lite.model.source import read_config
@@ -40,9 +39,12 @@ from qlora_lite.model.trained import folder_name, make_trainable
 from qlora_lite.plan import Plan, as_json, make_plan
 from qlora_lite.recipe import Recipe, dump_recipe, load_recipe, load_run_recipe
 from qlora_lite.run_dir import RunDir
+from qlora_lite.run_memory import memory_of_run
 from qlora_lite.train import (
+    Preflight,
     StepStats,
     TrainState,
+    apply_footprint,
     best_valid,
     make_optimizer,
     newest_valid,
@@ -51,12 +53,12 @@ from qlora_lite.train import (
     save_checkpoint,
     state_bytes,
     train_steps,
+    try_largest_batch,
 )
 from qlora_lite.train.seeds import purpose_seed
 
 PROOF_TOKENS = 2500  # held-out rows of a proof by default: as many as have together about so many tokens
 Which = Literal["base", "adapter", "merged"]
-METHOD_NAMES = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}
 
 __all__ = ["LoadedModel", "evaluate", "load_model", "load_recipe", "make_plan", "merge", "open_run", "train"]
 
@@ -92,7 +94,7 @@ def load_model(
         make_trainable(base.model)
     else:
         model = _new_adapter(plan, base)
-    checkpoint_activations(causal_lm(model), enable=recipe.memory.gradient_checkpointing is True)
+    apply_footprint(model, plan.chosen.footprint)
     return LoadedModel(model, base.tokenizer, folder, sha256, _static_bytes(base, model))
 
 
@@ -153,7 +155,9 @@ def train(
     `resume` continues from the newest whole checkpoint. When `should_stop()` becomes true, the step that is under way is
     finished, a checkpoint written, and the generator ends. A finished run has no steps left. Afterwards `loaded` holds the
     factors that adapter/ holds: those of the lowest validation loss where the recipe asks for evaluations, else the last.
-    Raises RunError, DataError, TrainingStopped, or UserError for a tracker that is not installed.
+    Before the first step the largest micro-batch is tried; one that runs out of memory, then or later, is repeated with leaner
+    settings, said through `say`. Raises RunError, DataError, TrainingStopped, DoesNotFit, or UserError for a tracker that is not
+    installed.
     """
     recipe = plan.recipe
     refuse_missing_trackers(recipe.train.trackers)
@@ -189,12 +193,14 @@ def train(
         _resume(state, run, say)
     else:
         _write_start(run, plan, loaded)
+    state.footprint = state.footprint or plan.chosen.footprint
+    tried = _preflight(plan, state, examples, sampler, say)
     steps = train_steps(
         state,
         examples,
         sampler,
         device=plan.device,
-        micro_batch_tokens=int(recipe.train.micro_batch_tokens),
+        footprint=plan.chosen.footprint,
         learning_rate=recipe.train.learning_rate,
         schedule=recipe.train.schedule,
         warmup_ratio=recipe.train.warmup_ratio,
@@ -202,6 +208,8 @@ def train(
         evaluate=evaluate_now,
         eval_every_steps=recipe.train.eval_every_steps or 1,
         early_stop=recipe.train.early_stop,
+        leaner=plan.leaner,
+        say=say,
     )
     try:
         with _trackers(plan, run, first_step=state.step + 1) as track:
@@ -219,14 +227,22 @@ def train(
         if error.state_is_good and state.step > 0:
             _save(state, run, recipe, loaded.base)
         raise
+    except DoesNotFit as error:
+        newest, _ = newest_valid(run.checkpoints)
+        kept = (
+            f"the checkpoint {newest.name} is kept, --resume continues from it"
+            if newest
+            else "no checkpoint was written yet"
+        )
+        raise DoesNotFit(f"{error}; {kept}") from error
     if state.step < len(sampler):
         say(
             f"stopped early after step {state.step} of {len(sampler)}: the validation loss has not fallen for "
             f"{recipe.train.early_stop} evaluations"
         )
+    memory = _memory(plan, loaded, state, run, tried)
     _publish(state, run, loaded.tokenizer if recipe.data.special_tokens else None, say)
-    resident = loaded.static_bytes | {"optimizer_bytes": state_bytes(optimizer)}
-    run.write_json("memory.json", _measured_memory(plan, loaded, resident, run.read_steps()))
+    run.write_json("memory.json", memory)
 
 
 def evaluate(
@@ -244,7 +260,7 @@ def evaluate(
         device=plan.device,
         no_answer_text=plan.recipe.data.no_answer_text,
         max_new_tokens=plan.recipe.eval.max_new_tokens,
-        micro_batch_tokens=int(plan.recipe.train.micro_batch_tokens),
+        micro_batch_tokens=plan.chosen.footprint.micro_batch_tokens,
         progress=progress,
     )
 
@@ -437,6 +453,21 @@ def _start_of(recipe: Recipe) -> dict[str, str] | None:
     return None if folder is None else {"path": folder, "sha256": sha256_of_file(Path(folder) / FACTORS_FILE)}
 
 
+def _preflight(
+    plan: Plan, state: TrainState, examples: Examples, sampler: StepSampler, say: Callable[[str], None]
+) -> Preflight | None:
+    """None where no step is left to train."""
+    if state.step >= len(sampler):
+        return None
+    return try_largest_batch(
+        state,
+        lambda footprint: largest_batch(examples, sampler, footprint.micro_batch_tokens, first=state.step),
+        device=plan.device,
+        leaner=plan.leaner,
+        say=say,
+    )
+
+
 def _validation(plan: Plan, loaded: LoadedModel) -> Callable[[], float]:
     """A function that measures the loss on the held-out rows as the model is now, by evaluation's own code."""
     return partial(
@@ -444,7 +475,7 @@ def _validation(plan: Plan, loaded: LoadedModel) -> Callable[[], float]:
         loaded.model,
         held_out_examples(plan, loaded.tokenizer),
         device=plan.device,
-        micro_batch_tokens=int(plan.recipe.train.micro_batch_tokens),
+        micro_batch_tokens=plan.chosen.footprint.micro_batch_tokens,
     )
 
 
@@ -530,22 +561,18 @@ def _proof_rows(plan: Plan, tokenizer: Any) -> list[Encoded]:
     return rows
 
 
-def _measured_memory(
-    plan: Plan, loaded: LoadedModel, resident: dict[str, int], steps: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What a run measured, all its sittings together: resident tensors by size, and the largest step's peak above them."""
-    peak_bytes = max((step.get("peak_bytes") or 0 for step in steps), default=0)
-    gradients = sum(4 * parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
-    measured = {
-        **resident,
-        "gradients_bytes": gradients,
-        "activations_bytes": max(0, peak_bytes - gradients),
-    }
-    ours, full = f"{METHOD_NAMES[plan.recipe.method]}, measured", "full fine-tuning, planned"
-    planned = as_json(plan.rehearsal("full"))
-    return {
-        "columns": {ours: measured, full: {part: size for part, size in planned["parts"].items() if size}},
-        "totals": {ours: sum(measured.values()), full: planned["peak_bytes"]},
-        "peak_bytes": {"planned": plan.peak_bytes, "measured": sum(measured.values())},
-        "rss_bytes": max((step["rss_bytes"] for step in steps), default=0),
-    }
+def _memory(plan: Plan, loaded: LoadedModel, state: TrainState, run: RunDir, tried: Preflight | None) -> dict[str, Any]:
+    """What memory.json holds."""
+    trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+    found = memory_of_run(
+        as_json(plan.rehearsal(plan.method)),
+        loaded.static_bytes | {"optimizer_bytes": state_bytes(state.optimizer)},
+        gradients_bytes=4 * trained,
+        steps=run.read_steps(),
+        tried=tried,
+    )
+    used = state.footprint or plan.chosen.footprint
+    retries = (
+        [] if used == plan.chosen.footprint else [f"memory ran out with {plan.chosen.footprint}; trained with {used}"]
+    )
+    return {"method": plan.method, "budget_bytes": plan.budget_bytes, **found, "retries": retries}

@@ -7,6 +7,9 @@
             optimizer.step()
     ledger.peaks["workspace"]                 # highest sum while workspace was made: its parts at that instant
 
+`counted_as`, `count_as` and `count_as_after` speak to whatever is open: a ledger, or another book that wants to know what is made now
+(train/measure.py asks the allocator by them).
+
 A dispatch mode sees every operator's results; a storage is counted once, whatever views there are, and leaves when Python's last
 reference and autograd's are gone. What an operator allocates and frees inside itself is invisible here: `workspace` says it,
 a function of the operator and its arguments that returns bytes. Costs about ten microseconds an operator.
@@ -16,14 +19,32 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# The phase of a step in which a category is made.
+PHASES = {"activations": "forward", "logits": "head", "recompute": "backward", "workspace": "update"}
 PAGED = "paged"  # a category that lies in managed memory: counted, and no part of what the device must hold
 Workspace = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
+
+
+class Book(Protocol):
+    """Something that is told what is made from now on."""
+
+    current: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes held at most between the mark before and this one."""
+
+    phase: str  # what was made when the mark was set
+    name: str
+    num_bytes: int
 
 
 class Ledger(TorchDispatchMode):
@@ -38,7 +59,8 @@ class Ledger(TorchDispatchMode):
         self.peaks: dict[str, dict[str, int]] = {}
         self.current = "activations"
         self.device = device
-        self._total = 0
+        self.moments: list[Moment] = []
+        self._total = self._since_mark = 0
         self._highest: dict[str, int] = {}  # by category
         self._round_to = round_to
         self._workspace = workspace
@@ -67,6 +89,11 @@ class Ledger(TorchDispatchMode):
         """Peaks from now on."""
         self.peaks.clear()
         self._highest.clear()
+
+    def mark(self, name: str) -> None:
+        """Note what was held at most since the last mark."""
+        self.moments.append(Moment(self.current, name, self._since_mark))
+        self._since_mark = self._total
 
     @property
     def peak(self) -> dict[str, int]:
@@ -113,6 +140,7 @@ class Ledger(TorchDispatchMode):
             self._total -= size
 
     def _note_peak(self, workspace: int) -> None:
+        self._since_mark = max(self._since_mark, self._total + workspace)
         if self._total + workspace > self._highest.get(self.current, -1):
             self._highest[self.current] = self._total + workspace
             parts = {name: size for name, size in self.live.items() if size and name != PAGED}
@@ -121,34 +149,44 @@ class Ledger(TorchDispatchMode):
             self.peaks[self.current] = parts
 
 
-_open: list[Ledger] = []
+_open: list[Book] = []
+
+
+@contextmanager
+def opened(book: Book) -> Iterator[None]:
+    """`book` is told, too, what is made inside this block."""
+    _open.append(book)
+    try:
+        yield
+    finally:
+        _open.remove(book)
 
 
 @contextmanager
 def counted_as(category: str) -> Iterator[None]:
-    """Storages that are made inside this block count as `category` in the ledger that is open, if one is."""
-    ledger = _open[-1] if _open else None
-    before = ledger.current if ledger is not None else ""
-    if ledger is not None:
-        ledger.current = category
+    """Storages that are made inside this block count as `category` in the books that are open."""
+    before = [(book, book.current) for book in _open]
+    count_as(category)
     try:
         yield
     finally:
-        if ledger is not None:
-            ledger.current = before
+        for book, current in before:
+            book.current = current
+
+
+def count_as(category: str) -> None:
+    """Storages that are made from now on count as `category`."""
+    for book in _open:
+        book.current = category
 
 
 def count_as_after(tensor: torch.Tensor, category: str) -> None:
-    """From the moment that the gradient of `tensor` is there, storages count as `category`; only while a ledger is open."""
+    """From the moment that the gradient of `tensor` is there, storages count as `category`; only while a book is open."""
     if _open and tensor.requires_grad:
-        ledger = _open[-1]
-
-        def switch(_: torch.Tensor) -> None:
-            ledger.current = category
-
-        tensor.register_hook(switch)
+        tensor.register_hook(lambda _: count_as(category))
 
 
 def device_type(tensor: torch.Tensor) -> str:
     """Where `tensor` is, or, of a meta tensor, what the open ledger says it stands for."""
-    return _open[-1].device if tensor.is_meta and _open else tensor.device.type
+    ledgers = [book for book in _open if isinstance(book, Ledger)]
+    return ledgers[-1].device if tensor.is_meta and ledgers else tensor.device.type

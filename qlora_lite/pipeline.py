@@ -27,7 +27,7 @@ from qlora_lite.model.known import KNOWN, known_config
 from qlora_lite.model.manifest import read_manifest, weights_sha256
 from qlora_lite.model.source import context_window, find_base, load_config
 from qlora_lite.plan import Plan, forecast, read_request, sweep
-from qlora_lite.recipe import Recipe, load_recipe, parse_hub_name
+from qlora_lite.recipe import Recipe, load_recipe, load_run_recipe, parse_hub_name
 from qlora_lite.recipe.hub_names import fetch_command
 from qlora_lite.run_dir import RunDir
 from qlora_lite.train import refuse_missing_trackers
@@ -70,9 +70,9 @@ def check(recipes: Sequence[str], overrides: Sequence[str]) -> list[dict[str, An
 
 def plan(what: str, overrides: Sequence[str], *, budget: str | None) -> dict[str, Any]:
     """The memory budget report of a model or a recipe: what it needs by every method, and what would fit."""
-    request = read_request(what, overrides=overrides, budget_bytes=_budget(budget))
-    with show.phase(f"rehearsing {request.model} on the meta device"):
-        found = forecast(request.config, request.settings, request.batch, request.room, method=request.method)
+    with show.phase(f"rehearsing {what} on the meta device"):
+        request = read_request(what, overrides=overrides, budget_bytes=_budget(budget))
+        found = forecast(request.rehearsals, request.chosen, request.leanest, request.room, method=request.method)
     show.show_reasons(request.reasons)
     show.show_methods({name: (each.peak_bytes, each.host_bytes, each.parts) for name, each in found.methods.items()})
     show.show_fits(found.longest, found.checkpoint_bytes)
@@ -90,10 +90,10 @@ def plan(what: str, overrides: Sequence[str], *, budget: str | None) -> dict[str
 def plan_all(overrides: Sequence[str]) -> dict[str, Any]:
     """What fits which card: the longest sequence that QLoRA can train, for every model of the built-in table."""
     request = read_request(KNOWN[0], overrides=overrides)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with show.phase("rehearsing every known model") as phase:
         models = ((name, config, context_window(config)) for name in KNOWN for config in [known_config(name)])
-        for row in sweep(models, request.settings, label_share=request.room.label_share):
+        for row in sweep(models, request.leanest, label_share=request.room.label_share):
             rows.append(row)
             phase.progress(len(rows), len(KNOWN))
     show.show_reasons(request.reasons[2:])
@@ -116,8 +116,10 @@ def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, r
         _told_how_to_go_on(run, command),
     ):
         with show.phase("planning"):
-            plan = api.make_plan(recipe)
-        if resume:
+            plan = api.make_plan(recipe, like=load_run_recipe(run.recipe) if resume else None)
+        if not resume:  # what ran once has shown that it fits, or has a leaner footprint in its checkpoint
+            plan.refuse_what_does_not_fit()
+        else:
             api.refuse_other_recipe(run, plan.recipe)
             _refuse_finished(run)
         show.show_reasons(plan.reasons)

@@ -117,7 +117,7 @@ def take_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_from_published_files_to_a_proved_merge_and_an_answer(name, tmp_path):
     loaded = load_base(artefact(name), device="cpu")
     model = attach_adapter(loaded.model, r=8, lora_alpha=16)
-    checkpoint_activations(causal_lm(model), enable=True)
+    checkpoint_activations(causal_lm(model), every=1)
     rows = random_rows([3, 6, 2, 5], prompt=SHORT)
     losses = train_until_the_loss_has_fallen(model, split_batches(rows, 2))
     assert losses[-1] < falls_to(name) * losses[0], losses

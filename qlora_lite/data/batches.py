@@ -112,6 +112,25 @@ def make_batches(examples: TokenizedRows, rows: Sequence[int], *, micro_batch_to
     return [pack_batch([examples.encoded(row) for row in group], group) for group in groups]
 
 
+def step_with_largest_batch(
+    examples: TokenizedRows, sampler: StepSampler, micro_batch_tokens: int, *, first: int
+) -> int:
+    """Step that packs the longest row, decided on lengths alone: a step of many tokens fills its micro-batches."""
+    lengths = examples.lengths
+    tokens = {step: int(lengths[sampler.rows_of_step(step)].sum()) for step in range(first, len(sampler))}
+    full = [step for step, total in tokens.items() if total >= micro_batch_tokens]
+    if not full:
+        return max(tokens, key=lambda step: tokens[step], default=first)
+    # The fewer tokens are left over, the fuller the micro-batches: an even split of `total` into ceil(total / limit) parts.
+    return max(full, key=lambda step: tokens[step] / math.ceil(tokens[step] / micro_batch_tokens))
+
+
+def largest_batch(examples: TokenizedRows, sampler: StepSampler, micro_batch_tokens: int, *, first: int) -> Batch:
+    """The largest micro-batch of that step, of all from `first` on."""
+    step = step_with_largest_batch(examples, sampler, micro_batch_tokens, first=first)
+    return make_batches(examples, sampler.rows_of_step(step), micro_batch_tokens=micro_batch_tokens)[-1]
+
+
 def pack_batch(encoded: Sequence[Encoded], rows: Sequence[int]) -> Batch:
     """Pack tokenized examples into one `Batch`, in the given order. T is the sum of their lengths."""
     input_ids: list[int] = []

@@ -100,10 +100,15 @@ def attention_of(kind: type[PreTrainedModel]) -> str:
     return PACKED if packs_rows(kind) else padded_attention(kind)
 
 
-def checkpoint_activations(model: PreTrainedModel, *, enable: bool) -> None:
-    """Keep one hidden state a layer and compute the rest again in the backward pass (arXiv 1604.06174), or stop doing so."""
+def checkpoint_activations(model: PreTrainedModel, *, every: int) -> None:
+    """Keep one hidden state of every `every`-th layer and compute the rest again in the backward pass (arXiv 1604.06174).
+
+    1 is every layer, 0 none.
+    """
     model._set_gradient_checkpointing(
-        enable=enable, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
+        enable=every > 0,
+        gradient_checkpointing_func=partial(checkpoint, use_reentrant=False),
+        every_n_layers=every or 1,
     )
 
 

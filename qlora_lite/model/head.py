@@ -2,7 +2,7 @@
 
 For a row of T tokens and a vocabulary V, logits in fp32 take 4*T*V bytes (2,048 tokens x 49,152: 384 MiB, several times over
 in the backward pass). In question answering a few tokens of a row carry a label, so we keep those N hidden states, project
-`CHUNK` of them at a time through the model's own head and recompute each chunk in the backward pass: 4*CHUNK*V bytes, whatever T.
+a chunk of them at a time through the model's own head and recompute each chunk in the backward pass: 4*chunk*V bytes, whatever T.
 
 Sums, not means: the caller divides once by the label tokens of the whole optimizer step, so that an example counts the same
 however the step is split.
@@ -21,10 +21,13 @@ ROWS = (
 NO_LABEL = -100  # what cross_entropy ignores
 
 
-def summed_loss(model: PreTrainedModel, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+def summed_loss(
+    model: PreTrainedModel, hidden_ND: torch.Tensor, target_N: torch.Tensor, *, chunk: int = CHUNK
+) -> torch.Tensor:
     """Cross entropy of the labelled positions, summed (not averaged), as an fp32 scalar.
 
-    hidden_ND are the decoder's last hidden states at the positions that predict a label, target_N the label ids.
+    hidden_ND are the decoder's last hidden states at the positions that predict a label, target_N the label ids; `chunk` of
+    them are projected at once.
     """
     count_as_after(hidden_ND, "recompute")
     missing = -len(target_N) % ROWS
@@ -32,7 +35,7 @@ def summed_loss(model: PreTrainedModel, hidden_ND: torch.Tensor, target_N: torch
     target_N = torch.nn.functional.pad(target_N, (0, missing), value=NO_LABEL)
     losses = [
         checkpoint(_chunk_loss, model, hidden_nD, target_n, use_reentrant=False, preserve_rng_state=False)
-        for hidden_nD, target_n in zip(hidden_ND.split(CHUNK), target_N.split(CHUNK), strict=True)
+        for hidden_nD, target_n in zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)
     ]
     return torch.stack(losses).sum()
 

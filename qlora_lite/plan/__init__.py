@@ -1,12 +1,14 @@
 """Predict: a Recipe -> `Plan`: the recipe without any `auto`, why each was chosen so, and what the run will need.
 
-choose.py      what `auto` becomes, with reasons        compare.py   QLoRA, LoRA and full fine-tuning side by side
-rehearsal.py   a step on the meta device, in a ledger   fits.py      what fits a budget
-forecast.py    the memory report of any model          request.py   a model's name or a recipe -> what to forecast
+choose.py      a recipe -> Plan                         planner.py   make it fit a budget, with reasons
+request.py     a model's name or a recipe -> Request    strategy.py  ways to compute a step, from fastest to leanest
+forecast.py    Request -> the memory report             budget.py    how much memory there is
+rehearsal.py   a step on the meta device, in a ledger   compare.py   QLoRA, LoRA and full fine-tuning side by side
+workspace.py   what operators allocate in themselves    fits.py      the map of lengths and batches, the longest sequence
 """
 
 from qlora_lite.plan.choose import Plan, make_plan
-from qlora_lite.plan.compare import METHODS, Comparison, as_json
+from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
 from qlora_lite.plan.fits import Cell, Room
 from qlora_lite.plan.forecast import CARDS, Forecast, forecast, sweep
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
@@ -21,6 +23,7 @@ __all__ = [
     "MicroBatch",
     "Plan",
     "Rehearsal",
+    "Rehearsals",
     "Request",
     "Room",
     "Settings",

@@ -1,32 +1,37 @@
 """Turn every `auto` of a recipe into a value, out loud: each choice comes with its reason."""
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from qlora_lite.data.examples import load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
 from qlora_lite.data.read import find_format, format_of_held_out
-from qlora_lite.errors import DataError, ModelError
+from qlora_lite.errors import DataError, DoesNotFit, ModelError
+from qlora_lite.evaluate.generate import BATCH_TOKENS
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import NumberTypes, choose_device, choose_types
 from qlora_lite.model.quantization import Quantization, stored_quantization
 from qlora_lite.model.source import context_window, find_base, load_config, read_config
-from qlora_lite.plan.compare import METHODS, Comparison, as_json, own_method
+from qlora_lite.plan.budget import budget_of
+from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json, own_method
+from qlora_lite.plan.planner import Concession, Fit, Needs, concessions, fit, shortage
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
+from qlora_lite.plan.strategy import OPTIMIZERS, Free, next_leaner
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe.hub_names import commit_of, is_hub_name
-
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}  # enough to hide dequantizing the weights behind the matrix products
+from qlora_lite.train.footprint import Footprint
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run. `recipe` has no `auto` but the memory budget, which this version takes from the device."""
+    """What will be run. `recipe` has no `auto` but the memory budget, which the device answers anew each time."""
 
     recipe: Recipe
     source: Path  # 16-bit model folder
@@ -34,14 +39,44 @@ class Plan:
     device: str
     types: NumberTypes
     budget_bytes: int
-    comparison: Comparison  # rehearses when it is asked
-    batch: MicroBatch
+    rehearsals: Rehearsals  # rehearse when they are asked
+    chosen: Fit
+    leaner: Callable[[Footprint], Footprint | None]  # for a run that has no memory left
     reasons: tuple[str, ...]
+
+    @property
+    def batch(self) -> MicroBatch:
+        """The largest there may be."""
+        return self.chosen.batch
+
+    @property
+    def method(self) -> str:
+        """Which of METHODS is run."""
+        return own_method(self.recipe.method, self.recipe.train.optimizer)
 
     @property
     def peak_bytes(self) -> int:
         """What the recipe's own method will need on the device."""
-        return self.rehearsal(own_method(self.recipe.method, self.recipe.train.optimizer)).peak_bytes
+        return self.rehearsal(self.method).peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.budget_bytes
+
+    @cached_property
+    def concessions(self) -> tuple[Concession, ...]:
+        """What further settings would save; empty where it fits."""
+        return () if self.fits else concessions(self.rehearsals, self.chosen.settings, self.batch)
+
+    def refuse_what_does_not_fit(self) -> None:
+        """Raise DoesNotFit, with what would help, for a plan that needs more than its budget."""
+        if not self.fits:
+            own = self.rehearsal(self.method)
+            raise DoesNotFit(shortage(own, self.concessions, budget_bytes=self.budget_bytes))
+
+    @property
+    def comparison(self) -> Comparison:
+        return Comparison(self.rehearsals, self.chosen.settings)
 
     def rehearsal(self, method: str) -> Rehearsal:
         """Of one of METHODS, with this plan's settings and largest micro-batch."""
@@ -59,7 +94,8 @@ class Plan:
         return {
             "model": self.recipe.model.base,
             "budget_bytes": self.budget_bytes,
-            "fits": self.peak_bytes <= self.budget_bytes,
+            "fits": self.fits,
+            "slowdown": self.chosen.slowdown,
             "settings": self.recipe.model_dump(mode="json"),
             "reasons": list(self.reasons),
             "methods": {method: as_json(self.rehearsal(method)) for method in METHODS},
@@ -69,12 +105,14 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
+def make_plan(recipe: Recipe, *, cache: Path | None = None, like: Recipe | None = None) -> Plan:
     """Resolve `recipe` for this machine. Reads config, tokenizer and data, no weights (a GGUF is converted on first use).
 
-    Raises UserError subclasses for a model, a device or data that cannot be used.
+    With `like`, a recipe that was resolved before, everything that `recipe` leaves to auto is as it was then. Whether it fits is the
+    plan's own word (`fits`). Raises UserError subclasses for a model, a device or data that cannot be used.
     """
     cache = cache or default_cache()
+    may_change, recipe = free_of(recipe), recipe if like is None else _settled(recipe, like)
     device, device_reason = choose_device(recipe.device)
     types = choose_types(recipe.model.dtype, device)
     source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
@@ -82,9 +120,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     config = load_config(source)
     quantization, quantization_reason = _choose_quantization(recipe, source)
     data_format, format_reason = _choose_format(recipe)
-    length, length_reason, label_share = choose_length(recipe, source, cache, limit=context_window(config))
-    micro_batch, micro_batch_reason = choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
-    checkpointing = recipe.memory.gradient_checkpointing is not False
+    needs = needs_of(recipe, source, cache, limit=context_window(config))
     _refuse_without_bf16(recipe, types)
     resolved = recipe.model_copy(
         update={
@@ -92,14 +128,12 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
             "model": recipe.model.model_copy(
                 update={"revision": commit, "dtype": types.name, "attention": "sdpa", **quantization}
             ),
-            "data": recipe.data.model_copy(
-                update={"format": data_format, "max_seq_length": length, "share_prefixes": False}
-            ),
-            "train": recipe.train.model_copy(update={"micro_batch_tokens": micro_batch}),
-            "memory": recipe.memory.model_copy(update={"gradient_checkpointing": checkpointing}),
+            "data": recipe.data.model_copy(update={"format": data_format, "share_prefixes": False}),
         }
     )
-    settings = settings_of(resolved, device=device, types=types)
+    budget, budget_reason = budget_of(recipe.memory.budget, device)
+    rehearsals, settings = Rehearsals(config), settings_of(resolved, device=device, types=types)
+    chosen = fit(rehearsals, settings, free_of(recipe), needs, budget_bytes=budget)
     reasons = [
         *recipe.notes,
         *([f"model.revision: {commit}, {_revision_reason(recipe.model.revision)}"] if commit else []),
@@ -108,21 +142,75 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None) -> Plan:
         f"model.quantization: {quantization_reason}",
         "model.attention: sdpa, example by example on packed rows",
         f"data.format: {data_format}: {format_reason}",
-        f"data.max_seq_length: {length_reason}",
         "data.share_prefixes: off; this version trains every question with its own copy of the passage",
-        f"train.micro_batch_tokens: {micro_batch_reason}",
-        f"memory.gradient_checkpointing: {_checkpointing_reason(recipe.memory.gradient_checkpointing)}",
+        f"memory.budget: {budget_reason}{chosen.slowdown_in_words}",
+        *(f"{key}: {reason}" for key, reason in chosen.reasons.items()),
     ]
-    if device == "cpu" and recipe.train.optimizer.startswith("paged"):
+    if device == "cpu" and chosen.settings.optimizer.startswith("paged"):
         reasons.append(
-            f"train.optimizer: {recipe.train.optimizer} pages on CUDA only; on the CPU its state stays where it is"
+            f"train.optimizer: {chosen.settings.optimizer} pages on CUDA only; on the CPU its state stays where it is"
         )
-    comparison, batch = Comparison(config, settings), largest_batch(micro_batch, length, label_share)
-    return Plan(resolved, source, cache, device, types, device_memory_bytes(device), comparison, batch, tuple(reasons))
+    return Plan(
+        recipe=with_choices(resolved, chosen),
+        source=source,
+        cache=cache,
+        device=device,
+        types=types,
+        budget_bytes=budget,
+        rehearsals=rehearsals,
+        chosen=chosen,
+        leaner=next_leaner(may_change, length=chosen.length),
+        reasons=tuple(reasons),
+    )
+
+
+def free_of(recipe: Recipe) -> Free:
+    """What `recipe` leaves to the planner."""
+    memory, train = recipe.memory, recipe.train
+    checkpointing, tokens, chunk = memory.gradient_checkpointing, train.micro_batch_tokens, memory.head_chunk
+    return Free(
+        checkpoint_every=None if checkpointing == "auto" else int(checkpointing),
+        micro_batch_tokens=None if tokens == "auto" else tokens,
+        head_chunk=None if chunk == "auto" else chunk,
+        optimizer=None if train.optimizer == "auto" else train.optimizer,
+    )
+
+
+def with_choices(recipe: Recipe, chosen: Fit) -> Recipe:
+    """`recipe` with the planner's choices in place of its autos."""
+    footprint, every = chosen.footprint, chosen.footprint.checkpoint_every
+    tokens = recipe.memory.eval_batch_tokens
+    memory = {
+        "gradient_checkpointing": every if every > 1 else bool(every),
+        "head_chunk": footprint.head_chunk,
+        "eval_batch_tokens": BATCH_TOKENS if tokens == "auto" else tokens,
+    }
+    train = {"micro_batch_tokens": footprint.micro_batch_tokens, "optimizer": chosen.settings.optimizer}
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"max_seq_length": chosen.length}),
+            "train": recipe.train.model_copy(update=train),
+            "memory": recipe.memory.model_copy(update=memory),
+        }
+    )
+
+
+def _settled(recipe: Recipe, like: Recipe) -> Recipe:
+    """`recipe` with every auto as `like` has it."""
+
+    def settled(mine: Any, theirs: Any) -> Any:
+        if not isinstance(mine, BaseModel):
+            return theirs if mine == "auto" else mine
+        return mine.model_copy(
+            update={name: settled(getattr(mine, name), getattr(theirs, name)) for name in type(mine).model_fields}
+        )
+
+    merged: Recipe = settled(recipe, like)
+    return merged
 
 
 def settings_of(recipe: Recipe, *, device: str, types: NumberTypes) -> Settings:
-    """What a rehearsal must know of a recipe without `auto`."""
+    """What a rehearsal must know of a recipe; `fit` says the rest."""
     lora, targets = recipe.lora, recipe.lora.target_modules
     model = recipe.model
     return Settings(
@@ -135,16 +223,9 @@ def settings_of(recipe: Recipe, *, device: str, types: NumberTypes) -> Settings:
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_dora=lora.use_dora,
         modules_to_save=tuple(lora.modules_to_save),
-        optimizer=recipe.train.optimizer,
-        checkpointing=recipe.memory.gradient_checkpointing is not False,
+        optimizer=OPTIMIZERS[-1] if recipe.train.optimizer == "auto" else recipe.train.optimizer,
         num_threads=torch.get_num_threads(),
     )
-
-
-def largest_batch(micro_batch_tokens: int, length: int, label_share: float) -> MicroBatch:
-    """A micro-batch as full as it may be: of equal examples, each as long as they come or a little shorter."""
-    num_examples = -(-micro_batch_tokens // length)
-    return MicroBatch(micro_batch_tokens // num_examples, num_examples, label_share)
 
 
 def _refuse_without_bf16(recipe: Recipe, types: NumberTypes) -> None:
@@ -159,13 +240,6 @@ def _refuse_without_bf16(recipe: Recipe, types: NumberTypes) -> None:
             f"{name}: trains weights of the model itself, which fp16 cannot hold exactly enough ({types.reason}). "
             "Use model.dtype: fp32"
         )
-
-
-def device_memory_bytes(device: str) -> int:
-    """All memory of the device: of the card, or of the machine."""
-    if device == "cuda":
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _revision_reason(asked: str | None) -> str:
@@ -203,15 +277,15 @@ def _choose_format(recipe: Recipe) -> tuple[str, str]:
     return chosen, reason if held_out == chosen else f"{reason}; data.eval is {held_out}"
 
 
-def choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> tuple[int, str, float]:
-    """-> (max_seq_length, reason, share of tokens that carry a label; 1.0 where the rows were not looked at)."""
+def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> Needs:
+    """What the training rows ask for; where their length is given they are not looked at. Raises DataError."""
     asked = recipe.data.max_seq_length
     if asked != "auto":
         if limit is not None and asked > limit:
             raise DataError(
                 f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
             )
-        return asked, f"{asked}: asked for", 1.0
+        return Needs(asked, "asked for", 1.0)
     examples = load_examples(
         recipe.data.train_files,
         load_tokenizer(source, special_tokens=recipe.data.special_tokens),
@@ -222,17 +296,5 @@ def choose_length(recipe: Recipe, source: Path, cache: Path, *, limit: int | Non
         cache_dir=cache / "data",
     )
     length, reason = propose_max_seq_length(examples.lengths, limit=limit, is_text=examples.is_text)
-    return length, f"{length}: {reason}", float(examples.num_label_tokens.sum() / examples.lengths.sum())
-
-
-def choose_micro_batch(asked: int | str, device: str, length: int) -> tuple[int, str]:
-    if asked != "auto":
-        return int(asked), f"{asked}: asked for"
-    tokens = max(MICRO_BATCH_TOKENS[device], length)
-    return tokens, f"{tokens}: enough to hide dequantizing the weights; does not change the result"
-
-
-def _checkpointing_reason(asked: bool | str) -> str:
-    if asked == "auto":
-        return "on: keeps one hidden state a layer; costs about a third of the speed and saves most activations"
-    return f"{'on' if asked else 'off'}: asked for"
+    label_share = float(examples.num_label_tokens.sum() / examples.lengths.sum())
+    return Needs(length, reason, label_share, is_free=True, lengths=examples.lengths)

@@ -5,7 +5,7 @@
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -20,24 +20,32 @@ _STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}  # a 
 _known: dict[tuple[str, Settings, MicroBatch], Rehearsal] = {}  # a rehearsal depends on nothing else
 
 
-class Comparison:
-    """Rehearsals of every method, made when they are asked for."""
+class Rehearsals:
+    """Of one model, with any settings, each made once."""
 
-    def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
-        self.settings = settings
-        self._config = config
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
         self._key = config.to_json_string(use_diff=False)
-        self._stage = cache(self._make_stage)
+        self._stage = cache(partial(Stage, config))
+
+    def of(self, settings: Settings, batch: MicroBatch) -> Rehearsal:
+        """See `Stage.rehearse`. Raises ModelError for a config that is no model."""
+        key = self._key, settings, batch
+        if key not in _known:
+            _known[key] = self._stage(settings).rehearse(batch)
+        return _known[key]
+
+
+class Comparison:
+    """Rehearsals of every method with the same settings, made when they are asked for."""
+
+    def __init__(self, rehearsals: Rehearsals, settings: Settings) -> None:
+        self.settings = settings
+        self._rehearsals = rehearsals
 
     def rehearse(self, method: str, batch: MicroBatch) -> Rehearsal:
         """Of one of METHODS."""
-        key = self._key, as_method(self.settings, method), batch
-        if key not in _known:
-            _known[key] = self._stage(method).rehearse(batch)
-        return _known[key]
-
-    def _make_stage(self, method: str) -> Stage:
-        return Stage(self._config, as_method(self.settings, method))
+        return self._rehearsals.of(as_method(self.settings, method), batch)
 
     def checkpoint_bytes(self, batch: MicroBatch) -> dict[str, int]:
         """On disk: 16-bit weights; these with all that is needed to resume; the adapter, and the adapter with that."""

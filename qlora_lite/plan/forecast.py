@@ -10,17 +10,20 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from qlora_lite.plan.compare import METHODS, Comparison, as_json
+from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
 from qlora_lite.plan.fits import Cell, Growth, Room, is_straight, longest_length, memory_map
+from qlora_lite.plan.planner import Concession, Fit, concessions, shortage
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings
-from qlora_lite.units import format_bytes
 
 CARDS = tuple(gib * 2**30 for gib in (8, 12, 16, 24, 48, 80))  # bytes: the sizes that cards are sold in
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What `plan` says. `methods` are rehearsed on the same micro-batch; `longest` is each method's longest sequence in the budget."""
+    """What `plan` says. `methods` are rehearsed with the same choices; `longest` is each method's longest sequence in the budget.
+
+    That, and the grid, are with the leanest settings that may be chosen.
+    """
 
     method: str  # one of METHODS: the one that would be run
     methods: dict[str, Rehearsal]
@@ -28,6 +31,8 @@ class Forecast:
     grid: tuple[Cell, ...]
     checkpoint_bytes: dict[str, int]
     budget_bytes: int
+    slowdown: float
+    further: tuple[Concession, ...]  # where it does not fit
 
     @property
     def own(self) -> Rehearsal:
@@ -42,6 +47,9 @@ class Forecast:
         return {
             "budget_bytes": self.budget_bytes,
             "fits": self.fits,
+            "slowdown": self.slowdown,
+            "smallest_budget_bytes": None if self.fits else self.own.peak_bytes,
+            "concessions": [vars(concession) for concession in self.further],
             "num_weights": self.methods["full"].num_weights,
             "num_trained": self.own.num_trained,
             "methods": {
@@ -58,27 +66,24 @@ class Forecast:
 
     def shortage(self) -> str:
         """Why it does not fit and what to try: for people, when `fits` is false."""
-        parts = self.own.parts
-        largest = max(parts, key=lambda part: parts[part])
-        smallest = min(self.grid, key=lambda cell: cell.peak_bytes)
-        return (
-            f"does not fit: needs {format_bytes(self.own.peak_bytes)} of {format_bytes(self.budget_bytes)}. Largest part: "
-            f"{largest.replace('_', ' ')} {format_bytes(parts[largest])}. One example of {smallest.max_seq_length} tokens needs "
-            f"{format_bytes(smallest.peak_bytes)}"
-        )
+        return shortage(self.own, self.further, budget_bytes=self.budget_bytes)
 
 
-def forecast(config: PreTrainedConfig, settings: Settings, batch: MicroBatch, room: Room, *, method: str) -> Forecast:
+def forecast(rehearsals: Rehearsals, chosen: Fit, leanest: Settings, room: Room, *, method: str) -> Forecast:
     """`method` is the one of METHODS that would be run. Raises ModelError for a config that is no model."""
-    comparison = Comparison(config, settings)
-    growth = {name: _growth(comparison, name, config, room.label_share) for name in METHODS}
+    comparison, batch = Comparison(rehearsals, chosen.settings), chosen.batch
+    growth = {name: _growth(Comparison(rehearsals, leanest), name, rehearsals, room.label_share) for name in METHODS}
+    methods = {name: comparison.rehearse(name, batch) for name in METHODS}
+    fits = methods[method].peak_bytes <= room.budget_bytes
     return Forecast(
         method=method,
-        methods={name: comparison.rehearse(name, batch) for name in METHODS},
+        methods=methods,
         longest={name: longest_length(growth[name], room) for name in METHODS},
         grid=memory_map(growth[method], room),
         checkpoint_bytes=comparison.checkpoint_bytes(batch),
         budget_bytes=room.budget_bytes,
+        slowdown=chosen.slowdown,
+        further=() if fits else concessions(rehearsals, chosen.settings, batch),
     )
 
 
@@ -87,8 +92,9 @@ def sweep(
 ) -> Iterator[dict[str, Any]]:
     """For each (name, config, positions): its weights, QLoRA's peak for 1,024 tokens, and the longest sequence on each of CARDS."""
     for name, config, positions in models:
-        comparison = Comparison(config, replace(settings, method="qlora"))
-        growth = _growth(comparison, "qlora", config, label_share)
+        rehearsals = Rehearsals(config)
+        comparison = Comparison(rehearsals, replace(settings, method="qlora"))
+        growth = _growth(comparison, "qlora", rehearsals, label_share)
         found = comparison.rehearse("qlora", MicroBatch(1024, 1, label_share))
         longest = {card: longest_length(growth, Room(card, positions, label_share)) for card in CARDS}
         yield {
@@ -99,5 +105,7 @@ def sweep(
         }
 
 
-def _growth(comparison: Comparison, method: str, config: PreTrainedConfig, label_share: float) -> Growth:
-    return Growth(partial(comparison.rehearse, method), label_share=label_share, is_straight=is_straight(config))
+def _growth(comparison: Comparison, method: str, rehearsals: Rehearsals, label_share: float) -> Growth:
+    return Growth(
+        partial(comparison.rehearse, method), label_share=label_share, is_straight=is_straight(rehearsals.config)
+    )

@@ -8,7 +8,7 @@ In: a transformers config and settings. Out: `Rehearsal`: bytes by part at the p
     gradients, optimizer   of what is trained                                     logits      the head's chunk
     activations       made by the forward pass and kept                           recompute   made by the backward pass
 
-Layers repeat, so a deep model is rehearsed at two depths, two and three periods of its layer pattern (plus what is left over), and
+Layers repeat, so a deep model is rehearsed at two depths, two and three periods of its layers' pattern (plus what is left over), and
 every part of every phase is continued in a line: exact, because each layer of a period adds the same storages.
 Attention on meta would be decomposed; here it is the operator that the planned device runs (`_attention`).
 """
@@ -17,6 +17,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import lcm
 from typing import Any
 
 import torch
@@ -25,14 +26,15 @@ from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_lite.data.batches import Batch
-from qlora_lite.ledger import PAGED, Ledger, counted_as
+from qlora_lite.ledger import PAGED, PHASES, Ledger, counted_as
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.base import checkpoint_activations
-from qlora_lite.model.bnb import quantization_constants
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.head import CHUNK
 from qlora_lite.model.meta import meta_model
 from qlora_lite.model.quantization import Quantization
+from qlora_lite.model.resident import residents
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.model.tuned_linear import TunedLinear
 from qlora_lite.plan.workspace import workspace_of
@@ -41,7 +43,6 @@ from qlora_lite.train.update import update
 
 PARTS = ("weights", "quant_constants", "adapter", "gradients", "optimizer", "activations", "recompute", "logits",
          "workspace", "runtime")  # fmt: skip
-PHASES = {"activations": "forward", "logits": "head", "recompute": "backward", "workspace": "update"}
 ROUND_TO = {"cpu": 1, "cuda": 512}  # bytes; the CUDA caching allocator's smallest block
 # cuBLAS's workspace in the caching allocator, by torch's default of 2 x 4,096 KiB + 8 x 16 KiB (CUBLAS_WORKSPACE_CONFIG).
 RUNTIME = {"cpu": 0, "cuda": (2 * 4096 + 8 * 16) * 1024}
@@ -64,7 +65,8 @@ class Settings:
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     optimizer: str = "paged_adamw_8bit"
-    checkpointing: bool = True
+    checkpoint_every: int = 1  # layers; 0: none
+    head_chunk: int = CHUNK
     num_threads: int = 1  # of the CPU; attention there takes a block of scores for each
 
 
@@ -109,7 +111,7 @@ class Stage:
     """
 
     def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
-        depth, period = config.num_hidden_layers, layer_period(config)
+        depth, period = config.num_hidden_layers, lcm(layer_period(config), settings.checkpoint_every or 1)
         shallow, deep = (count * period + depth % period for count in (2, 3))
         self._times = (depth - shallow) // period if depth > deep else 0
         depths = (shallow, deep) if self._times else (depth,)
@@ -161,7 +163,7 @@ class Scene:
                 accelerator=Accelerator(cpu=True),
                 scaler=torch.amp.GradScaler("cpu", enabled=False),
                 max_grad_norm=1.0,
-                before_backward=lambda: setattr(ledger, "current", "logits"),  # until the head's gradient is there
+                head_chunk=self._settings.head_chunk,
             )
         self._optimizer.zero_grad(set_to_none=True)
         self.peak_totals = {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
@@ -228,7 +230,7 @@ def _model(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | Pe
         )
         if settings.use_dora:
             _add_magnitudes(model)
-    checkpoint_activations(base, enable=settings.checkpointing)
+    checkpoint_activations(base, every=settings.checkpoint_every)
     return model
 
 
@@ -239,17 +241,6 @@ def _add_magnitudes(model: PeftModel) -> None:
             layer.dora, holder = Dora(layer), torch.nn.Module()
             holder.weight = layer.dora.first_magnitudes()
             layer.lora_magnitude_vector = torch.nn.ModuleDict({"default": holder})
-
-
-def residents(model: PreTrainedModel | PeftModel) -> dict[str, list[torch.Tensor]]:
-    """What is in memory before the first step, by part."""
-    is_full = not isinstance(model, PeftModel)
-    parameters = list(model.parameters())
-    return {
-        "weights": [*(p for p in parameters if is_full or not p.requires_grad), *model.buffers()],
-        "adapter": [] if is_full else [p for p in parameters if p.requires_grad],
-        "quant_constants": list(quantization_constants(model)),
-    }
 
 
 def _num_weights(model: PreTrainedModel) -> int:

@@ -15,10 +15,12 @@ from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import choose_device, choose_types, planned_types
 from qlora_lite.model.known import known_config, known_name, known_shape
 from qlora_lite.model.source import context_window, find_base, load_config
-from qlora_lite.plan.choose import choose_length, choose_micro_batch, device_memory_bytes, largest_batch, settings_of
-from qlora_lite.plan.compare import own_method
+from qlora_lite.plan.budget import budget_of
+from qlora_lite.plan.choose import free_of, needs_of, settings_of, with_choices
+from qlora_lite.plan.compare import Rehearsals, own_method
 from qlora_lite.plan.fits import Room
-from qlora_lite.plan.rehearsal import MicroBatch, Settings
+from qlora_lite.plan.planner import Fit, Needs, fit, leanest_settings
+from qlora_lite.plan.rehearsal import Settings
 from qlora_lite.recipe import DEFAULT_RECIPE, Recipe, list_recipes, load_recipe
 from qlora_lite.units import format_bytes
 
@@ -31,12 +33,12 @@ class Request:
     """All that a forecast takes, and why."""
 
     model: str
-    config: PreTrainedConfig
-    settings: Settings
-    batch: MicroBatch
+    rehearsals: Rehearsals
+    chosen: Fit
+    leanest: Settings  # what the longest sequences are trained with
     room: Room
     method: str
-    recipe: dict[str, Any]  # the settings as a recipe has them
+    recipe: dict[str, Any]  # the settings as a recipe has them, chosen ones included
     reasons: tuple[str, ...]
 
 
@@ -55,29 +57,29 @@ def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int 
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": what})})
     config, source, config_reason = _find_config(recipe)
     device, device_reason = _choose_device(recipe, is_for_a_card=is_model or budget_bytes is not None)
-    budget, budget_reason = _choose_budget(budget_bytes, device)
+    budget, budget_reason = _choose_budget(budget_bytes or recipe.memory.budget, device)
     is_here = device_reason.startswith(choose_device("auto")[0])
     types = choose_types(recipe.model.dtype, device) if is_here else planned_types(recipe.model.dtype)
     positions = context_window(config)
-    length, length_reason, label_share = _choose_length(recipe, source, positions, has_data=not is_model)
-    micro_batch, micro_batch_reason = choose_micro_batch(recipe.train.micro_batch_tokens, device, length)
+    needs = _needs(recipe, source, positions, has_data=not is_model)
+    rehearsals, free, settings = Rehearsals(config), free_of(recipe), settings_of(recipe, device=device, types=types)
+    chosen = fit(rehearsals, settings, free, needs, budget_bytes=budget)
+    resolved = with_choices(recipe, chosen)
     return Request(
         model=what,
-        config=config,
-        settings=settings_of(recipe, device=device, types=types),
-        batch=largest_batch(micro_batch, length, label_share),
-        room=Room(budget, positions, label_share),
-        method=own_method(recipe.method, recipe.train.optimizer),
-        recipe=recipe.model_dump(mode="json"),
+        rehearsals=rehearsals,
+        chosen=chosen,
+        leanest=leanest_settings(chosen.settings, free),
+        room=Room(budget, positions, needs.label_share),
+        method=own_method(recipe.method, chosen.settings.optimizer),
+        recipe=resolved.model_dump(mode="json"),
         reasons=(
             *([f"settings: those of {DEFAULT_RECIPE}"] if is_model else []),
             f"model: {config_reason}",
             f"device: {device_reason}",
-            f"budget: {budget_reason}",
+            f"memory.budget: {budget_reason}{chosen.slowdown_in_words}",
             f"model.dtype: {types.reason}",
-            f"data.max_seq_length: {length_reason}",
-            f"train.micro_batch_tokens: {micro_batch_reason}",
-            f"memory.gradient_checkpointing: {recipe.memory.gradient_checkpointing}",
+            *(f"{key}: {reason}" for key, reason in chosen.reasons.items()),
         ),
     )
 
@@ -106,29 +108,23 @@ def _choose_device(recipe: Recipe, *, is_for_a_card: bool) -> tuple[str, str]:
     return "cuda", "a card, though none is here; --set device=cpu plans for the processor"
 
 
-def _choose_budget(asked: int | None, device: str) -> tuple[int, str]:
-    if asked is not None:
-        return asked, f"{format_bytes(asked)}: asked for"
-    if device == choose_device("auto")[0]:
-        found = device_memory_bytes(device)
-        return found, f"{format_bytes(found)}: what this machine's {'card' if device == 'cuda' else 'memory'} has"
+def _choose_budget(asked: int | str, device: str) -> tuple[int, str]:
+    if asked != "auto" or device == choose_device("auto")[0]:
+        return budget_of(asked, device)
     return (
         COMMON_CARD,
         f"{format_bytes(COMMON_CARD)}: a common card; no card is here to ask, so give --budget for yours",
     )
 
 
-def _choose_length(
-    recipe: Recipe, source: Path | None, positions: int | None, *, has_data: bool
-) -> tuple[int, str, float]:
+def _needs(recipe: Recipe, source: Path | None, positions: int | None, *, has_data: bool) -> Needs:
     asked = recipe.data.max_seq_length
-    if asked == "auto" and has_data and source is not None:
-        try:
-            return choose_length(recipe, source, default_cache(), limit=positions)
-        except UserError as error:
-            assumed = min(_ASSUMED_LENGTH, positions or _ASSUMED_LENGTH)
-            return assumed, f"{assumed}: assumed, because the data cannot be read ({error})", _ASSUMED_LABEL_SHARE
-    if asked == "auto":
-        assumed = min(_ASSUMED_LENGTH, positions or _ASSUMED_LENGTH)
-        return assumed, f"{assumed}: assumed, there are no data to look at", _ASSUMED_LABEL_SHARE
-    return int(asked), f"{asked}: asked for", _ASSUMED_LABEL_SHARE
+    assumed = min(_ASSUMED_LENGTH, positions or _ASSUMED_LENGTH)
+    if asked != "auto":
+        return Needs(asked, "asked for", _ASSUMED_LABEL_SHARE)
+    if not has_data or source is None:
+        return Needs(assumed, "assumed, there are no data to look at", _ASSUMED_LABEL_SHARE)
+    try:
+        return needs_of(recipe, source, default_cache(), limit=positions)
+    except UserError as error:
+        return Needs(assumed, f"assumed, because the data cannot be read ({error})", _ASSUMED_LABEL_SHARE)

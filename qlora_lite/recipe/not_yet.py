@@ -25,7 +25,6 @@ def _is_none_of(*carried_out: Any) -> Callable[[Any], bool]:
 NOT_YET: tuple[NotYet, ...] = (
     NotYet("model.attention", _is_none_of("auto", "sdpa"), "use auto or sdpa"),
     NotYet("data.share_prefixes", _is_none_of("auto", False), "use auto, which means off for now"),
-    NotYet("memory.budget", _is_none_of("auto"), "use auto", why="needs the planner, which is not in this version"),
 )
 
 

@@ -228,10 +228,10 @@ class TrainSection(Section):
     max_grad_norm: float = Field(
         1.0, gt=0, le=1e9, description="Gradients are scaled down to this L2 norm (QLoRA used 0.3)."
     )
-    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"] = Field(
+    optimizer: Literal["auto", "paged_adamw_8bit", "paged_adamw_32bit", "adamw"] = Field(
         "paged_adamw_8bit",
         description="AdamW. 8bit: 2 bytes of state a trained weight (arXiv 2110.02861), 32bit: 8; "
-        "paged: state may move to host memory when the card is full (QLoRA section 3).",
+        "paged: state may move to host memory when the card is full (QLoRA section 3). auto: the most exact that fits.",
     )
     loraplus_ratio: float = Field(
         1.0, ge=1, le=1e6, description="Learning rate of B divided by that of A (LoRA+, arXiv 2402.12354); 1.0: equal."
@@ -264,12 +264,23 @@ class MemorySection(Section):
     """How it fits."""
 
     budget: Auto | Size = Field(
-        "auto", description='Memory to stay within, such as "24GiB". auto: what the device has.'
+        "auto",
+        description='Memory to stay within, such as "24GiB"; what this section and train leave to auto is chosen so that it '
+        "fits, the fastest way first. auto: what the device has free, less a margin.",
     )
-    gradient_checkpointing: Auto | bool = Field(
+    gradient_checkpointing: Auto | bool | Annotated[int, Field(ge=2, le=1000)] = Field(
         "auto",
         description="Keep one hidden state a layer and compute the rest again in the backward pass (arXiv 1604.06174): "
-        "true saves memory and costs about a third of the speed.",
+        "true saves memory and costs about a third of the speed; 2: in every second layer only. auto: as little as fits.",
+    )
+    head_chunk: Auto | Count = Field(
+        "auto",
+        description="Label tokens whose logits are in memory at once; does not change the result. auto: 256, fewer where "
+        "that does not fit.",
+    )
+    eval_batch_tokens: Auto | Count = Field(
+        "auto",
+        description="Prompt tokens of a batch of answers, padding included. auto: 4096, fewer where that does not fit.",
     )
 
 

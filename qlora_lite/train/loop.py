@@ -10,7 +10,6 @@ after the update; its seconds are no part of the step's. accelerate places the m
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -18,19 +17,32 @@ from statistics import fmean
 import torch
 from accelerate import Accelerator
 
-from qlora_lite.data.batches import Batch, StepSampler, make_batches
+from qlora_lite.data.batches import Batch, StepSampler, make_batches, step_with_largest_batch
 from qlora_lite.data.examples import Examples
-from qlora_lite.errors import TrainingStopped
+from qlora_lite.errors import DoesNotFit, TrainingStopped
+from qlora_lite.ledger import PHASES
 from qlora_lite.train.best import best_after
+from qlora_lite.train.footprint import Footprint, apply_footprint
 from qlora_lite.train.measure import Allocations, measure_allocations, rss_bytes
 from qlora_lite.train.optimizer import set_learning_rate
+from qlora_lite.train.preflight import Leaner, within_memory
 from qlora_lite.train.schedule import learning_rate_at
 from qlora_lite.train.state import TrainState
-from qlora_lite.train.update import NotFinite, update
+from qlora_lite.train.update import NotFinite, OutOfMemoryInUpdate, update
 
 _WINDOW = 10  # steps whose mean loss is watched
 _DIVERGED = 2.0  # stop when that mean is this many times the first loss, and
 _DIVERGED_NATS = 1.0  # this many nats above it
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What an optimizer step leaves behind."""
+
+    loss: float
+    norm: float
+    batches: list[Batch]
+    peaks: dict[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class StepStats:
     step_s: float
     rss_bytes: int
     peak_bytes: int | None  # of this step above its start, by the allocator; None where it was not measured
+    phase_peaks: dict[str, int] | None = None  # the same of forward, head, backward and update apart
     eval_loss: float | None = None  # on held-out rows; None where it was not due
 
 
@@ -59,7 +72,7 @@ def train_steps(
     sampler: StepSampler,
     *,
     device: str,
-    micro_batch_tokens: int,
+    footprint: Footprint,
     learning_rate: float,
     schedule: str,
     warmup_ratio: float,
@@ -67,8 +80,14 @@ def train_steps(
     evaluate: Callable[[], float] | None = None,
     eval_every_steps: int = 1,
     early_stop: int | None = None,
+    leaner: Leaner = lambda footprint: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[StepStats]:
     """Train from `state.step` to the sampler's last step. Raises TrainingStopped for NaN or a diverging loss.
+
+    `footprint` says how a step is computed, unless `state` knows that it had to be leaner. A step that runs out of memory in
+    its forward or backward passes is repeated with what `leaner` gives, said through `say`; DoesNotFit when that is nothing,
+    and when memory runs out inside the update, where there is no way back.
 
     `evaluate` gives the validation loss; it is called after every `eval_every_steps` steps and after the last, and must
     leave model and random numbers as they were. Training ends early when that loss has not fallen for `early_stop` calls.
@@ -76,52 +95,65 @@ def train_steps(
     """
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
     model = accelerator.prepare_model(state.model, device_placement=False)
-    measured_step = _step_with_largest_batch(examples, sampler, micro_batch_tokens, first=state.step)
+    state.footprint = state.footprint or footprint
+    apply_footprint(state.model, state.footprint)
+    tokens = state.footprint.micro_batch_tokens
+    measured_step = step_with_largest_batch(examples, sampler, tokens, first=state.step)
     model.train()
     while not state.is_over(len(sampler), early_stop=early_stop):
         begin = time.perf_counter()
         step = state.step
         rows = sampler.rows_of_step(step)
-        batches = [batch.to(device) for batch in make_batches(examples, rows, micro_batch_tokens=micro_batch_tokens)]
         rate = learning_rate_at(
             step, num_steps=len(sampler), peak=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio
         )
         set_learning_rate(state.optimizer, rate)
-
         is_measured = device == "cuda" or step == measured_step
-        backward, clip_and_update = (Allocations(), Allocations()) if is_measured else (None, None)
-        try:
+
+        def work(now: Footprint, rows: list[int] = rows, step: int = step, is_measured: bool = is_measured) -> _Done:
+            batches = make_batches(examples, rows, micro_batch_tokens=now.micro_batch_tokens)
+            backward, clip_and_update = Allocations(), Allocations()
             loss, norm = update(
                 model,
                 state.optimizer,
-                batches,
+                [batch.to(device) for batch in batches],
                 accelerator=accelerator,
                 scaler=state.scaler,
                 max_grad_norm=max_grad_norm,
                 on_batch=partial(_check_loss, step + 1, examples),
-                around_last=_measured(device, backward),
-                around_update=_measured(device, clip_and_update),
+                around_last=measure_allocations(device, backward) if is_measured else None,
+                around_update=measure_allocations(device, clip_and_update) if is_measured else None,
+                head_chunk=now.head_chunk,
             )
+            return _Done(
+                loss, norm, batches, _peaks(model, batches, backward, clip_and_update) if is_measured else None
+            )
+
+        try:
+            done = within_memory(state, work, leaner=leaner, say=say, what=f"step {step + 1}")
         except NotFinite as error:
             raise _stopped(str(error), step + 1, rows, examples, state_is_good=True) from error
+        except OutOfMemoryInUpdate as error:
+            raise DoesNotFit(f"step {step + 1}: out of memory while the weights were updated ({error})") from error
         finally:
             state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        _watch(state, loss, rows, examples)
+        _watch(state, done.loss, rows, examples)
         stats = StepStats(
             step=state.step,
             num_steps=len(sampler),
             epoch=state.step / sampler.steps_per_epoch,
-            loss=loss,
+            loss=done.loss,
             learning_rate=rate,
-            grad_norm=norm,
+            grad_norm=done.norm,
             num_examples=len(rows),
-            num_tokens=sum(batch.input_ids_1T.shape[1] for batch in batches),
-            num_label_tokens=sum(len(batch.target_N) for batch in batches),
-            num_micro_batches=len(batches),
+            num_tokens=sum(batch.input_ids_1T.shape[1] for batch in done.batches),
+            num_label_tokens=sum(len(batch.target_N) for batch in done.batches),
+            num_micro_batches=len(done.batches),
             step_s=time.perf_counter() - begin,
             rss_bytes=rss_bytes(),
-            peak_bytes=_peak_bytes(model, batches, backward, clip_and_update),
+            peak_bytes=None if done.peaks is None else max(done.peaks.values()),
+            phase_peaks=done.peaks,
         )
         is_due = state.step % eval_every_steps == 0 or state.step == len(sampler)
         yield stats if evaluate is None or not is_due else _evaluated(state, stats, evaluate())
@@ -135,33 +167,17 @@ def _evaluated(state: TrainState, stats: StepStats, eval_loss: float) -> StepSta
     return replace(stats, eval_loss=eval_loss)
 
 
-def _measured(device: str, allocations: Allocations | None) -> AbstractContextManager[object]:
-    return nullcontext() if allocations is None else measure_allocations(device, allocations)
-
-
-def _peak_bytes(
-    model: torch.nn.Module, batches: list[Batch], backward: Allocations | None, clip_and_update: Allocations | None
-) -> int | None:
-    """The step's peak above its start: in the last micro-batch or in the update, whose fp32 copies of a large weight count.
+def _peaks(
+    model: torch.nn.Module, batches: list[Batch], backward: Allocations, clip_and_update: Allocations
+) -> dict[str, int]:
+    """The step's peaks above its start: of its last micro-batch, and of the update, whose fp32 copies of a large weight count.
 
     Gradients are there before the last micro-batch begins, unless it is the only one, and before the update in any case.
     """
-    if backward is None or clip_and_update is None:
-        return None
     gradients = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     before = gradients if len(batches) > 1 else 0
-    return max(before + backward.peak_bytes, gradients + clip_and_update.peak_bytes)
-
-
-def _step_with_largest_batch(examples: Examples, sampler: StepSampler, micro_batch_tokens: int, *, first: int) -> int:
-    """Step that packs the longest row, decided on lengths alone: a step of many tokens fills its micro-batches."""
-    lengths = examples.lengths
-    tokens = {step: int(lengths[sampler.rows_of_step(step)].sum()) for step in range(first, len(sampler))}
-    full = [step for step, total in tokens.items() if total >= micro_batch_tokens]
-    if not full:
-        return max(tokens, key=lambda step: tokens[step], default=first)
-    # The fewer tokens are left over, the fuller the micro-batches: an even split of `total` into ceil(total / limit) parts.
-    return max(full, key=lambda step: tokens[step] / math.ceil(tokens[step] / micro_batch_tokens))
+    found = {PHASES[name]: before + peak for name, peak in backward.peaks.items()}
+    return found | {"update": gradients + clip_and_update.peak_bytes}
 
 
 def _watch(state: TrainState, loss: float, rows: list[int], examples: Examples) -> None:

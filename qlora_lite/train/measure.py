@@ -5,12 +5,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from qlora_lite.ledger import opened
+
+_FIRST = "activations"  # what is made until something else is said
+_MARK = "qlora_lite makes "  # begins the name of an event that separates phases
 
 
 @dataclass
@@ -18,34 +23,90 @@ class Allocations:
     """Bytes above what was allocated when the measurement began; set when its block ends."""
 
     peak_bytes: int = 0
+    peaks: dict[str, int] = field(default_factory=dict)  # by what was made then: the ledger's categories
 
 
 @contextmanager
 def measure_allocations(device: str, into: Allocations | None = None) -> Iterator[Allocations]:
-    """Measure the block's peak of allocated device memory above its start, from the allocator itself; the result is `into`.
+    """Measure the block's peaks of allocated device memory above its start, from the allocator itself; the result is `into`.
 
     On the CPU the profiler keeps about 1.5 KB an event until the block is over: measure a micro-batch, not a step.
     """
     result = into if into is not None else Allocations()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    with (_cuda_peaks if device == "cuda" else _cpu_peaks)(result):
+        yield result
+    result.peak_bytes = max(result.peaks.values(), default=0)
+
+
+@contextmanager
+def _cuda_peaks(result: Allocations) -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    phases = _CudaPhases(result.peaks, before=torch.cuda.memory_allocated())
+    with opened(phases):
+        yield
+    phases.end()
+
+
+class _CudaPhases:
+    """A book whose every entry asks the allocator for its peak since the entry before."""
+
+    def __init__(self, peaks: dict[str, int], *, before: int) -> None:
+        self._peaks, self._before, self._current = peaks, before, _FIRST
+
+    @property
+    def current(self) -> str:
+        return self._current
+
+    @current.setter
+    def current(self, category: str) -> None:
+        self.end()
+        self._current = category
+
+    def end(self) -> None:
+        peak = torch.cuda.max_memory_allocated() - self._before
+        self._peaks[self._current] = max(self._peaks.get(self._current, 0), peak)
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield result
-        torch.cuda.synchronize()
-        result.peak_bytes = torch.cuda.max_memory_allocated() - before
-        return
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield result
-    result.peak_bytes = _peak_of_events(profiler)
+
+
+@contextmanager
+def _cpu_peaks(result: Allocations) -> Iterator[None]:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, opened(_CpuPhases()):
+        yield
+    result.peaks.update(_peaks_of_events(profiler))
     del profiler
     give_back_free_memory()
+
+
+class _CpuPhases:
+    """A book whose every entry becomes an event between the allocator's."""
+
+    def __init__(self) -> None:
+        self._current = _FIRST
+
+    @property
+    def current(self) -> str:
+        return self._current
+
+    @current.setter
+    def current(self, category: str) -> None:
+        self._current = category
+        with record_function(_MARK + category):
+            pass
 
 
 def rss_bytes() -> int:
     """Resident memory of this process: all of it, imports and page cache of mapped files included. 0 outside Linux."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device or the machine has no memory left: torch has no one class for it."""
+    words = ("out of memory", "can't allocate memory", "alloc_cpu")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
 
 
 def give_back_free_memory() -> None:
@@ -64,12 +125,19 @@ def _find_malloc_trim() -> Callable[[int], int] | None:
 _malloc_trim = _find_malloc_trim()
 
 
-def _peak_of_events(profiler: profile) -> int:
-    """Highest running sum of the allocator's events; an event's size is negative where memory was freed."""
+def _peaks_of_events(profiler: profile) -> dict[str, int]:
+    """Highest running sum of the allocator's events by what was made; an event's size is negative where memory was freed."""
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events: list[Any] = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    running = peak = 0
+    events: list[Any] = [
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" or event.name().startswith(_MARK)
+    ]
+    current, running, peaks = _FIRST, 0, {_FIRST: 0}
     for event in sorted(events, key=lambda event: event.start_ns()):
-        running += event.nbytes()
-        peak = max(peak, running)
-    return peak
+        if event.name() == "[memory]":
+            running += event.nbytes()
+        else:
+            current = event.name().removeprefix(_MARK)
+        peaks[current] = max(peaks.get(current, 0), running)
+    return peaks

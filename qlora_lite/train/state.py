@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from qlora_lite.errors import RunError
 from qlora_lite.model.trained import load_trained, save_trained, trained_parameters
 from qlora_lite.train.best import Best
+from qlora_lite.train.footprint import Footprint
 from qlora_lite.train.optimizer import STATE_TENSORS
 
 _TENSORS, _FACTS = "state.safetensors", "state.json"
@@ -46,6 +47,7 @@ class TrainState:
     first_loss: float | None = None  # what divergence is judged against
     history: list[float] = field(default_factory=list)  # losses of the last steps, newest last
     best: Best | None = None  # None before the first evaluation
+    footprint: Footprint | None = None  # how steps are computed now; None before the first
 
     def is_over(self, num_steps: int, *, early_stop: int | None = None) -> bool:
         """All steps are done, or the validation loss has not fallen for `early_stop` evaluations (None: not looked at)."""
@@ -55,6 +57,19 @@ class TrainState:
     def snapshot(self) -> Snapshot:
         """A copy that later steps do not touch."""
         return Snapshot({name: tensor.detach().clone() for name, tensor in self._tensors().items()}, self._facts())
+
+    def random_numbers(self) -> Snapshot:
+        """Of a snapshot, all that a forward or backward pass changes: cheap enough for every step."""
+        tensors = {"random/cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        return Snapshot(tensors, {})
+
+    def restore_random_numbers(self, snapshot: Snapshot) -> None:
+        """As they were in `snapshot`."""
+        torch.set_rng_state(snapshot.tensors["random/cpu"])
+        if "random/cuda" in snapshot.tensors:
+            torch.cuda.set_rng_state(snapshot.tensors["random/cuda"])
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to `snapshot`, in place. Raises ValueError when it is of another run."""
@@ -66,9 +81,7 @@ class TrainState:
                 if not name.startswith("random/"):
                     tensor.copy_(snapshot.tensors[name])
         self._set_facts(snapshot.facts)
-        torch.set_rng_state(snapshot.tensors["random/cpu"])
-        if "random/cuda" in own:
-            torch.cuda.set_rng_state(snapshot.tensors["random/cuda"])
+        self.restore_random_numbers(snapshot)
 
     def save(self, folder: Path, *, base: Path) -> None:
         """Write adapter/ or weights/, state.safetensors and state.json into `folder`; `base` is the base model's folder."""
@@ -89,9 +102,7 @@ class TrainState:
             raise RunError(f"{folder}: not a checkpoint of this run ({type(error).__name__}: {error})") from error
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {"random/cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        tensors = dict(self.random_numbers().tensors)
         for name, parameter in trained_parameters(self.model).items():
             tensors[f"trained/{name}"] = parameter
             state = self.optimizer.state[parameter]
@@ -108,11 +119,13 @@ class TrainState:
             "first_loss": self.first_loss,
             "history": self.history,
             "best": None if self.best is None else asdict(self.best),
+            "footprint": None if self.footprint is None else asdict(self.footprint),
         }
 
     def _set_facts(self, facts: dict[str, Any]) -> None:
         self.step, self.first_loss, self.history = facts["step"], facts["first_loss"], list(facts["history"])
         self.best = None if facts["best"] is None else Best(**facts["best"])
+        self.footprint = None if facts["footprint"] is None else Footprint(**facts["footprint"])
         for state, count in zip(self.optimizer.state.values(), facts["optimizer_steps"], strict=True):
             state["step"] = count
         if facts["loss_scale"]:

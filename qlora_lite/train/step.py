@@ -12,13 +12,14 @@ import torch
 from peft import PeftModel
 
 from qlora_lite.data.batches import Batch
+from qlora_lite.ledger import count_as, counted_as
 from qlora_lite.model.forward import causal_lm, predicting_states
-from qlora_lite.model.head import summed_loss
+from qlora_lite.model.head import CHUNK, summed_loss
 from qlora_lite.train.measure import give_back_free_memory
 
 
-def batch_loss(model: PeftModel, batch: Batch) -> torch.Tensor:
-    """Cross entropy summed over the batch's label tokens: an fp32 scalar."""
+def batch_loss(model: PeftModel, batch: Batch, *, head_chunk: int = CHUNK) -> torch.Tensor:
+    """Cross entropy summed over the batch's label tokens: an fp32 scalar; `head_chunk` of them are projected at once."""
     hidden_ND = predicting_states(
         model,
         input_ids_1T=batch.input_ids_1T,
@@ -26,7 +27,7 @@ def batch_loss(model: PeftModel, batch: Batch) -> torch.Tensor:
         lengths=batch.lengths,
         predictor_N=batch.predictor_N,
     )
-    return summed_loss(causal_lm(model), hidden_ND, batch.target_N)
+    return summed_loss(causal_lm(model), hidden_ND, batch.target_N, chunk=head_chunk)
 
 
 def forward_backward(
@@ -36,6 +37,7 @@ def forward_backward(
     backward: Callable[[torch.Tensor], None],
     on_batch: Callable[[Batch, float], None],
     around_last: AbstractContextManager[object] | None = None,
+    head_chunk: int = CHUNK,
 ) -> float:
     """Add the gradient of the step's loss to `param.grad`; returns that loss, in nats per label token.
 
@@ -47,10 +49,11 @@ def forward_backward(
     total = 0.0
     for index, batch in enumerate(batches):
         is_last = index == len(batches) - 1
-        with around_last if is_last and around_last is not None else nullcontext():
-            loss = batch_loss(model, batch)
+        with around_last if is_last and around_last is not None else nullcontext(), counted_as("activations"):
+            loss = batch_loss(model, batch, head_chunk=head_chunk)
             summed = loss.item()
             on_batch(batch, summed / len(batch.target_N))
+            count_as("logits")  # until the gradient of the hidden states is there
             backward(loss / num_label_tokens)
             del loss
         give_back_free_memory()

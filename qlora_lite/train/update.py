@@ -1,19 +1,25 @@
 """One whole optimizer step: forward and backward of every micro-batch, clip, AdamW. What the loop runs and what a plan rehearses."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
 
 from qlora_lite.data.batches import Batch
 from qlora_lite.ledger import counted_as
+from qlora_lite.model.head import CHUNK
+from qlora_lite.train.measure import is_out_of_memory
 from qlora_lite.train.step import forward_backward
 
 
 class NotFinite(Exception):
     """The gradient is not a number, and nothing has been updated."""
+
+
+class OutOfMemoryInUpdate(Exception):
+    """Memory ran out when some weights may have been changed already."""
 
 
 def update(
@@ -27,25 +33,22 @@ def update(
     on_batch: Callable[[Batch, float], None] = lambda batch, loss: None,
     around_last: AbstractContextManager[object] | None = None,
     around_update: AbstractContextManager[object] | None = None,
-    before_backward: Callable[[], object] = lambda: None,
+    head_chunk: int = CHUNK,
 ) -> tuple[float, float]:
     """-> (loss, gradient norm before clipping). Raises NotFinite before it updates; with loss scaling such a step is skipped instead.
 
-    `on_batch` and `around_last` are forward_backward's; `around_update` is entered around AdamW.
+    `on_batch`, `around_last` and `head_chunk` are forward_backward's; `around_update` is entered around AdamW. Memory that runs
+    out before the first weight is changed raises whatever torch raises; afterwards, OutOfMemoryInUpdate.
     """
-
-    def backward(loss: torch.Tensor) -> None:
-        before_backward()
-        accelerator.backward(scaler.scale(loss))
-
     loss = forward_backward(
         model,  # type: ignore[arg-type]
         batches,
-        backward=backward,
+        backward=lambda loss: accelerator.backward(scaler.scale(loss)),
         on_batch=on_batch,
         around_last=around_last,
+        head_chunk=head_chunk,
     )
-    with counted_as("workspace"):
+    with counted_as("workspace"), _no_way_back():
         scaler.unscale_(optimizer)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norm = float(accelerator.clip_grad_norm_(trained, max_grad_norm))
@@ -55,3 +58,14 @@ def update(
             scaler.step(optimizer)
         scaler.update()
     return loss, norm
+
+
+@contextmanager
+def _no_way_back() -> Iterator[None]:
+    """Out of memory inside: some weights may be changed and others not."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryInUpdate(str(error)) from error

@@ -8,7 +8,7 @@ from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.base import checkpoint_activations, load_base
 from qlora_lite.model.dtypes import choose_types
 from qlora_lite.model.forward import causal_lm
-from qlora_lite.train import TrainState, make_optimizer, train_steps
+from qlora_lite.train import Footprint, TrainState, make_optimizer, train_steps
 from tests import tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +19,7 @@ def test_twenty_steps_on_the_card_lower_the_loss_and_measure_the_allocator(optim
     types = choose_types("auto", "cuda")
     base = load_base(tiny_model.tiny_artefact(), device="cuda", compute=types.compute)
     model = attach_adapter(base.model, r=8, lora_alpha=16, factor_dtype=types.factors)
-    checkpoint_activations(causal_lm(model), enable=True)
+    checkpoint_activations(causal_lm(model), every=1)
     rows = tiny_model.random_rows([3] * 8)
     state = TrainState(
         model,
@@ -32,7 +32,7 @@ def test_twenty_steps_on_the_card_lower_the_loss_and_measure_the_allocator(optim
             rows,
             StepSampler(8, examples_per_step=8, epochs=1, max_steps=20, seed=0),
             device="cuda",
-            micro_batch_tokens=64,
+            footprint=Footprint(64, 0),
             learning_rate=5e-3,
             schedule="constant",
             warmup_ratio=0.0,

@@ -70,12 +70,12 @@ def test_recomputing_activations_does_not_change_loss_or_gradient():
     batches = split_batches(random_rows([3, 9]), 1)
     model.train()
     loss, kept = batch_loss(model, batches[0]).item(), gradients(model, batches)
-    checkpoint_activations(causal_lm(model), enable=True)
+    checkpoint_activations(causal_lm(model), every=1)
     assert causal_lm(model).is_gradient_checkpointing
     assert batch_loss(model, batches[0]).item() == loss
     again = gradients(model, batches)
     assert all(torch.equal(again[name], gradient) for name, gradient in kept.items())
-    checkpoint_activations(causal_lm(model), enable=False)
+    checkpoint_activations(causal_lm(model), every=0)
     assert not causal_lm(model).is_gradient_checkpointing
 
 
@@ -84,7 +84,7 @@ def test_recomputing_keeps_fewer_activations():
 
     def saved_bytes(enable):
         model = tiny_adapted().train()
-        checkpoint_activations(causal_lm(model), enable=enable)
+        checkpoint_activations(causal_lm(model), every=int(enable))
         seen = {}
 
         def pack(tensor):

@@ -37,7 +37,7 @@ def assert_split_does_not_matter(model, rows):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_micro_batch_split_does_not_change_the_gradient(checkpointing):
     model = tiny_adapted()
-    checkpoint_activations(causal_lm(model), enable=checkpointing)
+    checkpoint_activations(causal_lm(model), every=int(checkpointing))
     assert_split_does_not_matter(model, random_rows(UNEQUAL_LABELS))
 
 

@@ -17,6 +17,7 @@ from qlora_lite.model.base import checkpoint_activations, load_base
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.meta import meta_model
 from qlora_lite.model.quantization import Quantization
+from qlora_lite.model.resident import residents
 from qlora_lite.model.source import load_config
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.plan.rehearsal import (
@@ -26,7 +27,6 @@ from qlora_lite.plan.rehearsal import (
     Stage,
     layer_period,
     num_labels,
-    residents,
     with_depth,
 )
 from qlora_lite.plan.workspace import workspace_of
@@ -44,7 +44,7 @@ def real_model(settings: Settings, *, quantized=None, plain=None):
     """The model that `settings` would train, loaded."""
     folder = (quantized or tiny_artefact()) if settings.method == "qlora" else (plain or tiny_source())
     base = load_base(folder, device="cpu", compute=settings.compute).model
-    checkpoint_activations(base, enable=settings.checkpointing)
+    checkpoint_activations(base, every=settings.checkpoint_every)
     if settings.method == "full":
         make_trainable(base)
         return base
@@ -59,10 +59,10 @@ def real_step(model, settings: Settings, micro_batch: MicroBatch):
     batch = pack_batch(examples, range(len(examples)))
     model.train()
 
-    def step(before_backward=lambda: None) -> None:
+    def step() -> None:
         update(
             model, optimizer, [batch], accelerator=Accelerator(cpu=True), scaler=torch.amp.GradScaler("cpu", enabled=False),
-            max_grad_norm=1.0, before_backward=before_backward,
+            max_grad_norm=1.0, head_chunk=settings.head_chunk,
         )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
 
@@ -80,14 +80,14 @@ def real_ledger(model, settings: Settings, micro_batch: MicroBatch) -> dict[str,
         ledger.hold("optimizer", *(value for value in state.values() if isinstance(value, torch.Tensor)))
     ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
     with ledger, counted_as("activations"):
-        step(lambda: setattr(ledger, "current", "logits"))
+        step()
     return {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(("every", "chunk"), [(1, 256), (0, 256), (2, 16)])
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
-def test_the_meta_ledger_is_the_real_one_to_the_byte(method, checkpointing):
-    settings = replace(CPU, method=method, checkpointing=checkpointing)
+def test_the_meta_ledger_is_the_real_one_to_the_byte(method, every, chunk):
+    settings = replace(CPU, method=method, checkpoint_every=every, head_chunk=chunk)
     micro_batch = MicroBatch(100, 2, 0.1, is_first=True)
     model = real_model(settings)
     scene = Scene(causal_lm(model).config, settings)
@@ -143,8 +143,8 @@ def test_two_depths_tell_any_depth(name):
     depth = 5 * layer_period(config) + (1 if layer_period(config) > 1 else 0)
     deep = with_depth(lengthened(config, depth), depth)
     micro_batch = MicroBatch(50, 2)
-    for method in ("qlora", "full"):
-        settings = replace(CPU, method=method)
+    for method, every in (("qlora", 1), ("full", 1), ("qlora", 2)):
+        settings = replace(CPU, method=method, checkpoint_every=every)
         assert Stage(deep, settings).rehearse(micro_batch) == Scene(deep, settings).rehearse(micro_batch)
 
 

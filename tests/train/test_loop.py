@@ -11,6 +11,7 @@ from qlora_lite.model.base import load_base
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.train import loop
 from qlora_lite.train.best import Best
+from qlora_lite.train.footprint import Footprint
 from qlora_lite.train.loop import train_steps
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.schedule import learning_rate_at
@@ -32,7 +33,7 @@ def sampler_of(rows, *, max_steps=None, epochs=1, examples_per_step=4):
 
 
 def steps_of(state, rows, sampler, **changes):
-    settings = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_ratio": 0.2, "micro_batch_tokens": 48}
+    settings = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_ratio": 0.2, "footprint": Footprint(48, 0)}
     return train_steps(state, rows, sampler, device="cpu", **settings | {"max_grad_norm": 1.0} | changes)
 
 
@@ -112,7 +113,7 @@ def test_the_measured_step_is_the_one_that_packs_the_largest_micro_batch():
     long = random_rows([2], prompt=(40, 40)).encoded(0)
     rows._encoded[5], rows.lengths[5] = long, len(long.input_ids)
     sampler = sampler_of(rows, examples_per_step=2)
-    stats = list(steps_of(fresh_state(), rows, sampler, micro_batch_tokens=500))
+    stats = list(steps_of(fresh_state(), rows, sampler, footprint=Footprint(500, 0)))
     expected = next(step for step in range(4) if 5 in sampler.rows_of_step(step))
     assert [s.peak_bytes is not None for s in stats] == [step == expected for step in range(4)]
 
@@ -130,7 +131,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was():
 def test_the_split_into_micro_batches_does_not_change_the_run():
     rows = random_rows(LABELS)
     losses = [
-        [s.loss for s in steps_of(fresh_state(), rows, sampler_of(rows, max_steps=5), micro_batch_tokens=tokens)]
+        [s.loss for s in steps_of(fresh_state(), rows, sampler_of(rows, max_steps=5), footprint=Footprint(tokens, 0))]
         for tokens in (1, 48, 10_000)
     ]
     assert losses[0] == pytest.approx(losses[2], rel=1e-3)
@@ -217,7 +218,7 @@ def test_nan_stops_before_the_update_and_names_step_and_rows():
     sampler = sampler_of(rows, examples_per_step=2)
     bad_step = next(step for step in range(4) if 6 in sampler.rows_of_step(step))
     assert bad_step > 0  # so that there is a good step before it
-    steps = steps_of(state, rows, sampler, micro_batch_tokens=1)
+    steps = steps_of(state, rows, sampler, footprint=Footprint(1, 0))
     for _ in range(bad_step):
         next(steps)
     good = state.snapshot()

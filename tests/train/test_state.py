@@ -8,6 +8,7 @@ import torch
 from qlora_lite.data.batches import StepSampler
 from qlora_lite.errors import RunError
 from qlora_lite.train.best import Best
+from qlora_lite.train.footprint import Footprint
 from qlora_lite.train.loop import train_steps
 from qlora_lite.train.optimizer import OPTIMIZERS, make_optimizer
 from qlora_lite.train.state import TrainState
@@ -32,7 +33,7 @@ def advance(state: TrainState, num_steps: int) -> list[float]:
         ROWS,
         sampler,
         device="cpu",
-        micro_batch_tokens=48,
+        footprint=Footprint(48, 0),
         learning_rate=1e-3,
         schedule="cosine",
         warmup_ratio=0.1,

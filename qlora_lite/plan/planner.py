@@ -1,0 +1,216 @@
+"""Make it fit: a budget and what a recipe leaves free -> `Fit`, with a reason for each choice, or what would help where nothing fits.
+
+The strategy first, at the length that the data ask for; where not even the leanest fits and the length is free too, the longest that
+fits with the leanest. So a smaller budget never gives a plan that needs more.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from qlora_lite.plan.compare import Rehearsals
+from qlora_lite.plan.fits import Growth, Room, is_straight, longest_length
+from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
+from qlora_lite.plan.strategy import CHECKPOINTING, OPTIMIZERS, Choice, Free, Strategy, choose, strategies
+from qlora_lite.train.footprint import Footprint
+from qlora_lite.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the data ask of a plan."""
+
+    length: int  # tokens of the longest example
+    reason: str
+    label_share: float  # of all tokens
+    is_free: bool = False  # may be made shorter
+    lengths: np.ndarray | None = None  # of every row, uncut; None where they were not looked at
+
+
+@dataclass(frozen=True)
+class Concession:
+    """A setting that the planner may not change by itself, and what it would bring on top of all that it may."""
+
+    setting: str  # as --set takes it
+    peak_bytes: int
+    saves_bytes: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """All that was chosen. `reasons` by recipe key."""
+
+    settings: Settings
+    footprint: Footprint
+    batch: MicroBatch
+    length: int
+    slowdown: float  # against the fastest way there is
+    reasons: dict[str, str]
+
+    @property
+    def slowdown_in_words(self) -> str:
+        """The end of a sentence about the budget; empty where nothing is slower."""
+        if self.slowdown < 1.005:
+            return ""
+        return f"; to stay within it a step takes about {self.slowdown:.2f} times as long as it could"
+
+
+def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, *, budget_bytes: int) -> Fit:
+    """`settings` with what `free` leaves open chosen; the leanest where nothing fits. Rehearses only where there is a choice."""
+    needs, choice = _choose(rehearsals, settings, free, needs, budget_bytes)
+    chosen = choice.strategy
+    return Fit(
+        settings=_with(settings, chosen),
+        footprint=chosen.footprint,
+        batch=_batch(chosen, needs),
+        length=needs.length,
+        slowdown=chosen.slowdown,
+        reasons={"data.max_seq_length": f"{needs.length}: {needs.reason}", **_reasons(choice, free, budget_bytes)},
+    )
+
+
+def largest_batch(micro_batch_tokens: int, length: int, label_share: float) -> MicroBatch:
+    """A micro-batch as full as it may be: of equal examples, each as long as they come or a little shorter."""
+    num_examples = -(-micro_batch_tokens // length)
+    return MicroBatch(micro_batch_tokens // num_examples, num_examples, label_share)
+
+
+def leanest_settings(settings: Settings, free: Free) -> Settings:
+    """For the longest sequences: all that is free as lean as it comes, but for the head's chunk."""
+    return replace(
+        settings,
+        checkpoint_every=CHECKPOINTING[-1] if free.checkpoint_every is None else settings.checkpoint_every,
+        optimizer=OPTIMIZERS[-1] if free.optimizer is None else settings.optimizer,
+    )
+
+
+def concessions(rehearsals: Rehearsals, settings: Settings, batch: MicroBatch) -> tuple[Concession, ...]:
+    """What further settings would save, those that save most first."""
+    now = rehearsals.of(settings, batch).peak_bytes
+    found = [
+        Concession(setting, peak, now - peak)
+        for setting, other, smaller in _further(settings, batch)
+        for peak in [rehearsals.of(other, smaller).peak_bytes]
+        if peak < now
+    ]
+    return tuple(sorted(found, key=lambda concession: concession.peak_bytes))
+
+
+def shortage(found: Rehearsal, further: tuple[Concession, ...], *, budget_bytes: int) -> str:
+    """Why it does not fit and what to do, for people."""
+    largest = max(found.parts, key=lambda part: found.parts[part])
+    what = (
+        f"does not fit: needs {format_bytes(found.peak_bytes)} of {format_bytes(budget_bytes)}, which is the smallest budget for these "
+        f"settings. Largest part: {largest.replace('_', ' ')} {format_bytes(found.parts[largest])}."
+    )
+    helps = [concession for concession in further if concession.peak_bytes <= budget_bytes]
+    if helps:
+        ways = [
+            f"--set {concession.setting} (needs {format_bytes(concession.peak_bytes)})" for concession in helps[::-1]
+        ]
+        return f"{what} Try {', or '.join(ways)}"
+    saved = ", ".join(f"{each.setting} saves {format_bytes(each.saves_bytes)}" for each in further)
+    return f"{what} No one setting is enough{f': {saved}' if saved else ''}. Use a smaller model"
+
+
+def _choose(
+    rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, budget_bytes: int
+) -> tuple[Needs, Choice]:
+    def choice_for(needs: Needs) -> Choice:
+        ways = strategies(free, device=settings.device, method=settings.method, length=needs.length)
+        if len(ways) == 1 and not needs.is_free:
+            return Choice(ways[0], fits=True, tried={})  # nothing to choose: whether it fits is asked when it matters
+        return choose(ways, lambda way: rehearsals.of(_with(settings, way), _batch(way, needs)).peak_bytes,
+                      budget_bytes=budget_bytes)  # fmt: skip
+
+    choice = choice_for(needs)
+    if choice.fits or not needs.is_free:
+        return needs, choice
+    rehearse = partial(rehearsals.of, _with(settings, choice.strategy))
+    growth = Growth(rehearse, label_share=needs.label_share, is_straight=is_straight(rehearsals.config))
+    shorter = longest_length(growth, Room(budget_bytes, needs.length, needs.label_share))
+    if shorter is None or shorter >= needs.length:
+        return needs, choice
+    needs = replace(needs, length=shorter, reason=_loss_in_words(needs, shorter, budget_bytes))
+    return needs, choice_for(needs)
+
+
+def _with(settings: Settings, way: Strategy) -> Settings:
+    return replace(
+        settings,
+        checkpoint_every=way.footprint.checkpoint_every,
+        head_chunk=way.footprint.head_chunk,
+        optimizer=way.optimizer,
+    )
+
+
+def _batch(way: Strategy, needs: Needs) -> MicroBatch:
+    return largest_batch(way.footprint.micro_batch_tokens, needs.length, needs.label_share)
+
+
+def _loss_in_words(needs: Needs, shorter: int, budget_bytes: int) -> str:
+    reason = f"the longest that fits {format_bytes(budget_bytes)}; the data would take {needs.length}"
+    if needs.lengths is None:
+        return reason
+    num_longer = int((needs.lengths > shorter).sum())
+    return f"{reason}, and {num_longer} of {len(needs.lengths)} rows are longer: cut where their format allows it, else left out"
+
+
+def _reasons(choice: Choice, free: Free, budget_bytes: int) -> dict[str, str]:
+    way = choice.strategy
+    return {
+        "memory.gradient_checkpointing": _checkpointing_reason(choice, free, budget_bytes),
+        "train.micro_batch_tokens": f"{way.footprint.micro_batch_tokens}: "
+        + ("asked for" if free.micro_batch_tokens is not None else _tokens_reason(choice, budget_bytes))
+        + "; does not change the result",
+        "memory.head_chunk": f"{way.footprint.head_chunk} label tokens are projected at once"
+        + (", as asked for" if free.head_chunk is not None else ""),
+        "train.optimizer": f"{way.optimizer}: "
+        + ("asked for" if free.optimizer is not None else f"the most exact that fits {format_bytes(budget_bytes)}"),
+    }
+
+
+def _checkpointing_reason(choice: Choice, free: Free, budget_bytes: int) -> str:
+    every = choice.strategy.footprint.checkpoint_every
+    layers = {0: "off", 1: "on"}.get(every, f"in one layer of {every}")
+    if free.checkpoint_every is not None:
+        return f"{layers}: asked for"
+    if every == 0:
+        return f"{layers}: all activations fit {format_bytes(budget_bytes)}, so nothing is computed twice"
+    less = [peak for way, peak in choice.tried.items() if way.footprint.checkpoint_every == CHECKPOINTING[0]]
+    without = (
+        f"without it at least {format_bytes(min(less))} of {format_bytes(budget_bytes)} would be needed"
+        if less
+        else (f"keeps one hidden state a layer; the budget is {format_bytes(budget_bytes)}")
+    )
+    return f"{layers}: {without}"
+
+
+def _tokens_reason(choice: Choice, budget_bytes: int) -> str:
+    tokens = choice.strategy.footprint.micro_batch_tokens
+    if not any(way.footprint.micro_batch_tokens > tokens for way in choice.tried):
+        return "enough to hide dequantizing the weights" if choice.fits else "as few as the longest example has"
+    return f"the most that fits {format_bytes(budget_bytes)} with the other settings"
+
+
+def _further(settings: Settings, batch: MicroBatch) -> Iterator[tuple[str, Settings, MicroBatch]]:
+    """-> (what to set, settings, batch) of everything else that might help."""
+    one = replace(batch, num_examples=1)
+    if settings.method != "qlora":
+        yield "method=qlora", replace(settings, method="qlora", quantization=NF4), batch
+    if settings.method == "qlora" and settings.quantization.kind == "int8":
+        yield "model.quantization=nf4", replace(settings, quantization=NF4), batch
+    if settings.checkpoint_every != 1:
+        yield "memory.gradient_checkpointing=true", replace(settings, checkpoint_every=1), batch
+    if batch.num_examples > 1:
+        yield f"train.micro_batch_tokens={batch.length}", settings, one
+    for part in (2, 4):
+        if batch.length // part >= 64:
+            length = batch.length // part
+            yield f"data.max_seq_length={length}", settings, replace(one, length=length)
+    if settings.optimizer != OPTIMIZERS[-1]:
+        yield f"train.optimizer={OPTIMIZERS[-1]}", replace(settings, optimizer=OPTIMIZERS[-1]), batch
+    if settings.method != "full" and settings.r > 8:
+        yield "lora.r=8", replace(settings, r=8), batch

@@ -1,0 +1,157 @@
+"""How a step is computed so that it fits: the fastest of all ways that stay within the budget, and the leaner ones after it.
+
+In: what the recipe leaves free, and a function that rehearses one way. Out: `Choice`, with how much slower than the fastest it is.
+
+    slowdown = (F + R / k) / F  *  (1 + C / tokens) / (1 + C / most tokens)
+
+F is the operations a weight and token of a step without recomputation, in pairs: forward, gradient of the input and, where the weight is
+trained, of the weight (2 or 3); R = 1 the forward pass again, in one layer of k. C is what making a 16-bit weight of a 4-bit one costs,
+in tokens of its matrix product: on a card 4.5 bytes moved a weight against 2 operations a token (165 TFLOP/s and 1 TB/s, an RTX 4090's
+data sheet: 370), on a CPU about 50. Estimates, to put ways in order: nothing is promised of seconds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from qlora_lite.model.head import CHUNK
+from qlora_lite.train.footprint import Footprint
+
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}  # enough to hide dequantizing the weights behind the matrix products
+CHECKPOINTING = (0, 2, 1)  # every so many-th layer, from fastest to leanest
+HEAD_CHUNKS = (CHUNK, 64, 16)
+OPTIMIZERS = ("adamw", "paged_adamw_32bit", "paged_adamw_8bit")
+_DEQUANTIZING_TOKENS = {"cpu": 50, "cuda": 370}
+
+
+@dataclass(frozen=True)
+class Free:
+    """What a recipe fixes; None is free to choose."""
+
+    checkpoint_every: int | None = None
+    micro_batch_tokens: int | None = None
+    head_chunk: int | None = None
+    optimizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way of computing a step."""
+
+    footprint: Footprint
+    optimizer: str
+    slowdown: float  # 1.0 is the fastest of those that were free to choose
+
+    def is_as_lean_as(self, other: "Strategy") -> bool:
+        """In every respect, so that it cannot need more memory."""
+        mine, theirs = self._leanness(), other._leanness()
+        return all(a >= b for a, b in zip(mine, theirs, strict=True))
+
+    def _leanness(self) -> tuple[float, ...]:
+        footprint = self.footprint
+        return (
+            _recomputed(footprint.checkpoint_every),
+            -footprint.micro_batch_tokens,
+            -footprint.head_chunk,
+            OPTIMIZERS.index(self.optimizer),
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The first strategy that fits, or the leanest where none does; `tried` has the peak of every one that was rehearsed."""
+
+    strategy: Strategy
+    fits: bool
+    tried: dict[Strategy, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.tried[self.strategy]
+
+
+def strategies(free: Free, *, device: str, method: str, length: int) -> tuple[Strategy, ...]:
+    """All that the recipe allows, from fastest to leanest. `length` is the longest example in tokens."""
+    tokens = _token_choices(free, device, length)
+    found = [
+        Strategy(Footprint(t, every, chunk), optimizer, _slowdown(every, t, tokens[0], device=device, method=method))
+        for chunk in _choices(free.head_chunk, HEAD_CHUNKS)
+        for every in _choices(free.checkpoint_every, CHECKPOINTING)
+        for t in tokens
+        for optimizer in _choices(free.optimizer, OPTIMIZERS)
+    ]
+    fastest = min(strategy.slowdown for strategy in found)
+    found = [replace(strategy, slowdown=strategy.slowdown / fastest) for strategy in found]
+    # A smaller chunk of the head saves little and is the last resort.
+    return tuple(sorted(found, key=lambda s: (-s.footprint.head_chunk, s.slowdown, OPTIMIZERS.index(s.optimizer))))
+
+
+def choose(ways: Sequence[Strategy], peak_bytes: Callable[[Strategy], int], *, budget_bytes: int) -> Choice:
+    """The first of `ways` whose peak is within the budget. A smaller budget never gives one that needs more: the order is fixed.
+
+    One that cannot fit, because another that is as lean in every respect does not, is not rehearsed.
+    """
+    tried: dict[Strategy, int] = {}
+    leanest = next(way for way in ways if all(way.is_as_lean_as(other) for other in ways))
+
+    def fits(way: Strategy) -> bool:
+        if any(tried[other] > budget_bytes and other.is_as_lean_as(way) for other in tried):
+            return False
+        if way not in tried:
+            tried[way] = peak_bytes(way)
+        return tried[way] <= budget_bytes
+
+    if not fits(leanest):
+        return Choice(leanest, fits=False, tried=tried)
+    for way in ways:
+        lean_kin = _leanest_with(way.footprint.checkpoint_every, ways)
+        if fits(lean_kin) and fits(way):
+            return Choice(way, fits=True, tried=tried)
+    raise AssertionError("the leanest fits and is one of them")
+
+
+def next_leaner(free: Free, *, length: int) -> Callable[[Footprint], Footprint | None]:
+    """For a run that has no memory left: what to change next, of what the recipe leaves free; None when that is all."""
+
+    def leaner(now: Footprint) -> Footprint | None:
+        if free.checkpoint_every is None and now.checkpoint_every != CHECKPOINTING[-1]:
+            return replace(now, checkpoint_every=CHECKPOINTING[CHECKPOINTING.index(now.checkpoint_every) + 1])
+        if free.micro_batch_tokens is None and now.micro_batch_tokens > length:
+            return replace(now, micro_batch_tokens=max(length, now.micro_batch_tokens // 2))
+        smaller = [chunk for chunk in HEAD_CHUNKS if chunk < now.head_chunk]
+        return replace(now, head_chunk=smaller[0]) if free.head_chunk is None and smaller else None
+
+    return leaner
+
+
+def _leanest_with(checkpoint_every: int, ways: Sequence[Strategy]) -> Strategy:
+    kin = [way for way in ways if way.footprint.checkpoint_every == checkpoint_every]
+    return next(way for way in kin if all(way.is_as_lean_as(other) for other in kin))
+
+
+def _choices(asked: "int | str | None", all_of_them: tuple) -> tuple:  # type: ignore[type-arg]
+    return all_of_them if asked is None else (asked,)
+
+
+def _token_choices(free: Free, device: str, length: int) -> tuple[int, ...]:
+    if free.micro_batch_tokens is not None:
+        return (free.micro_batch_tokens,)
+    return tuple(_halves(max(MICRO_BATCH_TOKENS[device], length), length))
+
+
+def _halves(most: int, least: int) -> Iterator[int]:
+    while most > least:
+        yield most
+        most //= 2
+    yield least
+
+
+def _recomputed(every: int) -> float:
+    """Share of the layers."""
+    return 1 / every if every else 0.0
+
+
+def _slowdown(every: int, tokens: int, most_tokens: int, *, device: str, method: str) -> float:
+    pairs = 3 if method == "full" else 2
+    recomputing = (pairs + _recomputed(every)) / pairs
+    cost = _DEQUANTIZING_TOKENS[device] if method == "qlora" else 0
+    return recomputing * (1 + cost / tokens) / (1 + cost / most_tokens)
