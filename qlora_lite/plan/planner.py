@@ -1,7 +1,7 @@
 """Make it fit: a budget and what a recipe leaves free -> `Fit`, with a reason for each choice, or what would help where nothing fits.
 
 The strategy first, at the length that the data ask for; where not even the leanest fits and the length is free too, the longest that
-fits with the leanest. So a smaller budget never gives a plan that needs more.
+fits with the leanest, or the shortest there is. So a smaller budget never gives a plan that needs more.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from qlora_lite.plan.compare import Rehearsals
-from qlora_lite.plan.fits import Growth, Room, is_straight, longest_length
+from qlora_lite.plan.fits import STEP, Growth, Room, is_straight, longest_length
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.strategy import CHECKPOINTING, OPTIMIZERS, Choice, Free, Strategy, choose, strategies
 from qlora_lite.train.footprint import Footprint
@@ -131,9 +131,8 @@ def _choose(
     rehearse = partial(rehearsals.of, _with(settings, choice.strategy))
     growth = Growth(rehearse, label_share=needs.label_share, is_straight=is_straight(rehearsals.config))
     shorter = longest_length(growth, Room(budget_bytes, needs.length, needs.label_share))
-    if shorter is None or shorter >= needs.length:
-        return needs, choice
-    needs = replace(needs, length=shorter, reason=_loss_in_words(needs, shorter, budget_bytes))
+    reason = _loss_in_words(needs, shorter, budget_bytes)
+    needs = replace(needs, length=shorter or min(STEP, needs.length), reason=reason)
     return needs, choice_for(needs)
 
 
@@ -150,7 +149,9 @@ def _batch(way: Strategy, needs: Needs) -> MicroBatch:
     return largest_batch(way.footprint.micro_batch_tokens, needs.length, needs.label_share)
 
 
-def _loss_in_words(needs: Needs, shorter: int, budget_bytes: int) -> str:
+def _loss_in_words(needs: Needs, shorter: int | None, budget_bytes: int) -> str:
+    if shorter is None:
+        return f"the shortest that is tried, and not even that fits {format_bytes(budget_bytes)}; the data would take {needs.length}"
     reason = f"the longest that fits {format_bytes(budget_bytes)}; the data would take {needs.length}"
     if needs.lengths is None:
         return reason

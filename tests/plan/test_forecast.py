@@ -6,10 +6,12 @@ from functools import cache
 import pytest
 
 from qlora_lite.model.known import known_config
-from qlora_lite.plan import CARDS, METHODS, MicroBatch, Room, Settings, Stage, forecast, sweep
+from qlora_lite.plan import CARDS, METHODS, MicroBatch, Rehearsals, Room, Settings, Stage, forecast, sweep
 from qlora_lite.plan.compare import Comparison, as_method, own_method
 from qlora_lite.plan.fits import STEP, Growth, is_straight, longest_length, memory_map
+from qlora_lite.plan.planner import Needs, fit
 from qlora_lite.plan.rehearsal import PARTS
+from qlora_lite.plan.strategy import Free
 from tests.tiny_run import run_cli
 
 GIB = 2**30
@@ -17,7 +19,7 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def small() -> Comparison:
-    return Comparison(known_config("smollm2-135m"), Settings())
+    return Comparison(Rehearsals(known_config("smollm2-135m")), Settings())
 
 
 def growth_of(name: str, settings: Settings = Settings()) -> Growth:  # noqa: B008  # frozen
@@ -87,17 +89,16 @@ def test_the_methods_differ_as_they_should(small):
 
 def test_falcon_180b_needs_what_the_article_says():
     """A 16-bit checkpoint of about 360 GB, ten of 3.6 TB, and adapters of a few hundred MB to gigabytes instead."""
-    comparison = Comparison(known_config("falcon-180b"), Settings(r=1))
+    comparison = Comparison(Rehearsals(known_config("falcon-180b")), Settings(r=1))
     disk = comparison.checkpoint_bytes(MicroBatch(256))
     assert disk["full"] == pytest.approx(360e9, rel=0.01) and 10 * disk["full"] == pytest.approx(3.6e12, rel=0.01)
     assert disk["adapter"] < 100e6
 
 
-def test_the_forecast_as_json_is_the_contracts(small):
-    batch = MicroBatch(1024, 4)
-    found = forecast(
-        known_config("smollm2-135m"), Settings(), batch, Room(24 * GIB, 8192), method="qlora"
-    ).to_json_dict()
+def test_the_forecast_as_json_is_the_contracts():
+    rehearsals, needs = Rehearsals(known_config("smollm2-135m")), Needs(1024, "as a test", 0.1)
+    chosen = fit(rehearsals, Settings(), Free(checkpoint_every=1), needs, budget_bytes=24 * GIB)
+    found = forecast(rehearsals, chosen, Settings(), Room(24 * GIB, 8192), method="qlora").to_json_dict()
     assert found["methods"].keys() == set(METHODS) and found["fits"] is True
     assert found["methods"]["qlora"]["parts"].keys() == {f"{part}_bytes" for part in PARTS}
     assert found["savings_vs_full"]["percent"] > 80

@@ -43,12 +43,13 @@ EXACT, NEARLY = ["gemma2", "qwen3"], ["bloom", "falcon_new", "falcon_alibi", "op
 def real_model(settings: Settings, *, quantized=None, plain=None):
     """The model that `settings` would train, loaded."""
     folder = (quantized or tiny_artefact()) if settings.method == "qlora" else (plain or tiny_source())
-    base = load_base(folder, device="cpu", compute=settings.compute).model
-    checkpoint_activations(base, every=settings.checkpoint_every)
+    model = base = load_base(folder, device="cpu", compute=settings.compute).model
     if settings.method == "full":
         make_trainable(base)
-        return base
-    return attach_adapter(base, r=settings.r, lora_alpha=2 * settings.r, factor_dtype=settings.factors)
+    else:
+        model = attach_adapter(base, r=settings.r, lora_alpha=2 * settings.r, factor_dtype=settings.factors)
+    checkpoint_activations(base, every=settings.checkpoint_every)  # last, as when a run loads its model
+    return model
 
 
 def real_step(model, settings: Settings, micro_batch: MicroBatch):
