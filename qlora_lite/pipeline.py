@@ -68,23 +68,23 @@ def check(recipes: Sequence[str], overrides: Sequence[str]) -> list[dict[str, An
     return [_check_one(load_recipe(name, overrides=overrides)) for name in recipes]
 
 
-def plan(what: str, overrides: Sequence[str], *, budget: str | None) -> dict[str, Any]:
-    """The memory budget report of a model or a recipe: what it needs by every method, and what would fit."""
+def plan(what: str, overrides: Sequence[str], *, budget: str | None, html: Path | None = None) -> dict[str, Any]:
+    """The memory budget report of a model or a recipe: what it needs by every method, and what would fit; as a page too."""
     request = read_request(what, overrides=overrides, budget_bytes=_budget(budget))
     with show.phase(f"rehearsing {request.model} on the meta device"):
         found = forecast(request.config, request.settings, request.batch, request.room, method=request.method)
-    show.show_reasons(request.reasons)
-    show.show_methods({name: (each.peak_bytes, each.host_bytes, each.parts) for name, each in found.methods.items()})
-    show.show_fits(found.longest, found.checkpoint_bytes)
-    show.show_memory_map(found.grid, budget_bytes=found.budget_bytes)
-    if not found.fits:
-        show.say_warning(found.shortage())
-    return {
+    document = {
         "model": request.model,
         "settings": request.recipe,
         "reasons": list(request.reasons),
         **found.to_json_dict(),
     }
+    show.show_plan(document)
+    if html is not None:
+        show.say(f"page: {show.write_plan_page(document, html)}")
+    if not found.fits:
+        show.say_warning(found.shortage())
+    return document
 
 
 def plan_all(overrides: Sequence[str]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, r
         if plan.recipe.data.eval is not None:
             scores = _scores_after(plan, loaded, run, scores)
         memory = run.read_json("memory.json")
-        show.show_memory(memory["columns"], totals=memory["totals"])
+        show.show_memory(memory)
         summary = _train_summary(run, memory, wall_s=time.perf_counter() - begin)
         run.write_json("train.json", summary)
     show.write_report(run.path)
