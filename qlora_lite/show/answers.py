@@ -35,9 +35,9 @@ def _list(predictions: Sequence[Mapping[str, Any]], *, start: int = 1) -> Html:
 
 
 def _answer(prediction: Mapping[str, Any]) -> Html:
-    columns = [_column("tuned model", prediction.get("prediction"), _verdict(prediction))]
+    columns = [_column("tuned model, now", prediction.get("prediction"), _verdict(prediction))]
     if prediction.get("base_prediction") is not None:
-        columns.insert(0, _column("base model, untrained", prediction["base_prediction"]))
+        columns.insert(0, _column("base model, before", prediction["base_prediction"]))
     columns.append(_column("counts as right", _gold(prediction)))
     question = Html(f'<p class="question">{_shortened(prediction.get("question", ""))}</p>')
     return Html(f"<li>{question}<dl>{join(columns)}</dl></li>")

@@ -13,7 +13,7 @@ from qlora_lite.errors import RunError
 from qlora_lite.show.rows import looks_like_numbers
 from qlora_lite.show.text import safe_text
 
-_NUM_COLUMNS_OF_A_PHONE = 4  # more than these, and a narrow screen scrolls the table sideways
+_NUM_COLUMNS_OF_A_PHONE = 3  # more than these, and a narrow screen scrolls the table sideways
 
 
 class Html(str):

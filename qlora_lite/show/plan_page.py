@@ -91,8 +91,8 @@ def _figures(plan: Mapping[str, Any]) -> list[Figure]:
 def _weights(plan: Mapping[str, Any]) -> Figure:
     weights, trained = number(plan.get("num_weights")), number(plan.get("num_trained"))
     if not weights or not trained:
-        return Figure("Trained", "")
-    return Figure("Trained", f"{trained / 1e6:,.1f} million numbers", f"the model has {weights / 1e6:,.0f} million")
+        return Figure("Numbers trained", "")
+    return Figure("Numbers trained", f"{trained / 1e6:,.1f} million", f"the model has {weights / 1e6:,.0f} million")
 
 
 def _memory(plan: Mapping[str, Any]) -> Html:

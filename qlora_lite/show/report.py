@@ -13,9 +13,9 @@ from typing import Any
 from qlora_lite.errors import RunError
 from qlora_lite.show import rows, sections
 from qlora_lite.show.answers import answers_side_by_side
-from qlora_lite.show.bars import Bar, svg_bars
+from qlora_lite.show.bars import REST, Bar, svg_bars
 from qlora_lite.show.learning import learning
-from qlora_lite.show.lenient import dig, is_number, mapping, mappings, number
+from qlora_lite.show.lenient import dig, mapping, mappings, number
 from qlora_lite.show.page import (
     Html,
     Section,
@@ -33,8 +33,8 @@ from qlora_lite.show.page import (
 )
 from qlora_lite.show.rows import SCORES
 from qlora_lite.show.run_files import Run, read_run
-from qlora_lite.show.summary import summary
-from qlora_lite.show.timeline import layer_name, svg_timeline
+from qlora_lite.show.summary import summary, title
+from qlora_lite.show.timeline import layer_rows, svg_timeline
 
 _PLANNED_AND_MEASURED = ["planned", "measured", "difference"]
 
@@ -62,8 +62,7 @@ def render_report(run_dir: Path) -> Html:
         Section("environment", "Environment", _environment(run.env)),
         Section("problems", "Files that could not be read", join(paragraph(problem) for problem in run.problems)),
     ]
-    kind = "qlora_lite · report of a fine-tuning"
-    return render_page(f"Run {run.name}", kind=kind, lead=summary(run), sections=body)
+    return render_page(title(run), kind=f"qlora_lite · report of the run {run.name}", lead=summary(run), sections=body)
 
 
 def _scores(scores: Mapping[str, Any]) -> Html:
@@ -108,10 +107,16 @@ def _parts(memory: Mapping[str, Any], *, budget_bytes: float | None) -> Html:
                 "Training takes far more memory than using a model. What counts is the peak: the moment of a step at which most is",
                 "in use. It was planned part by part before the training, and measured during it.",
             ),
-            drawing(svg_bars(bars, budget_bytes=budget), "The budget is the memory that the training may use."),
+            drawing(svg_bars(bars, budget_bytes=budget), join(_caption(bars), by=" ")),
             table("Memory at the peak of a step", ["part", *_PLANNED_AND_MEASURED], sections.with_swatches(lines), last_is_total=True),
         ]
     )  # fmt: skip
+
+
+def _caption(bars: Sequence[Bar]) -> list[str]:
+    is_whole = all(kind != REST for bar in bars for kind, _ in bar.segments)
+    said = "The numbers in the bars are those of the table. The budget is the memory that the training may use."
+    return [said] if is_whole else [said, "The dashed piece is what could not be told apart."]
 
 
 def _columns(memory: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -130,12 +135,8 @@ def _by_layer(timeline: Sequence[Mapping[str, Any]]) -> Html:
     svg = svg_timeline(timeline)
     if not svg:
         return Html()
-    lines = [
-        (layer_name(entry), str(entry.get("phase", "–")), rows.size(entry.get("bytes")))
-        for entry in timeline
-        if is_number(entry.get("bytes"))
-    ]
-    numbers = table("Memory held when each layer ends", ["layer", "phase", "held"], lines)
+    phases, lines = layer_rows(timeline)
+    numbers = table("Memory held when each layer ends, in each phase", ["layer", *phases], lines)
     caption = (
         "A model is a stack of layers. A column is the memory held when one of them ends, in the order of the step; "
         "what a layer needs only while it computes comes on top."

@@ -210,8 +210,9 @@ def decimal(value: float | None, digits: int) -> str:
 
 
 def looks_like_numbers(cells: Sequence[str]) -> bool:
-    """Whether a column of these is read digit under digit: every cell begins like a number, and one is."""
-    return any(cell[:1].isdigit() for cell in cells) and all(cell[:1].isdigit() or cell[:1] in "-+–" for cell in cells)
+    """Whether a column of these is read digit under digit: every cell begins like a number or is a dash, and one is a number."""
+    are_numbers = [cell.lstrip("+-")[:1].isdigit() for cell in cells]
+    return any(are_numbers) and all(is_one or cell == "–" for is_one, cell in zip(are_numbers, cells, strict=True))
 
 
 def _planned_and_measured(name: str, sizes: Mapping[str, Any]) -> Row:

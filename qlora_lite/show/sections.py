@@ -79,7 +79,8 @@ def with_swatches(lines: Sequence[Row]) -> list[Sequence[object]]:
 def part_with_swatch(key: str) -> Html:
     if key not in PARTS:
         return html(rows.part_name(key))
-    return join([swatch(part_class(key), part_number(key)), rows.part_name(key)])
+    words = html(rows.part_name(key))
+    return Html(f'<span class="part">{swatch(part_class(key), part_number(key))}{words}</span>')
 
 
 def phase_with_meaning(name: str) -> Html:
@@ -132,7 +133,7 @@ def decisions(plan: Mapping[str, Any]) -> Html:
 
 def settings(plan: Mapping[str, Any]) -> Html:
     """Every setting, on request."""
-    pairs = flat(mapping(plan.get("settings")))
+    pairs = [(breakable(name), value) for name, value in flat(mapping(plan.get("settings")))]
     return details("every setting", table("Settings", ["setting", "value"], pairs))
 
 
@@ -155,7 +156,12 @@ def in_words(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _decision(reason: str) -> tuple[str, str]:
+def breakable(setting: str) -> Html:
+    """A setting's name, which a narrow screen may break at its dots and underscores."""
+    return Html(html(setting).replace(".", ".<wbr>").replace("_", "_<wbr>"))
+
+
+def _decision(reason: str) -> tuple[object, str]:
     """`lora.r: 16: asked for` -> the setting, and the rest."""
     setting, colon, rest = reason.partition(": ")
-    return (setting, rest) if colon and " " not in setting else ("in general", reason)
+    return (breakable(setting), rest) if colon and " " not in setting else ("in general", reason)

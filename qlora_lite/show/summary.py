@@ -6,6 +6,7 @@ from typing import Any
 from qlora_lite.show import rows
 from qlora_lite.show.lenient import dig, is_number, mapping, number
 from qlora_lite.show.page import Figure, Html, figures, join, paragraph
+from qlora_lite.show.rows import METHODS
 from qlora_lite.show.run_files import Run
 from qlora_lite.show.sections import own_method
 from qlora_lite.units import format_seconds
@@ -26,8 +27,19 @@ def summary(run: Run) -> Html:
     return join([done, shown]) if done or shown else paragraph("This run has left no results yet.")
 
 
+def title(run: Run) -> str:
+    """The model and the method; a run that knows neither (yet) has its folder's name."""
+    model, method = _model(run), own_method(run.plan)
+    how = f" with {METHODS[method][0]}" if method in ("qlora", "lora") else " in full"
+    return f"{model}, fine-tuned{how}" if model else f"Run {run.name}"
+
+
+def _model(run: Run) -> str:
+    return str(run.plan.get("model") or dig(run.plan, "settings", "model", "base") or "")
+
+
 def _what(run: Run) -> str:
-    model = run.plan.get("model") or dig(run.plan, "settings", "model", "base")
+    model = _model(run)
     if not model:
         return ""
     seen = sum(step["num_examples"] for step in run.steps if is_number(step.get("num_examples")))

@@ -10,7 +10,7 @@ from typing import Any
 from qlora_lite.show.curves import BOTTOM, LEFT, RIGHT, TOP, WIDTH, ticks
 from qlora_lite.show.lenient import is_number
 from qlora_lite.show.page import html
-from qlora_lite.show.rows import PHASES, size
+from qlora_lite.show.rows import PHASES, Row, size
 
 _HEIGHT = 260
 _TICK_UNITS = (2**10, 2**20, 2**30, 2**40)
@@ -26,7 +26,7 @@ def svg_timeline(entries: Sequence[Mapping[str, Any]]) -> str:
     height = (floor - TOP) / (1.05 * top)
     pieces = _scale(top, height=height, floor=floor)
     for index, entry in enumerate(entries):
-        tall, kind = entry["bytes"] * height, phase_class(entry)
+        tall, kind = entry["bytes"] * height, _phase_class(entry)
         pieces.append(
             f'<rect class="{kind}" x="{LEFT + index * width:.1f}" y="{floor - tall:.1f}" width="{width:.1f}" height="{tall:.1f}"/>'
         )
@@ -35,13 +35,24 @@ def svg_timeline(entries: Sequence[Mapping[str, Any]]) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {_HEIGHT}" role="img" aria-label="{html(label)}">{"".join(pieces)}{names}</svg>'
 
 
-def phase_class(entry: Mapping[str, Any]) -> str:
+def layer_rows(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Row]]:
+    """The phases, and for each layer what was held at its end in each of them; both in the order in which they come."""
+    entries = [entry for entry in entries if is_number(entry.get("bytes"))]
+    held = {(_layer(entry), _phase(entry)): entry["bytes"] for entry in entries}
+    phases, layers = (list(dict.fromkeys(pair[side] for pair in held)) for side in (1, 0))
+    return phases, [(layer, *(size(held.get((layer, phase))) for phase in phases)) for layer in layers]
+
+
+def _phase(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("phase", "–"))
+
+
+def _phase_class(entry: Mapping[str, Any]) -> str:
     """Known phases have a colour of their own."""
-    phase = str(entry.get("phase"))
-    return f"phase-{phase}" if phase in PHASES else "phase"
+    return f"phase-{_phase(entry)}" if _phase(entry) in PHASES else "phase"
 
 
-def layer_name(entry: Mapping[str, Any]) -> str:
+def _layer(entry: Mapping[str, Any]) -> str:
     """`"3"` -> `layer 3`; names are kept, and what belongs to no layer is "all"."""
     layer = str(entry.get("layer") or "all")
     return f"layer {layer}" if layer.isdigit() else layer
@@ -61,7 +72,7 @@ def _scale(top: float, *, height: float, floor: float) -> list[str]:
 def _names(entries: Sequence[Mapping[str, Any]], *, width: float) -> str:
     """Each phase's name below the middle of its columns; the outer ones stay within the drawing."""
     names, begin = [], 0
-    for phase, group in groupby(entries, key=lambda entry: str(entry.get("phase", ""))):
+    for phase, group in groupby(entries, key=_phase):
         count = len(list(group))
         x = LEFT + (begin + count / 2) * width
         anchor = "end" if x > WIDTH - 40 else "middle"
@@ -72,5 +83,5 @@ def _names(entries: Sequence[Mapping[str, Any]], *, width: float) -> str:
 
 
 def _in_words(entries: Sequence[Mapping[str, Any]]) -> str:
-    phases = groupby(entries, key=lambda entry: str(entry.get("phase", "")))
+    phases = groupby(entries, key=_phase)
     return ", ".join(f"{phase} up to {size(max(entry['bytes'] for entry in group))}" for phase, group in phases)

@@ -160,7 +160,7 @@ class Page:
 
     def screenshot(self) -> bytes:
         """The whole page as PNG."""
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, **{"format": "png"})
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, format="png")
         return base64.b64decode(shot["data"])
 
     def pdf(self) -> bytes:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 EVIL = "<script>alert(1)</script><img src=http://x/y onerror=z>\x1b[2J"
 MIB, GIB = 2**20, 2**30
+ADAPTER_MIB = {"adapter": 9, "gradients": 19, "optimizer": 20, "activations": 74, "recompute": 31, "logits": 96}
 SIZES_MIB = {  # method -> what each part takes
-    "qlora": {"weights": 105, "quant_constants": 2, "adapter": 9, "gradients": 19, "optimizer": 20, "activations": 74, "recompute": 31, "logits": 96, "workspace": 12, "runtime": 0},
-    "lora": {"weights": 257, "adapter": 9, "gradients": 19, "optimizer": 20, "activations": 74, "recompute": 31, "logits": 96, "workspace": 8},
+    "qlora": {"weights": 105, "quant_constants": 2, **ADAPTER_MIB, "workspace": 12, "runtime": 0},
+    "lora": {"weights": 257, **ADAPTER_MIB, "workspace": 8},
     "full": {"weights": 257, "gradients": 513, "optimizer": 1283, "activations": 1, "workspace": 432},
     "full_8bit": {"weights": 257, "gradients": 513, "optimizer": 513, "activations": 1, "workspace": 432},
-}  # fmt: skip
+}
 PHASE_SHARES = {"forward": 0.7, "head": 0.9, "backward": 1.0, "update": 0.5}
 REASONS = [
     "device: cpu: torch finds no CUDA device",
@@ -109,7 +110,7 @@ def _method(sizes: dict[str, int]) -> dict:
         "host_bytes": host,
         "parts": parts,
         "phases": phases,
-        "max_seq_length": 4_000_000 // peak * 2**18,
+        "max_seq_length": (6 * GIB // peak) * 1024,
     }
 
 
@@ -166,7 +167,7 @@ def _steps() -> list[dict]:
             "loss": 0.5 + 2 * math.exp(-step / 12) + 0.15 * math.sin(5 * step),
             "learning_rate": 2e-4 * (1 - step / 61),
             "grad_norm": 0.5 + 0.1 * math.sin(step),
-            "eval_loss": 2.5 - step / 40 if step % 20 == 0 else None,
+            "eval_loss": 0.7 + 1.4 * math.exp(-step / 15) if step % 20 == 0 else None,
             "step_s": 2.0,
             "num_examples": 10,
             "num_label_tokens": 50,

@@ -20,6 +20,9 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the browser is driven over inherited pipes, which Windows has not"),
 ]  # fmt: skip
 
+OPEN_ALL, CLOSE_ALL = (
+    f"document.querySelectorAll('details').forEach((each) => (each.open = {is_open}))" for is_open in ("true", "false")
+)
 # Ratio of contrast by WCAG 2.2, of every element that holds text itself: [ratio, needed, text], only those that fall short.
 LOW_CONTRAST = """
 (() => {
@@ -46,6 +49,11 @@ LOW_CONTRAST = """
   }
   return found
 })()
+"""
+# Boxes that scroll sideways but that no key reaches.
+UNREACHABLE = """
+[...document.querySelectorAll('*')].filter((box) => box.scrollWidth > box.clientWidth + 1 && box.tabIndex < 0
+  && ['auto', 'scroll'].includes(getComputedStyle(box).overflowX)).map((box) => box.outerHTML.slice(0, 80))
 """
 # Texts of drawings that lie over one another or stick out.
 BAD_TEXTS = """
@@ -80,7 +88,7 @@ def page(request: pytest.FixtureRequest, browser: Browser, tmp_path_factory: pyt
 
 
 def test_the_page_says_nothing_in_the_console_and_asks_for_nothing(page: Page) -> None:
-    page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+    page.evaluate(OPEN_ALL)
     urls = [event["request"]["url"] for event in page.events("Network.requestWillBeSent")]
     assert urls == [page.url]  # type: ignore[attr-defined]
     assert page.events("Log.entryAdded") == []
@@ -88,15 +96,17 @@ def test_the_page_says_nothing_in_the_console_and_asks_for_nothing(page: Page) -
     assert page.events("Runtime.exceptionThrown") == []
 
 
-@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("width", [320, 400, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_can_be_read_on_every_screen(page: Page, width: int, scheme: str) -> None:
     page.look(width=width, scheme=scheme)
-    page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+    page.evaluate(OPEN_ALL)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(LOW_CONTRAST) == []
+    assert page.evaluate(UNREACHABLE) == []
     assert page.evaluate(BAD_TEXTS) == []
     assert page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches") == (scheme == "dark")
+    page.evaluate(CLOSE_ALL)
     _keep(page, f"{width}-{scheme}.png", page.screenshot())
 
 
@@ -129,7 +139,7 @@ def test_a_screen_reader_finds_names_for_drawings_and_regions(page: Page) -> Non
 
 
 def test_what_is_closed_on_the_screen_is_printed(page: Page) -> None:
-    page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = false))")
+    page.evaluate(CLOSE_ALL)
     page.look(width=800, scheme="dark", media="print")
     hidden = (
         "[...document.querySelectorAll('details > :not(summary)')].filter((each) => !each.checkVisibility()).length"
