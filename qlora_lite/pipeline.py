@@ -191,8 +191,12 @@ def ask(run_dir: Path, question: str, *, context: Path | None, which: str) -> di
 
 
 def report(run_dir: Path) -> dict[str, Any]:
-    """Write the run's one HTML page anew from its files."""
-    return {"path": str(show.write_report(RunDir.open(run_dir).path))}
+    """Write the run's one HTML page anew from its files, and show its tables."""
+    run = RunDir.open(run_dir)
+    show.show_run(run.path)
+    path = show.write_report(run.path)
+    show.say(f"page: {path}")
+    return {"path": str(path)}
 
 
 def _bring(name: str) -> dict[str, Any]:

@@ -19,10 +19,11 @@ def answers_side_by_side(predictions: Sequence[Mapping[str, Any]]) -> Html:
     if not predictions:
         return Html()
     first, more = predictions[:NUM_SHOWN], predictions[NUM_SHOWN : NUM_SHOWN + NUM_ON_REQUEST]
+    count = f"The first {len(first)} of {len(predictions)} questions" if more else f"All {len(first)} questions"
     return join(
         [
             heading("Answers side by side"),
-            note(f"The first {len(first)} of {len(predictions)} questions as they come, good and bad."),
+            note(f"{count} as they come, good and bad."),
             _list(first),
             details(f"{len(more)} more", _list(more, start=1 + len(first))) if more else "",
         ]

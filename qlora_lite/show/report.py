@@ -146,38 +146,29 @@ def _by_layer(timeline: Sequence[Mapping[str, Any]]) -> Html:
 
 def _asides(memory: Mapping[str, Any]) -> Html:
     """The whole process, and what had to be tried again."""
-    rss, retries = number(memory.get("rss_bytes")), memory.get("retries")
-    words = (
-        f"The whole process, with Python and its libraries, took up to {rows.size(rss)} of the computer's memory."
-        if rss
-        else ""
-    )
-    again = [str(retry) for retry in retries] if isinstance(retries, list) else []
-    return join([note(words), *(note(f"Tried again: {retry}") for retry in again)])  # fmt: skip
+    rss = number(memory.get("rss_bytes"))
+    words = f"The whole process, with Python and its libraries, took up to {rows.size(rss)} of the computer's memory."
+    return join([note(words if rss else ""), *(note(f"Tried again: {retry}") for retry in rows.retries_of(memory))])
 
 
 def _time(run: Run) -> Html:
     """Where the time went; without phases, training and the rest."""
-    wall_s, train_s = number(run.train.get("wall_s")), number(run.train.get("train_s"))
-    phases_s = mapping(run.train.get("phases_s")) or ({"training": train_s} if train_s else {})
     lines = [
         (name, shown, join([share, share_bar(float(share.removesuffix("%")))]))
-        for name, shown, share in rows.time_rows(phases_s, wall_s)
+        for name, shown, share in rows.time_rows(rows.phases_of(run.train), number(run.train.get("wall_s")))
     ]
     return table("Where the time went", ["phase", "time", "share"], lines, last_is_total=True)
 
 
 def _disk(run: Run) -> Html:
     """What the folder holds, beside what checkpoints of other kinds would take."""
-    held = [(name, _meaning_of_folder(name), rows.size(size)) for name, size in run.disk]
-    total = ("in all", "", rows.size(sum(size for _, size in run.disk)))
+    held = [(name, _meaning_of_folder(name), size) for name, size in rows.disk_rows(run.disk)]
+    columns = ["folder", "what it is", "size"]
     return join(
         [
-            table("What this run's folder holds", ["folder", "what it is", "size"], [*held, total], last_is_total=True),
+            table("What this run's folder holds", columns, held, last_is_total=True),
             sections.checkpoints(run.plan),
         ]
-        if held
-        else [sections.checkpoints(run.plan)]
     )
 
 
@@ -187,8 +178,9 @@ def _meaning_of_folder(name: str) -> str:
         "weights/": "the trained model",
         "checkpoints/": "a state to continue the training from",
         "merged/": "base and adapter as one ordinary model",
+        "records": "text files",
     }
-    return next((meaning for folder, meaning in meanings.items() if name.startswith(folder)), "text files")
+    return next((meaning for folder, meaning in meanings.items() if name.startswith(folder)), "")
 
 
 def _recipe(text: str) -> Html:

@@ -157,6 +157,30 @@ def time_rows(phases_s: Mapping[str, Any], wall_s: float | None) -> list[Row]:
     return [*rows, ("in all", format_seconds(whole), "100%")] if rows else []
 
 
+def phases_of(train: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of each phase of `train.json`; where it names none, of the training."""
+    phases_s = numbers(train.get("phases_s"))
+    return phases_s or {name: s for name, s in {"training": number(train.get("train_s"))}.items() if s}
+
+
+def disk_rows(disk: Sequence[tuple[str, int]]) -> list[Row]:
+    """Folder and its size; the last row is the whole."""
+    rows: list[Row] = [(name, size(num_bytes)) for name, num_bytes in disk]
+    return [*rows, ("in all", size(sum(num_bytes for _, num_bytes in disk)))] if rows else []
+
+
+def retries_of(memory: Mapping[str, Any]) -> list[str]:
+    """What did not fit at first, and what did then."""
+    retries = memory.get("retries")
+    return [str(retry) for retry in retries] if isinstance(retries, list) else []
+
+
+def reasons_of(plan: Mapping[str, Any]) -> list[str]:
+    """Why the plan's settings are what they are, one line each."""
+    reasons = plan.get("reasons")
+    return [str(reason) for reason in reasons] if isinstance(reasons, list) else []
+
+
 def concession_rows(concessions: Any) -> list[Row]:
     """Setting, what it saves, and the peak with it; in the order in which they were made."""
     return [

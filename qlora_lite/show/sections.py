@@ -110,8 +110,7 @@ def checkpoints(plan: Mapping[str, Any]) -> Html:
 
 def decisions(plan: Mapping[str, Any]) -> Html:
     """What was chosen and why; what was given up until it fits, and what that costs in speed."""
-    reasons = plan.get("reasons")
-    chosen = [_decision(str(reason)) for reason in reasons] if isinstance(reasons, list) else []
+    chosen = [_decision(reason) for reason in rows.reasons_of(plan)]
     slowdown = plan.get("slowdown")
     slower = f"A step takes about {slowdown:.2f} times as long as without these changes." if is_number(slowdown) else ""
     given_up = table(

@@ -21,8 +21,10 @@ from qlora_lite.units import format_bytes
 def show_table(
     title: str, columns: Sequence[str], lines: Iterable[Sequence[object]], *, last_is_total: bool = False
 ) -> None:
-    """A plain table. Columns whose every cell is a number or a size are aligned right; None is shown as a dash."""
+    """A plain table, left out without lines. Columns whose every cell is a number or a size are aligned right; None is a dash."""
     cells = [[_cell(value) for value in line] for line in lines]
+    if not cells:
+        return
     table = Table(title=Text(safe_text(title), style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
         justify: JustifyMethod = "right" if rows.looks_like_numbers([row[index] for row in cells]) else "left"
@@ -40,13 +42,10 @@ def show_table(
 def show_memory(memory: Mapping[str, Any]) -> None:
     """`memory.json`: each part at the peak of a step, then the highest point of each phase; planned beside measured."""
     columns = ["", "planned", "measured", "difference"]
-    parts, phases = rows.part_rows(memory), rows.phase_rows(memory)
-    if parts:
-        show_table("memory at the peak of a step", columns, parts, last_is_total=True)
-    if phases:
-        show_table("highest in each phase of a step", columns, phases)
-    for retry in memory.get("retries") or ():
-        say_warning(retry)
+    show_table("memory at the peak of a step", columns, rows.part_rows(memory), last_is_total=True)
+    show_table("highest in each phase of a step", columns, rows.phase_rows(memory))
+    for retry in rows.retries_of(memory):
+        say_warning(f"tried again: {retry}")
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
@@ -59,9 +58,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         rows.longest_rows(plan["methods"]),
     )
     show_table("on disk", ["", "one checkpoint", "ten"], rows.checkpoint_rows(plan["checkpoint_bytes"]))
-    given_up = rows.concession_rows(plan.get("concessions"))
-    if given_up:
-        show_table("changed until it fits", ["", "saves", "peak then"], given_up)
+    show_table("changed until it fits", ["", "saves", "peak then"], rows.concession_rows(plan.get("concessions")))
     show_memory_map(plan["grid"], budget_bytes=plan["budget_bytes"])
 
 
@@ -85,7 +82,7 @@ def show_memory_map(grid: Sequence[Mapping[str, Any]], *, budget_bytes: int) -> 
     show_table(title, ["tokens", *map(str, batches)], shown)
 
 
-def show_time(phases_s: Mapping[str, float], *, wall_s: float) -> None:
+def show_time(phases_s: Mapping[str, float], *, wall_s: float | None) -> None:
     """Where the time of a run went."""
     show_table("time", ["", "time", "share"], rows.time_rows(phases_s, wall_s), last_is_total=True)
 

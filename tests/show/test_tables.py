@@ -39,7 +39,7 @@ def test_memory_shows_planned_beside_measured_part_by_part_and_phase_by_phase(ca
     assert lines.index(weights) < lines.index(logits)  # in the order of the plan, whatever the file's is
     assert "peak 3 GiB 2 GiB -1 GiB".split() in lines
     assert "forward 2 GiB 1 GiB -1 GiB".split() in lines
-    assert "warning: half the micro-batch".split() in lines
+    assert "warning: tried again: half the micro-batch".split() in lines
     assert not any("runtime" in line for line in lines)
 
 
