@@ -106,7 +106,9 @@ def method_rows(methods: Mapping[str, Any]) -> list[Row]:
     found = [mapping(methods[key]) for key in in_order(methods, METHODS)]
     parts = [mapping(method.get("parts")) for method in found]
     taken = dict.fromkeys(key for part in parts for key, size in part.items() if is_number(size) and size)
-    rows: list[Row] = [(part_name(key), *(size(part.get(key)) for part in parts)) for key in in_order(taken, PARTS)]
+    rows: list[Row] = [
+        (part_name(key), *(size(part.get(key) or None) for part in parts)) for key in in_order(taken, PARTS)
+    ]
     hosts = [number(method.get("host_bytes")) for method in found]
     if any(hosts):
         rows.append(("(may page to the host)", *(size(host or None) for host in hosts)))
