@@ -85,6 +85,7 @@ def plan(
         str | None, typer.Argument(metavar="[RECIPE_OR_MODEL]", help="A recipe, a model's name or a model folder.")
     ] = None,
     budget: Annotated[str | None, typer.Option(help='Memory of the card, such as "24GiB".')] = None,
+    html: Annotated[Path | None, typer.Option(metavar="F", help="Write it as one page too.")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Every known model on every usual card instead.")] = False,
     set_: SetOption = [],  # noqa: B006
     json: JsonOption = False,
@@ -94,7 +95,9 @@ def plan(
 
     if sweep == (what is not None):
         raise UserError("plan: give a recipe or a model's name, or --sweep for all known models")
-    found = pipeline.plan_all(set_) if what is None else pipeline.plan(what, set_, budget=budget)
+    if sweep and html is not None:
+        raise UserError("plan: --html is the page of one recipe or model; --sweep has none")
+    found = pipeline.plan_all(set_) if what is None else pipeline.plan(what, set_, budget=budget, html=html)
     _print(found, json)
     if what is not None and not found["fits"]:
         raise typer.Exit(3)

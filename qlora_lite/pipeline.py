@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,23 +69,23 @@ def check(recipes: Sequence[str], overrides: Sequence[str]) -> list[dict[str, An
     return [_check_one(load_recipe(name, overrides=overrides)) for name in recipes]
 
 
-def plan(what: str, overrides: Sequence[str], *, budget: str | None) -> dict[str, Any]:
-    """The memory budget report of a model or a recipe: what it needs by every method, and what would fit."""
+def plan(what: str, overrides: Sequence[str], *, budget: str | None, html: Path | None = None) -> dict[str, Any]:
+    """The memory budget report of a model or a recipe: what it needs by every method, and what would fit; as a page too."""
     with show.phase(f"rehearsing {what} on the meta device"):
         request = read_request(what, overrides=overrides, budget_bytes=_budget(budget))
         found = forecast(request.rehearsals, request.chosen, request.leanest, request.room, method=request.method)
-    show.show_reasons(request.reasons)
-    show.show_methods({name: (each.peak_bytes, each.host_bytes, each.parts) for name, each in found.methods.items()})
-    show.show_fits(found.longest, found.checkpoint_bytes)
-    show.show_memory_map(found.grid, budget_bytes=found.budget_bytes)
-    if not found.fits:
-        show.say_warning(found.shortage())
-    return {
+    document = {
         "model": request.model,
         "settings": request.recipe,
         "reasons": list(request.reasons),
         **found.to_json_dict(),
     }
+    show.show_plan(document)
+    if html is not None:
+        show.say(f"page: {show.write_plan_page(document, html)}")
+    if not found.fits:
+        show.say_warning(found.shortage())
+    return document
 
 
 def plan_all(overrides: Sequence[str]) -> dict[str, Any]:
@@ -115,7 +116,8 @@ def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, r
         nullcontext(RunDir.open(run_dir)) if resume else RunDir.creating(run_dir) as run,
         _told_how_to_go_on(run, command),
     ):
-        with show.phase("planning"):
+        spent: dict[str, float] = {}
+        with show.phase("planning", spent=spent):
             plan = api.make_plan(recipe, like=load_run_recipe(run.recipe) if resume else None)
         if not resume:  # what ran once has shown that it fits, or has a leaner footprint in its checkpoint
             plan.refuse_what_does_not_fit()
@@ -123,14 +125,15 @@ def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, r
             api.refuse_other_recipe(run, plan.recipe)
             _refuse_finished(run)
         show.show_reasons(plan.reasons)
-        loaded = _load(plan)
-        scores = _scores_before(plan, loaded, run)
-        _train_steps(plan, loaded, run, scores, resume=resume, command=command)
+        loaded = _load(plan, spent)
+        scores, answers = _scores_before(plan, loaded, run, spent)
+        _train_steps(plan, loaded, run, scores, answers, resume=resume, command=command, spent=spent)
         if plan.recipe.data.eval is not None:
-            scores = _scores_after(plan, loaded, run, scores)
+            scores = _scores_after(plan, loaded, run, scores, spent)
         memory = run.read_json("memory.json")
-        show.show_memory(memory["columns"], totals=memory["totals"])
-        summary = _train_summary(run, memory, wall_s=time.perf_counter() - begin)
+        show.show_memory(memory)
+        summary = _train_summary(run, memory, wall_s=time.perf_counter() - begin, spent=spent)
+        show.show_time(spent, wall_s=summary["wall_s"])
         run.write_json("train.json", summary)
     show.write_report(run.path)
     show.say(f"done: {run.path} ({_published(run).name}/, report.html). Next: {shlex.join(_next_command(run))}")
@@ -193,8 +196,12 @@ def ask(run_dir: Path, question: str, *, context: Path | None, which: str) -> di
 
 
 def report(run_dir: Path) -> dict[str, Any]:
-    """Write the run's one HTML page anew from its files."""
-    return {"path": str(show.write_report(RunDir.open(run_dir).path))}
+    """Write the run's one HTML page anew from its files, and show its tables."""
+    run = RunDir.open(run_dir)
+    show.show_run(run.path)
+    path = show.write_report(run.path)
+    show.say(f"page: {path}")
+    return {"path": str(path)}
 
 
 def _bring(name: str) -> dict[str, Any]:
@@ -306,16 +313,23 @@ def _check_held_out(recipe: Recipe, file: str, tokenizer: Any, max_seq_length: i
     }
 
 
-def _load(plan: Plan) -> api.LoadedModel:
+def _load(plan: Plan, spent: dict[str, float]) -> api.LoadedModel:
     how = f"{plan.quantization}; quantized once, then read from the cache" if plan.quantization else "16 bits"
-    with show.phase(f"loading the base ({how})") as phase:
+    with show.phase(f"loading the base ({how})", spent=spent) as phase:
         loaded = api.load_model(plan, progress=phase.progress)
         phase.note(f"{format_bytes(sum(loaded.static_bytes.values()))} in memory, SHA-256 {loaded.base_sha256[:12]}")
     return loaded
 
 
-def _score(plan: Plan, loaded: api.LoadedModel, title: str, *, data: Path | None = None) -> EvalResult:
-    with show.phase(title) as phase:
+def _score(
+    plan: Plan,
+    loaded: api.LoadedModel,
+    title: str,
+    *,
+    data: Path | None = None,
+    spent: dict[str, float] | None = None,
+) -> EvalResult:
+    with show.phase(title, spent=spent) as phase:
         result = api.evaluate(plan, loaded, data=data, progress=phase.progress)
         phase.note(_scores_in_words(result))
     return result
@@ -338,35 +352,53 @@ def _refuse_finished(run: RunDir) -> None:
         )
 
 
-def _scores_before(plan: Plan, loaded: api.LoadedModel, run: RunDir) -> dict[str, Any]:
-    """What eval.json holds before training: the scores of where it starts, from there when the run is resumed."""
+def _scores_before(
+    plan: Plan, loaded: api.LoadedModel, run: RunDir, spent: dict[str, float]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What eval.json and predictions.jsonl hold before training: how well it starts; from there when the run is resumed."""
     scores = {key: value for key, value in run.read_json("eval.json").items() if key != "schema_version"}
     if scores or plan.recipe.data.eval is None:
-        return scores or {"before": None, "after": None, "groups": {}}
+        return scores or {"before": None, "after": None, "groups": {}}, run.read_predictions()
     start = "base model" if plan.recipe.lora.init_from is None else "adapter that training starts from"
-    result = _score(plan, loaded, f"scoring the {start}")
+    result = _score(plan, loaded, f"scoring the {start}", spent=spent)
     groups = {name: {"before": group, "after": {}} for name, group in by_phrasing(result.predictions).items()}
-    return {"before": result.to_json_dict(), "after": None, "groups": groups}
+    answers = [
+        {"id": each.id, "question": each.question, "gold": each.gold, "base_prediction": each.prediction}
+        for each in result.predictions
+    ]
+    return {"before": result.to_json_dict(), "after": None, "groups": groups}, answers
 
 
-def _scores_after(plan: Plan, loaded: api.LoadedModel, run: RunDir, scores: dict[str, Any]) -> dict[str, Any]:
-    """Score the tuned model, show and keep the scores beside those of before."""
-    result = _score(plan, loaded, "scoring the tuned model")
+def _scores_after(
+    plan: Plan, loaded: api.LoadedModel, run: RunDir, scores: dict[str, Any], spent: dict[str, float]
+) -> dict[str, Any]:
+    """Score the tuned model, show and keep scores and answers beside those of before."""
+    result = _score(plan, loaded, "scoring the tuned model", spent=spent)
     groups = {
         name: {"before": scores["groups"].get(name, {}).get("before", {}), "after": group}
         for name, group in by_phrasing(result.predictions).items()
     }
     scores = scores | {"after": result.to_json_dict(), "groups": groups}
     run.write_json("eval.json", scores)
-    run.write_predictions(asdict(prediction) for prediction in result.predictions)
+    before = {line["id"]: line.get("base_prediction") for line in run.read_predictions()}
+    run.write_predictions(asdict(each) | {"base_prediction": before.get(each.id)} for each in result.predictions)
     shown = {f"{name} phrasing": group for name, group in groups.items()}
     show.show_scores(scores["before"], scores["after"], groups=shown)
     return scores
 
 
 def _train_steps(
-    plan: Plan, loaded: api.LoadedModel, run: RunDir, scores: dict[str, Any], *, resume: bool, command: str
+    plan: Plan,
+    loaded: api.LoadedModel,
+    run: RunDir,
+    scores: dict[str, Any],
+    answers: list[dict[str, Any]],
+    *,
+    resume: bool,
+    command: str,
+    spent: dict[str, float],
 ) -> None:
+    begin, stepping_s = time.perf_counter(), 0.0
     with stop_signals() as stop:
         steps = api.train(
             plan, loaded, run.path, resume=resume, should_stop=lambda: stop.number is not None, say=show.say
@@ -374,13 +406,15 @@ def _train_steps(
         first = next(steps, None)
         if scores["before"] is not None:  # not sooner: api.train wants its folder empty
             run.write_json("eval.json", scores)
+            run.write_predictions(answers)
         if first is None:
             return
         with show.TrainScreen(first.num_steps, first_step=first.step - 1) as screen:
-            screen.update(first)
-            last = first
-            for last in steps:
+            for last in chain([first], steps):
                 screen.update(last)
+                stepping_s += last.step_s
+    spent["training"] = stepping_s
+    spent["preflight, validation and checkpoints"] = time.perf_counter() - begin - stepping_s
     if stop.number is not None and run.trained is None:
         raise Interrupted(
             f"stopped after step {last.step} of {last.num_steps}; a checkpoint is written. Continue with:\n  {command}",
@@ -388,7 +422,9 @@ def _train_steps(
         )
 
 
-def _train_summary(run: RunDir, memory: Mapping[str, Any], *, wall_s: float) -> dict[str, Any]:
+def _train_summary(
+    run: RunDir, memory: Mapping[str, Any], *, wall_s: float, spent: Mapping[str, float]
+) -> dict[str, Any]:
     steps, manifest = run.read_steps(), read_manifest(_published(run))
     assert manifest is not None  # training has just published it
     eval_losses = [step["eval_loss"] for step in steps if step.get("eval_loss") is not None]
@@ -402,6 +438,7 @@ def _train_summary(run: RunDir, memory: Mapping[str, Any], *, wall_s: float) -> 
         "num_tokens": sum(step["num_tokens"] for step in steps),
         "train_s": train_s,
         "wall_s": wall_s,
+        "phases_s": dict(spent),
         "examples_per_s": sum(step["num_examples"] for step in steps) / train_s,
         "label_tokens_per_s": sum(step["num_label_tokens"] for step in steps) / train_s,
         "peak_bytes": memory["peak_bytes"],

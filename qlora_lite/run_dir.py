@@ -114,15 +114,7 @@ class RunDir:
 
     def read_steps(self) -> list[dict[str, Any]]:
         """Whole lines of steps.jsonl, oldest first; a half-written last line is left out."""
-        if not self.steps.is_file():
-            return []
-        steps = []
-        for line in self.steps.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                steps.append(json.loads(line))
-            except ValueError:
-                continue
-        return [step for step in steps if isinstance(step, dict) and isinstance(step.get("step"), int)]
+        return _whole_lines(self.steps, key="step", kind=int)
 
     def cut_steps(self, last: int) -> None:
         """Forget lines after step `last`: a resumed run writes them anew."""
@@ -135,6 +127,21 @@ class RunDir:
         lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
         with _names(self.path / "predictions.jsonl"):
             write_text_durably(self.path / "predictions.jsonl", lines)
+
+    def read_predictions(self) -> list[dict[str, Any]]:
+        """The lines of predictions.jsonl; [] where there is none yet."""
+        return _whole_lines(self.path / "predictions.jsonl", key="id", kind=str)
+
+
+def _whole_lines(path: Path, *, key: str, kind: type) -> list[dict[str, Any]]:
+    """The objects of a jsonl file that have `key`, in their order; half-written lines are left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict) and isinstance(value.get(key), kind)]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 Points = Sequence[tuple[float, float]]
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 56, 8, 8, 28  # pixels of the view box
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 92, 14, 12, 32  # pixels of the view box
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,23 @@ def svg_curve(lines: Sequence[Line], *, label: str, height: int = 260) -> str:
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
-            _LEFT + (_WIDTH - _LEFT - _RIGHT) * (x - left) / (right - left),
-            _TOP + (height - _BOTTOM - _TOP) * (high - y) / (high - low),
+            LEFT + (WIDTH - LEFT - RIGHT) * (x - left) / (right - left),
+            TOP + (height - BOTTOM - TOP) * (high - y) / (high - low),
         )
 
     parts = []
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         y = at(left, tick)[1]
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in (tick for tick in _ticks(left, right) if tick == int(tick)):
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in (tick for tick in ticks(left, right) if tick == int(tick)):
         parts.append(f'<text x="{at(tick, low)[0]:.1f}" y="{height - 8}" text-anchor="middle">{tick:g}</text>')
     for line in lines:
         places = [at(*point) for point in line.points]
         parts.append(f'<polyline class="{line.kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
         if line.has_dots:
             parts += [f'<circle class="{line.kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in places]
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def running_mean(points: Points, window: int) -> list[tuple[float, float]]:
@@ -60,7 +60,14 @@ def running_mean(points: Points, window: int) -> list[tuple[float, float]]:
     return [(step, sum(recent) / len(recent)) for (step, _), recent in zip(points, windows, strict=True)]
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def sampled(points: Points, num: int) -> list[tuple[float, float]]:
+    """At most `num` of the points, evenly spread, the first and the last among them."""
+    if len(points) <= num:
+        return list(points)
+    return [points[round(index * (len(points) - 1) / (num - 1))] for index in range(num)]
+
+
+def ticks(low: float, high: float) -> list[float]:
     """Four to eight round numbers between `low` and `high`."""
     rough = (high - low) / 5
     scale = 10.0 ** math.floor(math.log10(rough))

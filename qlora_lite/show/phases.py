@@ -40,8 +40,11 @@ class Phase:
 
 
 @contextmanager
-def phase(name: str) -> Iterator[Phase]:
-    """Show `name` while the block runs, then its seconds; a block that raises is shown as failed and raises on."""
+def phase(name: str, *, spent: dict[str, float] | None = None) -> Iterator[Phase]:
+    """Show `name` while the block runs, then its seconds; a block that raises is shown as failed and raises on.
+
+    The seconds also go into `spent`, by name.
+    """
     current, begin, ending = Phase(name), time.perf_counter(), "failed after "
     live: Any = console().status(safe_text(name)) if console().is_terminal else nullcontext()
     if not console().is_terminal:
@@ -53,5 +56,7 @@ def phase(name: str) -> Iterator[Phase]:
         ending = ""
     finally:
         current.elapsed_s = time.perf_counter() - begin
+        if spent is not None:
+            spent[name] = current.elapsed_s
         remark = f" ({current.remark})" if current.remark else ""
         say(f"{name}: {ending}{format_seconds(current.elapsed_s)}{remark}", style="red" if ending else "green")

@@ -117,12 +117,14 @@ def test_a_sweep_has_a_line_a_model_and_more_tokens_on_larger_cards():
         assert lengths == sorted(lengths)
 
 
-def test_plan_prints_what_the_contract_names():
-    done = run_cli("plan", "smollm2-135m", "--budget", "2GiB", "--set", "lora.r=8", "--json")
+def test_plan_prints_what_the_contract_names_and_writes_it_as_a_page(tmp_path):
+    page = tmp_path / "plan.html"
+    done = run_cli("plan", "smollm2-135m", "--budget", "2GiB", "--set", "lora.r=8", "--json", "--html", str(page))
     assert done.json["model"] == "smollm2-135m" and done.json["settings"]["lora"]["r"] == 8
     assert done.json["budget_bytes"] == 2 * GIB and done.json["num_weights"] == 134_515_008
     assert any("built-in" in reason or "config" in reason for reason in done.json["reasons"])
     assert "memory at the peak of a step" in done.stderr
+    assert "Memory plan: smollm2-135m" in page.read_text() and "It fits." in page.read_text()
 
 
 def test_plan_says_what_does_not_fit_and_exits_3():
@@ -135,6 +137,7 @@ def test_plan_says_what_does_not_fit_and_exits_3():
     ("arguments", "expected"),
     [
         (("plan",), "give a recipe or a model's name, or --sweep"),
+        (("plan", "--sweep", "--html", "x.html"), "--html is the page of one recipe or model"),
         (("plan", "llama-3.1-9b"), "llama-3.1-8b"),
         (("plan", "llama-3.1-8b", "--budget", "24XB"), "--budget: expected a size"),
         (("plan", "llama-3.1-8b", "--set", "lora.rr=8"), "did you mean lora.r?"),

@@ -1,152 +1,179 @@
 """The report of a run: complete when the run is, readable when it is not, and harmless whatever the data say."""
 
 import json
-from html.parser import HTMLParser
 
 import pytest
 
 from qlora_lite import show
 from qlora_lite.errors import RunError
-
-EVIL = "<script>alert(1)</script><img src=http://x/y onerror=z>\x1b[2J"
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.words = [], [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [name for name, _ in attrs]
-
-    def handle_data(self, data):
-        self.words.append(data)
+from tests.show.parsed import Parsed
+from tests.show.run_files import write_run
 
 
 @pytest.fixture
 def run_dir(tmp_path):
-    folder = tmp_path / "run-1"
-    folder.mkdir()
-    files = {
-        "eval.json": {
-            "before": {"exact_match": 6.0, "f1": 28.1, "loss": 2.3},
-            "after": {"exact_match": 49.0, "f1": 66.2, "loss": 0.5},
-        },
-        "memory.json": {
-            "columns": {"QLoRA, measured": {"weights_bytes": 2**30}, "full": {"weights_bytes": 4 * 2**30}},
-            "totals": {"QLoRA, measured": 2**30, "full": 4 * 2**30},
-        },
-        "plan.json": {"reasons": [f"model.dtype = bf16: {EVIL}"]},
-        "merge.json": {"adapter_effect": 0.1, "arithmetic_ratio": 1e-4},
-        "env.json": {"versions": {"torch": "2.13.0"}, EVIL: EVIL},
-    }
-    for name, document in files.items():
-        (folder / name).write_text(json.dumps(document))
-    (folder / "recipe.yaml").write_text(f"method: qlora # {EVIL}\n")
-    (folder / "predictions.jsonl").write_text(
-        json.dumps({"id": "1", "question": EVIL, "answers": ["Oslo", EVIL], "after": EVIL}) + "\n"
-    )
-    steps = [
-        {
-            "step": step,
-            "loss": 3 / step,
-            "learning_rate": 1e-3 / step,
-            "grad_norm": 0.5,
-            "eval_loss": 2.5 - step / 20 if step % 10 == 0 else None,
-            "step_s": 2.0,
-            "num_examples": 8,
-            "num_label_tokens": 50,
-        }
-        for step in range(1, 30)
-    ]
-    (folder / "steps.jsonl").write_text("\n".join(json.dumps(step) for step in steps))
-    return folder
+    return write_run(tmp_path / "run-1")
+
+
+def report(run_dir):
+    return Parsed(show.write_report(run_dir).read_text())
+
+
+def change(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_the_page_opens_with_what_was_trained_how_well_it_answers_and_what_it_took(run_dir):
+    words = report(run_dir).words
+    opening = words[: words.index("How well it answers")]
+    for expected in (
+        "smollm2-135m, fine-tuned with QLoRA",
+        "trained a little further on 600 examples in 60 steps",
+        "Asked 100 questions that were kept apart for the test, it now answers 49.0% word for word right",
+        "before the training it was 6.0%",
+        "359 MiB measured; saves 2.08 GiB (86%) against full fine-tuning",
+        "3 min 34 s 1 min 58 s of it training",
+    ):
+        assert expected in opening, expected
 
 
 def test_a_whole_run_has_every_section(run_dir):
-    path = show.write_report(run_dir)
-    words = " ".join(Page(path.read_text()).words)
-    assert path == run_dir / "report.html"
+    page = report(run_dir)
     for expected in (
-        "Scores",
-        "+43.0",
-        "Loss",
-        "Memory",
-        "saves 3 GiB (75%) against full",
-        "Proof",
-        "0.010%",
+        "exact match share of questions whose answer is word for word right",  # a term is explained where it first appears
+        "exact match 6.0 49.0 +43.0",
+        "untrained: exact match 6.0 41.5 +35.5",
+        "What is the capital of Norway? base model, before The capital is a city in Norway that tuned model, now right Oslo",
+        "partly right, F1 67",
+        "activations 74 MiB 70 MiB -4 MiB",
+        "peak 368 MiB 359 MiB -9 MiB",
+        "backward the error goes back through the layers 368 MiB 359 MiB -9 MiB",
+        "layer 29 240 MiB – 260 MiB –",
+        "Tried again: a micro-batch of 4096 tokens did not fit; 2048 did",
+        "QLoRA saves 2.07 GiB (85%) against full fine-tuning, which would need 2.43 GiB",
+        "Dots: validation loss, on examples that are not trained on; lowest 0.726 after step 60, 0.726 at the end.",
+        "training 1 min 58 s 55%",
+        "everything else 6.0 s 3%",
+        "in all 3 min 34 s 100%",
+        "adapter/ the trained addition to the base model 29.3 KiB",
+        "checkpoints/step-000050/ a state to continue the training from 8.79 KiB",
+        "whole model in 16 bits, to use 257 MiB 2.51 GiB",
+        "cpu: torch finds no CUDA device",
+        "in general the recipe was made for another card",
+        "A step takes about 1.33 times as long",
         "method: qlora",
-        "Oslo",
-        "2.13.0",
-        "Learning rate and gradient norm",
-        "Dots: validation loss, lowest 1.500 after step 20, at the end 1.500",
+        "arithmetic error 0.010%",
+        "versions torch 2.13.0",
     ):
-        assert expected in words, expected
-    assert "could not be read" not in words
+        assert expected in page.words, expected
+    assert "could not be read" not in page.words
     assert sorted(file.name for file in run_dir.iterdir() if "report" in file.name) == ["report.html"]
-
-
-def test_validation_losses_are_dots_over_the_loss_and_each_rate_has_its_curve(run_dir):
-    page = Page(show.write_report(run_dir).read_text())
-    assert page.tags.count("svg") == 3 and page.tags.count("polyline") == 5
-    assert page.tags.count("circle") == 2
-
-
-def test_a_run_without_evaluations_has_no_dots(run_dir):
-    lines = [json.loads(line) | {"eval_loss": None} for line in (run_dir / "steps.jsonl").read_text().splitlines()]
-    (run_dir / "steps.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    page = Page(show.write_report(run_dir).read_text())
-    assert "circle" not in page.tags and "Dots" not in " ".join(page.words)
 
 
 def test_nothing_in_the_data_becomes_a_tag_or_a_link(run_dir):
     html = show.write_report(run_dir).read_text()
-    page = Page(html)
-    assert not {"script", "img", "link", "iframe", "a", "object"} & set(page.tags)
-    assert not {"src", "href", "onerror", "onload"} & set(page.attributes)
+    page = Parsed(html)
+    assert not {"script", "img", "link", "iframe", "object", "form"} & set(page.tags)
+    names = {name for _, attributes in page.elements for name in attributes}
+    assert not {"src", "onerror", "onload"} & names
+    assert all(link["href"].startswith("#") for link in page.all("a"))
     assert "\x1b" not in html
-    assert "<script>alert(1)</script>" in "".join(page.words)  # it is there, as text
+    assert "<script>alert(1)</script>" in page.words  # it is there, as text
 
 
-def test_an_empty_run_directory_still_gives_a_page(tmp_path):
-    assert "no results yet" in show.write_report(tmp_path).read_text()
+def test_answers_without_those_of_the_base_stand_beside_what_counts_as_right(run_dir):
+    file = run_dir / "predictions.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps({k: v for k, v in line.items() if k != "base_prediction"}) for line in lines))
+    words = report(run_dir).words
+    assert "base model, before" not in words
+    assert "What is the capital of Norway? tuned model, now right Oslo counts as right Oslo" in words
 
 
-def test_damaged_files_are_named_and_the_rest_is_shown(run_dir):
-    (run_dir / "eval.json").write_text('{"before": ')
-    (run_dir / "steps.jsonl").write_text(
-        '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo'
-    )
-    (run_dir / "predictions.jsonl").write_bytes(b"\xff\xfe")
-    page = Page(show.write_report(run_dir).read_text())
-    words = " ".join(page.words)
-    for name in ("eval.json", "steps.jsonl line 4", "predictions.jsonl"):
-        assert name in words
-    assert "svg" in page.tags and "nan" not in words.lower()
+def test_a_long_answer_is_cut(run_dir):
+    (run_dir / "predictions.jsonl").write_text(json.dumps({"question": "q", "prediction": "word " * 1000, "gold": []}))
+    assert "word word …" in report(run_dir).words
+    assert report(run_dir).words.count("word") < 200
 
 
-@pytest.mark.parametrize(
-    "document", [[], 3, {"before": 3, "after": [1]}, {"groups": {"x": 3}}, {"before": {"f1": "high"}}]
-)
-def test_files_of_another_shape_are_no_error(run_dir, document):
-    for name in ("eval.json", "memory.json", "plan.json", "merge.json", "env.json"):
-        (run_dir / name).write_text(json.dumps(document))
-    show.write_report(run_dir)
+def test_validation_losses_are_dots_over_the_loss_and_rate_and_norm_have_curves(run_dir):
+    page = report(run_dir)
+    assert page.tags.count("polyline") == 5 and page.tags.count("circle") == 3
+
+
+def test_a_run_without_validation_has_no_dots(run_dir):
+    lines = [json.loads(line) | {"eval_loss": None} for line in (run_dir / "steps.jsonl").read_text().splitlines()]
+    (run_dir / "steps.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = report(run_dir)
+    assert "circle" not in page.tags and "Dots" not in page.words
+
+
+def test_plain_text_has_a_loss_and_no_answers(run_dir):
+    for name in ("predictions.jsonl", "merge.json"):
+        (run_dir / name).unlink()
+    change(run_dir / "eval.json", before={"loss": 2.0}, after={"loss": 1.0, "exact_match": None}, groups={})
+    words = report(run_dir).words
+    assert "Its loss on texts kept apart for the test is 1.000, 2.000 before the training" in words
+    assert "Loss 2.000 to 1.000" in words and "exact match" not in words and "side by side" not in words
+
+
+def test_time_without_phases_is_training_and_the_rest(run_dir):
+    change(run_dir / "train.json", phases_s=None)
+    assert "training 1 min 58 s 55% everything else 1 min 36 s 45% in all" in report(run_dir).words
 
 
 def test_the_plan_stands_in_for_a_missing_measurement(run_dir):
     (run_dir / "memory.json").unlink()
-    methods = {
-        "qlora": {"peak_bytes": 2**30, "parts": {"weights_bytes": 2**30}},
-        "full": {"peak_bytes": 2**32, "parts": {}},
-    }
-    (run_dir / "plan.json").write_text(json.dumps({"methods": methods}))
-    words = " ".join(Page(show.write_report(run_dir).read_text()).words)
-    assert "QLoRA, planned" in words and "saves 3 GiB (75%) against full fine-tuning, planned" in words
+    (run_dir / "train.json").unlink()
+    words = report(run_dir).words
+    assert "368 MiB planned; saves 2.07 GiB (85%) against full fine-tuning" in words
+
+
+def test_an_empty_run_directory_still_gives_a_page(tmp_path):
+    page = report(tmp_path)
+    assert "no results yet" in page.words and f"Run {tmp_path.name}" in page.words
+
+
+def test_damaged_files_are_named_and_the_rest_is_shown(run_dir):
+    (run_dir / "eval.json").write_text('{"before": ')
+    (run_dir / "plan.json").write_text("[" * 100_000)
+    (run_dir / "steps.jsonl").write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo'
+    )
+    (run_dir / "predictions.jsonl").write_bytes(b"\xff\xfe")
+    page = report(run_dir)
+    problems = page.words[page.words.rindex("Files that could not be read") :]
+    for name in ("eval.json", "plan.json", "steps.jsonl line 4", "predictions.jsonl"):
+        assert name in problems
+    assert "polyline" in page.tags and "nan" not in page.words.lower()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        3,
+        {"before": 3, "after": [1], "groups": {"x": 3}},
+        {"before": {"f1": "high"}, "phases_s": {"training": None}, "wall_s": "long"},
+        {"parts": {"weights_bytes": 3}, "phases": [], "timeline": [{"bytes": "x"}, 3, {"phase": [], "bytes": 1}], "retries": 3},
+        {"timeline": [{"phase": [], "layer": {}, "bytes": 1}, {"phase": "x", "layer": 3, "bytes": -1}], "peak_bytes": 3},
+        {"methods": {"qlora": 3, "mine": {"parts": {"x": 1}}}, "settings": {"method": []}, "reasons": [1, None], "concessions": [3]},
+        {"methods": {"qlora": {"peak_bytes": 0, "parts": {"weights_bytes": -5}}}, "checkpoint_bytes": {"full": "x"}},
+        {"budget_bytes": -1, "peak_bytes": {"planned": 0, "measured": 0}, "parts": {"weights_bytes": {"planned": 0}}},
+    ],
+)  # fmt: skip
+def test_files_of_another_shape_are_no_error(run_dir, document):
+    for name in ("eval.json", "memory.json", "plan.json", "merge.json", "env.json", "train.json"):
+        (run_dir / name).write_text(json.dumps(document))
+    for name in ("steps.jsonl", "predictions.jsonl"):
+        (run_dir / name).write_text(json.dumps(document))
+    report(run_dir)
+
+
+def test_links_in_a_run_are_not_followed(run_dir, tmp_path):
+    (tmp_path / "elsewhere").write_bytes(bytes(10 * 2**20))
+    (run_dir / "adapter" / "link").symlink_to(tmp_path / "elsewhere")
+    assert "adapter/ the trained addition to the base model 29.3 KiB" in report(run_dir).words
 
 
 def test_a_missing_run_directory_is_the_users_to_mend(tmp_path):

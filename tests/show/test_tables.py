@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import pytest
 
 from qlora_lite import show
-from qlora_lite.show.tables import mark_trained, proof_rows, savings, score_rows
+from qlora_lite.show.rows import proof_rows, savings, score_rows
+from qlora_lite.show.tables import mark_trained
+from tests.show.run_files import GIB, make_plan
 
 
 @pytest.fixture(autouse=True)
@@ -15,24 +17,78 @@ def fresh_console():
     show.console.cache_clear()
 
 
-def test_memory_shows_each_part_beside_the_other_method_and_what_is_saved(capsys):
+def printed_lines(capsys):
+    return [line.split() for line in capsys.readouterr().err.splitlines()]
+
+
+def test_memory_shows_planned_beside_measured_part_by_part_and_phase_by_phase(capsys):
     show.show_memory(
         {
-            "QLoRA, measured": {"weights_bytes": 2**30},
-            "full": {"weights_bytes": 4 * 2**30, "gradients_bytes": 4 * 2**30},
-        },
-        totals={"QLoRA, measured": 2 * 2**30, "full": 8 * 2**30},
+            "peak_bytes": {"planned": 3 * GIB, "measured": 2 * GIB},
+            "parts": {
+                "logits_bytes": {"planned": GIB, "measured": None, "difference": None},
+                "weights_bytes": {"planned": GIB, "measured": GIB + 2**20, "difference": 2**20},
+                "runtime_bytes": {"planned": 0, "measured": 0, "difference": 0},
+            },
+            "phases": {"forward": {"planned": 2 * GIB, "measured": GIB, "difference": -GIB}},
+            "retries": ["half the micro-batch"],
+        }
     )
-    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
-    assert ["weights", "1", "GiB", "4", "GiB"] in lines
-    assert ["gradients", "–", "4", "GiB"] in lines
-    assert ["total", "2", "GiB", "8", "GiB"] in lines
-    assert "saves 6 GiB (75%) against full".split() in lines
+    lines = printed_lines(capsys)
+    weights, logits = "weights 1 GiB 1 GiB +1 MiB".split(), "logits 1 GiB – –".split()
+    assert lines.index(weights) < lines.index(logits)  # in the order of the plan, whatever the file's is
+    assert "peak 3 GiB 2 GiB -1 GiB".split() in lines
+    assert "forward 2 GiB 1 GiB -1 GiB".split() in lines
+    assert "warning: tried again: half the micro-batch".split() in lines
+    assert not any("runtime" in line for line in lines)
 
 
-def test_nothing_is_saved_against_nothing():
-    assert savings({"QLoRA": 5}, ["QLoRA"]) == ""
-    assert savings({"QLoRA": 5}, ["QLoRA", "full"]) == ""
+def test_a_run_without_a_measurement_shows_no_memory(capsys):
+    show.show_memory({})
+    assert capsys.readouterr().err == ""
+
+
+def test_a_plan_shows_its_methods_side_by_side_what_fits_and_what_is_saved(capsys):
+    show.show_plan(make_plan())
+    lines = printed_lines(capsys)
+    for expected in (
+        "optimizer 20 MiB 20 MiB 513 MiB 1.25 GiB",
+        "(may page to the host) – – 513 MiB –",
+        "peak 368 MiB 514 MiB 1.68 GiB 2.43 GiB",
+        "QLoRA saves 2.07 GiB (85%) against full",
+        "adapter, to use 9 MiB 90 MiB",
+        "512 209 MiB 258 MiB 355 MiB 551 MiB 941 MiB",
+        "2,048 355 MiB 551 MiB 941 MiB 1.68 GiB 3.21 GiB x",
+        "memory.gradient_checkpointing: on 300 MiB 368 MiB",
+    ):
+        assert expected.split() in lines, expected
+
+
+def test_a_method_that_fits_nothing_says_so(capsys):
+    plan = make_plan()
+    plan["methods"]["full"]["max_seq_length"] = None
+    show.show_plan(plan)
+    assert "full none fits".split() in printed_lines(capsys)
+
+
+def test_time_that_no_phase_accounts_for_is_shown(capsys):
+    show.show_time({"training": 30.0, "scoring": 10.0}, wall_s=50.0)
+    lines = printed_lines(capsys)
+    assert [line for line in lines if line and line[-1].endswith("%")] == [
+        ["training", "30", "s", "60%"],
+        ["scoring", "10", "s", "20%"],
+        ["everything", "else", "10", "s", "20%"],
+        ["in", "all", "50", "s", "100%"],
+    ]
+
+
+@pytest.mark.parametrize("theirs", [None, 0, 5, 4])
+def test_nothing_is_saved_against_nothing(theirs):
+    assert savings(5, theirs) == ""
+
+
+def test_savings_are_in_bytes_and_in_percent():
+    assert savings(GIB, 4 * GIB) == "3 GiB (75%)"
 
 
 def test_scores_show_before_after_and_change():

@@ -1,0 +1,107 @@
+"""What a run left in its folder, read for the report: what is missing is empty, what is damaged is empty and named in `problems`."""
+
+import json
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_lite.show.lenient import mapping
+
+
+@dataclass(frozen=True)
+class Run:
+    """The documents of a run, and what its folder weighs: `disk` is (name, bytes), large parts by themselves, small files together."""
+
+    name: str
+    plan: dict[str, Any]
+    env: dict[str, Any]
+    scores: dict[str, Any]
+    memory: dict[str, Any]
+    merge: dict[str, Any]
+    train: dict[str, Any]
+    steps: list[dict[str, Any]]
+    predictions: list[dict[str, Any]]
+    recipe: str
+    disk: list[tuple[str, int]]
+    problems: list[str]
+
+
+def read_run(folder: Path) -> Run:
+    """Never raises for a file: a run that was stopped or damaged is shown as far as it can be read."""
+    files = _Files(folder)
+    return Run(
+        name=folder.resolve().name,
+        plan=files.document("plan.json"),
+        env=files.document("env.json"),
+        scores=files.document("eval.json"),
+        memory=files.document("memory.json"),
+        merge=files.document("merge.json"),
+        train=files.document("train.json"),
+        steps=files.lines("steps.jsonl"),
+        predictions=files.lines("predictions.jsonl"),
+        recipe=files.text("recipe.yaml"),
+        disk=disk_sizes(folder),
+        problems=files.problems,
+    )
+
+
+def disk_sizes(folder: Path) -> list[tuple[str, int]]:
+    """Bytes of each folder that holds weights, each checkpoint by itself, and of all other files together."""
+    large = [folder / "adapter", folder / "weights", *_sorted(folder / "checkpoints"), folder / "merged"]
+    sizes = [(f"{path.relative_to(folder).as_posix()}/", _size(path)) for path in large if path.is_dir()]
+    rest = _size(folder) - sum(size for _, size in sizes)
+    return [*sizes, ("records and this page", rest)] if sizes or rest else []
+
+
+class _Files:
+    """Reads files of a folder, and remembers once what is wrong with each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.problems: list[str] = []
+
+    def text(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+        except (OSError, UnicodeDecodeError) as error:
+            self.problems.append(f"{name}: {error}")
+            return ""
+
+    def document(self, name: str) -> dict[str, Any]:
+        text = self.text(name)
+        return mapping(self._parse(name, text)) if text else {}
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        lines = self.text(name).splitlines()
+        values = [self._parse(f"{name} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+        return [value for value in values if isinstance(value, dict)]
+
+    def _parse(self, where: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            self.problems.append(f"{where}: {error}")
+            return None
+
+
+def _sorted(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _size(folder: Path) -> int:
+    return sum(_file_sizes(folder))
+
+
+def _file_sizes(folder: Path) -> Iterator[int]:
+    """Of the files below a folder; links are not followed, and what goes away meanwhile is not counted."""
+    for path in folder.rglob("*"):
+        try:
+            info = path.lstat()
+        except OSError:
+            continue
+        if stat.S_ISREG(info.st_mode):
+            yield info.st_size
