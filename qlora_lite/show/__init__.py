@@ -14,6 +14,7 @@ from qlora_lite.show.report import write_report
 from qlora_lite.show.screen import TrainScreen
 from qlora_lite.show.tables import (
     show_answers,
+    show_findings,
     show_fits,
     show_memory,
     show_memory_map,
@@ -40,6 +41,7 @@ __all__ = [
     "say_error",
     "say_warning",
     "show_answers",
+    "show_findings",
     "show_fits",
     "show_memory",
     "show_memory_map",
