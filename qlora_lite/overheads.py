@@ -75,6 +75,7 @@ def measure(device: str) -> dict[str, Any]:
     if line is None:
         raise UserError(f"--measure: the measuring process ended with exit code {process.returncode}, and no result")
     found: dict[str, Any] = json.loads(line)
+    del found["schema_version"]  # of a document on stdout; this becomes a part of one
     if device == "cuda":
         found["context_bytes"] = held - found.pop("reserved_bytes")
     return found
