@@ -166,6 +166,22 @@ def report(run_dir: RunArgument, json: JsonOption = False) -> None:
     _print(pipeline.report(run_dir), json)
 
 
+@app.command()
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also measure what a plan cannot see; half a minute.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """What this machine is, and whether training will work here. Exits with 2 when it cannot."""
+    from qlora_lite.doctor import doctor  # not by way of pipeline, which cannot be imported where a library is broken
+
+    found = doctor(measure=measure)
+    _print(found, json)
+    if not found["can_train"]:
+        raise typer.Exit(2)
+
+
 @recipes_app.command("list")
 def recipes_list(json: JsonOption = False) -> None:
     """Name and description of each."""

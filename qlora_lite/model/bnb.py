@@ -7,12 +7,20 @@ Its other trap, a download at import, is closed in import_guard.py.
 """
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import bitsandbytes
 import torch
 
-__all__ = ["bitsandbytes", "dequantized", "keep_weights_unpacked", "quantization_constants"]
+__all__ = [
+    "bitsandbytes",
+    "dequantized",
+    "keep_weights_unpacked",
+    "native_library",
+    "quantization_constants",
+    "runs_downloaded_kernel",
+]
 
 
 def keep_weights_unpacked(model: torch.nn.Module) -> int:
@@ -46,3 +54,17 @@ def dequantized(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
         return (weight.data.float() * (scales_O[:, None] / 127)).to(dtype)
     plain: torch.Tensor = weight.detach()
     return plain
+
+
+def native_library() -> tuple[str | None, str | None]:
+    """-> (file of bitsandbytes' compiled code, None), or (None, why it is not loaded). By private names: there are no others."""
+    library: Any = bitsandbytes.cextension.lib
+    if isinstance(library, bitsandbytes.cextension.ErrorHandlerMockBNBNativeLibrary):
+        return None, " ".join(str(library.error_msg).split())
+    return str(library._lib._name), None
+
+
+def runs_downloaded_kernel() -> bool:
+    """Whether the download at import (import_guard.py) has happened; the name is there on CPUs with AVX512-BF16 only."""
+    ops: Any = import_module("bitsandbytes.backends.cpu.ops")
+    return getattr(ops, "gemm_4bit_forward_kernel", None) is not None

@@ -5,15 +5,23 @@ in 16 bits. Here a layer is replaced when the files hold its quantized weight, a
 memory-mapped, and where they begin in a file is where no kernel would have put them.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import bitsandbytes
-from qlora_lite.model.published import LazyTensor, open_tensors
+from qlora_lite.model.published import open_tensors
 from qlora_lite.model.quantization import OUTLIERS, SCALES, parts_of
+
+
+class Source(Protocol):
+    """Where a tensor comes from: a file (published.LazyTensor), or a generator of random numbers (random_model.py)."""
+
+    def value(self) -> torch.Tensor: ...
 
 
 def fill_model(model: PreTrainedModel, folder: Path, *, device: str, compute: torch.dtype) -> None:
@@ -32,16 +40,32 @@ def fill_model(model: PreTrainedModel, folder: Path, *, device: str, compute: to
         some = min(missing | unknown)
         raise ModelError(f"{folder}: {len(missing)} weights are missing and {len(unknown)} have no place, first {some}")
     fill_plain(model, {name: stored[name] for name in plain}, device=device, compute=compute)
-    for name, others in sorted(parts.items()):
-        tensors = {part: stored[part].value().clone() for part in (name, *others)}
-        put = _put_int8 if tensors[name].dtype == torch.int8 else _put_4_bit
+    weights = (
+        (name, {part: stored[part].value().clone() for part in (name, *others)})
+        for name, others in sorted(parts.items())
+    )
+    fill_quantized(model, weights, device=device, compute=compute)
+
+
+def fill_quantized(
+    model: PreTrainedModel,
+    weights: Iterable[tuple[str, dict[str, torch.Tensor]]],
+    *,
+    device: str,
+    compute: torch.dtype,
+) -> None:
+    """Put bitsandbytes' layers in place of linear ones: each weight's name, and the tensors that `Quantization.quantize` gives for it."""
+    is_int8 = False
+    for name, tensors in weights:
+        is_int8 = tensors[name].dtype == torch.int8
+        put = _put_int8 if is_int8 else _put_4_bit
         put(model, name, tensors, device=device, compute=compute)
     # peft asks for these two
     model.is_loaded_in_4bit = any(isinstance(layer, bitsandbytes.nn.Linear4bit) for layer in model.modules())
-    model.is_loaded_in_8bit = bool(parts) and not model.is_loaded_in_4bit
+    model.is_loaded_in_8bit = is_int8 and not model.is_loaded_in_4bit
 
 
-def fill_plain(model: PreTrainedModel, tensors: dict[str, LazyTensor], *, device: str, compute: torch.dtype) -> None:
+def fill_plain(model: PreTrainedModel, tensors: Mapping[str, Source], *, device: str, compute: torch.dtype) -> None:
     """Put 16-bit `tensors`, by module name, into `model` in the type `compute`; buffers go to the device too."""
     for name, tensor in tensors.items():
         owner, _, attribute = name.rpartition(".")

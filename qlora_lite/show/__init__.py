@@ -22,6 +22,7 @@ from qlora_lite.show.run_tables import show_run
 from qlora_lite.show.screen import TrainScreen
 from qlora_lite.show.tables import (
     show_answers,
+    show_findings,
     show_memory,
     show_memory_map,
     show_methods,
@@ -49,6 +50,7 @@ __all__ = [
     "say_error",
     "say_warning",
     "show_answers",
+    "show_findings",
     "show_memory",
     "show_memory_map",
     "show_methods",

@@ -185,6 +185,15 @@ def show_reasons(reasons: Sequence[str], *, title: str = "chosen by itself") -> 
         say(f"  {safe_text(reason, one_line=True)}")
 
 
+def show_findings(findings: Sequence[tuple[str, str, str, str]]) -> None:
+    """(what, level, found, advice) a line: level is ok, warning or problem; what to do stands below, where there is something."""
+    colours = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    for what, level, found, advice in findings:
+        say(f"{level:8} {safe_text(what, one_line=True)}: {safe_text(found, one_line=True)}", style=colours[level])
+        if advice:
+            say(f"{'':8} {safe_text(advice, one_line=True)}")
+
+
 def _has_colour() -> bool:
     return console().is_terminal and not console().no_color
 
