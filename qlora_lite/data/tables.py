@@ -23,6 +23,7 @@ FileKind = Literal["squad", "json", "jsonl", "csv", "parquet", "saved"]
 
 READ_ROWS = 256  # rows of a Parquet file or a saved folder in memory at a time
 MAX_LINE_BYTES = 64 * 2**20  # of one jsonl row
+_PLAIN_TEXT = (".txt", ".text", ".md")
 _PEEK_BYTES = 2**20  # the first line of a jsonl file that is not called so must end within these
 
 
@@ -49,6 +50,10 @@ def file_kind(path: Path) -> FileKind:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"["):
         return "json"
+    if path.suffix.lower() in _PLAIN_TEXT and not text.startswith(b"{"):
+        raise DataError(
+            f'{path}: plain text. Make it rows: a .jsonl file with a line {{"text": "..."}} for every text.'
+        )
     return "jsonl" if _begins_with_a_row(text) else "squad"
 
 

@@ -28,8 +28,14 @@ from qlora_lite.model.manifest import (
     weights_sha256,
     write_manifest,
 )
-from qlora_lite.model.published import LazyTensor, published_weights
-from qlora_lite.model.quantization import Quantization, stored_quantization
+from qlora_lite.model.published import (
+    LazyTensor,
+    PublishedWeights,
+    open_tensors,
+    published_weights,
+    quantized_weights,
+)
+from qlora_lite.model.quantization import Quantization, parts_of, stored_quantization
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.model.skeleton import empty_model
 from qlora_lite.model.source import folder_fingerprint, load_config, read_config
@@ -59,35 +65,64 @@ def quantize_base(
     config = read_config(source)
     stored = stored_quantization(config, source)
     with staged_folder(folder) as staging:
+        model = empty_model(load_config(source))
         if stored is not None:
-            facts = _take_over(source, staging, stored, quantization)
+            weights = _take_over(source, staging, model, stored, quantization)
+            names = frozenset(parts_of(weights.tensors))
+            config["quantization_config"] |= _left_out(model, names)
         else:
-            model = empty_model(load_config(source))
             weights = published_weights(source, model)
-            _quantize_tensors(weights.tensors, staging, linear_weights(model), quantization, progress)
-            config |= {"quantization_config": quantization.config() | _left_out(model), "dtype": "bfloat16"}
-            config |= {"tie_word_embeddings": weights.is_tied}
+            names = linear_weights(model)
+            _quantize_tensors(weights.tensors, staging, names, quantization, progress)
+            config |= {"quantization_config": quantization.config() | _left_out(model, names), "dtype": "bfloat16"}
             config.pop("torch_dtype", None)
-            facts = {"num_vision": weights.num_vision}
+        config |= {"tie_word_embeddings": weights.is_tied}
+        facts = {"num_vision": weights.num_vision, "taken_over": stored is not None}
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         copy_companions(source, staging)
         write_manifest(staging, {"quantization": str(quantization), "source": source.name, **facts})
     return folder
 
 
-def _take_over(source: Path, out: Path, stored: Quantization, asked: Quantization) -> dict[str, Any]:
-    """Link (or copy, across file systems) the weights of a folder that is quantized already."""
+def _take_over(
+    source: Path, out: Path, model: PreTrainedModel, stored: Quantization, asked: Quantization
+) -> PublishedWeights:
+    """The weights of a folder that is quantized already: its files, linked (or copied, across file systems) where their names are
+    the model's own, else written anew under these names.
+    """
     if stored != asked:
         raise ModelError(
             f"{source}: is already quantized ({stored}), and {asked} was asked for. It is used as it is, never quantized again: "
             f"use --set model.quantization={stored.kind} --set model.double_quant={str(stored.double_quant).lower()}"
         )
+    weights = quantized_weights(source, model)
+    if not parts_of(weights.tensors):
+        raise ModelError(
+            f"{source}: its config.json says {stored}, and none of its weights is quantized (transformers leaves some models, "
+            "Falcon for one, in 16 bits). Remove quantization_config from its config.json, and it is quantized here"
+        )
+    left_out = dict(open_tensors(source)).keys() - {tensor.key for tensor in weights.tensors.values()}
+    has_own_names = all(name == tensor.key for name, tensor in weights.tensors.items())
+    if has_own_names and left_out <= model.all_tied_weights_keys.keys():
+        _link(source, out)
+    else:
+        _copy_tensors(weights.tensors, out)
+    return weights
+
+
+def _link(source: Path, out: Path) -> None:
     for path in source.glob("*.safetensors*"):
         try:
             os.link(path.resolve(), out / path.name)
         except OSError:
             shutil.copyfile(path, out / path.name)
-    return {"taken_over": True}
+
+
+def _copy_tensors(tensors: dict[str, LazyTensor], out: Path) -> None:
+    specs = {name: TensorSpec(tensor.shape(), tensor.value().dtype) for name, tensor in tensors.items()}
+    with ShardedWriter(out, specs) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, [tensor.value()])
 
 
 def verify_artefact(folder: Path) -> str:
@@ -102,10 +137,10 @@ def verify_artefact(folder: Path) -> str:
     return weights_sha256(manifest)
 
 
-def _left_out(model: PreTrainedModel) -> dict[str, Any]:
-    """The head keeps 16 bits. Said by name, because transformers guesses otherwise which linear layers those are."""
-    head = model.get_output_embeddings()
-    return {"llm_int8_skip_modules": [name for name, module in model.named_modules() if module is head]}
+def _left_out(model: PreTrainedModel, quantized: frozenset[str]) -> dict[str, Any]:
+    """Linear layers that keep 16 bits, said by name, because transformers guesses otherwise which those are."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return {"llm_int8_skip_modules": [name for name in linear if f"{name}.weight" not in quantized]}
 
 
 def linear_weights(model: PreTrainedModel) -> frozenset[str]:

@@ -4,11 +4,14 @@ Published files differ from what `save_pretrained` writes: BLOOM's keys lack a p
 keeps attention masks, Llama 2 keeps rotary frequencies, Gemma 3 wraps its language model beside a vision tower. Keys go through
 transformers' own conversion mapping, as they do in `from_pretrained`. Unlike there, a weight that no file holds and a key that
 no module takes are errors by name: transformers fills the first with random numbers and passes over the second.
+
+A folder that bitsandbytes has quantized may have published names too (transformers gives GPT-NeoX's head and Gemma 3's layers theirs
+back when it saves): the parts of a quantized weight go where the weight goes.
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qlora_lite.errors import ModelError
+from qlora_lite.model.quantization import parts_of
 from qlora_lite.model.source import read_json
 
 # A multimodal checkpoint's language model, as Gemma 3 publishes it and as transformers 5 writes it: both become `model.`.
@@ -45,7 +49,10 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """`tensors` by module name: every weight the model needs, no other. `is_tied`: whether its head is its embedding."""
+    """`tensors` by module name: every weight the model needs, no other. `is_tied`: whether its head is its embedding.
+
+    In a quantized folder also the parts of each quantized weight, named behind it as bitsandbytes names them.
+    """
 
     tensors: dict[str, LazyTensor]
     num_vision: int  # tensors of a vision tower, left out
@@ -57,9 +64,36 @@ def published_weights(folder: Path, model: PreTrainedModel) -> PublishedWeights:
 
     Raises ModelError naming every weight that is missing or has another shape and every key that has no place in the model.
     """
-    stored = dict(open_tensors(folder))
+    stored, num_vision = _without_vision(dict(open_tensors(folder)))
+    return _fitting(folder, model, stored, num_vision, packed=())
+
+
+def quantized_weights(folder: Path, model: PreTrainedModel) -> PublishedWeights:
+    """The same of a folder that bitsandbytes has quantized. Shapes of quantized weights, which are packed, are not looked at."""
+    stored, num_vision = _without_vision(dict(open_tensors(folder)))
+    parts = parts_of(stored)
+    belonging = {part for others in parts.values() for part in others}
+    whole = {key: tensor for key, tensor in stored.items() if key not in belonging}
+    weights = _fitting(folder, model, whole, num_vision, packed=parts)
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in weights.tensors.items():
+        module, module_key = name.removesuffix(".weight"), tensor.key.removesuffix(".weight")
+        tensors[name] = tensor
+        tensors |= {module + part.removeprefix(module_key): stored[part] for part in parts.get(tensor.key, ())}
+    return replace(weights, tensors=tensors)
+
+
+def _without_vision(stored: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], int]:
+    """-> (the tensors of the language model, how many others there are)."""
     vision = {key for key in stored if _VISION.match(key)} if _is_multimodal(stored) else set()
-    named, unknown = _by_module(model, {key: tensor for key, tensor in stored.items() if key not in vision})
+    return {key: tensor for key, tensor in stored.items() if key not in vision}, len(vision)
+
+
+def _fitting(
+    folder: Path, model: PreTrainedModel, stored: dict[str, LazyTensor], num_vision: int, *, packed: Collection[str]
+) -> PublishedWeights:
+    """`stored` by module name. `packed`: keys whose shape says nothing. Raises ModelError as `published_weights` does."""
+    named, unknown = _by_module(model, stored)
     is_tied = _settle_tied(model, named)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     needed = own.keys() - (model.all_tied_weights_keys if is_tied else {})
@@ -67,7 +101,7 @@ def published_weights(folder: Path, model: PreTrainedModel) -> PublishedWeights:
     problems += [
         f"{name}: has shape {list(named[name].shape())}, its config.json says {list(own[name])}"
         for name in sorted(needed & named.keys())
-        if named[name].shape() != own[name]
+        if named[name].key not in packed and named[name].shape() != own[name]
     ]
     problems += [f"{key}: has no place in a {model.config.model_type} model" for key in sorted(unknown)]
     if problems:
@@ -76,7 +110,7 @@ def published_weights(folder: Path, model: PreTrainedModel) -> PublishedWeights:
         raise ModelError(
             "\n".join([f"{folder}: its safetensors and its config.json do not fit together", *lines, *more])
         )
-    return PublishedWeights({name: named[name] for name in own if name in needed}, len(vision), is_tied)
+    return PublishedWeights({name: named[name] for name in own if name in needed}, num_vision, is_tied)
 
 
 def open_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:

@@ -119,7 +119,9 @@ def context_window(config: Any) -> int | None:
 def _language_model(config: dict[str, Any]) -> dict[str, Any]:
     """Gemma 3's `text_config` as a model of its own: what the whole says about tokens and types belongs to it too."""
     shared: dict[str, Any] = {
-        key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config
+        key: config[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+        if key in config
     }
     dtype = config.get("dtype") or config.get("torch_dtype")
     text: dict[str, Any] = config["text_config"]

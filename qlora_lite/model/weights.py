@@ -70,9 +70,8 @@ def fill_plain(model: PreTrainedModel, tensors: Mapping[str, Source], *, device:
     for name, tensor in tensors.items():
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
-        value, expected = tensor.value(), module.get_parameter(attribute).shape
-        if value.shape != expected:
-            raise ModelError(f"{name}: has shape {list(value.shape)}, the model's is {list(expected)}")
+        value = tensor.value()
+        _check_shape(name, value.shape, module.get_parameter(attribute))
         parameter = torch.nn.Parameter(value.to(device, compute, copy=True), requires_grad=False)
         module.register_parameter(attribute, parameter)
     for module in model.modules():
@@ -97,6 +96,7 @@ def _put_4_bit(
     layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(
         data=tensors.pop(name), quantized_stats=tensors, device=device, module=layer
     )
+    _check_shape(name, layer.weight.quant_state.shape, linear.weight)
     layer.weight.quant_state.dtype = compute  # what bitsandbytes dequantizes to when it is not told
     _replace(model, name, layer, bias=linear.bias)
 
@@ -109,6 +109,7 @@ def _put_int8(
         linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=OUTLIERS, device="meta"
     )
     values, scales = tensors[name].to(device), tensors[f"{name.removesuffix('.weight')}.{SCALES}"].to(device)
+    _check_shape(name, values.shape, linear.weight)
     layer.weight = bitsandbytes.nn.Int8Params(
         values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
     )
@@ -120,6 +121,11 @@ def _linear(model: PreTrainedModel, name: str) -> torch.nn.Linear:
     if not isinstance(linear, torch.nn.Linear):
         raise ModelError(f"{name}: is quantized in the file and belongs to a {type(linear).__name__} in the model")
     return linear
+
+
+def _check_shape(name: str, shape: torch.Size, expected: torch.Tensor) -> None:
+    if tuple(shape) != tuple(expected.shape):
+        raise ModelError(f"{name}: has shape {list(shape)}, the model's is {list(expected.shape)}")
 
 
 def _replace(model: PreTrainedModel, name: str, layer: torch.nn.Linear, *, bias: torch.nn.Parameter | None) -> None:

@@ -146,6 +146,7 @@ def test_a_folder_of_several_splits_names_them(tmp_path):
         ("rows.json", b'["a", "b"]', "row 1: expected an object, got text"),
         ("rows.json", b'[{"text": ' + b"[" * 100_000, "nested more than 64 levels"),
         ("rows.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: not JSON"),
+        ("notes.txt", b"Once upon a time\n", 'plain text. Make it rows: a .jsonl file with a line {"text": "..."}'),
     ],
 )
 def test_a_file_that_is_broken_is_one_clear_error(write, name, content, said):
@@ -154,6 +155,11 @@ def test_a_file_that_is_broken_is_one_clear_error(write, name, content, said):
         list(open_table(path, file_kind(path)).rows)
     assert said in str(caught.value) and str(path) in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_rows_in_a_file_called_txt_are_still_rows(write):
+    assert file_kind(write(b'{"text": "a"}\n', "rows.txt")) == "jsonl"
+    assert file_kind(write(b'[{"text": "a"}]', "rows.md")) == "json"
 
 
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(write, monkeypatch):
