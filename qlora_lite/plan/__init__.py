@@ -2,6 +2,7 @@
 
 choose.py      what `auto` becomes, with reasons        compare.py   QLoRA, LoRA and full fine-tuning side by side
 rehearsal.py   a step on the meta device, in a ledger   fits.py      what fits a budget
+scoring.py     evaluation, rehearsed there as well
 forecast.py    the memory report of any model          request.py   a model's name or a recipe -> what to forecast
 """
 
@@ -11,6 +12,7 @@ from qlora_lite.plan.fits import Cell, Room
 from qlora_lite.plan.forecast import CARDS, Forecast, forecast, sweep
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
 from qlora_lite.plan.request import Request, read_request
+from qlora_lite.plan.scoring import Scoring
 
 __all__ = [
     "CARDS",
@@ -23,6 +25,7 @@ __all__ = [
     "Rehearsal",
     "Request",
     "Room",
+    "Scoring",
     "Settings",
     "Stage",
     "as_json",

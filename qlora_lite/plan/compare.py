@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
+from qlora_lite.plan.scoring import Scoring, rehearse_evaluation, with_evaluation
 
 METHODS = ("qlora", "lora", "full", "full_8bit")
 _FULL_OPTIMIZER = {"full": "adamw", "full_8bit": "paged_adamw_8bit"}
@@ -18,6 +19,7 @@ _STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}  # a 
 
 
 _known: dict[tuple[str, Settings, MicroBatch], Rehearsal] = {}  # a rehearsal depends on nothing else
+_known_evaluations: dict[tuple[str, Settings, Scoring], dict[str, int]] = {}  # nor does this
 
 
 class Comparison:
@@ -29,12 +31,19 @@ class Comparison:
         self._key = config.to_json_string(use_diff=False)
         self._stage = cache(self._make_stage)
 
-    def rehearse(self, method: str, batch: MicroBatch) -> Rehearsal:
-        """Of one of METHODS."""
+    def rehearse(self, method: str, batch: MicroBatch, scoring: Scoring | None = None) -> Rehearsal:
+        """Of one of METHODS; with `scoring`, evaluation is one of its phases."""
         key = self._key, as_method(self.settings, method), batch
         if key not in _known:
             _known[key] = self._stage(method).rehearse(batch)
-        return _known[key]
+        return _known[key] if scoring is None else with_evaluation(_known[key], self.evaluation(method, scoring))
+
+    def evaluation(self, method: str, scoring: Scoring) -> dict[str, int]:
+        """Bytes by part at the peak of an evaluation, which does not depend on the training batch."""
+        key = self._key, as_method(self.settings, method), scoring
+        if key not in _known_evaluations:
+            _known_evaluations[key] = rehearse_evaluation(self._stage(method), scoring)
+        return _known_evaluations[key]
 
     def _make_stage(self, method: str) -> Stage:
         return Stage(self._config, as_method(self.settings, method))
