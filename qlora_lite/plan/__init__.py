@@ -2,7 +2,7 @@
 
 choose.py      what `auto` becomes, with reasons        compare.py   QLoRA, LoRA and full fine-tuning side by side
 rehearsal.py   a step on the meta device, in a ledger   fits.py      what fits a budget
-scoring.py     evaluation, rehearsed there as well
+scoring.py     evaluation, rehearsed there as well      merging.py   a merge and its proof too
 forecast.py    the memory report of any model          request.py   a model's name or a recipe -> what to forecast
 """
 
@@ -10,6 +10,7 @@ from qlora_lite.plan.choose import Plan, make_plan
 from qlora_lite.plan.compare import METHODS, Comparison, as_json
 from qlora_lite.plan.fits import Cell, Room
 from qlora_lite.plan.forecast import CARDS, Forecast, forecast, sweep
+from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
 from qlora_lite.plan.request import Request, read_request
 from qlora_lite.plan.scoring import Scoring
@@ -20,6 +21,7 @@ __all__ = [
     "Cell",
     "Comparison",
     "Forecast",
+    "Merging",
     "MicroBatch",
     "Plan",
     "Rehearsal",
@@ -31,6 +33,8 @@ __all__ = [
     "as_json",
     "forecast",
     "make_plan",
+    "merge_peak_host_bytes",
+    "proof_peak_host_bytes",
     "read_request",
     "sweep",
 ]
