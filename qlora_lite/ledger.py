@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 PHASES = {"activations": "forward", "logits": "head", "recompute": "backward", "workspace": "update"}
 PAGED = "paged"  # a category that lies in managed memory: counted, and no part of what the device must hold
 Workspace = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
+Answer = Callable[[Any], float]
 
 
 class Book(Protocol):
@@ -50,7 +51,8 @@ class Moment:
 class Ledger(TorchDispatchMode):
     """Bytes by category, now and at the peaks: one peak for each category that new storages have counted as.
 
-    `device` is what meta tensors stand for; an allocation there takes a multiple of `round_to` bytes.
+    `device` is what meta tensors stand for; an allocation there takes a multiple of `round_to` bytes. Code that asks a meta tensor
+    for its value (`.item()`, `if`) is told `answer(operator)`, of the operator that ran before it asked.
     """
 
     def __init__(self, *, device: str = "cpu", round_to: int = 1, workspace: Workspace | None = None) -> None:
@@ -60,6 +62,8 @@ class Ledger(TorchDispatchMode):
         self.current = "activations"
         self.device = device
         self.moments: list[Moment] = []
+        self.answer: Answer = lambda operator: 1.0
+        self._last: Any = None
         self._total = self._since_mark = 0
         self._highest: dict[str, int] = {}  # by category
         self._round_to = round_to
@@ -107,7 +111,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return 1.0  # what `.item()` asks for
+            return self.answer(self._last)
+        self._last = func
         out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):

@@ -94,3 +94,13 @@ def test_without_a_ledger_the_marks_do_nothing():
     count_as_after(x, "recompute")
     x.sum().backward()
     assert torch.equal(x.grad, torch.ones(2))
+
+
+def test_who_asks_a_meta_tensor_for_its_value_is_told_what_the_ledger_answers():
+    ledger, asked = Ledger(), []
+    with ledger:
+        mask = torch.empty(4, dtype=torch.bool, device="meta")
+        assert mask.all() and mask.sum().item() == 1.0
+        ledger.answer = lambda operator: asked.append(operator) or float(operator is torch.ops.aten.any.default)
+        assert mask.any() and not mask.all()
+    assert asked == [torch.ops.aten.any.default, torch.ops.aten.all.default]

@@ -3,11 +3,12 @@
 squad_score.py   the official rules      generate.py   batched greedy answers      scores.py   both, and the loss
 """
 
-from qlora_lite.evaluate.generate import stream_answer
+from qlora_lite.evaluate.generate import BATCH_TOKENS, stream_answer
 from qlora_lite.evaluate.scores import EvalResult, Prediction, by_phrasing, evaluate_model, validation_loss
 from qlora_lite.evaluate.squad_score import Scores, score
 
 __all__ = [
+    "BATCH_TOKENS",
     "EvalResult",
     "Prediction",
     "Scores",

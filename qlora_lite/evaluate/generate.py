@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, TextIteratorStreamer
+from transformers import Cache, GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
 from qlora_lite.model.attention import attention_for_generation
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.train.measure import give_back_free_memory
 
-BATCH_TOKENS = 4096  # prompt tokens of a batch, padding included
+BATCH_TOKENS = 4096  # prompt tokens of a batch, padding included; a plan may choose fewer
 
 
 def generate_answers(
@@ -24,20 +24,20 @@ def generate_answers(
     *,
     stop_token: int,
     max_new_tokens: int,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """One greedy answer per prompt (token ids from `data.template.encode_prompt`), in their order, stop token removed.
 
-    `progress(done)` is called per batch.
+    A batch has at most `batch_tokens` prompt tokens with padding, or one prompt. `progress(done)` is called per batch.
     """
     answers: dict[int, str] = {}
     with generating(model):
-        for indices in _length_batches([len(prompt) for prompt in prompts]):
+        for indices in length_batches([len(prompt) for prompt in prompts], batch_tokens):
             ids_BT, mask_BT = _pad_left([prompts[i] for i in indices], pad=stop_token)
             width = ids_BT.shape[1]
-            output = _generate(
-                model, ids_BT, mask_BT, config=_config(stop_token=stop_token, max_new_tokens=max_new_tokens)
-            )
+            config = greedy(stop_token=stop_token, max_new_tokens=max_new_tokens)
+            output = generate_batch(model, ids_BT, mask_BT, config=config)
             for i, ids in zip(indices, output[:, width:].tolist(), strict=True):
                 kept = ids[: ids.index(stop_token)] if stop_token in ids else ids
                 answers[i] = tokenizer.decode(kept, skip_special_tokens=True).strip()
@@ -57,8 +57,8 @@ def stream_answer(
 
     def work() -> None:
         try:
-            config = _config(stop_token=stop_token, max_new_tokens=max_new_tokens)
-            _generate(model, ids_1T, torch.ones_like(ids_1T), config=config, streamer=streamer)
+            config = greedy(stop_token=stop_token, max_new_tokens=max_new_tokens)
+            generate_batch(model, ids_1T, torch.ones_like(ids_1T), config=config, streamer=streamer)
         except BaseException as error:  # handed to the reader below
             failure.append(error)
             streamer.end()
@@ -77,32 +77,46 @@ def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Eval mode and padded attention inside, what was before after."""
     was_training = model.training
     model.eval()
+    head = causal_lm(model).get_output_embeddings().register_forward_pre_hook(_contiguous)
     try:
         with attention_for_generation(causal_lm(model)):
             yield
     finally:
+        head.remove()
         model.train(was_training)
+
+
+def _contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """The last position of every row, laid out anew: else `linear` multiplies row by row, and on the CPU copies the head for each."""
+    return (inputs[0].contiguous(),)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _generate(
+def generate_batch(
     model: PreTrainedModel | PeftModel,
     ids_BT: torch.Tensor,
     mask_BT: torch.Tensor,
     *,
     config: GenerationConfig,
     streamer: TextIteratorStreamer | None = None,
+    cache: Cache | None = None,
 ) -> torch.Tensor:
+    """Token ids [B, T + new] from prompts that are padded left; `cache` has the keys and values of their first tokens."""
     device = causal_lm(model).device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on sampling settings of the model's own generation config
         return causal_lm(model).generate(
-            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config, streamer=streamer
+            input_ids=ids_BT.to(device),
+            attention_mask=mask_BT.to(device),
+            generation_config=config,
+            streamer=streamer,
+            past_key_values=cache,
         )
 
 
-def _config(*, stop_token: int, max_new_tokens: int) -> GenerationConfig:
+def greedy(*, stop_token: int, max_new_tokens: int) -> GenerationConfig:
+    """The most probable token each time, until `stop_token` or enough."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -113,11 +127,11 @@ def _config(*, stop_token: int, max_new_tokens: int) -> GenerationConfig:
     )
 
 
-def _length_batches(lengths: list[int]) -> Iterator[list[int]]:
-    """Indices, longest first, in batches of at most BATCH_TOKENS tokens with padding (or one prompt)."""
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices, longest first, in batches of at most `batch_tokens` tokens with padding (or one prompt)."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        size = max(1, BATCH_TOKENS // lengths[order[0]])
+        size = max(1, batch_tokens // lengths[order[0]])
         yield order[:size]
         order = order[size:]
 

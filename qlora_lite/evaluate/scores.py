@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from qlora_lite.data.batches import make_batches
 from qlora_lite.data.examples import Examples
 from qlora_lite.data.template import ChatTemplate
-from qlora_lite.evaluate.generate import generate_answers
+from qlora_lite.evaluate.generate import BATCH_TOKENS, generate_answers
 from qlora_lite.evaluate.squad_score import aggregate, score
 from qlora_lite.train.step import batch_loss
 
@@ -57,9 +57,13 @@ def evaluate_model(
     no_answer_text: str,
     max_new_tokens: int,
     micro_batch_tokens: int,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
-    """Answer and score every example. `progress(done, total)` is called per batch of answers."""
+    """Answer and score every example, the loss in batches of `micro_batch_tokens`, answers in those of `batch_tokens` prompt tokens.
+
+    `progress(done, total)` is called per batch of answers.
+    """
     loss = validation_loss(model, examples, device=device, micro_batch_tokens=micro_batch_tokens)
     asked = [(i, golds) for i in range(len(examples)) if (golds := examples.row(i).answers) is not None]
     if not asked:
@@ -70,6 +74,7 @@ def evaluate_model(
         [examples.prompt_ids(i) for i, _ in asked],
         stop_token=ChatTemplate(tokenizer).stop_token_id,
         max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
         progress=None if progress is None else lambda done: progress(done, len(asked)),
     )
     pairs = [score(a, golds, no_answer_text=no_answer_text) for a, (_, golds) in zip(answers, asked, strict=True)]

@@ -37,8 +37,8 @@ class Checkpoint:
     """The tensors of a model folder, with the values that training in `compute_dtype` has; None: as they are stored.
 
     `names` holds the tensors as a model knows them: the parts of a quantized tensor count as one. `keys` says what the files
-    call them, where that differs. Raises ModelError where files are missing or damaged, or quantized otherwise than by
-    bitsandbytes.
+    call them, where that differs; `files` stands for them in a plan, where there are none. Raises ModelError where files are
+    missing or damaged, or quantized otherwise than by bitsandbytes.
     """
 
     def __init__(
@@ -48,19 +48,14 @@ class Checkpoint:
         compute_dtype: torch.dtype | None = None,
         config: dict[str, Any] | None = None,
         keys: Mapping[str, str] | None = None,
+        files: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self._dequantized_dtype = compute_dtype or torch.bfloat16
         self._compute_dtype = compute_dtype
         self.config: dict[str, Any] = config or read_json(self.folder / "config.json")
         self.quantization = stored_quantization(self.config, self.folder)
-        self._files: dict[str, Any] = {}  # tensor name -> open file; tensors are read from it when asked for
-        for path in _weight_files(self.folder):
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
-            self._files.update(dict.fromkeys(file.keys(), file))
+        self._files = _open_files(self.folder) if files is None else files
         self._keys = keys
         self._parts = parts_of(self._files)
         self.quantized = frozenset(self._parts)
@@ -179,6 +174,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _open_files(folder: Path) -> dict[str, Any]:
+    """Tensor name -> open file; tensors are read from it when asked for."""
+    files: dict[str, Any] = {}
+    for path in _weight_files(folder):
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+        files.update(dict.fromkeys(file.keys(), file))
+    return files
 
 
 def _weight_files(folder: Path) -> list[Path]:

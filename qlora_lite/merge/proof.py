@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from qlora_lite.errors import ModelError, ProofFailed, UserError
 from qlora_lite.merge.checkpoint import Checkpoint, row_ranges, rows_and_width
@@ -87,15 +88,15 @@ def prove_merge(
         raise UserError(f"{merged_dir}: a merge is proved on held-out rows, and there are none")
     with HostMemoryMeter() as meter, torch.no_grad(), _full_fp32():
         base, adapter = open_pair(base_dir, adapter_dir, compute_dtype=compute_dtype)
-        models = _Models(base, adapter, Checkpoint(merged_dir), scale=scale, device=device)
-        sums = models.compare({variant: models.predictors(variant, encoded_rows) for variant in VARIANTS})
+        models = Models(base, adapter, Checkpoint(merged_dir), config=_plain_config(base), scale=scale, device=device)
+        sums = models.distances(encoded_rows)
     num_label_tokens = sum(row.num_label_tokens for row in encoded_rows)
     return _judge(
         sums, merged_dir, num_rows=len(encoded_rows), num_tokens=num_label_tokens, peak_bytes=meter.peak_bytes
     )
 
 
-class _Models:
+class Models:
     """The five models: what each reads for a weight, and its last hidden states."""
 
     def __init__(
@@ -104,11 +105,11 @@ class _Models:
         adapter: Adapter,
         merged: Checkpoint,
         *,
+        config: PreTrainedConfig,
         scale: float,
         device: str,
     ) -> None:
         self.base, self.adapter, self.merged, self.scale, self.device = base, adapter, merged, scale, device
-        config = _plain_config(base)
         for name in adapter.rows:
             config.vocab_size = adapter.shape_of(name, base.shape(name))[0]
         self.decoder = StreamedDecoder(config, device=device)
@@ -127,6 +128,10 @@ class _Models:
         missing = [name for name in base.names if name not in merged]
         if missing:
             raise ProofFailed(f"{merged.folder}: {len(missing)} tensors of the base are missing, first {missing[0]}")
+
+    def distances(self, rows: "Sequence[Encoded]") -> dict[str, float]:
+        """Squared distances between the models' log-probabilities at the labels of `rows`, and counts; see `compare`."""
+        return self.compare({variant: self.predictors(variant, rows) for variant in VARIANTS})
 
     def predictors(self, variant: str, rows: "Sequence[Encoded]") -> Tensor:
         """Last hidden states [N, D] of one model at the positions that predict a label: the one before each label."""
@@ -310,10 +315,9 @@ class _Models:
             }[self.merged.dtype(name)]
             slack = 1e-6 * float(merged.abs().max())  # sums of other orders, where the GPU or thread count differs
             wrong = ~((stored - merged).abs() <= merged.abs() * step + (smallest + slack))
-        count = int(wrong.sum())
-        if count:
+        if bool(wrong.any()):
             raise ProofFailed(
-                f"{name}: {count} of {wrong.numel()} values in {self.merged.folder} are not the merge of base and adapter"
+                f"{name}: {int(wrong.sum())} of {wrong.numel()} values in {self.merged.folder} are not the merge of base and adapter"
             )
 
 
@@ -321,7 +325,7 @@ class _Models:
 class _Variant:
     """One model's weights, as the streamed decoder asks for them."""
 
-    models: _Models
+    models: Models
     name: str
 
     def row_blocks(self, name: str) -> Iterator[Tensor]:
@@ -366,7 +370,7 @@ def _judge(
     )
 
 
-def _plain_config(base: Checkpoint) -> Any:
+def _plain_config(base: Checkpoint) -> PreTrainedConfig:
     """The model's config without quantization, its head tied or not as the files have it."""
     config = load_config(base.folder)
     config.tie_word_embeddings = base.config.get("tie_word_embeddings", config.tie_word_embeddings)

@@ -37,6 +37,9 @@ def make_rounder(name: str, *, dtype: torch.dtype, rounding: str, seed: int) -> 
 
 def _random_16_bits(generator: np.random.PCG64, block: Tensor) -> Tensor:
     """int32 in [0, 65536), in the shape of `block`."""
+    if block.is_meta:  # a plan: tensors of the same sizes, nothing drawn
+        drawn = torch.empty((block.numel() + 3) // 4, dtype=torch.int64, device="meta")
+        return drawn.view(torch.int16)[: block.numel()].to(torch.int32).view(block.shape)
     words = generator.random_raw((block.numel() + 3) // 4)
     bits = words.astype("<u8", copy=False).view("<u2")[: block.numel()].astype(np.int32)
     return torch.from_numpy(bits).view(block.shape)

@@ -91,15 +91,25 @@ class StreamedDecoder:
 
     def _fill_embedding(self, name: str, module: nn.Module, args: Any, weights: Weights) -> tuple[Tensor]:
         """Keep the rows of the tokens at hand, numbered from 0, and give the module those numbers."""
-        tokens, places = args[0].unique(return_inverse=True)
+        tokens, places = _distinct(args[0], module.get_parameter("weight").shape[0])
         values = weights.rows(f"{name}.weight", tokens.cpu()).to(self.device)
         module._parameters["weight"] = nn.Parameter(values, requires_grad=False)
         return (places,)
 
 
+def _distinct(ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """-> (each token once, its number at every place); in a plan, as many tokens as there may be."""
+    if ids.is_meta:
+        return torch.arange(min(ids.numel(), vocabulary)), torch.empty_like(ids)
+    tokens, places = ids.unique(return_inverse=True)
+    return tokens, places
+
+
 def _empty(module: nn.Module, args: Any, output: Any) -> None:
+    """Keep the shapes alone, for the next time."""
     for name, parameter in module.named_parameters(recurse=False):
-        module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        empty = torch.empty(1, dtype=parameter.dtype, device="meta").expand(parameter.shape)
+        module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
 
 def _groups(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

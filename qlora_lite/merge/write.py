@@ -102,16 +102,22 @@ def write_merged(
         _check_disk(folder, total_bytes)
         with ShardedWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
             for name, spec in specs.items():
-                if not adapter.changes(name):
-                    writer.write(name, stored_blocks(base, name, spec.dtype))
-                    continue
-                rounder = make_rounder(name, dtype=spec.dtype, rounding=rounding, seed=seed)
-                tuned = tuned_row_blocks(base, adapter, name, scale)
-                writer.write(name, map(partial(_checked_rounded, rounder, name, dtype), tuned))
+                blocks = merged_blocks(base, adapter, name, spec.dtype, rounding=rounding, scale=scale, seed=seed)
+                writer.write(name, blocks)
         _write_config(base, adapter, folder, DTYPES[dtype])
         copy_companions(Path(adapter_dir), folder)  # a tokenizer with new tokens comes before the base's
         copy_companions(base.folder, folder)
     return WriteResult(folder, len(specs), len(adapter), total_bytes, meter.peak_bytes, tuple(_warnings(base, dtype)))
+
+
+def merged_blocks(
+    base: Checkpoint, adapter: Adapter, name: str, dtype: torch.dtype, *, rounding: str, scale: float, seed: int
+) -> Iterator[Tensor]:
+    """Blocks of one tensor as they are written. Raises ModelError for values that leave the range of `dtype`."""
+    if not adapter.changes(name):
+        return stored_blocks(base, name, dtype)
+    rounder = make_rounder(name, dtype=dtype, rounding=rounding, seed=seed)
+    return map(partial(_checked_rounded, rounder, name), tuned_row_blocks(base, adapter, name, scale))
 
 
 def tuned_row_blocks(base: Checkpoint, adapter: Adapter, name: str, scale: float) -> Iterator[Tensor]:
@@ -145,7 +151,7 @@ def stored_blocks(base: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[T
         yield base.stored(name)
         return
     for block in base.row_blocks(name):
-        yield _checked(block.to(dtype), name, str(dtype))
+        yield _checked(block.to(dtype), name)
 
 
 def open_pair(
@@ -194,13 +200,15 @@ def _out_dtype(base: Checkpoint, name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype if own.is_floating_point else own
 
 
-def _checked_rounded(rounder: Callable[[Tensor], Tensor], name: str, dtype: str, block: Tensor) -> Tensor:
-    return _checked(rounder(block), name, dtype)
+def _checked_rounded(rounder: Callable[[Tensor], Tensor], name: str, block: Tensor) -> Tensor:
+    return _checked(rounder(block), name)
 
 
-def _checked(block: Tensor, name: str, dtype: str) -> Tensor:
-    count = block.numel() - int(torch.isfinite(block).sum())
-    if count:
+def _checked(block: Tensor, name: str) -> Tensor:
+    finite = torch.isfinite(block)
+    if not bool(finite.all()):  # counting makes 8 bytes of each boolean
+        count = block.numel() - int(finite.sum())
+        dtype = next(word for word, kind in DTYPES.items() if kind == block.dtype)
         raise ModelError(f"{name}: {count} values are not finite in {dtype}; try --set merge.dtype=bf16 or fp32")
     return block
 

@@ -3,6 +3,7 @@
 What loading makes of files (weights.py) is made here of a config alone, so that training code can be rehearsed on it.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,22 +48,7 @@ def _put(model: PreTrainedModel, name: str, quantization: Quantization, *, compu
 def _four_bit_layer(
     linear: torch.nn.Linear, name: str, parts: dict[str, torch.Tensor], quantization: Quantization, compute: torch.dtype
 ) -> torch.nn.Module:
-    state_of: Any = bitsandbytes.functional.QuantState
-    nested = None
-    if quantization.double_quant:
-        nested = state_of(
-            parts[f"{name}.nested_absmax"], code=parts[f"{name}.nested_quant_map"], blocksize=256, dtype=torch.float32
-        )
-    state = state_of(
-        parts[f"{name}.absmax"],
-        shape=linear.weight.shape,
-        code=parts[f"{name}.quant_map"],
-        blocksize=64,
-        quant_type=quantization.kind,
-        dtype=compute,
-        offset=torch.empty((), dtype=torch.float32, device="meta") if nested is not None else None,
-        state2=nested,
-    )
+    state = four_bit_state(name, parts, linear.weight.shape, quantization, compute)
     layer = bitsandbytes.nn.Linear4bit(
         linear.in_features, linear.out_features, bias=False, compute_dtype=compute, device="meta"
     )
@@ -72,6 +58,28 @@ def _four_bit_layer(
         compress_statistics=quantization.double_quant, module=layer,
     )  # fmt: skip
     return layer
+
+
+def four_bit_state(
+    name: str, parts: Mapping[str, torch.Tensor], shape: torch.Size, quantization: Quantization, compute: torch.dtype
+) -> Any:
+    """bitsandbytes' state of a 4-bit weight [out, in] from `parts` (`Quantization.specs`), which may be on meta."""
+    state_of: Any = bitsandbytes.functional.QuantState
+    nested = None
+    if quantization.double_quant:
+        nested = state_of(
+            parts[f"{name}.nested_absmax"], code=parts[f"{name}.nested_quant_map"], blocksize=256, dtype=torch.float32
+        )
+    return state_of(
+        parts[f"{name}.absmax"],
+        shape=shape,
+        code=parts[f"{name}.quant_map"],
+        blocksize=64,
+        quant_type=quantization.kind,
+        dtype=compute,
+        offset=torch.empty((), dtype=torch.float32, device="meta") if nested is not None else None,
+        state2=nested,
+    )
 
 
 def _int8_layer(

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
+from qlora_lite.plan.scoring import Scoring, rehearse_evaluation, with_evaluation
 
 METHODS = ("qlora", "lora", "full", "full_8bit")
 _FULL_OPTIMIZER = {"full": "adamw", "full_8bit": "paged_adamw_8bit"}
@@ -18,6 +19,7 @@ _STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}  # a 
 
 
 _known: dict[tuple[str, Settings, MicroBatch], Rehearsal] = {}  # a rehearsal depends on nothing else
+_known_evaluations: dict[tuple[str, Settings, Scoring], dict[str, int]] = {}  # nor does this
 
 
 class Rehearsals:
@@ -28,12 +30,19 @@ class Rehearsals:
         self._key = config.to_json_string(use_diff=False)
         self._stage = cache(partial(Stage, config))
 
-    def of(self, settings: Settings, batch: MicroBatch) -> Rehearsal:
-        """See `Stage.rehearse`. Raises ModelError for a config that is no model."""
+    def of(self, settings: Settings, batch: MicroBatch, scoring: Scoring | None = None) -> Rehearsal:
+        """See `Stage.rehearse`; with `scoring`, evaluation is one of its phases. Raises ModelError for a config that is no model."""
         key = self._key, settings, batch
         if key not in _known:
             _known[key] = self._stage(settings).rehearse(batch)
-        return _known[key]
+        return _known[key] if scoring is None else with_evaluation(_known[key], self.evaluation(settings, scoring))
+
+    def evaluation(self, settings: Settings, scoring: Scoring) -> dict[str, int]:
+        """Bytes by part at the peak of an evaluation, which does not depend on the training batch."""
+        key = self._key, settings, scoring
+        if key not in _known_evaluations:
+            _known_evaluations[key] = rehearse_evaluation(self._stage(settings), scoring)
+        return _known_evaluations[key]
 
 
 class Comparison:
@@ -43,9 +52,9 @@ class Comparison:
         self.settings = settings
         self._rehearsals = rehearsals
 
-    def rehearse(self, method: str, batch: MicroBatch) -> Rehearsal:
-        """Of one of METHODS."""
-        return self._rehearsals.of(as_method(self.settings, method), batch)
+    def rehearse(self, method: str, batch: MicroBatch, scoring: Scoring | None = None) -> Rehearsal:
+        """Of one of METHODS; with `scoring`, evaluation is one of its phases."""
+        return self._rehearsals.of(as_method(self.settings, method), batch, scoring)
 
     def checkpoint_bytes(self, batch: MicroBatch) -> dict[str, int]:
         """On disk: 16-bit weights; these with all that is needed to resume; the adapter, and the adapter with that."""

@@ -10,7 +10,7 @@ In: a transformers config and settings. Out: `Rehearsal`: bytes by part at the p
 
 Layers repeat, so a deep model is rehearsed at two depths, two and three periods of its layers' pattern (plus what is left over), and
 every part of every phase is continued in a line: exact, because each layer of a period adds the same storages.
-Attention on meta would be decomposed; here it is the operator that the planned device runs (`_attention`).
+Attention on meta would be decomposed; here it is the operator that the planned device runs (`attention_on`).
 """
 
 import copy
@@ -49,6 +49,7 @@ RUNTIME = {"cpu": 0, "cuda": (2 * 4096 + 8 * 16) * 1024}
 
 
 NF4 = Quantization("nf4")
+Phases = dict[str, dict[str, int]]  # bytes by part at the peak of each phase
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Bytes by phase (forward, head, backward, update) and part at that phase's peak."""
+    """Bytes by phase (forward, head, backward, update; evaluate where it is planned) and part at that phase's peak."""
 
-    phases: dict[str, dict[str, int]]
+    phases: Phases
     num_weights: int
     num_trained: int
     host_bytes: int  # optimizer state that may page to the host
@@ -122,54 +123,59 @@ class Stage:
         found = [scene.rehearse(batch) for scene in self._scenes]
         return _continued(*found, times=self._times) if self._times else found[0]
 
+    def rehearse_phases(self, act: "Callable[[Scene], Phases]") -> Phases:
+        """Anything else that a scene can show; the whole depth's phases."""
+        found = [act(scene) for scene in self._scenes]
+        return _phases_continued(*found, times=self._times) if self._times else found[0]
+
 
 class Scene:
     """As `Stage`, with every layer of the model rehearsed."""
 
     def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
-        self._settings = settings
-        self._ledger = ledger = Ledger(
+        self._head_chunk = settings.head_chunk
+        self.ledger = ledger = Ledger(
             device=settings.device,
             round_to=ROUND_TO[settings.device],
             workspace=workspace_of(settings.device, num_threads=settings.num_threads),
         )
         self._runtime = torch.empty(RUNTIME[settings.device], dtype=torch.uint8, device="meta")
         ledger.hold("runtime", self._runtime)
-        self._model = _model(config, settings)
-        for category, tensors in residents(self._model).items():
+        self.model = _model(config, settings)
+        for category, tensors in residents(self.model).items():
             ledger.hold(category, *tensors)
         with ledger, counted_as("optimizer"):
             self._optimizer = make_optimizer(
-                self._model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0
+                self.model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0
             )
-        self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in self._trained:
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.hold("gradients", p.grad))
 
     def rehearse(self, micro_batch: MicroBatch) -> Rehearsal:
         """See `Stage`."""
-        ledger, batch = self._ledger, _meta_batch(micro_batch)
+        ledger, batch = self.ledger, meta_batch(micro_batch)
         ledger.forget_peaks()
         ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
         if not micro_batch.is_first:
             for parameter in self._trained:
                 parameter.grad = torch.empty(parameter.shape, dtype=parameter.grad_dtype, device="meta")
                 ledger.hold("gradients", parameter.grad)
-        with ledger, counted_as("activations"), _attention(self._settings.device):
+        with ledger, counted_as("activations"), attention_on(self.ledger.device):
             update(
-                self._model.train(),
+                self.model.train(),
                 self._optimizer,
                 [batch],
                 accelerator=Accelerator(cpu=True),
                 scaler=torch.amp.GradScaler("cpu", enabled=False),
                 max_grad_norm=1.0,
-                head_chunk=self._settings.head_chunk,
+                head_chunk=self._head_chunk,
             )
         self._optimizer.zero_grad(set_to_none=True)
         self.peak_totals = {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
         return Rehearsal(
             phases={PHASES[name]: parts for name, parts in ledger.peaks.items() if name in PHASES},
-            num_weights=_num_weights(causal_lm(self._model)),
+            num_weights=_num_weights(causal_lm(self.model)),
             num_trained=sum(parameter.numel() for parameter in self._trained),
             host_bytes=ledger.live[PAGED],
         )
@@ -197,19 +203,22 @@ def _continued(low: Rehearsal, high: Rehearsal, *, times: int) -> Rehearsal:
     def line(first: int, second: int) -> int:
         return first + times * (second - first)
 
-    phases = {
-        phase: {
-            part: line(low.phases[phase].get(part, 0), high.phases[phase].get(part, 0))
-            for part in high.phases[phase].keys() | low.phases[phase].keys()
-        }
-        for phase in high.phases
-    }
     return Rehearsal(
-        phases,
+        _phases_continued(low.phases, high.phases, times=times),
         num_weights=line(low.num_weights, high.num_weights),
         num_trained=line(low.num_trained, high.num_trained),
         host_bytes=line(low.host_bytes, high.host_bytes),
     )
+
+
+def _phases_continued(low: Phases, high: Phases, *, times: int) -> Phases:
+    return {
+        phase: {
+            part: low[phase].get(part, 0) + times * (high[phase].get(part, 0) - low[phase].get(part, 0))
+            for part in high[phase].keys() | low[phase].keys()
+        }
+        for phase in high
+    }
 
 
 def _model(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | PeftModel:
@@ -258,7 +267,7 @@ def num_labels(micro_batch: MicroBatch) -> int:
     return min(max(1, round(micro_batch.label_share * micro_batch.length)), micro_batch.length - 1)
 
 
-def _meta_batch(micro_batch: MicroBatch) -> Batch:
+def meta_batch(micro_batch: MicroBatch) -> Batch:
     """What `pack_batch` makes, by shape."""
     num_examples = micro_batch.num_examples
     labels = num_examples * num_labels(micro_batch)
@@ -277,7 +286,7 @@ def _meta_batch(micro_batch: MicroBatch) -> Batch:
 
 
 @contextmanager
-def _attention(device: str) -> Iterator[None]:
+def attention_on(device: str) -> Iterator[None]:
     """`scaled_dot_product_attention` of meta tensors is the operator that `device` would choose, not its decomposition."""
     kernels: dict[str, Callable[..., Any]] = {"cpu": _attention_on_cpu, "cuda": _attention_on_cuda}
     with torch.library._scoped_library("aten", "IMPL") as library:
@@ -289,6 +298,9 @@ def _attention_on_cpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
+    """Its kernel adds the mask to the scores, so one of booleans is made a number of the inputs' type first."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output: torch.Tensor = kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return output
@@ -305,7 +317,8 @@ def _attention_on_cuda(
         )[0]
         return flash
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     bias = None
     if attn_mask is not None:
         bias = torch.zeros_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask

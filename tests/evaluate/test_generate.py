@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from qlora_lite.evaluate import generate
-from qlora_lite.evaluate.generate import generate_answers, generating, stream_answer
+from qlora_lite.evaluate.generate import generate_answers, generating, length_batches, stream_answer
 from qlora_lite.model.attention import PACKED, attention_for_generation
 from qlora_lite.model.forward import causal_lm
+from qlora_lite.train.measure import measure_allocations
 from tests.data.tiny_tokenizer import make_tokenizer
 from tests.tiny_model import random_rows, tiny_adapted
 
@@ -52,10 +52,11 @@ def text(ids):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
-def test_batched_left_padded_answers_equal_one_by_one_answers(model, prompts, one_by_one, batch_tokens, monkeypatch):
-    monkeypatch.setattr(generate, "BATCH_TOKENS", batch_tokens)
+def test_batched_left_padded_answers_equal_one_by_one_answers(model, prompts, one_by_one, batch_tokens):
     done = []
-    answers = generate_answers(model, Ids(), prompts, stop_token=NEVER, max_new_tokens=LENGTH, progress=done.append)
+    answers = generate_answers(
+        model, Ids(), prompts, stop_token=NEVER, max_new_tokens=LENGTH, batch_tokens=batch_tokens, progress=done.append
+    )
     assert answers == [text(ids) for ids in one_by_one]
     assert done == sorted(done) and done[-1] == len(prompts)
     assert len(done) == {1: 5, 4096: 1}.get(batch_tokens, len(done))
@@ -67,6 +68,15 @@ def test_an_answer_ends_before_the_stop_token_while_others_go_on(model, prompts,
     expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in one_by_one]
     assert answers == [text(ids) for ids in expected]
     assert len(expected[0]) <= 2
+
+
+def test_the_head_is_not_copied_for_every_prompt():
+    """PyTorch's `linear` multiplies inputs that are not in one piece row by row, on the CPU each with a copy of the weight."""
+    model, prompts = tiny_adapted(), [[3, 4, 5]] * 200
+    head_bytes = causal_lm(model).get_output_embeddings().weight.nbytes
+    with measure_allocations("cpu") as allocations:
+        generate_answers(model, Ids(), prompts, stop_token=NEVER, max_new_tokens=1)
+    assert allocations.peak_bytes < 100 * head_bytes
 
 
 def test_no_prompts_give_no_answers(model):
@@ -99,10 +109,9 @@ def test_a_failure_while_streaming_reaches_the_reader(model):
     assert causal_lm(model).config._attn_implementation == PACKED
 
 
-def test_batches_are_long_first_and_never_wider_than_allowed(monkeypatch):
-    monkeypatch.setattr(generate, "BATCH_TOKENS", 20)
+def test_batches_are_long_first_and_never_wider_than_allowed():
     lengths = [3, 10, 50, 4, 9, 5]
-    batches = list(generate._length_batches(lengths))
+    batches = list(length_batches(lengths, 20))
     assert sorted(i for batch in batches for i in batch) == list(range(6))
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 20 for batch in batches)
     assert batches[0] == [2]

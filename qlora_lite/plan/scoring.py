@@ -1,0 +1,149 @@
+"""What evaluating holds, found by running it on the meta device: the validation loss and a batch of answers, by evaluation's own code.
+
+    validation   `batch_loss` of the largest batch without gradients, the optimizer's state resident: it interrupts training
+    prompt       transformers' `generate` on a batch of prompts: activations of B x T tokens, a mask of B x T x T where prompts
+                 are padded, keys and values of every layer
+    answer       its last two steps, when the cache has T + new tokens: each step makes a layer's keys and values anew, one longer
+
+In: a `Stage` and a `Scoring`. Out: one more phase of a `Rehearsal`, `evaluate`, the highest of these. Keys, values and the head's
+logits of one position each count as activations. Answers are generated before and after training, when there is no optimizer.
+
+Which batch is dearest depends on the prompts: long ones cost their mask, short ones come many at once and each grows by an answer.
+What B prompts of T tokens hold is a sum of multiples of B T, B T^2 and B. Where batches are full (B T the same for all), the largest
+sum is that of the longest prompts or that of the most prompts: these two are rehearsed.
+
+`generate` reads values, which meta tensors have not: whether the mask hides anything, and whether all answers have ended. The
+ledger tells it (`_answering`). The steps between are skipped: their keys and values are put into the cache by shape.
+
+Left out: what the CPU's matrix products pack for themselves, about 100 KB a thread.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from qlora_lite.evaluate.generate import BATCH_TOKENS, generate_batch, generating, greedy, length_batches
+from qlora_lite.ledger import PAGED
+from qlora_lite.model.forward import causal_lm
+from qlora_lite.plan.rehearsal import MicroBatch, Phases, Rehearsal, Scene, Stage, attention_on, meta_batch
+from qlora_lite.train.step import batch_loss
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is evaluated. `prompts` are the token counts of all that are answered; none where only the loss is taken.
+
+    Where the prompts are not known yet, as many of the longest length as will be asked are the upper end of all but very short ones.
+    """
+
+    validation: MicroBatch  # the largest batch of the validation loss
+    prompts: tuple[int, ...] = ()
+    max_new_tokens: int = 32
+    batch_tokens: int = BATCH_TOKENS
+
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """(prompts, tokens of the longest) of the batch with the longest prompts and of the one with most prompts."""
+        indices = list(length_batches(self.prompts, self.batch_tokens))
+        sizes = [(len(batch), max(self.prompts[i] for i in batch)) for batch in indices]
+        return tuple(dict.fromkeys([*sizes[:1], *sorted(sizes)[-1:]]))
+
+
+def with_evaluation(rehearsal: Rehearsal, parts: dict[str, int]) -> Rehearsal:
+    """The rehearsal with a phase `evaluate` beside those of a step: the run's peak is the highest of all."""
+    return replace(rehearsal, phases={**rehearsal.phases, "evaluate": parts})
+
+
+def rehearse_evaluation(stage: Stage, scoring: Scoring) -> dict[str, int]:
+    """Bytes by part at the highest peak of an evaluation."""
+    moments = stage.rehearse_phases(lambda scene: evaluation_moments(scene, scoring))
+    return max(moments.values(), key=lambda parts: sum(parts.values()))
+
+
+def evaluation_moments(scene: Scene, scoring: Scoring) -> Phases:
+    """Bytes by part at the peak of the validation loss, of each batch of prompts and of its answers' last steps."""
+    moments = {"validation": _validation(scene, scoring.validation)}
+    for num_prompts, length in scoring.batches:
+        found = _generation(scene, num_prompts, length, max_new_tokens=scoring.max_new_tokens)
+        moments |= {f"{name}, {num_prompts} of {length} tokens": parts for name, parts in found.items()}
+    return moments
+
+
+def _validation(scene: Scene, micro_batch: MicroBatch) -> dict[str, int]:
+    batch, model = meta_batch(micro_batch), scene.model.eval()
+    scene.ledger.forget_peaks()
+    scene.ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
+    with scene.ledger, attention_on(scene.ledger.device), torch.no_grad():
+        batch_loss(model, batch).item()
+    return scene.ledger.peak
+
+
+def _generation(scene: Scene, num_prompts: int, length: int, *, max_new_tokens: int) -> Phases:
+    """The first token is the prompt's forward pass, each other one a step that lengthens the cache by one."""
+    cache = DynamicCache(config=causal_lm(scene.model).config.get_text_config(decoder=True))
+    prompt = _ids_and_mask(num_prompts, length)  # held until the answers are there
+    scene.ledger.hold("activations", *prompt)
+    if max_new_tokens <= 3:
+        return {"prompt": _generate(scene, *prompt, cache, num_tokens=max_new_tokens)}
+    phases = {"prompt": _generate(scene, *prompt, cache, num_tokens=2)}
+    _lengthen(scene, cache, max_new_tokens - 4)
+    longer = _ids_and_mask(num_prompts, length + max_new_tokens - 2)
+    scene.ledger.hold(PAGED, *longer)  # stand for the prompt's, which are held; what each step makes of them counts
+    phases["answer"] = _generate(scene, *longer, cache, num_tokens=2)
+    return phases
+
+
+def _generate(
+    scene: Scene, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache, *, num_tokens: int
+) -> dict[str, int]:
+    """Parts at the peak of so many forward passes; what is in the cache are the first tokens of the rows."""
+    ledger, model = scene.ledger, scene.model
+    ledger.forget_peaks()
+    with ledger, attention_on(ledger.device), generating(model), _answering(scene, len(ids_BT) > 1, num_tokens):
+        config = greedy(stop_token=0, max_new_tokens=num_tokens + 1)
+        generate_batch(model, ids_BT, mask_BT, config=config, cache=cache)
+    return {part: size for part, size in ledger.peak.items() if part != "optimizer"}
+
+
+def _ids_and_mask(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids_BT, mask_BT = (torch.empty(shape, dtype=torch.int64, device="meta") for _ in range(2))
+    return ids_BT, mask_BT
+
+
+def _lengthen(scene: Scene, cache: DynamicCache, num_tokens: int) -> None:
+    """Put so many tokens into the cache, the last by itself: a layer with a sliding window lets go of old ones at each step."""
+    for index, layer in enumerate(cache.layers):
+        for count in (num_tokens - 1, 1) if num_tokens else ():
+            keys, values = (
+                torch.empty(*old.shape[:-2], count, old.shape[-1], dtype=old.dtype, device="meta")
+                for old in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, index)
+        scene.ledger.hold("activations", layer.keys, layer.values)
+
+
+@contextmanager
+def _answering(scene: Scene, is_padded: bool, num_tokens: int) -> Iterator[None]:
+    """What generation is told when it asks for a value: the mask is not all ones, nothing is wrong, and the answers end together."""
+    ledger, before, num_done = scene.ledger, scene.ledger.answer, 0
+
+    def count(*_: Any) -> None:
+        nonlocal num_done
+        num_done += 1
+
+    def answer(operator: Any) -> float:
+        if operator is torch.ops.aten.all.default:
+            return float(not is_padded)
+        return float(num_done == num_tokens)
+
+    hook = causal_lm(scene.model).register_forward_hook(count)
+    ledger.answer = answer
+    try:
+        yield
+    finally:
+        ledger.answer = before
+        hook.remove()
