@@ -261,6 +261,7 @@ def evaluate(
         no_answer_text=plan.recipe.data.no_answer_text,
         max_new_tokens=plan.recipe.eval.max_new_tokens,
         micro_batch_tokens=plan.chosen.footprint.micro_batch_tokens,
+        batch_tokens=int(plan.recipe.memory.eval_batch_tokens),
         progress=progress,
     )
 

@@ -153,7 +153,7 @@ def training(device: str) -> Callable[[], None]:
     config.num_hidden_layers = NUM_LAYERS[device]
     base = random_model(config, quantization=Quantization("nf4"), device=device, compute=types.compute)
     model = attach_adapter(base, r=16, lora_alpha=32, factor_dtype=types.factors)
-    checkpoint_activations(causal_lm(model), enable=True)
+    checkpoint_activations(causal_lm(model), every=1)
     optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=1e-4, weight_decay=0.0)
     labels = round(LABEL_SHARE * LENGTH)
     examples = [Encoded([0] * LENGTH, ((LENGTH - labels, LENGTH),))] * NUM_EXAMPLES[device]

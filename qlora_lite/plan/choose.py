@@ -79,8 +79,9 @@ class Plan:
         return Comparison(self.rehearsals, self.chosen.settings)
 
     def rehearsal(self, method: str) -> Rehearsal:
-        """Of one of METHODS, with this plan's settings and largest micro-batch."""
-        return self.comparison.rehearse(method, self.batch)
+        """Of one of METHODS, with this plan's settings and largest micro-batch; the run's own with its evaluation."""
+        scoring = self.chosen.scoring if method == self.method else None
+        return self.comparison.rehearse(method, self.batch, scoring)
 
     @property
     def quantization(self) -> Quantization | None:
@@ -173,17 +174,19 @@ def free_of(recipe: Recipe) -> Free:
         micro_batch_tokens=None if tokens == "auto" else tokens,
         head_chunk=None if chunk == "auto" else chunk,
         optimizer=None if train.optimizer == "auto" else train.optimizer,
+        eval_batch_tokens=None if memory.eval_batch_tokens == "auto" else memory.eval_batch_tokens,
     )
 
 
 def with_choices(recipe: Recipe, chosen: Fit) -> Recipe:
     """`recipe` with the planner's choices in place of its autos."""
     footprint, every = chosen.footprint, chosen.footprint.checkpoint_every
-    tokens = recipe.memory.eval_batch_tokens
+    asked = recipe.memory.eval_batch_tokens
+    fitting = BATCH_TOKENS if chosen.scoring is None else chosen.scoring.batch_tokens
     memory = {
         "gradient_checkpointing": every if every > 1 else bool(every),
         "head_chunk": footprint.head_chunk,
-        "eval_batch_tokens": BATCH_TOKENS if tokens == "auto" else tokens,
+        "eval_batch_tokens": fitting if asked == "auto" else asked,
     }
     train = {"micro_batch_tokens": footprint.micro_batch_tokens, "optimizer": chosen.settings.optimizer}
     return recipe.model_copy(
@@ -285,7 +288,7 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
             raise DataError(
                 f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
             )
-        return Needs(asked, "asked for", 1.0)
+        return Needs(asked, "asked for", 1.0, num_scored=num_scored(recipe), max_new_tokens=recipe.eval.max_new_tokens)
     examples = load_examples(
         recipe.data.train_files,
         load_tokenizer(source, special_tokens=recipe.data.special_tokens),
@@ -297,4 +300,17 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
     )
     length, reason = propose_max_seq_length(examples.lengths, limit=limit, is_text=examples.is_text)
     label_share = float(examples.num_label_tokens.sum() / examples.lengths.sum())
-    return Needs(length, reason, label_share, is_free=True, lengths=examples.lengths)
+    return Needs(
+        length,
+        reason,
+        label_share,
+        is_free=True,
+        num_scored=num_scored(recipe),
+        max_new_tokens=recipe.eval.max_new_tokens,
+        lengths=examples.lengths,
+    )
+
+
+def num_scored(recipe: Recipe) -> int:
+    """Held-out rows at most; of a whole file as many as fill any batch."""
+    return 0 if recipe.data.eval is None else recipe.eval.num_examples or BATCH_TOKENS

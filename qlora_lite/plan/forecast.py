@@ -73,7 +73,7 @@ def forecast(rehearsals: Rehearsals, chosen: Fit, leanest: Settings, room: Room,
     """`method` is the one of METHODS that would be run. Raises ModelError for a config that is no model."""
     comparison, batch = Comparison(rehearsals, chosen.settings), chosen.batch
     growth = {name: _growth(Comparison(rehearsals, leanest), name, rehearsals, room.label_share) for name in METHODS}
-    methods = {name: comparison.rehearse(name, batch) for name in METHODS}
+    methods = {name: comparison.rehearse(name, batch, chosen.scoring if name == method else None) for name in METHODS}
     fits = methods[method].peak_bytes <= room.budget_bytes
     return Forecast(
         method=method,

@@ -13,7 +13,17 @@ import numpy as np
 from qlora_lite.plan.compare import Rehearsals
 from qlora_lite.plan.fits import STEP, Growth, Room, is_straight, longest_length
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
-from qlora_lite.plan.strategy import CHECKPOINTING, OPTIMIZERS, Choice, Free, Strategy, choose, strategies
+from qlora_lite.plan.scoring import Scoring
+from qlora_lite.plan.strategy import (
+    CHECKPOINTING,
+    EVAL_BATCH_TOKENS,
+    OPTIMIZERS,
+    Choice,
+    Free,
+    Strategy,
+    choose,
+    strategies,
+)
 from qlora_lite.train.footprint import Footprint
 from qlora_lite.units import format_bytes
 
@@ -26,6 +36,8 @@ class Needs:
     reason: str
     label_share: float  # of all tokens
     is_free: bool = False  # may be made shorter
+    num_scored: int = 0  # held-out rows
+    max_new_tokens: int = 32
     lengths: np.ndarray | None = None  # of every row, uncut; None where they were not looked at
 
 
@@ -45,6 +57,7 @@ class Fit:
     settings: Settings
     footprint: Footprint
     batch: MicroBatch
+    scoring: Scoring | None  # None where nothing is scored
     length: int
     slowdown: float  # against the fastest way there is
     reasons: dict[str, str]
@@ -60,14 +73,22 @@ class Fit:
 def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, *, budget_bytes: int) -> Fit:
     """`settings` with what `free` leaves open chosen; the leanest where nothing fits. Rehearses only where there is a choice."""
     needs, choice = _choose(rehearsals, settings, free, needs, budget_bytes)
-    chosen = choice.strategy
+    way = choice.strategy
+    scoring, scoring_reason = _choose_scoring(
+        rehearsals, _with(settings, way), free, needs, _batch(way, needs), budget_bytes
+    )
     return Fit(
-        settings=_with(settings, chosen),
-        footprint=chosen.footprint,
-        batch=_batch(chosen, needs),
+        settings=_with(settings, way),
+        footprint=way.footprint,
+        batch=_batch(way, needs),
+        scoring=scoring,
         length=needs.length,
-        slowdown=chosen.slowdown,
-        reasons={"data.max_seq_length": f"{needs.length}: {needs.reason}", **_reasons(choice, free, budget_bytes)},
+        slowdown=way.slowdown,
+        reasons={
+            "data.max_seq_length": f"{needs.length}: {needs.reason}",
+            **_reasons(choice, free, budget_bytes),
+            "memory.eval_batch_tokens": scoring_reason,
+        },
     )
 
 
@@ -134,6 +155,23 @@ def _choose(
     reason = _loss_in_words(needs, shorter, budget_bytes)
     needs = replace(needs, length=shorter or min(STEP, needs.length), reason=reason)
     return needs, choice_for(needs)
+
+
+def _choose_scoring(
+    rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, batch: MicroBatch, budget_bytes: int
+) -> tuple[Scoring | None, str]:
+    """The largest batch of answers that fits, of prompts as long as they come."""
+    if not needs.num_scored:
+        return None, f"{free.eval_batch_tokens or EVAL_BATCH_TOKENS[0]}: nothing is scored"
+    prompts = (needs.length,) * min(needs.num_scored, EVAL_BATCH_TOKENS[0])
+    found = Scoring(batch, prompts, needs.max_new_tokens, free.eval_batch_tokens or EVAL_BATCH_TOKENS[0])
+    if free.eval_batch_tokens is not None:
+        return found, f"{found.batch_tokens}: asked for"
+    for tokens in EVAL_BATCH_TOKENS:
+        found = replace(found, batch_tokens=tokens)
+        if sum(rehearsals.evaluation(settings, found).values()) <= budget_bytes or tokens <= needs.length:
+            break  # a batch holds one prompt at least
+    return found, f"{found.batch_tokens} prompt tokens are answered at once"
 
 
 def _with(settings: Settings, way: Strategy) -> Settings:

@@ -4,7 +4,7 @@ In: `llama-3.1-8b`, `meta-llama/Llama-3.1-8B`, a folder, or a recipe's path or n
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from qlora_lite.model.dtypes import choose_device, choose_types, planned_types
 from qlora_lite.model.known import known_config, known_name, known_shape
 from qlora_lite.model.source import context_window, find_base, load_config
 from qlora_lite.plan.budget import budget_of
-from qlora_lite.plan.choose import free_of, needs_of, settings_of, with_choices
+from qlora_lite.plan.choose import free_of, needs_of, num_scored, settings_of, with_choices
 from qlora_lite.plan.compare import Rehearsals, own_method
 from qlora_lite.plan.fits import Room
 from qlora_lite.plan.planner import Fit, Needs, fit, leanest_settings
@@ -120,11 +120,18 @@ def _choose_budget(asked: int | str, device: str) -> tuple[int, str]:
 def _needs(recipe: Recipe, source: Path | None, positions: int | None, *, has_data: bool) -> Needs:
     asked = recipe.data.max_seq_length
     assumed = min(_ASSUMED_LENGTH, positions or _ASSUMED_LENGTH)
+    known = Needs(
+        assumed,
+        "assumed, there are no data to look at",
+        _ASSUMED_LABEL_SHARE,
+        num_scored=num_scored(recipe),
+        max_new_tokens=recipe.eval.max_new_tokens,
+    )
     if asked != "auto":
-        return Needs(asked, "asked for", _ASSUMED_LABEL_SHARE)
+        return replace(known, length=asked, reason="asked for")
     if not has_data or source is None:
-        return Needs(assumed, "assumed, there are no data to look at", _ASSUMED_LABEL_SHARE)
+        return known
     try:
         return needs_of(recipe, source, default_cache(), limit=positions)
     except UserError as error:
-        return Needs(assumed, f"assumed, because the data cannot be read ({error})", _ASSUMED_LABEL_SHARE)
+        return replace(known, reason=f"assumed, because the data cannot be read ({error})")

@@ -13,12 +13,14 @@ data sheet: 370), on a CPU about 50. Estimates, to put ways in order: nothing is
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from qlora_lite.evaluate.generate import BATCH_TOKENS
 from qlora_lite.model.head import CHUNK
 from qlora_lite.train.footprint import Footprint
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}  # enough to hide dequantizing the weights behind the matrix products
 CHECKPOINTING = (0, 2, 1)  # every so many-th layer, from fastest to leanest
 HEAD_CHUNKS = (CHUNK, 64, 16)
+EVAL_BATCH_TOKENS = (BATCH_TOKENS, 2048, 1024, 512, 256)
 OPTIMIZERS = ("adamw", "paged_adamw_32bit", "paged_adamw_8bit")
 _DEQUANTIZING_TOKENS = {"cpu": 50, "cuda": 370}
 
@@ -31,6 +33,7 @@ class Free:
     micro_batch_tokens: int | None = None
     head_chunk: int | None = None
     optimizer: str | None = None
+    eval_batch_tokens: int | None = None
 
 
 @dataclass(frozen=True)
