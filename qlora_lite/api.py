@@ -240,9 +240,9 @@ def train(
             f"stopped early after step {state.step} of {len(sampler)}: the validation loss has not fallen for "
             f"{recipe.train.early_stop} evaluations"
         )
-    memory = _memory(plan, loaded, state, run, tried)
+    if tried is not None or not run.read_json("memory.json"):  # a sitting without a step has nothing to add
+        run.write_json("memory.json", _memory(plan, loaded, state, run, tried))
     _publish(state, run, loaded.tokenizer if recipe.data.special_tokens else None, say)
-    run.write_json("memory.json", memory)
 
 
 def evaluate(

@@ -126,6 +126,45 @@ def test_the_numbers_of_the_summary_are_those_of_the_steps(trained: tuple[Path, 
     assert done.json["rss_bytes"] == max(step["rss_bytes"] for step in steps)
 
 
+def test_memory_json_holds_planned_beside_measured_by_part_and_phase(trained: tuple[Path, Done]) -> None:
+    memory = json.loads((trained[0] / "memory.json").read_text())
+    planned = json.loads((trained[0] / "plan.json").read_text())["methods"]["qlora"]
+    for part, line in memory["parts"].items():
+        assert line["planned"] == planned["parts"][part] and line["difference"] == line["measured"] - line["planned"]
+    assert sum(line["measured"] for line in memory["parts"].values()) == memory["peak_bytes"]["measured"]
+    assert all(
+        memory["parts"][f"{part}_bytes"]["difference"] == 0 for part in ("weights", "quant_constants", "adapter")
+    )
+    measured = {phase: line["measured"] for phase, line in memory["phases"].items() if phase != "evaluate"}
+    assert measured.keys() == {"forward", "head", "backward", "update"}
+    assert max(measured.values()) == memory["peak_bytes"]["measured"]
+    assert [moment["layer"] for moment in memory["timeline"]] == ["0", "1", "head", "1", "0", "embedding"]
+
+
+def test_how_a_step_is_computed_does_not_change_what_is_learned(
+    trained: tuple[Path, Done], recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "lean"
+    lean = ("memory.gradient_checkpointing=2", "memory.head_chunk=16", "memory.eval_batch_tokens=100")
+    done = train_cli(recipe, run, *(word for setting in lean for word in ("--set", setting)), "--json").json
+    settings = json.loads((run / "plan.json").read_text())["settings"]
+    assert settings["memory"] == {
+        "budget": "auto", "gradient_checkpointing": 2, "head_chunk": 16, "eval_batch_tokens": 100,
+    }  # fmt: skip
+    assert done["eval"]["after"]["loss"] == pytest.approx(trained[1].json["eval"]["after"]["loss"], rel=1e-3)
+    assert done["peak_bytes"]["planned"] < trained[1].json["peak_bytes"]["planned"]
+
+
+def test_the_answers_of_the_base_stand_beside_the_tuned_ones_and_the_time_is_accounted_for(
+    trained: tuple[Path, Done],
+) -> None:
+    lines = [json.loads(line) for line in (trained[0] / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(isinstance(line["base_prediction"], str) for line in lines)
+    spent, summary = trained[1].json["phases_s"], trained[1].json
+    assert spent["training"] == pytest.approx(summary["train_s"])
+    assert sum(spent.values()) == pytest.approx(summary["wall_s"], rel=0.2)
+
+
 def test_a_second_run_of_a_recipe_gets_the_next_folder(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ def budget_of(asked: int | str, device: str) -> tuple[int, str]:
     why = "the allocator's holes" if device == "cuda" else "the rest of the machine"
     return (
         budget,
-        f"{format_bytes(budget)}: of {where}'s {format_bytes(total)}, {format_bytes(free)} are free; the rest is left to {why}",
+        f"{format_bytes(budget)}: of {where}'s {format_bytes(total)}, {format_bytes(free)} are free, less a margin for {why}",
     )
 
 

@@ -52,6 +52,8 @@ def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int 
         and what not in _recipe_names()
     ):
         known_shape(what)  # says which model may be meant
+    if is_model:  # the default recipe is for a small model, and so is its budget
+        overrides = ["memory.budget=auto", *overrides]
     recipe = load_recipe(DEFAULT_RECIPE if is_model else what, overrides=overrides, files_must_exist=False)
     if is_model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": what})})

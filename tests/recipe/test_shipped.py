@@ -52,10 +52,10 @@ def test_a_shipped_recipe_says_what_it_does_what_it_needs_and_how_to_run_it(name
 
 
 # What the default recipe sets otherwise, because it trains a very small model for 32 steps.
-OWN_VALUES = {"data": {"num_train": 512}, "train": {"learning_rate": 1e-3}}
+OWN_VALUES = {"data": {"num_train": 512}, "train": {"learning_rate": 1e-3}, "memory": {"budget": 512 * 2**20}}
 
 
-def test_the_default_recipe_writes_out_every_key_with_its_default_but_two():
+def test_the_default_recipe_writes_out_every_key_with_its_default_but_three():
     text = show_recipe(DEFAULT_RECIPE)
     written = re.findall(r"^ {2}(\w+): ", text, re.M) + re.findall(r"^(\w+): ", text, re.M)
     assert sorted(written) == sorted(key.rpartition(".")[2] for key in known_keys())
