@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from qlora_lite.data.batches import StepSampler, largest_batch
+from qlora_lite.data.batches import StepSampler, largest_step
 from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.read import format_of_held_out
 from qlora_lite.data.template import Encoded
@@ -171,7 +170,6 @@ def train(
     if recipe.data.eval is not None and Path(recipe.data.eval).exists():
         for sentence in held_out_examples(plan, loaded.tokenizer).account("held-out rows", limit="eval.num_examples"):
             say(sentence)
-    evaluate_now = _validation(plan, loaded) if recipe.train.eval_every_steps is not None else None
     sampler = StepSampler(
         len(examples),
         examples_per_step=recipe.train.examples_per_step,
@@ -205,7 +203,7 @@ def train(
         schedule=recipe.train.schedule,
         warmup_ratio=recipe.train.warmup_ratio,
         max_grad_norm=recipe.train.max_grad_norm,
-        evaluate=evaluate_now,
+        evaluate=_validation(plan, loaded, state) if recipe.train.eval_every_steps is not None else None,
         eval_every_steps=recipe.train.eval_every_steps or 1,
         early_stop=recipe.train.early_stop,
         leaner=plan.leaner,
@@ -462,22 +460,22 @@ def _preflight(
         return None
     return try_largest_batch(
         state,
-        lambda footprint: largest_batch(examples, sampler, footprint.micro_batch_tokens, first=state.step),
+        lambda footprint: largest_step(examples, sampler, footprint.micro_batch_tokens, first=state.step),
         device=plan.device,
         leaner=plan.leaner,
         say=say,
     )
 
 
-def _validation(plan: Plan, loaded: LoadedModel) -> Callable[[], float]:
+def _validation(plan: Plan, loaded: LoadedModel, state: TrainState) -> Callable[[], float]:
     """A function that measures the loss on the held-out rows as the model is now, by evaluation's own code."""
-    return partial(
-        validation_loss,
-        loaded.model,
-        held_out_examples(plan, loaded.tokenizer),
-        device=plan.device,
-        micro_batch_tokens=plan.chosen.footprint.micro_batch_tokens,
-    )
+    examples = held_out_examples(plan, loaded.tokenizer)
+
+    def measure() -> float:
+        tokens = (state.footprint or plan.chosen.footprint).micro_batch_tokens
+        return validation_loss(loaded.model, examples, device=plan.device, micro_batch_tokens=tokens)
+
+    return measure
 
 
 def _trackers(plan: Plan, run: RunDir, *, first_step: int) -> AbstractContextManager[Callable[[StepStats], None]]:

@@ -2,7 +2,8 @@
 
 resident     tensors that lie there all the time, by their own size
 phases       the allocator's peaks of the largest step: forward, head, backward, update
-parts        at the highest of these peaks; what the allocator counts and no tensor explains is workspace
+parts        at the highest of these peaks; what the allocator counts and no tensor explains is workspace,
+                 the device's libraries' own memory included
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,7 @@ def _measured_parts(
         return {}
     phase = max(phases, key=lambda name: phases[name])
     made = tried.phases.get(phase, {}) if tried is not None else {}
-    parts = {name: resident[f"{name}_bytes"] for name in _RESIDENT} | {"gradients": gradients_bytes}
+    parts = {name: resident[f"{name}_bytes"] for name in _RESIDENT}
+    parts["gradients"] = made.get("gradients", 0) if made else gradients_bytes  # all of them before an update
     parts |= {name: made.get(name, 0) for name in _MADE}
-    return parts | {"workspace": phases[phase] - sum(parts.values())}
+    return parts | {"workspace": phases[phase] - sum(parts.values()), "runtime": 0}

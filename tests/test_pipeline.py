@@ -515,7 +515,7 @@ def test_a_loss_that_is_no_number_names_step_and_rows_and_keeps_the_last_good_ch
 ) -> None:
     run, real, calls = tmp_path / "run", update.forward_backward, []
 
-    def forward_backward(model: Any, batches: Any, *, backward: Any, on_batch: Any, around_last: Any) -> float:
+    def forward_backward(model: Any, batches: Any, *, backward: Any, on_batch: Any, **others: Any) -> float:
         calls.append(batches)
         if len(calls) == 4:
             on_batch(batches[0], float("nan"))

@@ -125,10 +125,10 @@ def step_with_largest_batch(
     return max(full, key=lambda step: tokens[step] / math.ceil(tokens[step] / micro_batch_tokens))
 
 
-def largest_batch(examples: TokenizedRows, sampler: StepSampler, micro_batch_tokens: int, *, first: int) -> Batch:
-    """The largest micro-batch of that step, of all from `first` on."""
+def largest_step(examples: TokenizedRows, sampler: StepSampler, micro_batch_tokens: int, *, first: int) -> list[Batch]:
+    """The micro-batches of that step, of all from `first` on; the largest is the last."""
     step = step_with_largest_batch(examples, sampler, micro_batch_tokens, first=first)
-    return make_batches(examples, sampler.rows_of_step(step), micro_batch_tokens=micro_batch_tokens)[-1]
+    return make_batches(examples, sampler.rows_of_step(step), micro_batch_tokens=micro_batch_tokens)
 
 
 def pack_batch(encoded: Sequence[Encoded], rows: Sequence[int]) -> Batch:

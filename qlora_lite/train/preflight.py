@@ -69,19 +69,24 @@ def within_memory(
 
 def try_largest_batch(
     state: TrainState,
-    make_batch: Callable[[Footprint], Batch],
+    make_batches: Callable[[Footprint], Sequence[Batch]],
     *,
     device: str,
     leaner: Leaner,
     say: Callable[[str], None],
 ) -> Preflight:
-    """Try `make_batch(footprint)`, the largest micro-batch that a footprint makes of the data. Raises DoesNotFit."""
+    """Try the last of `make_batches(footprint)`, the micro-batches of a step, as it will be when the others are done.
+
+    Raises DoesNotFit.
+    """
+    assert state.footprint is not None
+    apply_footprint(state.model, state.footprint)
     was_training = state.model.training
     state.model.train()
     try:
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
             return within_memory(
-                state, lambda footprint: _try(state, make_batch(footprint).to(device), footprint), leaner=leaner, say=say,
+                state, lambda footprint: _try(state, make_batches(footprint), footprint, device), leaner=leaner, say=say,
                 what="trying the largest micro-batch",
             )  # fmt: skip
     finally:
@@ -89,14 +94,15 @@ def try_largest_batch(
         _give_back()
 
 
-def _try(state: TrainState, batch: Batch, footprint: Footprint) -> Preflight:
+def _try(state: TrainState, batches: Sequence[Batch], footprint: Footprint, device: str) -> Preflight:
+    batch = batches[-1].to(device)
     trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     ledger = _ledger(state, batch)
     try:
-        for parameter in trained:  # those of earlier micro-batches are there in a step
+        for parameter in trained if len(batches) > 1 else ():  # the others' gradients
             parameter.grad = torch.zeros(parameter.shape, dtype=parameter.grad_dtype, device=parameter.device)
             ledger.hold("gradients", parameter.grad)
-        with ledger, _marking_layers(causal_lm(state.model), ledger):
+        with ledger, _marking_layers(causal_lm(state.model), ledger), _holding_gradients(trained, ledger):
             forward_backward(
                 state.model,  # type: ignore[arg-type]
                 [batch],
@@ -129,6 +135,17 @@ def _marking_layers(model: torch.nn.Module, ledger: Ledger) -> Iterator[None]:
     """A mark when a layer has been computed, and when its gradient is about to be."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     handles = [layer.register_forward_hook(_mark_layer(ledger, str(i))) for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _holding_gradients(trained: Sequence[torch.nn.Parameter], ledger: Ledger) -> Iterator[None]:
+    """A gradient counts as one as soon as it is there."""
+    handles = [p.register_post_accumulate_grad_hook(lambda p: ledger.hold("gradients", p.grad)) for p in trained]
     try:
         yield
     finally:

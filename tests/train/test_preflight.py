@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from qlora_lite.data.batches import largest_batch
+from qlora_lite.data.batches import largest_step
 from qlora_lite.errors import DoesNotFit
 from qlora_lite.ledger import Ledger
 from qlora_lite.model.forward import causal_lm
@@ -165,7 +165,7 @@ def fly(state: TrainState, *, leaner=to_checkpointing, say=lambda text: None):
     sampler = sampler_of(rows)
     state.footprint = state.footprint or WIDE
     return try_largest_batch(
-        state, lambda footprint: largest_batch(rows, sampler, footprint.micro_batch_tokens, first=0), device="cpu",
+        state, lambda footprint: largest_step(rows, sampler, footprint.micro_batch_tokens, first=0), device="cpu",
         leaner=leaner, say=say,
     )  # fmt: skip
 
@@ -190,6 +190,7 @@ def test_a_preflight_without_memory_goes_leaner_before_the_first_step(monkeypatc
 
 def test_a_preflight_says_what_each_layer_holds_and_its_parts_are_those_of_the_ledger(monkeypatch):
     state = fresh_state()
+    state.footprint = Footprint(24, 0)  # several micro-batches, so that gradients are there before the last
     found = fly(state)
     assert found.phases.keys() == {"forward", "head", "backward"}
     weights = sum(p.nbytes for p in state.model.parameters() if not p.requires_grad)
