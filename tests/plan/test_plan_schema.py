@@ -60,9 +60,9 @@ def check_numbers(document: dict[str, Any]) -> None:
     for cell in document.get("grid", ()):
         assert cell["fits"] == (cell["peak_bytes"] <= document["budget_bytes"])
     for concession in document.get("concessions", ()):
-        assert concession["peak_bytes"] >= mine["peak_bytes"]
-    if document.get("smallest_budget_bytes") is not None and document["fits"]:
-        assert document["smallest_budget_bytes"] <= document["budget_bytes"]
+        assert concession["peak_bytes"] == mine["peak_bytes"] - concession["saves_bytes"] < mine["peak_bytes"]
+    if "smallest_budget_bytes" in document:
+        assert document["smallest_budget_bytes"] == (None if document["fits"] else mine["peak_bytes"])
 
 
 def test_the_schema_is_one():

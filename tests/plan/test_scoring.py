@@ -11,7 +11,7 @@ from qlora_lite.evaluate.generate import generate_answers, generate_batch, gener
 from qlora_lite.ledger import Ledger
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.source import load_config
-from qlora_lite.plan.compare import Comparison, as_json
+from qlora_lite.plan.compare import Comparison, Rehearsals, as_json
 from qlora_lite.plan.rehearsal import PARTS, MicroBatch, Scene, Stage, layer_period, num_labels, residents, with_depth
 from qlora_lite.plan.scoring import Scoring, evaluation_moments, rehearse_evaluation
 from qlora_lite.plan.workspace import workspace_of
@@ -170,7 +170,7 @@ def test_smaller_batches_of_prompts_never_need_more(stage):
 
 
 def test_a_runs_peak_is_its_largest_phase(config):
-    comparison, batch = Comparison(config, CPU), MicroBatch(100, 2)
+    comparison, batch = Comparison(Rehearsals(config), CPU), MicroBatch(100, 2)
     without = comparison.rehearse("qlora", batch)
     small = comparison.rehearse("qlora", batch, Scoring(batch, FEW_LONG[-1:]))
     large = comparison.rehearse("qlora", batch, Scoring(batch, FEW_LONG))
