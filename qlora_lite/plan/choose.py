@@ -66,7 +66,7 @@ class Plan:
     @cached_property
     def concessions(self) -> tuple[Concession, ...]:
         """What further settings would save; empty where it fits."""
-        return () if self.fits else concessions(self.rehearsals, self.chosen.settings, self.batch)
+        return () if self.fits else concessions(self.rehearsals, self.chosen.settings, self.batch, self.chosen.scoring)
 
     def refuse_what_does_not_fit(self) -> None:
         """Raise DoesNotFit, with what would help, for a plan that needs more than its budget."""

@@ -83,7 +83,7 @@ def forecast(rehearsals: Rehearsals, chosen: Fit, leanest: Settings, room: Room,
         checkpoint_bytes=comparison.checkpoint_bytes(batch),
         budget_bytes=room.budget_bytes,
         slowdown=chosen.slowdown,
-        further=() if fits else concessions(rehearsals, chosen.settings, batch),
+        further=() if fits else concessions(rehearsals, chosen.settings, batch, chosen.scoring),
     )
 
 

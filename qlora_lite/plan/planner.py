@@ -107,13 +107,15 @@ def leanest_settings(settings: Settings, free: Free) -> Settings:
     )
 
 
-def concessions(rehearsals: Rehearsals, settings: Settings, batch: MicroBatch) -> tuple[Concession, ...]:
+def concessions(
+    rehearsals: Rehearsals, settings: Settings, batch: MicroBatch, scoring: Scoring | None
+) -> tuple[Concession, ...]:
     """What further settings would save, those that save most first."""
-    now = rehearsals.of(settings, batch).peak_bytes
+    now = rehearsals.of(settings, batch, scoring).peak_bytes
     found = [
         Concession(setting, peak, now - peak)
         for setting, other, smaller in _further(settings, batch)
-        for peak in [rehearsals.of(other, smaller).peak_bytes]
+        for peak in [rehearsals.of(other, smaller, _shortened(scoring, smaller)).peak_bytes]
         if peak < now
     ]
     return tuple(sorted(found, key=lambda concession: concession.peak_bytes))
@@ -232,6 +234,13 @@ def _tokens_reason(choice: Choice, budget_bytes: int) -> str:
     if not any(way.footprint.micro_batch_tokens > tokens for way in choice.tried):
         return "enough to hide dequantizing the weights" if choice.fits else "as few as the longest example has"
     return f"the most that fits {format_bytes(budget_bytes)} with the other settings"
+
+
+def _shortened(scoring: Scoring | None, batch: MicroBatch) -> Scoring | None:
+    """Of rows that are no longer than the batch's."""
+    if scoring is None:
+        return None
+    return replace(scoring, validation=batch, prompts=tuple(min(prompt, batch.length) for prompt in scoring.prompts))
 
 
 def _further(settings: Settings, batch: MicroBatch) -> Iterator[tuple[str, Settings, MicroBatch]]:

@@ -50,7 +50,7 @@ def test_a_length_that_does_not_fit_is_cut_to_the_longest_that_does_and_the_rows
 def test_what_does_not_fit_says_its_largest_part_and_each_concession_keeps_its_word(llama):
     needs = Needs(4096, "as a test", 0.1)
     found = fit(llama, Settings(method="lora"), ANY, needs, budget_bytes=12 * GIB)
-    further = concessions(llama, found.settings, found.batch)
+    further = concessions(llama, found.settings, found.batch, None)
     own = llama.of(found.settings, found.batch)
     text = shortage(own, further, budget_bytes=12 * GIB)
     assert "Largest part: weights 15" in text and "--set method=qlora" in text
