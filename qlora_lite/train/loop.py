@@ -62,8 +62,8 @@ class StepStats:
     step_s: float
     rss_bytes: int
     peak_bytes: int | None  # of this step above its start, by the allocator; None where it was not measured
-    phase_peaks: dict[str, int] | None = None  # the same of forward, head, backward and update apart
     eval_loss: float | None = None  # on held-out rows; None where it was not due
+    phase_peaks: dict[str, int] | None = None  # the peak of forward, head, backward and update apart
 
 
 def train_steps(
