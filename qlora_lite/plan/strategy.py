@@ -7,7 +7,7 @@ In: what the recipe leaves free, and a function that rehearses one way. Out: `Ch
 F is the operations a weight and token of a step without recomputation, in pairs: forward, gradient of the input and, where the weight is
 trained, of the weight (2 or 3); R = 1 the forward pass again, in one layer of k. C is what making a 16-bit weight of a 4-bit one costs,
 in tokens of its matrix product: on a card 4.5 bytes moved a weight against 2 operations a token (165 TFLOP/s and 1 TB/s, an RTX 4090's
-data sheet: 370), on a CPU about 50. Estimates, to put ways in order: nothing is promised of seconds.
+data sheet: 370), on a CPU 50, which is assumed. Estimates, to put ways in order: not measured against each other yet.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -134,7 +134,10 @@ def train_steps(
         except NotFinite as error:
             raise _stopped(str(error), step + 1, rows, examples, state_is_good=True) from error
         except OutOfMemoryInUpdate as error:
-            raise DoesNotFit(f"step {step + 1}: out of memory while the weights were updated ({error})") from error
+            raise DoesNotFit(
+                f"step {step + 1}: out of memory while the weights were updated ({error}). Use train.optimizer=paged_adamw_8bit, a "
+                "smaller lora.r or a smaller model"
+            ) from error
         finally:
             state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
