@@ -6,18 +6,21 @@ built and every example is computed exactly as it would be alone, whatever share
 micro-batches cannot change a gradient (tests/promises/test_promise_01_split.py).
 
 A sliding window (Mistral, Gemma, ...) or a soft cap on the scores (Gemma 2, arXiv 2408.00118) needs a mask or the scores
-themselves; then queries go in blocks, so that memory grows with the length and not with its square.
+themselves; then queries go in blocks, so that memory grows with the length and not with its square. Capped scores, which the backward
+pass needs, are computed again there, block by block.
 
 Registered through transformers' `AttentionInterface`. No mask function is registered under its name, so transformers builds
 no mask. BLOOM and Falcon compute attention in their own modules: `packs_rows` is false for them and forward.py runs their
 examples one at a time. Generation pads and keeps a cache: `attention_for_generation` switches to transformers' own and back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 PACKED = "qlora_lite_packed"
@@ -91,6 +94,9 @@ def _one_example(
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True
         )
+    block: Callable[..., torch.Tensor] = partial(_soft_capped, scaling=scaling, dropout=dropout, softcap=softcap or 0.0)
+    if length > QUERY_BLOCK and torch.is_grad_enabled():
+        block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=dropout > 0)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
@@ -108,7 +114,7 @@ def _one_example(
                 )
             )
         else:
-            blocks.append(_soft_capped(*some, scaling=scaling, dropout=dropout, softcap=softcap))
+            blocks.append(block(*some))
     return torch.cat(blocks, dim=2)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from qlora_lite.data.batches import pack_batch
+from qlora_lite.ledger import Ledger
 from qlora_lite.model import attention
 from qlora_lite.model.attention import PACKED, attention_for_generation, packed_attention
 from qlora_lite.model.forward import causal_lm, predicting_states
@@ -63,6 +64,22 @@ def test_windows_and_soft_caps_are_computed_in_blocks_as_on_the_whole(monkeypatc
     weights = scores.masked_fill(~visible_TT, -torch.inf).softmax(-1)
     expected = (weights @ value.repeat_interleave(2, dim=1)).transpose(1, 2)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_capped_scores_are_kept_for_one_block_at_a_time_and_the_gradient_is_the_same(monkeypatch):
+    """Twice the length takes about twice the memory above what goes in and comes out, not four times."""
+    peaks, gradients = {}, {}
+    for length, block in ((256, 64), (512, 64), (512, 512)):
+        monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+        torch.manual_seed(0)
+        qkv = torch.randn(3, 1, 4, length, 8, requires_grad=True)
+        ledger = Ledger()
+        with ledger:
+            output, _ = packed_attention(None, *qkv, None, lengths=(length,), scaling=1.0, softcap=5.0)
+            output.square().sum().backward()
+        peaks[length, block], gradients[length, block] = ledger.peak_bytes, qkv.grad
+    assert peaks[512, 64] < 2.2 * peaks[256, 64] and peaks[512, 64] < 0.5 * peaks[512, 512]
+    torch.testing.assert_close(gradients[512, 64], gradients[512, 512], rtol=1e-4, atol=1e-5)
 
 
 def test_a_packed_row_equals_its_examples_alone(model):
