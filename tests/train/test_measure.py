@@ -1,6 +1,8 @@
 """The allocator's peak of a known pattern of allocations."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,3 +52,22 @@ def test_resident_memory_grows_by_what_is_touched():
     held = torch.ones(100 * MB, dtype=torch.uint8)
     assert 90 * MB < rss_bytes() - before < 130 * MB
     del held
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
+def test_products_of_ever_new_lengths_do_not_fill_the_memory():
+    """In a process of its own: what libraries keep by shape is bounded (qlora_lite/__init__.py)."""
+    code = (
+        "import qlora_lite, torch\n"
+        "from qlora_lite.train.measure import give_back_free_memory, rss_bytes\n"
+        "weight = torch.randn(1536, 576).bfloat16()\n"
+        "for length in range(200, 420):\n"
+        "    torch.nn.functional.linear(torch.randn(length, 576).bfloat16(), weight)\n"
+        "    torch.randn(length, 1536).bfloat16() @ weight\n"
+        "    give_back_free_memory()\n"
+        "    before = rss_bytes() if length == 260 else locals().get('before', 0)\n"
+        "print(rss_bytes() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 40 * MB
