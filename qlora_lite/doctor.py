@@ -28,12 +28,12 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from qlora_lite import OFFLINE_ASKED, show
+from qlora_lite.measured import KEPT, kept_measurement
 from qlora_lite.recipe.hub_names import default_cache
 from qlora_lite.units import format_bytes
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")  # each is imported
-KEPT = "doctor.json"
 ENOUGH_MEMORY, ENOUGH_DISK = (
     3 * 2**30,
     10 * 2**30,
@@ -341,15 +341,6 @@ def measure_and_keep(path: Path) -> Facts:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_durably(path, json.dumps(measured, indent=2) + "\n")
     return measured
-
-
-def kept_measurement(path: Path) -> Facts | None:
-    """What an earlier `--measure` kept; None where there is none or it cannot be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("versions"), dict) else None
 
 
 def measured_findings(measured: Facts | None, *, versions: dict[str, Facts]) -> Iterator[Finding]:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 VARIANTS = ("base", "adapter", "merged", "nearest", "stored")
 MAX_ARITHMETIC_RATIO = 0.01
+PROOF_TOKENS = 2500  # held-out rows of a proof by default: as many as have together about so many tokens
 # Two fp32 forwards that sum in another order differ by about 1e-6 a log-probability; differences up to this (RMS over
 # all log-probabilities) are no evidence of a wrong merge.
 _FP32_NOISE = 1e-5

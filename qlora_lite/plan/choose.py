@@ -1,6 +1,6 @@
 """Turn every `auto` of a recipe into a value, out loud: each choice comes with its reason."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import NumberTypes, choose_device, choose_types
 from qlora_lite.model.quantization import Quantization, stored_quantization
 from qlora_lite.model.source import context_window, find_base, load_config, read_config
-from qlora_lite.plan.budget import budget_of
+from qlora_lite.plan.budget import budget_of, measured_here
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json, own_method
 from qlora_lite.plan.planner import Concession, Fit, Needs, concessions, fit, shortage
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
@@ -132,8 +132,9 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None, like: Recipe | None 
             "data": recipe.data.model_copy(update={"format": data_format, "share_prefixes": False}),
         }
     )
-    budget, budget_reason = budget_of(recipe.memory.budget, device)
-    rehearsals, settings = Rehearsals(config), settings_of(resolved, device=device, types=types)
+    measured = measured_here(device, cache=cache)
+    budget, budget_reason = budget_of(recipe.memory.budget, device, measured=measured)
+    rehearsals, settings = Rehearsals(config), settings_of(resolved, device=device, types=types, measured=measured)
     chosen = fit(rehearsals, settings, free_of(recipe), needs, budget_bytes=budget)
     reasons = [
         *recipe.notes,
@@ -212,8 +213,8 @@ def _settled(recipe: Recipe, like: Recipe) -> Recipe:
     return merged
 
 
-def settings_of(recipe: Recipe, *, device: str, types: NumberTypes) -> Settings:
-    """What a rehearsal must know of a recipe; `fit` says the rest."""
+def settings_of(recipe: Recipe, *, device: str, types: NumberTypes, measured: Mapping[str, Any]) -> Settings:
+    """What a rehearsal must know of a recipe and, `measured`, of this machine's card; `fit` says the rest."""
     lora, targets = recipe.lora, recipe.lora.target_modules
     model = recipe.model
     return Settings(
@@ -228,6 +229,7 @@ def settings_of(recipe: Recipe, *, device: str, types: NumberTypes) -> Settings:
         modules_to_save=tuple(lora.modules_to_save),
         optimizer=OPTIMIZERS[-1] if recipe.train.optimizer == "auto" else recipe.train.optimizer,
         num_threads=torch.get_num_threads(),
+        runtime_bytes=measured.get("cublas_workspace_bytes"),
     )
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
+from qlora_lite.plan.rehearsal import Body, MicroBatch, Rehearsal, Settings, Stage, of_body
 from qlora_lite.plan.scoring import Scoring, rehearse_evaluation, with_evaluation
 
 METHODS = ("qlora", "lora", "full", "full_8bit")
+RANKS = (1, 8, 64)  # whose adapters are weighed beside a whole checkpoint
 _FULL_OPTIMIZER = {"full": "adamw", "full_8bit": "paged_adamw_8bit"}
 _STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}  # a trained weight
 
@@ -28,7 +29,8 @@ class Rehearsals:
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
         self._key = config.to_json_string(use_diff=False)
-        self._stage = cache(partial(Stage, config))
+        self._stage = cache(partial(Stage, config, bodies=self._body))
+        self._bodies: dict[tuple[int, Settings], Body] = {}
 
     def of(self, settings: Settings, batch: MicroBatch, scoring: Scoring | None = None) -> Rehearsal:
         """See `Stage.rehearse`; with `scoring`, evaluation is one of its phases. Raises ModelError for a config that is no model."""
@@ -36,6 +38,13 @@ class Rehearsals:
         if key not in _known:
             _known[key] = self._stage(settings).rehearse(batch)
         return _known[key] if scoring is None else with_evaluation(_known[key], self.evaluation(settings, scoring))
+
+    def _body(self, config: PreTrainedConfig, settings: Settings) -> Body:
+        """One for all settings of a step."""
+        key = config.num_hidden_layers, of_body(settings)
+        if key not in self._bodies:
+            self._bodies[key] = Body(config, settings)
+        return self._bodies[key]
 
     def evaluation(self, settings: Settings, scoring: Scoring) -> dict[str, int]:
         """Bytes by part at the peak of an evaluation, which does not depend on the training batch."""
@@ -65,6 +74,14 @@ class Comparison:
             "full_resume": (2 + _STATE_BYTES["adamw"] + 2) * full.num_trained,
             "adapter": self.settings.factors.itemsize * ours.num_trained,
             "adapter_resume": (self.settings.factors.itemsize + state) * ours.num_trained,
+        }
+
+    def adapter_bytes(self, batch: MicroBatch) -> dict[int, int]:
+        """On disk, by rank: this training's own and RANKS."""
+        ours, own = self.rehearse("qlora", batch), self.settings.r
+        rest = ours.num_trained - ours.num_in_factors
+        return {
+            r: self.settings.factors.itemsize * (rest + ours.num_in_factors // own * r) for r in sorted({own, *RANKS})
         }
 
 

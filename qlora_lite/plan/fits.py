@@ -1,28 +1,36 @@
 """What fits a budget: the map of sequence lengths and batches, and the longest sequence.
 
-A rehearsal takes tenths of a second, a map has dozens of cells. Where attention needs no mask, bytes depend on the tokens of a row
-alone, whoever's they are, in a straight line that bends once, where the labels fill the head's chunk. Elsewhere (soft caps, sliding
-windows, models whose examples run one at a time) they grow so with the examples of one length, and each length is rehearsed by
-itself. The longest sequence is searched for, and rehearsed itself.
+A rehearsal takes tenths of a second, a map has dozens of cells, so few micro-batches are rehearsed and all others follow from them:
+
+    labels      add what they add, whatever the rest: up to a chunk of the head in steps of 16 rows, then in another line
+    straight    where attention needs no mask, bytes depend on the tokens of a row alone, whoever's they are, in a line
+    curved      elsewhere (soft caps, sliding windows, models whose examples run one at a time) they grow in a line with the examples of
+                one length, and with the length in a parabola: one up to the window, another beyond it
+
+tests/plan/test_forecast.py holds all three against whole rehearsals.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache, cached_property
 
 from transformers import PreTrainedConfig
 
-from qlora_lite.model.attention import packs_rows
+from qlora_lite.model.attention import QUERY_BLOCK, packs_rows
 from qlora_lite.model.head import CHUNK
 from qlora_lite.model.skeleton import model_class
-from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal
+from qlora_lite.model.source import context_window
+from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, num_labels
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16)
-KNOTS = (512, 4096, 32768)  # tokens in a row
+KNOTS = (2048, 32768)  # tokens in a row: what the lines go through
+LABELS = ((16, CHUNK), (CHUNK + 1, 4 * CHUNK))  # label tokens: of one chunk, of more
+FAR = 8192  # tokens: the longest that is rehearsed of a model with masks, whose every block of queries takes its time; or four windows
 STEP = 64  # tokens; lengths are given in multiples of it
 Rehearse = Callable[[MicroBatch], Rehearsal]
+Bytes = dict[str, float]  # by phase
 
 
 @dataclass(frozen=True)
@@ -45,45 +53,70 @@ class Cell:
 
 
 class Growth:
-    """Peaks of any micro-batch, from few rehearsals."""
+    """Peaks of any micro-batch of a model, from few rehearsals."""
 
-    def __init__(self, rehearse: Rehearse, *, label_share: float, is_straight: bool) -> None:
+    def __init__(self, rehearse: Rehearse, config: PreTrainedConfig, *, label_share: float) -> None:
         self._rehearse = rehearse
+        self._config = config
         self._label_share = label_share
-        self._filled = math.ceil(
-            CHUNK / label_share
-        )  # tokens whose labels fill the head's chunk: the line bends there, and steps up at a second chunk
-        self.is_straight = is_straight
+        self._of_labels = cache(self._added_by)
 
     def peak_bytes(self, length: int, batch: int = 1) -> int:
-        """Of `batch` examples of `length` tokens, along the lines."""
-        if self.is_straight:
-            at, knots = length * batch, sorted({KNOTS[0], self._filled, 2 * self._filled, KNOTS[-1]})
-            low, high = next(((a, b) for a, b in pairwise(knots) if at <= b), tuple(knots[-2:]))
-            one, two = self._phases(low, 1), self._phases(high, 1)
-        else:
-            filled = max(1, self._filled // length)
-            at, knots = batch, sorted({1, filled, filled + 1, 2 * filled + 2})
-            low, high = next(((a, b) for a, b in pairwise(knots) if at <= b), tuple(knots[-2:]))
-            one, two = self._phases(length, low), self._phases(length, high)
-        share = (at - low) / (high - low)
-        return max(round(one[phase] + share * (two[phase] - one[phase])) for phase in one)
+        """Of `batch` examples of `length` tokens."""
+        bare = self._row(length * batch) if self._is_straight else self._examples(length, batch)
+        labels = self._of_labels(self._num_labels(length, batch))
+        return max(round(bare[phase] + labels[phase]) for phase in bare)
 
-    def exact_peak_bytes(self, length: int) -> int:
-        """Of one example of `length` tokens, rehearsed."""
-        return max(self._phases(length, 1).values())
+    @cached_property
+    def _is_straight(self) -> bool:
+        return is_straight(self._config)
 
-    def _phases(self, length: int, batch: int) -> dict[str, int]:
-        found = self._rehearse(MicroBatch(length, batch, self._label_share))
-        return {phase: sum(parts.values()) for phase, parts in found.phases.items()}
+    def _row(self, tokens: int) -> Bytes:
+        """Without labels, of one row, whoever's the tokens are."""
+        return _line(KNOTS, [self._bare(knot, 1) for knot in KNOTS], tokens)
+
+    def _examples(self, length: int, batch: int) -> Bytes:
+        """Without labels, of `batch` examples that do not share a row."""
+        lengths = self._lengths_about(length)
+        curves = [_line((1, 2), [self._bare(one, number) for number in (1, 2)[:batch]], batch) for one in lengths]
+        return {phase: _parabola(lengths, [curve[phase] for curve in curves], length) for phase in curves[0]}
+
+    def _lengths_about(self, length: int) -> tuple[int, int, int]:
+        """Three that `length` is computed from, whole blocks of queries: up to the sliding window, or from there on."""
+        window, positions = sliding_window(self._config), context_window(self._config)
+        if window is not None and length <= window:
+            return max(1, window // 4), max(2, window // 2), max(3, window)
+        low = QUERY_BLOCK * ((window or 0) // QUERY_BLOCK + 1)
+        high = max(low + 2 * QUERY_BLOCK, min(positions or FAR, max(FAR, 4 * (window or 0))))
+        return low, (low + high) // 2 // QUERY_BLOCK * QUERY_BLOCK, high
+
+    def _bare(self, length: int, batch: int) -> Bytes:
+        found = self._phases(MicroBatch(length, batch, self._label_share))
+        labels = self._of_labels(self._num_labels(length, batch))
+        return {phase: size - labels[phase] for phase, size in found.items()}
+
+    def _added_by(self, num_labels: int) -> Bytes:
+        """Above those of the fewest, of one row of KNOTS[0] tokens. A chunk is filled up to 16 rows (model/head.py)."""
+        knots, at = (LABELS[0], 16 * math.ceil(num_labels / 16)) if num_labels <= CHUNK else (LABELS[1], num_labels)
+        few, *ends = (self._phases(MicroBatch(KNOTS[0], 1, labels / KNOTS[0])) for labels in (LABELS[0][0], *knots))
+        return {phase: size - few[phase] for phase, size in _line(knots, ends, at).items()}
+
+    def _num_labels(self, length: int, batch: int) -> int:
+        return batch * num_labels(MicroBatch(length, 1, self._label_share))
+
+    def _phases(self, micro_batch: MicroBatch) -> Bytes:
+        return {phase: sum(parts.values()) for phase, parts in self._rehearse(micro_batch).phases.items()}
 
 
 def is_straight(config: PreTrainedConfig) -> bool:
     """Whether attention needs no mask in any layer and examples share a row, so that only the tokens of a row matter."""
-    masks = ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")
-    uses_window = getattr(config, "use_sliding_window", True)  # Qwen names a window and does not use it
-    masked = any(getattr(config, name, None) for name in masks) and uses_window
-    return packs_rows(model_class(config)) and not masked
+    is_masked = sliding_window(config) is not None or getattr(config, "attn_logit_softcapping", None)
+    return packs_rows(model_class(config)) and not is_masked
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Keys that a query sees in the layers that have a window; None where none has. Qwen names a window and does not use it."""
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
 def memory_map(growth: Growth, room: Room) -> tuple[Cell, ...]:
@@ -97,34 +130,30 @@ def longest_length(growth: Growth, room: Room) -> int | None:
     """The longest sequence, in multiples of STEP, that one example a micro-batch may have; None when not even STEP tokens fit."""
 
     def fits(steps: int) -> bool:
-        return growth.exact_peak_bytes(steps * STEP) <= room.budget_bytes
+        return growth.peak_bytes(steps * STEP) <= room.budget_bytes
 
     most = (room.positions or LENGTHS[-1] * 4) // STEP
-    if most < 1 or not fits(1):
-        return None
-    low, high = _around(_guess(growth, room, most), fits, most)
+    low, high = (
+        (most, most + 1) if most and fits(most) else (0, most)
+    )  # the long ones first: of the short, few are asked for
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * STEP
+    return low * STEP or None
 
 
-def _around(guess: int, fits: Callable[[int], bool], most: int) -> tuple[int, int]:
-    """From `guess` in growing strides -> (steps that fit, more steps that do not or are not allowed); 1 fits."""
-    stride, here, fits_here = 1, guess, fits(guess)
-    while not (fits_here and here == most):
-        there = min(most, here + stride) if fits_here else max(1, here - stride)
-        if fits(there) != fits_here:
-            return (here, there) if fits_here else (there, here)
-        here, stride = there, 2 * stride
-    return most, most + 1
+def _line(at: tuple[int, int], values: Sequence[Bytes], x: int) -> Bytes:
+    """Each phase on the line through two points; at the first, that one alone is needed."""
+    if x == at[0]:
+        return values[0]
+    share = (x - at[0]) / (at[1] - at[0])
+    return {phase: size + share * (values[1][phase] - size) for phase, size in values[0].items()}
 
 
-def _guess(growth: Growth, room: Room, most: int) -> int:
-    """Where the line through two lengths meets the budget. Long ones are dear where a mask is made block by block."""
-    ends = [min(tokens, most * STEP) for tokens in (KNOTS[-2:] if growth.is_straight else (1024, 2048))]
-    one, two = (growth.exact_peak_bytes(tokens) for tokens in ends)
-    if two <= one:
-        return most
-    tokens = ends[0] + (ends[1] - ends[0]) * (room.budget_bytes - one) / (two - one)
-    return max(1, min(most, int(tokens) // STEP))
+def _parabola(at: Sequence[int], values: Sequence[float], x: int) -> float:
+    """Through three points (Lagrange)."""
+    total = 0.0
+    for i, value in enumerate(values):
+        others = [at[j] for j in range(len(at)) if j != i]
+        total += value * math.prod((x - other) / (at[i] - other) for other in others)
+    return total

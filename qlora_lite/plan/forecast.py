@@ -10,10 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from qlora_lite.merge.proof import PROOF_TOKENS
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
-from qlora_lite.plan.fits import Cell, Growth, Room, is_straight, longest_length, memory_map
+from qlora_lite.plan.fits import Cell, Growth, Room, longest_length, memory_map
+from qlora_lite.plan.largest import largest_model
+from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes
 from qlora_lite.plan.planner import Concession, Fit, concessions, shortage
-from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings
+from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, num_labels
 
 CARDS = tuple(gib * 2**30 for gib in (8, 12, 16, 24, 48, 80))  # bytes: the sizes that cards are sold in
 
@@ -28,8 +31,11 @@ class Forecast:
     method: str  # one of METHODS: the one that would be run
     methods: dict[str, Rehearsal]
     longest: dict[str, int | None]
+    largest: dict[str, str | None]  # each method's largest well-known model in the budget
+    merge: dict[str, int] | None  # host memory of merging and of its proof; None where nothing is merged
     grid: tuple[Cell, ...]
     checkpoint_bytes: dict[str, int]
+    adapter_bytes: dict[int, int]  # of an adapter on disk, by rank
     budget_bytes: int
     slowdown: float
     further: tuple[Concession, ...]  # where it does not fit
@@ -53,7 +59,8 @@ class Forecast:
             "num_weights": self.methods["full"].num_weights,
             "num_trained": self.own.num_trained,
             "methods": {
-                name: as_json(found) | {"max_seq_length": self.longest[name]} for name, found in self.methods.items()
+                name: as_json(found) | {"max_seq_length": self.longest[name], "largest_model": self.largest[name]}
+                for name, found in self.methods.items()
             },
             "savings_vs_full": {
                 "bytes": full - self.own.peak_bytes,
@@ -61,6 +68,8 @@ class Forecast:
             },
             "max_seq_length": self.longest[self.method],
             "checkpoint_bytes": self.checkpoint_bytes,
+            "adapter_bytes": {str(r): size for r, size in self.adapter_bytes.items()},
+            "merge": self.merge,
             "grid": [vars(cell) for cell in self.grid],
         }
 
@@ -69,7 +78,9 @@ class Forecast:
         return shortage(self.own, self.further, budget_bytes=self.budget_bytes)
 
 
-def forecast(rehearsals: Rehearsals, chosen: Fit, leanest: Settings, room: Room, *, method: str) -> Forecast:
+def forecast(
+    rehearsals: Rehearsals, chosen: Fit, leanest: Settings, room: Room, *, method: str, merging: Merging | None = None
+) -> Forecast:
     """`method` is the one of METHODS that would be run. Raises ModelError for a config that is no model."""
     comparison, batch = Comparison(rehearsals, chosen.settings), chosen.batch
     growth = {name: _growth(Comparison(rehearsals, leanest), name, rehearsals, room.label_share) for name in METHODS}
@@ -79,8 +90,14 @@ def forecast(rehearsals: Rehearsals, chosen: Fit, leanest: Settings, room: Room,
         method=method,
         methods=methods,
         longest={name: longest_length(growth[name], room) for name in METHODS},
+        largest={
+            name: largest_model(name, leanest, budget_bytes=room.budget_bytes, label_share=room.label_share)
+            for name in METHODS
+        },
+        merge=None if merging is None else _merge(rehearsals.config, merging, batch),
         grid=memory_map(growth[method], room),
         checkpoint_bytes=comparison.checkpoint_bytes(batch),
+        adapter_bytes=comparison.adapter_bytes(batch),
         budget_bytes=room.budget_bytes,
         slowdown=chosen.slowdown,
         further=() if fits else concessions(rehearsals, chosen.settings, batch, chosen.scoring),
@@ -105,7 +122,14 @@ def sweep(
         }
 
 
+def _merge(config: PreTrainedConfig, merging: Merging, batch: MicroBatch) -> dict[str, int]:
+    """Proved on as many of the longest rows as a proof takes by itself."""
+    rows = [(batch.length, num_labels(batch))] * max(1, PROOF_TOKENS // batch.length)
+    return {
+        "peak_host_bytes": merge_peak_host_bytes(config, merging),
+        "proof_peak_host_bytes": proof_peak_host_bytes(config, merging, rows),
+    }
+
+
 def _growth(comparison: Comparison, method: str, rehearsals: Rehearsals, label_share: float) -> Growth:
-    return Growth(
-        partial(comparison.rehearse, method), label_share=label_share, is_straight=is_straight(rehearsals.config)
-    )
+    return Growth(partial(comparison.rehearse, method), rehearsals.config, label_share=label_share)

@@ -34,7 +34,7 @@ from qlora_lite.model.artefact import linear_weights
 from qlora_lite.model.meta import four_bit_state
 from qlora_lite.model.quantization import Quantization
 from qlora_lite.model.skeleton import empty_model
-from qlora_lite.plan.rehearsal import Scene, Settings, attention_on, layer_period, with_depth
+from qlora_lite.plan.rehearsal import Body, Settings, attention_on, layer_period, with_depth
 from qlora_lite.plan.workspace import workspace_of
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -141,7 +141,7 @@ def _files(config: PreTrainedConfig, merging: Merging) -> tuple[Checkpoint, Adap
         else:
             tensors[name] = _empty(shape, torch.bfloat16)
     base = _ShapeCheckpoint(tensors, quantization=quantization, compute=settings.compute, shapes=shapes)
-    adapter = _adapter(Scene(shallow, settings).model)
+    adapter = _adapter(Body(shallow, settings).model)
     ledger = Ledger(workspace=workspace_of("cpu", num_threads=settings.num_threads))
     ledger.answer = lambda operator: float(operator is torch.ops.aten.all.default)  # all is finite, nothing is wrong
     parts = [part for each in adapter.factors.values() for part in (each.a_RI, each.b_OR, each.magnitude_O)]

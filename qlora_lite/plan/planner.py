@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from qlora_lite.plan.compare import Rehearsals
-from qlora_lite.plan.fits import STEP, Growth, Room, is_straight, longest_length
+from qlora_lite.plan.fits import STEP, Growth, Rehearse, Room, longest_length
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.scoring import Scoring
 from qlora_lite.plan.strategy import (
@@ -151,12 +151,19 @@ def _choose(
     choice = choice_for(needs)
     if choice.fits or not needs.is_free:
         return needs, choice
-    rehearse = partial(rehearsals.of, _with(settings, choice.strategy))
-    growth = Growth(rehearse, label_share=needs.label_share, is_straight=is_straight(rehearsals.config))
-    shorter = longest_length(growth, Room(budget_bytes, needs.length, needs.label_share))
+    shorter = _longest(partial(rehearsals.of, _with(settings, choice.strategy)), rehearsals, needs, budget_bytes)
     reason = _loss_in_words(needs, shorter, budget_bytes)
     needs = replace(needs, length=shorter or min(STEP, needs.length), reason=reason)
     return needs, choice_for(needs)
+
+
+def _longest(rehearse: Rehearse, rehearsals: Rehearsals, needs: Needs, budget_bytes: int) -> int | None:
+    """Of one example, rehearsed itself: what its neighbours say may be off by a little."""
+    growth = Growth(rehearse, rehearsals.config, label_share=needs.label_share)
+    length = longest_length(growth, Room(budget_bytes, needs.length, needs.label_share))
+    while length and rehearse(MicroBatch(length, 1, needs.label_share)).peak_bytes > budget_bytes:
+        length -= STEP
+    return length or None
 
 
 def _choose_scoring(

@@ -8,15 +8,15 @@ In: a transformers config and settings. Out: `Rehearsal`: bytes by part at the p
     gradients, optimizer   of what is trained                                     logits      the head's chunk
     activations       made by the forward pass and kept                           recompute   made by the backward pass
 
-Layers repeat, so a deep model is rehearsed at two depths, two and three periods of its layers' pattern (plus what is left over), and
-every part of every phase is continued in a line: exact, because each layer of a period adds the same storages.
+Layers repeat, so a deep model is rehearsed at two depths, two and three layers, or one and two periods of its layers' pattern (plus what
+is left over), and every part of every phase is continued in a line: exact, because each period adds the same storages.
 Attention on meta would be decomposed; here it is the operator that the planned device runs (`attention_on`).
 """
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
@@ -69,6 +69,7 @@ class Settings:
     checkpoint_every: int = 1  # layers; 0: none
     head_chunk: int = CHUNK
     num_threads: int = 1  # of the CPU; attention there takes a block of scores for each
+    runtime_bytes: int | None = None  # what the device's libraries take of the allocator; None: RUNTIME
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Rehearsal:
     phases: Phases
     num_weights: int
     num_trained: int
+    num_in_factors: int  # of the trained ones, those that grow with the rank
     host_bytes: int  # optimizer state that may page to the host
 
     @property
@@ -108,15 +110,22 @@ class Rehearsal:
 class Stage:
     """Where steps of one model with one choice of settings are rehearsed, any number of them.
 
-    Raises ModelError for a config that is no model.
+    `bodies` gives the model of a config and settings, where another stage may have made it. Raises ModelError for a config that is
+    no model.
     """
 
-    def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        settings: Settings,
+        bodies: "Callable[[PreTrainedConfig, Settings], Body] | None" = None,
+    ) -> None:
         depth, period = config.num_hidden_layers, lcm(layer_period(config), settings.checkpoint_every or 1)
-        shallow, deep = (count * period + depth % period for count in (2, 3))
+        shallow, deep = (count * period + depth % period for count in ((1, 2) if period > 1 else (2, 3)))
         self._times = (depth - shallow) // period if depth > deep else 0
         depths = (shallow, deep) if self._times else (depth,)
-        self._scenes = [Scene(with_depth(config, layers), settings) for layers in depths]
+        shallows = [with_depth(config, layers) for layers in depths]
+        self._scenes = [Scene(each, settings, (bodies or Body)(each, settings)) for each in shallows]
 
     def rehearse(self, batch: MicroBatch) -> Rehearsal:
         """One optimizer step whose largest micro-batch is `batch`."""
@@ -129,39 +138,77 @@ class Stage:
         return _phases_continued(*found, times=self._times) if self._times else found[0]
 
 
+class Body:
+    """A model on meta, and what is trained of it: one for all settings that differ in nothing that `of_body` keeps.
+
+    Gradients are told to `ledger`, that of the scene that is being rehearsed.
+    """
+
+    def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
+        self.model = _model(config, settings)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.num_in_factors = sum(
+            parameter.numel()
+            for name, parameter in self.model.named_parameters()
+            if ".lora_A." in name or ".lora_B." in name
+        )
+        self.ledger: Ledger | None = None
+        for parameter in self.trained:
+            parameter.register_post_accumulate_grad_hook(self._hold_gradient)
+
+    def _hold_gradient(self, parameter: torch.Tensor) -> None:
+        assert self.ledger is not None and parameter.grad is not None
+        self.ledger.hold("gradients", parameter.grad)
+
+
+def of_body(settings: Settings) -> Settings:
+    """The settings that a model is made by: all that changes a step only is as a default."""
+    default = Settings()
+    return replace(
+        settings,
+        device=default.device,
+        optimizer=default.optimizer,
+        checkpoint_every=default.checkpoint_every,
+        head_chunk=default.head_chunk,
+        num_threads=default.num_threads,
+        runtime_bytes=default.runtime_bytes,
+    )
+
+
 class Scene:
     """As `Stage`, with every layer of the model rehearsed."""
 
-    def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
-        self._head_chunk = settings.head_chunk
+    def __init__(self, config: PreTrainedConfig, settings: Settings, body: Body | None = None) -> None:
+        self._settings = settings
+        self._body = body or Body(config, settings)
+        self.model = self._body.model
         self.ledger = ledger = Ledger(
             device=settings.device,
             round_to=ROUND_TO[settings.device],
             workspace=workspace_of(settings.device, num_threads=settings.num_threads),
         )
-        self._runtime = torch.empty(RUNTIME[settings.device], dtype=torch.uint8, device="meta")
+        runtime = RUNTIME[settings.device] if settings.runtime_bytes is None else settings.runtime_bytes
+        self._runtime = torch.empty(runtime, dtype=torch.uint8, device="meta")
         ledger.hold("runtime", self._runtime)
-        self.model = _model(config, settings)
         for category, tensors in residents(self.model).items():
             ledger.hold(category, *tensors)
         with ledger, counted_as("optimizer"):
             self._optimizer = make_optimizer(
                 self.model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0
             )
-        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for parameter in self._trained:
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.hold("gradients", p.grad))
 
     def rehearse(self, micro_batch: MicroBatch) -> Rehearsal:
         """See `Stage`."""
         ledger, batch = self.ledger, meta_batch(micro_batch)
+        self._body.ledger = ledger
+        checkpoint_activations(causal_lm(self.model), every=self._settings.checkpoint_every)
         ledger.forget_peaks()
         ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
         if not micro_batch.is_first:
-            for parameter in self._trained:
+            for parameter in self._body.trained:
                 parameter.grad = torch.empty(parameter.shape, dtype=parameter.grad_dtype, device="meta")
                 ledger.hold("gradients", parameter.grad)
-        with ledger, counted_as("activations"), attention_on(self.ledger.device):
+        with ledger, counted_as("activations"), attention_on(ledger.device):
             update(
                 self.model.train(),
                 self._optimizer,
@@ -169,14 +216,15 @@ class Scene:
                 accelerator=Accelerator(cpu=True),
                 scaler=torch.amp.GradScaler("cpu", enabled=False),
                 max_grad_norm=1.0,
-                head_chunk=self._head_chunk,
+                head_chunk=self._settings.head_chunk,
             )
         self._optimizer.zero_grad(set_to_none=True)
         self.peak_totals = {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
         return Rehearsal(
             phases={PHASES[name]: parts for name, parts in ledger.peaks.items() if name in PHASES},
             num_weights=_num_weights(causal_lm(self.model)),
-            num_trained=sum(parameter.numel() for parameter in self._trained),
+            num_trained=sum(parameter.numel() for parameter in self._body.trained),
+            num_in_factors=self._body.num_in_factors,
             host_bytes=ledger.live[PAGED],
         )
 
@@ -207,6 +255,7 @@ def _continued(low: Rehearsal, high: Rehearsal, *, times: int) -> Rehearsal:
         _phases_continued(low.phases, high.phases, times=times),
         num_weights=line(low.num_weights, high.num_weights),
         num_trained=line(low.num_trained, high.num_trained),
+        num_in_factors=line(low.num_in_factors, high.num_in_factors),
         host_bytes=line(low.host_bytes, high.host_bytes),
     )
 
@@ -239,7 +288,6 @@ def _model(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | Pe
         )
         if settings.use_dora:
             _add_magnitudes(model)
-    checkpoint_activations(base, every=settings.checkpoint_every)
     return model
 
 

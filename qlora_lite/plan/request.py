@@ -3,25 +3,27 @@
 In: `llama-3.1-8b`, `meta-llama/Llama-3.1-8B`, a folder, or a recipe's path or name. Out: `Request`, with a reason for every guess.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
 
-from qlora_lite.errors import UserError
+from qlora_lite.errors import ModelError, UserError
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import choose_device, choose_types, planned_types
-from qlora_lite.model.known import known_config, known_name, known_shape
+from qlora_lite.model.known import KNOWN, known_config, known_name, known_shape
 from qlora_lite.model.source import context_window, find_base, load_config
-from qlora_lite.plan.budget import budget_of
+from qlora_lite.plan.budget import budget_of, measured_here
 from qlora_lite.plan.choose import free_of, needs_of, num_scored, settings_of, with_choices
 from qlora_lite.plan.compare import Rehearsals, own_method
 from qlora_lite.plan.fits import Room
+from qlora_lite.plan.merging import Merging
 from qlora_lite.plan.planner import Fit, Needs, fit, leanest_settings
 from qlora_lite.plan.rehearsal import Settings
 from qlora_lite.recipe import DEFAULT_RECIPE, Recipe, list_recipes, load_recipe
+from qlora_lite.recipe.hub_names import fetch_command, find_fetched, is_hub_name
 from qlora_lite.units import format_bytes
 
 COMMON_CARD = 24 * 2**30  # bytes: planned for where neither a budget is given nor a card is here
@@ -38,20 +40,21 @@ class Request:
     leanest: Settings  # what the longest sequences are trained with
     room: Room
     method: str
+    merging: Merging | None  # None where there is nothing to merge
     recipe: dict[str, Any]  # the settings as a recipe has them, chosen ones included
     reasons: tuple[str, ...]
 
 
 def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int | None = None) -> Request:
     """Raises RecipeError for a recipe, UserError for anything that is neither a model nor a recipe."""
-    is_model = known_name(what) is not None or (Path(what) / "config.json").is_file()
+    is_model = _is_model(what)
     if (
         not is_model
         and not Path(what).exists()
         and not what.endswith((".yaml", ".yml"))
         and what not in _recipe_names()
     ):
-        known_shape(what)  # says which model may be meant
+        _refuse_unknown(what)
     if is_model:  # the default recipe is for a small model, and so is its budget
         overrides = ["memory.budget=auto", *overrides]
     recipe = load_recipe(DEFAULT_RECIPE if is_model else what, overrides=overrides, files_must_exist=False)
@@ -59,12 +62,14 @@ def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int 
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": what})})
     config, source, config_reason = _find_config(recipe)
     device, device_reason = _choose_device(recipe, is_for_a_card=is_model or budget_bytes is not None)
-    budget, budget_reason = _choose_budget(budget_bytes or recipe.memory.budget, device)
+    measured = measured_here(device, cache=default_cache())
+    budget, budget_reason = _choose_budget(budget_bytes or recipe.memory.budget, device, measured)
     is_here = device_reason.startswith(choose_device("auto")[0])
     types = choose_types(recipe.model.dtype, device) if is_here else planned_types(recipe.model.dtype)
     positions = context_window(config)
     needs = _needs(recipe, source, positions, has_data=not is_model)
-    rehearsals, free, settings = Rehearsals(config), free_of(recipe), settings_of(recipe, device=device, types=types)
+    rehearsals, free = Rehearsals(config), free_of(recipe)
+    settings = settings_of(recipe, device=device, types=types, measured=measured)
     chosen = fit(rehearsals, settings, free, needs, budget_bytes=budget)
     resolved = with_choices(recipe, chosen)
     return Request(
@@ -74,6 +79,7 @@ def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int 
         leanest=leanest_settings(chosen.settings, free),
         room=Room(budget, positions, needs.label_share),
         method=own_method(recipe.method, chosen.settings.optimizer),
+        merging=_merging(resolved, chosen.settings),
         recipe=resolved.model_dump(mode="json"),
         reasons=(
             *([f"settings: those of {DEFAULT_RECIPE}"] if is_model else []),
@@ -84,6 +90,31 @@ def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int 
             *(f"{key}: {reason}" for key, reason in chosen.reasons.items()),
         ),
     )
+
+
+def _is_model(what: str) -> bool:
+    """A known shape, a model folder or file, or a name of the hub that was fetched."""
+    path = Path(what)
+    if known_name(what) is not None or (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file()):
+        return True
+    return is_hub_name(what) and not path.exists() and find_fetched(what, None, cache=default_cache()) is not None
+
+
+def _refuse_unknown(what: str) -> NoReturn:
+    if is_hub_name(what):
+        raise ModelError(
+            f"{what}: not in the built-in table of shapes, and not fetched. Fetch it once with: {fetch_command(what, None)}. "
+            f"Built-in are: {', '.join(KNOWN)}"
+        )
+    known_shape(what)  # says which model may be meant
+    raise AssertionError("a known shape is a model")
+
+
+def _merging(recipe: Recipe, settings: Settings) -> Merging | None:
+    if settings.method == "full":
+        return None
+    of_base = settings if recipe.merge.base == "dequantized" else replace(settings, method="lora")
+    return Merging(of_base, dtype=recipe.merge.dtype, rounding=recipe.merge.rounding)
 
 
 def _recipe_names() -> set[str]:
@@ -110,9 +141,9 @@ def _choose_device(recipe: Recipe, *, is_for_a_card: bool) -> tuple[str, str]:
     return "cuda", "a card, though none is here; --set device=cpu plans for the processor"
 
 
-def _choose_budget(asked: int | str, device: str) -> tuple[int, str]:
+def _choose_budget(asked: int | str, device: str, measured: Mapping[str, Any]) -> tuple[int, str]:
     if asked != "auto" or device == choose_device("auto")[0]:
-        return budget_of(asked, device)
+        return budget_of(asked, device, measured=measured)
     return (
         COMMON_CARD,
         f"{format_bytes(COMMON_CARD)}: a common card; no card is here to ask, so give --budget for yours",

@@ -74,9 +74,9 @@ class Choice:
 
 def strategies(free: Free, *, device: str, method: str, length: int) -> tuple[Strategy, ...]:
     """All that the recipe allows, from fastest to leanest. `length` is the longest example in tokens."""
-    tokens = _token_choices(free, device, length)
+    tokens, cost = _token_choices(free, device, length), dequantizing_tokens(device, method)
     found = [
-        Strategy(Footprint(t, every, chunk), optimizer, _slowdown(every, t, tokens[0], device=device, method=method))
+        Strategy(Footprint(t, every, chunk), optimizer, slowdown(every, t, tokens[0], cost=cost, method=method))
         for chunk in _choices(free.head_chunk, HEAD_CHUNKS)
         for every in _choices(free.checkpoint_every, CHECKPOINTING)
         for t in tokens
@@ -153,8 +153,13 @@ def _recomputed(every: int) -> float:
     return 1 / every if every else 0.0
 
 
-def _slowdown(every: int, tokens: int, most_tokens: int, *, device: str, method: str) -> float:
+def slowdown(every: int, tokens: int, most_tokens: int, *, cost: float, method: str) -> float:
+    """Time of a step against one without recomputing in micro-batches of `most_tokens`; `cost` is C."""
     pairs = 3 if method == "full" else 2
     recomputing = (pairs + _recomputed(every)) / pairs
-    cost = _DEQUANTIZING_TOKENS[device] if method == "qlora" else 0
     return recomputing * (1 + cost / tokens) / (1 + cost / most_tokens)
+
+
+def dequantizing_tokens(device: str, method: str) -> float:
+    """C of the formula; nothing is dequantized where the weights have 16 bits."""
+    return _DEQUANTIZING_TOKENS[device] if method == "qlora" else 0

@@ -106,6 +106,7 @@ def _memory(plan: Mapping[str, Any]) -> Html:
             sections.methods_side_by_side(plan),
             join([heading("What the parts are"), parts]) if parts else "",
             join([heading("Phases of a step"), phases]) if phases else "",
+            _merging(plan),
         ]
     )
 
@@ -122,13 +123,33 @@ def _phases(plan: Mapping[str, Any]) -> Html:
     return table(f"Highest memory in each phase, {name}", ["phase", "peak"], lines)
 
 
+def _merging(plan: Mapping[str, Any]) -> Html:
+    """What adding the change to the weights takes, afterwards and on any machine."""
+    lines = rows.merge_rows(mapping(plan.get("merge")))
+    if not lines:
+        return Html()
+    return join(
+        [
+            heading("Merging"),
+            paragraph(
+                "After training the change is added to the model's weights, piece by piece, in the machine's own memory."
+            ),
+            table("Highest memory of the machine", ["step", "peak"], lines),
+        ]
+    )
+
+
 def _what_fits(plan: Mapping[str, Any]) -> Html:
-    """The longest text of each method, and the map of lengths and batches."""
+    """The longest text and the largest model of each method, and the map of lengths and batches."""
     methods = mapping(plan.get("methods"))
     longest = rows.longest_rows(methods) if any("max_seq_length" in mapping(each) for each in methods.values()) else []
     return join(
         [
-            table("Longest text that can be trained on, in tokens", ["method", "tokens"], longest),
+            table(
+                "What each method could train in the budget",
+                ["method", "longest text in tokens", "largest well-known model"],
+                longest,
+            ),
             _memory_map(plan),
         ]
     )

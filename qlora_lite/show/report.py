@@ -127,7 +127,8 @@ def _columns(memory: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _phases(memory: Mapping[str, Any]) -> Html:
     lines = [(sections.phase_with_meaning(name), *rest) for name, *rest in rows.phase_rows(memory)]
-    return table("Highest memory in each phase of a step", ["phase", *_PLANNED_AND_MEASURED], lines)
+    phases = table("Highest memory in each phase of a step", ["phase", *_PLANNED_AND_MEASURED], lines)
+    return join([phases, table("Beside the peaks", ["", ""], rows.beside_rows(memory))])
 
 
 def _by_layer(timeline: Sequence[Mapping[str, Any]]) -> Html:

@@ -61,6 +61,14 @@ _CHECKPOINTS = {
 }
 
 
+_ALLOCATOR = {  # key -> (name, whether it is in bytes)
+    "reserved_bytes": ("taken from the card by the allocator", True),
+    "largest_free_bytes": ("its largest free block", True),
+    "num_retries": ("times it had to give back what it kept", False),
+    "num_out_of_memory": ("times the card had nothing left", False),
+}
+
+
 def score_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
     """Label, before, after and change, for every score that either side has."""
     rows: list[Row] = []
@@ -101,6 +109,18 @@ def phase_rows(memory: Mapping[str, Any]) -> list[Row]:
     return [_planned_and_measured(key.replace("_", " "), mapping(phases[key])) for key in in_order(phases, PHASES)]
 
 
+def beside_rows(memory: Mapping[str, Any]) -> list[Row]:
+    """What no peak shows: managed memory, and what the card's allocator says of itself."""
+    paged, allocator = mapping(memory.get("paged_bytes")), mapping(memory.get("allocator"))
+    lines: list[Row] = (
+        [("optimizer state that may page to the host", size(paged["measured"]))] if paged.get("measured") else []
+    )
+    for key, (name, is_size) in _ALLOCATOR.items():
+        if is_number(allocator.get(key)):
+            lines.append((name, size(allocator[key]) if is_size else f"{allocator[key]:,}"))
+    return lines
+
+
 def method_rows(methods: Mapping[str, Any]) -> list[Row]:
     """Part by part, one column a method as in `method_names`; then what may page to the host, and the peak."""
     found = [mapping(methods[key]) for key in in_order(methods, METHODS)]
@@ -120,10 +140,18 @@ def method_names(methods: Mapping[str, Any]) -> list[str]:
 
 
 def longest_rows(methods: Mapping[str, Any]) -> list[Row]:
-    """Method, and the longest text in tokens that it can train on within the budget."""
-    longest = [dig(methods, key, "max_seq_length") for key in in_order(methods, METHODS)]
+    """Method, the longest text in tokens that it can train on within the budget, and the largest well-known model that it could."""
+    keys = in_order(methods, METHODS)
+    longest = [dig(methods, key, "max_seq_length") for key in keys]
     shown = [f"{tokens:,}" if is_number(tokens) else "none fits" for tokens in longest]
-    return list(zip(method_names(methods), shown, strict=True))
+    largest = [safe_text(mapping(methods[key]).get("largest_model", "–") or "none fits") for key in keys]
+    return list(zip(method_names(methods), shown, largest, strict=True))
+
+
+def merge_rows(merge: Mapping[str, Any]) -> list[Row]:
+    """What merging will take of the machine's memory, whatever the card."""
+    steps = {"peak_host_bytes": "writing the merged checkpoint", "proof_peak_host_bytes": "proving it"}
+    return [(name, size(merge[key])) for key, name in steps.items() if is_number(merge.get(key))]
 
 
 def memory_map(grid: Any) -> tuple[list[int], list[tuple[int, list[dict[str, Any] | None]]]]:
@@ -138,13 +166,17 @@ def memory_map(grid: Any) -> tuple[list[int], list[tuple[int, list[dict[str, Any
     return batches, [(length, [found.get((length, batch)) for batch in batches]) for length in lengths]
 
 
-def checkpoint_rows(checkpoint_bytes: Mapping[str, Any]) -> list[Row]:
-    """Kind of checkpoint, what one takes on disk, what ten take."""
-    sizes = numbers(checkpoint_bytes)
-    return [
-        (_CHECKPOINTS.get(key, words(key)), size(sizes[key]), size(10 * sizes[key]))
-        for key in in_order(sizes, _CHECKPOINTS)
+def checkpoint_rows(plan: Mapping[str, Any]) -> list[Row]:
+    """Kind of checkpoint, what one takes on disk, what ten take; then adapters of other ranks."""
+    sizes = numbers(mapping(plan.get("checkpoint_bytes")))
+    named = [(_CHECKPOINTS.get(key, words(key)), sizes[key]) for key in in_order(sizes, _CHECKPOINTS)]
+    ranks = numbers(mapping(plan.get("adapter_bytes")))
+    named += [
+        (f"an adapter of rank {safe_text(r)}", num_bytes)
+        for r, num_bytes in ranks.items()
+        if num_bytes != sizes.get("adapter")
     ]
+    return [(name, size(num_bytes), size(10 * num_bytes)) for name, num_bytes in named]
 
 
 def time_rows(phases_s: Mapping[str, Any], wall_s: float | None) -> list[Row]:

@@ -105,7 +105,7 @@ def checkpoints(plan: Mapping[str, Any]) -> Html:
     )
     meaning = "A checkpoint is a saved state. To use the model, the weights are enough; to train on, the optimizer's memory is saved too."
     caption, columns = "Planned size of checkpoints on disk", ["checkpoint", "one", "ten"]
-    return join([paragraph(words, meaning), table(caption, columns, rows.checkpoint_rows(sizes))]) if sizes else Html()
+    return join([paragraph(words, meaning), table(caption, columns, rows.checkpoint_rows(plan))]) if sizes else Html()
 
 
 def decisions(plan: Mapping[str, Any]) -> Html:

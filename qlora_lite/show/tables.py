@@ -44,6 +44,7 @@ def show_memory(memory: Mapping[str, Any]) -> None:
     columns = ["", "planned", "measured", "difference"]
     show_table("memory at the peak of a step", columns, rows.part_rows(memory), last_is_total=True)
     show_table("highest in each phase of a step", columns, rows.phase_rows(memory))
+    show_table("beside the peaks", ["", ""], rows.beside_rows(memory))
     for retry in rows.retries_of(memory):
         say_warning(f"tried again: {retry}")
 
@@ -53,11 +54,12 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     show_reasons(plan["reasons"])
     show_methods(plan["methods"])
     show_table(
-        "longest sequence that fits",
-        ["", "tokens"],
+        "what each method could train in the budget",
+        ["", "longest sequence in tokens", "largest model"],
         rows.longest_rows(plan["methods"]),
     )
-    show_table("on disk", ["", "one checkpoint", "ten"], rows.checkpoint_rows(plan["checkpoint_bytes"]))
+    show_table("on disk", ["", "one checkpoint", "ten"], rows.checkpoint_rows(plan))
+    show_table("memory of the machine, merging", ["", "peak"], rows.merge_rows(plan.get("merge") or {}))
     show_table("changed until it fits", ["", "saves", "peak then"], rows.concession_rows(plan.get("concessions")))
     show_memory_map(plan["grid"], budget_bytes=plan["budget_bytes"])
 

@@ -1,10 +1,17 @@
 """How much memory a run may take."""
 
+import json
+
 import psutil
 import pytest
+import torch
 
+from qlora_lite.measured import KEPT
+from qlora_lite.model.dtypes import planned_types
 from qlora_lite.plan import budget
-from qlora_lite.plan.budget import budget_of
+from qlora_lite.plan.budget import budget_of, measured_here
+from qlora_lite.plan.choose import settings_of
+from qlora_lite.recipe import DEFAULT_RECIPE, load_recipe
 
 GIB = 2**30
 
@@ -43,3 +50,30 @@ def test_little_memory_is_halved_rather_than_used_up_by_the_margin(monkeypatch, 
     (tmp_path / "now").write_text("0\n")
     monkeypatch.setattr(budget, "_CGROUPS", ((tmp_path / "max", tmp_path / "now"),))
     assert budget_of("auto", "cpu")[0] == GIB // 2
+
+
+MEASURED = {"card": "Some Card", "fragmentation_ratio": 1.25, "cublas_workspace_bytes": 32 * 2**20, "versions": {}}
+
+
+@pytest.fixture
+def card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some Card")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16 * GIB, 20 * GIB))
+
+
+def test_what_doctor_measured_on_the_card_that_is_here_is_used(card, tmp_path):
+    (tmp_path / KEPT).write_text(json.dumps(MEASURED))
+    measured = measured_here("cuda", cache=tmp_path)
+    assert measured == MEASURED
+    found, reason = budget_of("auto", "cuda", measured=measured)
+    assert found == 11 * GIB and reason.endswith("less a margin for the allocator's holes, which doctor measured")
+    settings = settings_of(load_recipe(DEFAULT_RECIPE), device="cuda", types=planned_types("auto"), measured=measured)
+    assert settings.runtime_bytes == 32 * 2**20
+
+
+def test_what_was_measured_on_another_card_or_not_at_all_is_not(card, tmp_path):
+    assert measured_here("cuda", cache=tmp_path) == {}
+    (tmp_path / KEPT).write_text(json.dumps(MEASURED | {"card": "Another Card"}))
+    assert measured_here("cuda", cache=tmp_path) == {} == measured_here("cpu", cache=tmp_path)
+    assert budget_of("auto", "cuda")[0] == 16 * GIB - int(0.03 * 20 * GIB)

@@ -3,6 +3,9 @@ the allocator's within 1% on the CPU."""
 
 import copy
 from dataclasses import replace
+from functools import cache
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 
 import pytest
 import torch
@@ -34,6 +37,7 @@ from qlora_lite.train.measure import measure_allocations
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.update import update
 from tests.architectures import artefact, published
+from tests.conftest import REPOSITORY
 from tests.tiny_model import tiny_artefact, tiny_source
 
 CPU = Settings(device="cpu", r=4, optimizer="adamw", num_threads=torch.get_num_threads())
@@ -115,7 +119,12 @@ def test_the_planned_peak_meets_the_allocators(method, length, num_examples, opt
         replace(CPU, method=method, optimizer=optimizer),
         MicroBatch(length, num_examples, 0.1, is_first=True),
     )
-    model = real_model(settings)
+    measured, planned = measured_and_planned(real_model(settings), settings, micro_batch)
+    assert measured == pytest.approx(planned, rel=0.01)
+
+
+def measured_and_planned(model, settings: Settings, micro_batch: MicroBatch) -> tuple[int, int]:
+    """Peaks of a step: the allocator's above what is resident, by the sizes of the plan, which are the real ones; and the plan's."""
     step, _, _ = real_step(model, settings, micro_batch)
     step()
     with measure_allocations("cpu") as allocations:
@@ -124,7 +133,50 @@ def test_the_planned_peak_meets_the_allocators(method, length, num_examples, opt
     resident = sum(
         planned.phases["forward"].get(part, 0) for part in ("weights", "quant_constants", "adapter", "optimizer")
     )
-    assert resident + allocations.peak_bytes == pytest.approx(planned.peak_bytes, rel=0.01)
+    return resident + allocations.peak_bytes, planned.peak_bytes
+
+
+CELLS = [  # tokens, examples, checkpointing, optimizer: every value of the benchmark's grid, and every two of them but few
+    (200, 4, True, "paged_adamw_8bit"),
+    (200, 1, False, "paged_adamw_32bit"),
+    (800, 1, False, "adamw"),
+    (800, 4, True, "adamw"),
+]
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+@pytest.mark.parametrize("model", ["small-gemma-2", "small-bloom", "small-falcon"])
+def test_so_it_does_for_other_architectures(model, method):
+    """Part of the grid that tools/bench_plan measures whole, on its models."""
+    assert errors_percent(model, method, CELLS) == pytest.approx([0.0] * len(CELLS), abs=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_so_it_does_for_the_shipped_model(method):
+    assert errors_percent("smollm2-135m", method, CELLS[:1]) == pytest.approx([0.0], abs=1)
+
+
+def errors_percent(name: str, method: str, cells: list) -> list[float]:
+    """Planned against measured, in the cells of one model."""
+    model, errors = bench_plan().real_model({"device": "cpu", "model": name, "method": method}), []
+    for length, num_examples, checkpointing, optimizer in cells:
+        settings = replace(
+            CPU, method=method, r=bench_plan().RANK, optimizer=optimizer, checkpoint_every=int(checkpointing)
+        )
+        checkpoint_activations(causal_lm(model), every=settings.checkpoint_every)
+        measured, planned = measured_and_planned(model, settings, MicroBatch(length, num_examples, 0.1, is_first=True))
+        errors.append(100 * (planned / measured - 1))
+    return errors
+
+
+@cache
+def bench_plan():
+    """tools/bench_plan, a script without an ending, as a module."""
+    loader = SourceFileLoader("bench_plan", str(REPOSITORY / "tools" / "bench_plan"))
+    module = module_from_spec(spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(

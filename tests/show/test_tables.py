@@ -66,9 +66,12 @@ def test_a_plan_shows_its_methods_side_by_side_what_fits_and_what_is_saved(capsy
 
 def test_a_method_that_fits_nothing_says_so(capsys):
     plan = make_plan()
-    plan["methods"]["full"]["max_seq_length"] = None
+    plan["methods"]["full"] |= {"max_seq_length": None, "largest_model": None}
+    plan["methods"]["lora"]["largest_model"] = "llama-3.1-8b"
     show.show_plan(plan)
-    assert "full none fits".split() in printed_lines(capsys)
+    lines = printed_lines(capsys)
+    assert "full none fits none fits".split() in lines
+    assert any(line[:1] == ["LoRA"] and line[-1] == "llama-3.1-8b" for line in lines)
 
 
 def test_time_that_no_phase_accounts_for_is_shown(capsys):

@@ -1,0 +1,16 @@
+"""What `doctor --measure` kept: sizes of this machine that a plan's ledger cannot see. doctor writes and shows it, plan uses it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+KEPT = "doctor.json"  # in the cache
+
+
+def kept_measurement(path: Path) -> dict[str, Any] | None:
+    """What an earlier `--measure` kept; None where there is none or it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("versions"), dict) else None
