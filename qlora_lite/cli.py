@@ -109,13 +109,16 @@ def train(
     set_: SetOption = [],  # noqa: B006
     run_dir: Annotated[Path | None, typer.Option(help="Where to write; default runs/<recipe>-<n>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Record a timeline of two steps in RUN_DIR/profile.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Plan, load, train, evaluate, report."""
     _recipe_first(recipe, set_)
     from qlora_lite import pipeline
 
-    _print(pipeline.train(recipe, set_, run_dir=run_dir, resume=resume), json)
+    _print(pipeline.train(recipe, set_, run_dir=run_dir, resume=resume, profile=profile), json)
 
 
 @app.command("eval")

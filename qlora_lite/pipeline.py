@@ -73,7 +73,14 @@ def plan(what: str, overrides: Sequence[str], *, budget: str | None, html: Path 
     """The memory budget report of a model or a recipe: what it needs by every method, and what would fit; as a page too."""
     with show.phase(f"rehearsing {what} on the meta device"):
         request = read_request(what, overrides=overrides, budget_bytes=_budget(budget))
-        found = forecast(request.rehearsals, request.chosen, request.leanest, request.room, method=request.method)
+        found = forecast(
+            request.rehearsals,
+            request.chosen,
+            request.leanest,
+            request.room,
+            method=request.method,
+            merging=request.merging,
+        )
     document = {
         "model": request.model,
         "settings": request.recipe,
@@ -102,7 +109,9 @@ def plan_all(overrides: Sequence[str]) -> dict[str, Any]:
     return {"settings": request.recipe, "reasons": list(request.reasons[2:]), "models": rows}
 
 
-def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, resume: bool) -> dict[str, Any]:
+def train(
+    recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, resume: bool, profile: bool = False
+) -> dict[str, Any]:
     """Plan, load, score, train, score again, and show what it took."""
     begin = time.perf_counter()
     recipe = load_recipe(recipe_name, overrides=overrides)
@@ -127,7 +136,7 @@ def train(recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, r
         show.show_reasons(plan.reasons)
         loaded = _load(plan, spent)
         scores, answers = _scores_before(plan, loaded, run, spent)
-        _train_steps(plan, loaded, run, scores, answers, resume=resume, command=command, spent=spent)
+        _train_steps(plan, loaded, run, scores, answers, resume=resume, profile=profile, command=command, spent=spent)
         if plan.recipe.data.eval is not None:
             scores = _scores_after(plan, loaded, run, scores, spent)
         memory = run.read_json("memory.json")
@@ -395,13 +404,20 @@ def _train_steps(
     answers: list[dict[str, Any]],
     *,
     resume: bool,
+    profile: bool,
     command: str,
     spent: dict[str, float],
 ) -> None:
     begin, stepping_s = time.perf_counter(), 0.0
     with stop_signals() as stop:
         steps = api.train(
-            plan, loaded, run.path, resume=resume, should_stop=lambda: stop.number is not None, say=show.say
+            plan,
+            loaded,
+            run.path,
+            resume=resume,
+            profile=profile,
+            should_stop=lambda: stop.number is not None,
+            say=show.say,
         )
         first = next(steps, None)
         if scores["before"] is not None:  # not sooner: api.train wants its folder empty

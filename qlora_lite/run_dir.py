@@ -1,7 +1,7 @@
 """A run's folder: which files it holds and how they are written. JSON files are replaced in one step, logs are appended.
 
 recipe.yaml  plan.json  env.json  steps.jsonl  memory.json  eval.json  predictions.jsonl  merge.json  report.html
-checkpoints/step-XXXXXX/   adapter/ (PEFT's format, and a manifest that names its step)   merged/   trackers/
+checkpoints/step-XXXXXX/   adapter/ (PEFT's format, and a manifest that names its step)   merged/   trackers/   profile/
 weights/ (method: full; an ordinary model folder, with the same manifest)
 """
 
@@ -27,6 +27,7 @@ class RunDir:
         self.weights = self.path / "weights"
         self.merged = self.path / "merged"
         self.trackers = self.path / "trackers"
+        self.profile = self.path / "profile"
 
     @classmethod
     def create(cls, path: Path | str) -> "RunDir":

@@ -2,6 +2,8 @@
 
 resident     tensors that lie there all the time, by their own size
 phases       the allocator's peaks of the largest step: forward, head, backward, update
+paged        optimizer state in managed memory, which lies on the card or the host as it is used: no part of a peak
+allocator    what the card's caching allocator says at the end; null on the CPU
 parts        at the highest of these peaks; what the allocator counts and no tensor explains is workspace,
                  the device's libraries' own memory included
 """
@@ -31,10 +33,10 @@ def memory_of_run(
         "peak_bytes": {"planned": planned["peak_bytes"], "measured": peak},
         "rss_bytes": max((step["rss_bytes"] for step in steps), default=0),
         "parts": {
-            part: _compared(size, parts.get(part.removesuffix("_bytes"))) for part, size in planned["parts"].items()
+            part: compared(size, parts.get(part.removesuffix("_bytes"))) for part, size in planned["parts"].items()
         },
         "phases": {
-            phase: _compared(found["peak_bytes"], phases.get(phase)) for phase, found in planned["phases"].items()
+            phase: compared(found["peak_bytes"], phases.get(phase)) for phase, found in planned["phases"].items()
         },
         "timeline": [
             {"phase": m.phase, "layer": m.name, "bytes": m.num_bytes} for m in (tried.moments if tried else ())
@@ -42,7 +44,8 @@ def memory_of_run(
     }
 
 
-def _compared(planned: int, measured: int | None) -> dict[str, int | None]:
+def compared(planned: int, measured: int | None) -> dict[str, int | None]:
+    """One line of the file; what was not measured has no difference."""
     return {"planned": planned, "measured": measured, "difference": None if measured is None else measured - planned}
 
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_lite import evaluate, load_model, load_recipe, make_plan, merge, train
-from qlora_lite.api import base_folder, open_run, run_models
+from qlora_lite.api import open_run, run_models
 from qlora_lite.errors import RunError
+from qlora_lite.loading import base_folder
 from tests.tiny_run import write_recipe
 
 METHODS = ("qlora", "lora", "full")

@@ -10,6 +10,7 @@ after the update; its seconds are no part of the step's. accelerate places the m
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -28,6 +29,7 @@ from qlora_lite.train.optimizer import set_learning_rate
 from qlora_lite.train.preflight import Leaner, within_memory
 from qlora_lite.train.schedule import learning_rate_at
 from qlora_lite.train.state import TrainState
+from qlora_lite.train.trace import Trace
 from qlora_lite.train.update import NotFinite, OutOfMemoryInUpdate, update
 
 _WINDOW = 10  # steps whose mean loss is watched
@@ -81,6 +83,8 @@ def train_steps(
     eval_every_steps: int = 1,
     early_stop: int | None = None,
     leaner: Leaner = lambda footprint: None,
+    measures: bool = True,
+    trace: Trace | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[StepStats]:
     """Train from `state.step` to the sampler's last step. Raises TrainingStopped for NaN or a diverging loss.
@@ -91,7 +95,8 @@ def train_steps(
 
     `evaluate` gives the validation loss; it is called after every `eval_every_steps` steps and after the last, and must
     leave model and random numbers as they were. Training ends early when that loss has not fallen for `early_stop` calls.
-    The step with the largest micro-batch is measured with the allocator, in its last micro-batch; on CUDA all are.
+    The step with the largest micro-batch is measured with the allocator, in its last micro-batch; on CUDA all are; none
+    without `measures`. `trace` records a few others.
     """
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
     model = accelerator.prepare_model(state.model, device_placement=False)
@@ -108,11 +113,12 @@ def train_steps(
             step, num_steps=len(sampler), peak=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio
         )
         set_learning_rate(state.optimizer, rate)
-        is_measured = device == "cuda" or step == measured_step
+        is_measured = measures and (device == "cuda" or step == measured_step)
 
         def work(now: Footprint, rows: list[int] = rows, step: int = step, is_measured: bool = is_measured) -> _Done:
             batches = make_batches(examples, rows, micro_batch_tokens=now.micro_batch_tokens)
             backward, clip_and_update = Allocations(), Allocations()
+            traced = trace.around(step + 1, is_measured=is_measured) if trace else (nullcontext(), nullcontext())
             loss, norm = update(
                 model,
                 state.optimizer,
@@ -121,8 +127,10 @@ def train_steps(
                 scaler=state.scaler,
                 max_grad_norm=max_grad_norm,
                 on_batch=partial(_check_loss, step + 1, examples),
-                around_last=measure_allocations(device, backward) if is_measured else None,
-                around_update=measure_allocations(device, clip_and_update) if is_measured else None,
+                around_last=_inside(traced[0], measure_allocations(device, backward) if is_measured else nullcontext()),
+                around_update=_inside(
+                    traced[1], measure_allocations(device, clip_and_update) if is_measured else nullcontext()
+                ),
                 head_chunk=now.head_chunk,
             )
             return _Done(
@@ -131,6 +139,7 @@ def train_steps(
 
         try:
             done = within_memory(state, work, leaner=leaner, say=say, what=f"step {step + 1}")
+            step_s = time.perf_counter() - begin
         except NotFinite as error:
             raise _stopped(str(error), step + 1, rows, examples, state_is_good=True) from error
         except OutOfMemoryInUpdate as error:
@@ -140,6 +149,8 @@ def train_steps(
             ) from error
         finally:
             state.optimizer.zero_grad(set_to_none=True)
+            if trace is not None:
+                trace.drop()
         state.step += 1
         _watch(state, done.loss, rows, examples)
         stats = StepStats(
@@ -153,13 +164,21 @@ def train_steps(
             num_tokens=sum(batch.input_ids_1T.shape[1] for batch in done.batches),
             num_label_tokens=sum(len(batch.target_N) for batch in done.batches),
             num_micro_batches=len(done.batches),
-            step_s=time.perf_counter() - begin,
+            step_s=step_s,
             rss_bytes=rss_bytes(),
             peak_bytes=None if done.peaks is None else max(done.peaks.values()),
             phase_peaks=done.peaks,
         )
+        if trace is not None:
+            trace.write()
         is_due = state.step % eval_every_steps == 0 or state.step == len(sampler)
         yield stats if evaluate is None or not is_due else _evaluated(state, stats, evaluate())
+
+
+@contextmanager
+def _inside(outer: AbstractContextManager[object], inner: AbstractContextManager[object]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _evaluated(state: TrainState, stats: StepStats, eval_loss: float) -> StepStats:

@@ -95,6 +95,23 @@ class _CpuPhases:
             pass
 
 
+def allocator_statistics(device: str) -> dict[str, int] | None:
+    """What torch's caching allocator tells of a card: bytes it has taken, its largest free block, and how often memory ran short.
+
+    A retry gave back what was cached and asked the card again; there is no such allocator on the CPU (None).
+    """
+    if device != "cuda":
+        return None
+    stats = torch.cuda.memory_stats()
+    blocks = [block for segment in torch.cuda.memory_snapshot() for block in segment["blocks"]]
+    return {
+        "reserved_bytes": stats["reserved_bytes.all.current"],
+        "largest_free_bytes": max((block["size"] for block in blocks if block["state"] == "inactive"), default=0),
+        "num_retries": stats["num_alloc_retries"],
+        "num_out_of_memory": stats["num_ooms"],
+    }
+
+
 def rss_bytes() -> int:
     """Resident memory of this process: all of it, imports and page cache of mapped files included. 0 outside Linux."""
     statm = Path("/proc/self/statm")

@@ -125,7 +125,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group["lr_ratio"]
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all state tensors, shared ones counted once."""
+def state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """-> (bytes of state tensors on the device, of those in managed memory, which pages to the host); shared ones counted once."""
     tensors = {id(t): t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    paged = [tensor.nbytes for tensor in tensors.values() if is_paged(tensor)]
+    return sum(tensor.nbytes for tensor in tensors.values()) - sum(paged), sum(paged)
+
+
+def is_paged(tensor: torch.Tensor) -> bool:
+    """Whether it lies in managed memory, by bitsandbytes' own mark."""
+    return bool(getattr(tensor, "is_paged", False))

@@ -17,11 +17,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.data.batches import Batch
 from qlora_lite.errors import DoesNotFit
-from qlora_lite.ledger import PHASES, Ledger, Moment
+from qlora_lite.ledger import PAGED, PHASES, Ledger, Moment
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.resident import residents
 from qlora_lite.train.footprint import Footprint, apply_footprint
 from qlora_lite.train.measure import give_back_free_memory, is_out_of_memory
+from qlora_lite.train.optimizer import is_paged
 from qlora_lite.train.state import TrainState
 from qlora_lite.train.step import forward_backward
 
@@ -110,6 +111,7 @@ def _try(state: TrainState, batches: Sequence[Batch], footprint: Footprint, devi
                 on_batch=lambda batch, loss: ledger.mark("head"),
                 head_chunk=footprint.head_chunk,
             )
+            ledger.current = "recompute"  # the embedding comes last on the way back
             ledger.mark("embedding")
     finally:
         state.optimizer.zero_grad(set_to_none=True)
@@ -124,8 +126,9 @@ def _ledger(state: TrainState, batch: Batch) -> Ledger:
     ledger = Ledger(round_to=512 if batch.input_ids_1T.is_cuda else 1)
     for category, tensors in residents(state.model).items():
         ledger.hold(category, *tensors)
-    for of_parameter in state.optimizer.state.values():
-        ledger.hold("optimizer", *(value for value in of_parameter.values() if isinstance(value, torch.Tensor)))
+    for value in (value for of_parameter in state.optimizer.state.values() for value in of_parameter.values()):
+        if isinstance(value, torch.Tensor):
+            ledger.hold(PAGED if is_paged(value) else "optimizer", value)
     ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
     return ledger
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_lite import api, load_model, load_recipe, make_plan, train
+from qlora_lite import load_model, load_recipe, make_plan, train, training
 from qlora_lite.model.manifest import read_manifest, verify_manifest
 from qlora_lite.plan import Plan
 from qlora_lite.run_dir import RunDir
@@ -22,7 +22,7 @@ def plan_of(folder: Path, **train_keys: object) -> Plan:
 def script_losses(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> None:
     """The evaluations between steps give these losses, one after the other, also over several sittings."""
     script = iter(losses)
-    monkeypatch.setattr(api, "validation_loss", lambda *args, **kwargs: next(script))
+    monkeypatch.setattr(training, "validation_loss", lambda *args, **kwargs: next(script))
 
 
 def factors(folder: Path) -> dict[str, torch.Tensor]:

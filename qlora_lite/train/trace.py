@@ -1,0 +1,90 @@
+"""A timeline of a few steps by torch's profiler, for people who ask where the time goes.
+
+    out   FOLDER/step-000002.json.gz   every operator of the step's last micro-batch and of its update, by time, with the layer that
+                                       called it; ui.perfetto.dev and chrome://tracing open it, nothing is sent anywhere
+          FOLDER/step-000002.pickle    on CUDA: every allocation and where in the program it was made, for the memory viewer at
+                                       docs.pytorch.org/memory_viz. torch writes it so; nothing here ever reads it
+
+The first step makes what is made once, so recording begins with the second of a sitting. torch has one profiler at a time: on the
+CPU a step that the allocator's meter measures is passed over. A recorded step is slower: an operator costs microseconds more.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+NUM_STEPS = 2
+_MAX_ALLOCATIONS = 200_000  # that the memory viewer's file holds
+Context = AbstractContextManager[object]
+
+
+class Trace:
+    """Records into `folder`; `files` are those written so far."""
+
+    def __init__(self, folder: Path, *, device: str, num_steps: int = NUM_STEPS) -> None:
+        self.files: list[Path] = []
+        self._folder = folder
+        self._is_cuda = device == "cuda"
+        self._num_left = num_steps
+        self._is_first = True
+        self._running: profile | None = None
+        self._recorded: tuple[str, profile] | None = None
+
+    def around(self, step: int, *, is_measured: bool) -> tuple[Context, Context]:
+        """-> contexts for the last micro-batch of a step and for its update: recorded from the start of one to the end of the other."""
+        is_due = self._num_left > 0 and not self._is_first and (self._is_cuda or not is_measured)
+        self._is_first = False
+        return (self._begun(), self._ended(f"step-{step:06d}")) if is_due else (nullcontext(), nullcontext())
+
+    def write(self) -> None:
+        """Write what the last step recorded, if it did: not while its time is taken."""
+        if self._recorded is None:
+            return
+        name, recorded = self._recorded
+        self._recorded = None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{name}.json.gz"
+        recorded.export_chrome_trace(str(path))
+        self.files.append(path)
+        if self._is_cuda:
+            snapshot = self._folder / f"{name}.pickle"
+            torch.cuda.memory._dump_snapshot(str(snapshot))  # the documented way, underscore and all
+            torch.cuda.memory._record_memory_history(enabled=None)
+            self.files.append(snapshot)
+
+    def drop(self) -> None:
+        """Stop a recording whose step did not come to its end."""
+        if self._running is not None:
+            self._stop()
+
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        if self._is_cuda:
+            torch.cuda.memory._record_memory_history(max_entries=_MAX_ALLOCATIONS)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._is_cuda else [])]
+        self._running = profile(activities=activities, with_modules=True)
+        self._running.start()
+        try:
+            yield
+        except BaseException:  # out of memory: the step comes again
+            self.drop()
+            raise
+
+    @contextmanager
+    def _ended(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._recorded = (name, self._stop())
+        self._num_left -= 1
+
+    def _stop(self) -> profile:
+        assert self._running is not None
+        stopped, self._running = self._running, None
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        stopped.stop()
+        return stopped

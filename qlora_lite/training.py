@@ -1,0 +1,323 @@
+"""A training run: the steps of the loop, and everything that they leave in the run's folder. All of it goes through `RunDir`."""
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from qlora_lite.data.batches import StepSampler, largest_step
+from qlora_lite.data.examples import Examples
+from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped
+from qlora_lite.evaluate import validation_loss
+from qlora_lite.loading import LoadedModel, held_out_examples, training_examples
+from qlora_lite.model.factors import FACTORS_FILE
+from qlora_lite.model.manifest import sha256_of_file, write_manifest
+from qlora_lite.model.staging import staged_folder
+from qlora_lite.model.trained import folder_name
+from qlora_lite.plan import Plan, as_json
+from qlora_lite.recipe import Recipe, dump_recipe, load_run_recipe
+from qlora_lite.run_dir import RunDir
+from qlora_lite.run_memory import compared, memory_of_run
+from qlora_lite.train import (
+    Preflight,
+    StepStats,
+    Trace,
+    TrainState,
+    allocator_statistics,
+    best_valid,
+    make_optimizer,
+    newest_valid,
+    open_trackers,
+    refuse_missing_trackers,
+    save_checkpoint,
+    state_bytes,
+    train_steps,
+    try_largest_batch,
+)
+from qlora_lite.train.seeds import purpose_seed
+
+
+def train(
+    plan: Plan,
+    loaded: LoadedModel,
+    run_dir: Path | str,
+    *,
+    resume: bool = False,
+    measures: bool = True,
+    profile: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[StepStats]:
+    """Train and keep `run_dir`: one `StepStats` per optimizer step, checkpoints on the way, adapter/ (or weights/) at the end.
+
+    `resume` continues from the newest whole checkpoint. When `should_stop()` becomes true, the step that is under way is
+    finished, a checkpoint written, and the generator ends. A finished run has no steps left. Afterwards `loaded` holds the
+    factors that adapter/ holds: those of the lowest validation loss where the recipe asks for evaluations, else the last.
+    Before the first step the largest micro-batch is tried; one that runs out of memory, then or later, is repeated with leaner
+    settings, said through `say`. With `profile`, profile/ gets a timeline of two steps; without `measures`, no step is measured with
+    the allocator. Raises RunError, DataError, TrainingStopped, DoesNotFit, or UserError for a tracker that is not
+    installed.
+    """
+    recipe = plan.recipe
+    refuse_missing_trackers(recipe.train.trackers)
+    run = RunDir.open(run_dir) if resume else RunDir.create(run_dir)
+    if resume:
+        refuse_other_recipe(run, recipe)
+        refuse_other_base(run, loaded.base_sha256)
+    examples = training_examples(plan, loaded.tokenizer)
+    for sentence in (*examples.account("training rows", limit="data.num_train"), *examples.counts.notes):
+        say(sentence)
+    if recipe.data.eval is not None and Path(recipe.data.eval).exists():
+        for sentence in held_out_examples(plan, loaded.tokenizer).account("held-out rows", limit="eval.num_examples"):
+            say(sentence)
+    sampler = StepSampler(
+        len(examples),
+        examples_per_step=recipe.train.examples_per_step,
+        epochs=recipe.train.epochs or 1.0,
+        max_steps=recipe.train.max_steps,
+        seed=recipe.train.seed,
+    )
+    optimizer = make_optimizer(
+        loaded.model.named_parameters(),
+        name=recipe.train.optimizer,
+        learning_rate=recipe.train.learning_rate,
+        weight_decay=recipe.train.weight_decay,
+        loraplus_ratio=recipe.train.loraplus_ratio,
+    )
+    scaler = torch.amp.GradScaler(plan.device, enabled=plan.types.scale_loss)
+    state = TrainState(loaded.model, optimizer, scaler)
+    torch.manual_seed(purpose_seed(recipe.train.seed, "dropout"))
+    if resume:
+        _resume(state, run, say)
+    else:
+        _write_start(run, plan, loaded)
+    state.footprint = state.footprint or plan.chosen.footprint
+    tried = _preflight(plan, state, examples, sampler, say)
+    trace = Trace(run.profile, device=plan.device) if profile else None
+    steps = train_steps(
+        state,
+        examples,
+        sampler,
+        device=plan.device,
+        footprint=plan.chosen.footprint,
+        learning_rate=recipe.train.learning_rate,
+        schedule=recipe.train.schedule,
+        warmup_ratio=recipe.train.warmup_ratio,
+        max_grad_norm=recipe.train.max_grad_norm,
+        evaluate=_validation(plan, loaded, state) if recipe.train.eval_every_steps is not None else None,
+        eval_every_steps=recipe.train.eval_every_steps or 1,
+        early_stop=recipe.train.early_stop,
+        leaner=plan.leaner,
+        measures=measures,
+        trace=trace,
+        say=say,
+    )
+    try:
+        with _trackers(plan, run, first_step=state.step + 1) as track:
+            for stats in steps:
+                run.append_step(asdict(stats))
+                track(stats)
+                is_last, is_stopped = state.is_over(stats.num_steps, early_stop=recipe.train.early_stop), should_stop()
+                is_best = state.best is not None and state.best.step == stats.step
+                if is_last or is_stopped or is_best or stats.step % recipe.train.save_every_steps == 0:
+                    _save(state, run, recipe, loaded.base)
+                yield stats
+                if is_stopped and not is_last:
+                    return
+    except TrainingStopped as error:
+        if error.state_is_good and state.step > 0:
+            _save(state, run, recipe, loaded.base)
+        raise
+    except DoesNotFit as error:
+        newest, _ = newest_valid(run.checkpoints)
+        kept = (
+            f"the checkpoint {newest.name} is kept, --resume continues from it"
+            if newest
+            else "no checkpoint was written yet"
+        )
+        raise DoesNotFit(f"{error}; {kept}") from error
+    if trace is not None:
+        say(_trace_in_words(trace))
+    if state.step < len(sampler):
+        say(
+            f"stopped early after step {state.step} of {len(sampler)}: the validation loss has not fallen for "
+            f"{recipe.train.early_stop} evaluations"
+        )
+    if tried is not None or not run.read_json("memory.json"):  # a sitting without a step has nothing to add
+        run.write_json("memory.json", _memory(plan, loaded, state, run, tried))
+    _publish(state, run, loaded.tokenizer if recipe.data.special_tokens else None, say)
+
+
+def refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
+    """Raise RunError for a resolved `recipe` that is not the run's: another one would silently mix two runs."""
+    before, now = (r.model_dump(mode="json") for r in (load_run_recipe(run.recipe), recipe))
+    changed = [
+        f"{section}.{key} was {before[section][key]}, is {value}"
+        if key
+        else f"{section} was {before[section]}, is {value}"
+        for section, values in now.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+        if (before[section][key] if key else before[section]) != value
+    ]
+    if changed:
+        raise RunError(f"{run.path}: cannot resume with another recipe: {'; '.join(changed)}. Start a new run instead")
+
+
+def refuse_other_base(run: RunDir, now: str) -> None:
+    then = run.read_json("env.json").get("base_sha256")
+    if then is not None and now != then:
+        raise RunError(
+            f"{run.path}: was trained on another quantized base (SHA-256 {then[:12]}..., now {now[:12]}...). "
+            "Quantizing again may round differently; put the original cache back, or train again"
+        )
+
+
+def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel) -> None:
+    run.recipe.write_text(dump_recipe(plan.recipe), encoding="utf-8")
+    run.write_json("plan.json", plan.to_json_dict())
+    packages = ("qlora-lite", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+    run.write_json(
+        "env.json",
+        {
+            "base": str(loaded.base),
+            "base_sha256": loaded.base_sha256,
+            "init_from": _start_of(plan.recipe),
+            "device": plan.device,
+            "num_threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": {name: version(name) for name in packages},
+            "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+    )
+
+
+def _start_of(recipe: Recipe) -> dict[str, str] | None:
+    """Where the factors came from, and what they were."""
+    folder = recipe.lora.init_from
+    return None if folder is None else {"path": folder, "sha256": sha256_of_file(Path(folder) / FACTORS_FILE)}
+
+
+def _preflight(
+    plan: Plan, state: TrainState, examples: Examples, sampler: StepSampler, say: Callable[[str], None]
+) -> Preflight | None:
+    """None where no step is left to train."""
+    if state.step >= len(sampler):
+        return None
+    return try_largest_batch(
+        state,
+        lambda footprint: largest_step(examples, sampler, footprint.micro_batch_tokens, first=state.step),
+        device=plan.device,
+        leaner=plan.leaner,
+        say=say,
+    )
+
+
+def _validation(plan: Plan, loaded: LoadedModel, state: TrainState) -> Callable[[], float]:
+    """A function that measures the loss on the held-out rows as the model is now, by evaluation's own code."""
+    examples = held_out_examples(plan, loaded.tokenizer)
+
+    def measure() -> float:
+        tokens = (state.footprint or plan.chosen.footprint).micro_batch_tokens
+        return validation_loss(loaded.model, examples, device=plan.device, micro_batch_tokens=tokens)
+
+    return measure
+
+
+def _trackers(plan: Plan, run: RunDir, *, first_step: int) -> AbstractContextManager[Callable[[StepStats], None]]:
+    return open_trackers(
+        plan.recipe.train.trackers,
+        run.trackers,
+        run_name=run.path.resolve().name,
+        first_step=first_step,
+        settings=plan.recipe.model_dump(mode="json"),
+        device=plan.device,
+    )
+
+
+def _save(state: TrainState, run: RunDir, recipe: Recipe, base: Path) -> None:
+    try:
+        save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base=base)
+    except SafetensorError as error:  # what a full disk is called by save_file
+        raise RunError(
+            f"{run.checkpoints}: the checkpoint of step {state.step} cannot be written ({error}). Earlier ones are kept: "
+            "free some room and continue with --resume"
+        ) from error
+
+
+def _resume(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
+    checkpoint, problems = newest_valid(run.checkpoints)
+    for problem in problems:
+        say(problem)
+    if checkpoint is None:
+        say("no checkpoint yet: training starts at step 1")
+        run.cut_steps(0)
+        return
+    state.load(checkpoint)
+    run.cut_steps(state.step)
+    say(f"continues after step {state.step}, from {checkpoint}")
+
+
+def _publish(state: TrainState, run: RunDir, tokenizer: Any | None, say: Callable[[str], None]) -> None:
+    """Copy what the best checkpoint has trained to adapter/ or weights/, whole or not at all, and leave the model with it.
+
+    A `tokenizer` that is not the base's goes with it. Its manifest.json names the step and hashes the files.
+    """
+    name = folder_name(state.model)
+    last_step, best = state.step, state.best
+    checkpoint, problems = best_valid(run.checkpoints, best)
+    for problem in problems:
+        say(problem)
+    assert checkpoint is not None  # the last step has just written one
+    state.load(checkpoint)
+    shutil.rmtree(run.path / name, ignore_errors=True)
+    with staged_folder(run.path / name) as staging:
+        for path in (checkpoint / name).iterdir():
+            shutil.copyfile(path, staging / path.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staging))
+        write_manifest(staging, {"step": state.step})
+    if best is not None and state.step == best.step:
+        last = run.read_steps()[-1]["eval_loss"]
+        others = f"; the last step's was {last:.3f}" if best.step != last_step else ", and it was the last"
+        say(f"{name}/ is step {best.step}'s, with the lowest validation loss, {best.eval_loss:.3f}{others}")
+
+
+def _memory(plan: Plan, loaded: LoadedModel, state: TrainState, run: RunDir, tried: Preflight | None) -> dict[str, Any]:
+    """What memory.json holds."""
+    trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+    on_device, paged = state_bytes(state.optimizer)
+    planned = as_json(plan.rehearsal(plan.method))
+    found = memory_of_run(
+        planned,
+        loaded.static_bytes | {"optimizer_bytes": on_device},
+        gradients_bytes=4 * trained,
+        steps=run.read_steps(),
+        tried=tried,
+    )
+    used = state.footprint or plan.chosen.footprint
+    retries = (
+        [] if used == plan.chosen.footprint else [f"memory ran out with {plan.chosen.footprint}; trained with {used}"]
+    )
+    return {
+        "method": plan.method,
+        "budget_bytes": plan.budget_bytes,
+        **found,
+        "paged_bytes": compared(planned["host_bytes"], paged),
+        "allocator": allocator_statistics(plan.device),
+        "retries": retries,
+    }
+
+
+def _trace_in_words(trace: Trace) -> str:
+    if not trace.files:
+        return "no timeline was recorded: that takes at least two steps, and on the CPU three, because one is measured"
+    return f"timeline: {', '.join(map(str, trace.files))}; ui.perfetto.dev opens it (nothing is sent anywhere)"
