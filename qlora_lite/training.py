@@ -51,7 +51,6 @@ def train(
     run_dir: Path | str,
     *,
     resume: bool = False,
-    measures: bool = True,
     profile: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
@@ -62,9 +61,8 @@ def train(
     finished, a checkpoint written, and the generator ends. A finished run has no steps left. Afterwards `loaded` holds the
     factors that adapter/ holds: those of the lowest validation loss where the recipe asks for evaluations, else the last.
     Before the first step the largest micro-batch is tried; one that runs out of memory, then or later, is repeated with leaner
-    settings, said through `say`. With `profile`, profile/ gets a timeline of two steps; without `measures`, no step is measured with
-    the allocator. Raises RunError, DataError, TrainingStopped, DoesNotFit, or UserError for a tracker that is not
-    installed.
+    settings, said through `say`. With `profile`, profile/ gets a timeline of two steps. Raises RunError, DataError,
+    TrainingStopped, DoesNotFit, or UserError for a tracker that is not installed.
     """
     recipe = plan.recipe
     refuse_missing_trackers(recipe.train.trackers)
@@ -116,7 +114,6 @@ def train(
         eval_every_steps=recipe.train.eval_every_steps or 1,
         early_stop=recipe.train.early_stop,
         leaner=plan.leaner,
-        measures=measures,
         trace=trace,
         say=say,
     )

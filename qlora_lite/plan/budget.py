@@ -42,13 +42,14 @@ def budget_of(asked: int | str, device: str, *, measured: Mapping[str, Any] | No
     share, least = (
         (_CARD_MARGIN_SHARE, _CARD_MARGIN_BYTES) if device == "cuda" else (_HOST_MARGIN_SHARE, _HOST_MARGIN_BYTES)
     )
-    waste = (measured or {}).get("fragmentation_ratio")
-    share = waste - 1 if isinstance(waste, float) and waste >= 1 else share
+    waste = float((measured or {}).get("fragmentation_ratio", 0))
+    is_measured = waste >= 1
+    share = waste - 1 if is_measured else share
     margin = max(least, int(share * total))
     budget = max(free - margin, free // 2)
     where = "the card" if device == "cuda" else "this machine"
     why = "the allocator's holes" if device == "cuda" else "the rest of the machine"
-    why += ", which doctor measured" if waste is not None else ""
+    why += ", which doctor measured" if is_measured else ""
     return (
         budget,
         f"{format_bytes(budget)}: of {where}'s {format_bytes(total)}, {format_bytes(free)} are free, less a margin for {why}",

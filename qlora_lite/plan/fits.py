@@ -133,9 +133,7 @@ def longest_length(growth: Growth, room: Room) -> int | None:
         return growth.peak_bytes(steps * STEP) <= room.budget_bytes
 
     most = (room.positions or LENGTHS[-1] * 4) // STEP
-    low, high = (
-        (most, most + 1) if most and fits(most) else (0, most)
-    )  # the long ones first: of the short, few are asked for
+    low, high = (most, most + 1) if most and fits(most) else (0, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -124,7 +124,7 @@ def decisions(plan: Mapping[str, Any]) -> Html:
     return join(
         [
             join([intro, table("Decisions", ["setting", "decision and reason"], chosen)]) if chosen else "",
-            join([heading("Changed until it fits"), given_up]) if given_up else "",
+            join([heading("What would help it fit"), given_up]) if given_up else "",
             note(slower),
         ]
     )

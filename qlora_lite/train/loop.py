@@ -83,7 +83,6 @@ def train_steps(
     eval_every_steps: int = 1,
     early_stop: int | None = None,
     leaner: Leaner = lambda footprint: None,
-    measures: bool = True,
     trace: Trace | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[StepStats]:
@@ -95,8 +94,8 @@ def train_steps(
 
     `evaluate` gives the validation loss; it is called after every `eval_every_steps` steps and after the last, and must
     leave model and random numbers as they were. Training ends early when that loss has not fallen for `early_stop` calls.
-    The step with the largest micro-batch is measured with the allocator, in its last micro-batch; on CUDA all are; none
-    without `measures`. `trace` records a few others.
+    The step with the largest micro-batch is measured with the allocator, in its last micro-batch; on CUDA all are. `trace`
+    records a few others.
     """
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
     model = accelerator.prepare_model(state.model, device_placement=False)
@@ -113,7 +112,7 @@ def train_steps(
             step, num_steps=len(sampler), peak=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio
         )
         set_learning_rate(state.optimizer, rate)
-        is_measured = measures and (device == "cuda" or step == measured_step)
+        is_measured = device == "cuda" or step == measured_step
 
         def work(now: Footprint, rows: list[int] = rows, step: int = step, is_measured: bool = is_measured) -> _Done:
             batches = make_batches(examples, rows, micro_batch_tokens=now.micro_batch_tokens)

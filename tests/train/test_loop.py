@@ -274,9 +274,3 @@ def test_a_loss_that_rises_a_little_is_no_divergence():
     rows, state = random_rows(LABELS), fresh_state()
     state.first_loss = 4.0  # the losses are near 6: not twice as much
     assert len(list(steps_of(state, rows, sampler_of(rows, max_steps=12), learning_rate=1e-6))) == 12
-
-
-def test_without_measuring_no_step_is():
-    rows = random_rows(LABELS)
-    assert all(s.peak_bytes is None for s in steps_of(fresh_state(), rows, sampler_of(rows), measures=False))
-    assert any(s.peak_bytes is not None for s in steps_of(fresh_state(), rows, sampler_of(rows)))
