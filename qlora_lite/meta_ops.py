@@ -1,59 +1,107 @@
-"""What the commonest operators make of contiguous tensors on meta, by shape alone.
+"""What operators make of meta tensors, remembered: results there depend on shapes, strides and types alone.
 
-torch works these out in Python, by its reference implementations, in 0.1 to 0.3 ms a call; a rehearsal has thousands of them. Whatever is
-not plainly an elementwise operation, a concatenation or a norm of everything is left to torch: tensors that are not contiguous, whose
-result may lie otherwise, too. That both ways hold the same bytes: tests/test_meta_ops.py, tests/promises/test_promise_06_plan.py.
+torch works many of them out in Python, by its reference implementations, in 0.1 to 0.3 ms a call, and a rehearsal calls the same
+operators on the same shapes in every layer, at every depth, for every method. What lies in memory of its own is
+remembered, and that an argument was written into which looks as before; views are left to torch. That both ways hold the same
+bytes: tests/test_meta_ops.py, tests/promises/test_promise_06_plan.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-_aten: Any = torch.ops.aten
-_ELEMENTWISE = {
-    _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar, _aten.neg.default,
-    _aten.pow.Tensor_Scalar, _aten.rsqrt.default, _aten.tanh.default, _aten.bitwise_and.Scalar, _aten.bitwise_or.Tensor,
-    _aten.__rshift__.Scalar, _aten.__lshift__.Scalar,
-}  # fmt: skip
-_NEEDS_FLOATS = {_aten.div.Tensor, _aten.div.Scalar, _aten.rsqrt.default, _aten.tanh.default, _aten.pow.Tensor_Scalar}
+_NEW, _IN_PLACE, _OTHER = "new", "in place", "other"
+_MOST = 50_000  # results that are remembered, about 1 KB each
+_makers: dict[Any, Callable[[], Any] | None] = {}  # None: torch is to be asked each time
 
 
-def quick_result(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """What `func` returns, or None where torch is to be asked."""
-    if func in _ELEMENTWISE:
-        return _elementwise(func, args)
-    if func is _aten.cat.default:
-        return _concatenation(args)
-    if func is _aten.linalg_vector_norm.default and not kwargs and len(args) < 3 and _is_plain(args[0]):
-        return torch.empty((), dtype=args[0].dtype, device="meta")
-    return None
+def result_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What `func` returns, made anew from what it returned before."""
+    kind = _kind(func)
+    if kind is _OTHER:
+        return func(*args, **kwargs)
+    try:
+        key = (func, _described(args), _described(tuple(kwargs.items())) if kwargs else None)
+        maker = _makers.get(key, _unknown)
+    except _Indescribable:
+        return func(*args, **kwargs)
+    if maker is _unknown:
+        before = _described(args) if kind is _IN_PLACE else None
+        out = func(*args, **kwargs)
+        if len(_makers) >= _MOST:
+            _makers.clear()
+        if kind is _IN_PLACE:
+            _makers[key] = _first if out is args[0] and _described(args) == before else None
+        else:
+            _makers[key] = _maker_of(out) if _is_apart(out, (args, kwargs)) else None
+        return out
+    if maker is None:
+        return func(*args, **kwargs)
+    return args[0] if maker is _first else maker()
 
 
-def _elementwise(func: Any, args: Sequence[Any]) -> torch.Tensor | None:
-    first = args[0]
-    if not _is_plain(first) or (func in _NEEDS_FLOATS and not first.is_floating_point()):
+class _Indescribable(Exception):
+    """An argument that is neither a meta tensor nor a plain value."""
+
+
+def _unknown() -> None:
+    """Stands for a key that is not there."""
+
+
+def _first() -> None:
+    """Stands for the first argument, which was written into and looks as it did."""
+
+
+@cache
+def _kind(func: Any) -> str:
+    """_NEW: no result is a view of an argument; _IN_PLACE: the result is the first argument, the only one that is written into."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return _OTHER
+    arguments, returns = ([each.alias_info for each in them] for them in (schema.arguments, schema.returns))
+    if not any((*arguments, *returns)):
+        return _NEW
+    written = [alias is not None and alias.is_write for alias in arguments]
+    is_in_place = written[:1] == [True] and not any(arguments[1:]) and len(returns) == 1 and returns[0] is not None
+    return _IN_PLACE if is_in_place and returns[0].is_write else _OTHER
+
+
+def _described(values: Sequence[Any]) -> tuple[Any, ...]:
+    """All that a result may depend on, to look it up by."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if not value.is_meta:
+                raise _Indescribable
+            found += (value.shape, value.stride(), value.dtype)
+        elif isinstance(value, (list, tuple)):
+            found.append(_described(value))
+        elif value is None or isinstance(value, (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)):
+            found += (type(value), value)  # 1, 1.0 and True are equal and make other types
+        else:
+            raise _Indescribable
+    return tuple(found)
+
+
+def _is_apart(out: Any, given: Any) -> bool:
+    """Whether nothing that came out lies in what went in: not every view says that it is one."""
+    storages = [{leaf.untyped_storage()._cdata for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)} for each in (out, given)]
+    return not storages[0] & storages[1]
+
+
+def _maker_of(out: Any) -> Callable[[], Any] | None:
+    """Makes the like of `out`: a meta tensor, or several, each in a storage of its own that it fills."""
+    if isinstance(out, torch.Tensor):
+        shape, stride, dtype = out.shape, out.stride(), out.dtype
+        if not out.is_meta or out.storage_offset() or out.untyped_storage().nbytes() != out.numel() * out.element_size():
+            return None
+        return lambda: torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    if not isinstance(out, tuple) or not all(isinstance(each, torch.Tensor) for each in out):
         return None
-    if len(args) == 1 or func is _aten.pow.Tensor_Scalar:
-        return torch.empty(first.shape, dtype=first.dtype, device="meta")
-    second = args[1]
-    if not isinstance(second, torch.Tensor):
-        return torch.empty(first.shape, dtype=torch.result_type(first, second), device="meta")
-    if not (_is_plain(second) or second.dim() == 0):
+    makers = [_maker_of(each) for each in out]
+    if len({each.untyped_storage()._cdata for each in out}) < len(out) or not all(makers):
         return None
-    shape = first.shape if second.shape == first.shape else torch.broadcast_shapes(first.shape, second.shape)
-    return torch.empty(shape, dtype=torch.result_type(first, second), device="meta")
-
-
-def _concatenation(args: Sequence[Any]) -> torch.Tensor | None:
-    tensors, dim = args[0], args[1] if len(args) > 1 else 0
-    first = tensors[0]
-    if not all(_is_plain(t) and t.dtype == first.dtype and t.dim() == first.dim() for t in tensors):
-        return None
-    shape = list(first.shape)
-    shape[dim] = sum(t.shape[dim] for t in tensors)
-    return torch.empty(shape, dtype=first.dtype, device="meta")
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.is_meta and tensor.is_contiguous()
+    return lambda: tuple(maker() for maker in makers if maker is not None)

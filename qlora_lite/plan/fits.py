@@ -2,16 +2,19 @@
 
 A rehearsal takes tenths of a second, a map has dozens of cells, so few micro-batches are rehearsed and all others follow from them:
 
-    labels      add what they add, whatever the rest: up to a chunk of the head in steps of 16 rows, then in another line
+    labels      add what they add, whatever the rest and whatever is quantized: up to a chunk of the head in steps of 16 rows, then in
+                another line
     straight    where attention needs no mask, bytes depend on the tokens of a row alone, whoever's they are, in a line
-    curved      elsewhere (soft caps, sliding windows, models whose examples run one at a time) they grow in a line with the examples of
-                one length, and with the length in a parabola: one up to the window, another beyond it
+    by blocks   with soft caps and sliding windows, whose queries go in blocks, they grow in a line with the examples of one length, and
+                in another with the length: one up to the window, another beyond it
+    curved      models whose examples run one at a time build a whole mask: they grow in a parabola with the length
 
 tests/plan/test_forecast.py holds all three against whole rehearsals.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -26,8 +29,8 @@ from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, num_labels
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16)
 KNOTS = (2048, 32768)  # tokens in a row: what the lines go through
-LABELS = ((16, CHUNK), (CHUNK + 1, 4 * CHUNK))  # label tokens: of one chunk, of more
-FAR = 8192  # tokens: the longest that is rehearsed of a model with masks, whose every block of queries takes its time; or four windows
+FEW = 16  # label tokens: the least that the head's matrix products take (model/head.py)
+FAR = 4096  # tokens: the longest that is rehearsed of a model with masks, whose every block of queries takes its time; or four windows
 STEP = 64  # tokens; lengths are given in multiples of it
 Rehearse = Callable[[MicroBatch], Rehearsal]
 Bytes = dict[str, float]  # by phase
@@ -52,60 +55,82 @@ class Cell:
     fits: bool
 
 
-class Growth:
-    """Peaks of any micro-batch of a model, from few rehearsals."""
+class Labels:
+    """What label tokens add to each phase of a step above FEW of them, from at most five rehearsals.
 
-    def __init__(self, rehearse: Rehearse, config: PreTrainedConfig, *, label_share: float) -> None:
+    A chunk of the head is filled up to 16 rows (model/head.py); what is more than one chunk adds in another line.
+    """
+
+    def __init__(self, rehearse: Rehearse, *, chunk: int = CHUNK) -> None:
+        self._rehearse = rehearse
+        self._chunk = chunk
+        self.added = cache(self._added)
+
+    def _added(self, num_labels: int) -> Bytes:
+        whole = 16 * math.ceil(num_labels / 16)
+        is_one = num_labels <= self._chunk
+        knots, at = ((FEW, self._chunk), whole) if is_one else ((self._chunk + 1, 4 * self._chunk), num_labels)
+        few, *ends = (self._phases(labels) for labels in (FEW, *knots))
+        return {phase: size - few[phase] for phase, size in _line(knots, ends, at).items()}
+
+    def _phases(self, num_labels: int) -> Bytes:
+        return totals(self._rehearse(MicroBatch(KNOTS[0], 1, num_labels / KNOTS[0])))
+
+
+class Growth:
+    """Peaks of any micro-batch of a model, from few rehearsals. `labels` may be those of a method with the same head."""
+
+    def __init__(self, rehearse: Rehearse, config: PreTrainedConfig, labels: Labels, *, label_share: float) -> None:
         self._rehearse = rehearse
         self._config = config
+        self._labels = labels
         self._label_share = label_share
-        self._of_labels = cache(self._added_by)
+        self._raised: Callable[[], Bytes] = dict
+
+    def raised(self, by: Callable[[], Bytes]) -> "Growth":
+        """The same with so many bytes more in each phase, whatever the micro-batch."""
+        other = copy(self)
+        other._raised = cache(by)
+        return other
 
     def peak_bytes(self, length: int, batch: int = 1) -> int:
         """Of `batch` examples of `length` tokens."""
         bare = self._row(length * batch) if self._is_straight else self._examples(length, batch)
-        labels = self._of_labels(self._num_labels(length, batch))
-        return max(round(bare[phase] + labels[phase]) for phase in bare)
+        labels = self._labels.added(batch * num_labels(MicroBatch(length, 1, self._label_share)))
+        raised = self._raised()
+        return max(round(bare[phase] + labels[phase] + raised.get(phase, 0)) for phase in bare)
 
     @cached_property
     def _is_straight(self) -> bool:
         return is_straight(self._config)
 
     def _row(self, tokens: int) -> Bytes:
-        """Without labels, of one row, whoever's the tokens are."""
+        """With FEW labels, of one row, whoever's the tokens are."""
         return _line(KNOTS, [self._bare(knot, 1) for knot in KNOTS], tokens)
 
     def _examples(self, length: int, batch: int) -> Bytes:
-        """Without labels, of `batch` examples that do not share a row."""
+        """With FEW labels, of `batch` examples that do not share a row."""
         lengths = self._lengths_about(length)
         curves = [_line((1, 2), [self._bare(one, number) for number in (1, 2)[:batch]], batch) for one in lengths]
-        return {phase: _parabola(lengths, [curve[phase] for curve in curves], length) for phase in curves[0]}
+        return {phase: _polynomial(lengths, [curve[phase] for curve in curves], length) for phase in curves[0]}
 
-    def _lengths_about(self, length: int) -> tuple[int, int, int]:
-        """Three that `length` is computed from, whole blocks of queries: up to the sliding window, or from there on."""
+    def _lengths_about(self, length: int) -> tuple[int, ...]:
+        """Two or three that `length` is computed from, whole blocks of queries: up to the sliding window, or from there on."""
         window, positions = sliding_window(self._config), context_window(self._config)
         if window is not None and length <= window:
-            return max(1, window // 4), max(2, window // 2), max(3, window)
-        low = QUERY_BLOCK * ((window or 0) // QUERY_BLOCK + 1)
-        high = max(low + 2 * QUERY_BLOCK, min(positions or FAR, max(FAR, 4 * (window or 0))))
-        return low, (low + high) // 2 // QUERY_BLOCK * QUERY_BLOCK, high
+            low, high = max(1, window // 4), max(2, window)
+        else:
+            low = QUERY_BLOCK * ((window or 0) // QUERY_BLOCK + 1)
+            high = max(low + 2 * QUERY_BLOCK, min(positions or FAR, max(FAR, 4 * (window or 0))))
+        return (low, high) if packs_rows(model_class(self._config)) else (low, (low + high) // 2, high)
 
     def _bare(self, length: int, batch: int) -> Bytes:
-        found = self._phases(MicroBatch(length, batch, self._label_share))
-        labels = self._of_labels(self._num_labels(length, batch))
-        return {phase: size - labels[phase] for phase, size in found.items()}
+        return totals(self._rehearse(MicroBatch(length, batch, FEW / (length * batch))))
 
-    def _added_by(self, num_labels: int) -> Bytes:
-        """Above those of the fewest, of one row of KNOTS[0] tokens. A chunk is filled up to 16 rows (model/head.py)."""
-        knots, at = (LABELS[0], 16 * math.ceil(num_labels / 16)) if num_labels <= CHUNK else (LABELS[1], num_labels)
-        few, *ends = (self._phases(MicroBatch(KNOTS[0], 1, labels / KNOTS[0])) for labels in (LABELS[0][0], *knots))
-        return {phase: size - few[phase] for phase, size in _line(knots, ends, at).items()}
 
-    def _num_labels(self, length: int, batch: int) -> int:
-        return batch * num_labels(MicroBatch(length, 1, self._label_share))
-
-    def _phases(self, micro_batch: MicroBatch) -> Bytes:
-        return {phase: sum(parts.values()) for phase, parts in self._rehearse(micro_batch).phases.items()}
+def totals(rehearsal: Rehearsal) -> Bytes:
+    """Of each phase."""
+    return {phase: sum(parts.values()) for phase, parts in rehearsal.phases.items()}
 
 
 def is_straight(config: PreTrainedConfig) -> bool:
@@ -148,8 +173,8 @@ def _line(at: tuple[int, int], values: Sequence[Bytes], x: int) -> Bytes:
     return {phase: size + share * (values[1][phase] - size) for phase, size in values[0].items()}
 
 
-def _parabola(at: Sequence[int], values: Sequence[float], x: int) -> float:
-    """Through three points (Lagrange)."""
+def _polynomial(at: Sequence[int], values: Sequence[float], x: int) -> float:
+    """A line through two points, a parabola through three (Lagrange)."""
     total = 0.0
     for i, value in enumerate(values):
         others = [at[j] for j in range(len(at)) if j != i]

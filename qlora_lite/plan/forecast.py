@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from qlora_lite.merge.proof import PROOF_TOKENS
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
-from qlora_lite.plan.fits import Cell, Growth, Room, longest_length, memory_map
+from qlora_lite.plan.fits import Cell, Growth, Labels, Room, longest_length, memory_map, totals
 from qlora_lite.plan.largest import largest_model
 from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes
 from qlora_lite.plan.planner import Concession, Fit, concessions, shortage
@@ -83,7 +83,7 @@ def forecast(
 ) -> Forecast:
     """`method` is the one of METHODS that would be run. Raises ModelError for a config that is no model."""
     comparison, batch = Comparison(rehearsals, chosen.settings), chosen.batch
-    growth = {name: _growth(Comparison(rehearsals, leanest), name, rehearsals, room.label_share) for name in METHODS}
+    growth = _growth(Comparison(rehearsals, leanest), rehearsals.config, batch, room.label_share)
     methods = {name: comparison.rehearse(name, batch, chosen.scoring if name == method else None) for name in METHODS}
     fits = methods[method].peak_bytes <= room.budget_bytes
     return Forecast(
@@ -111,8 +111,9 @@ def sweep(
     for name, config, positions in models:
         rehearsals = Rehearsals(config)
         comparison = Comparison(rehearsals, replace(settings, method="qlora"))
-        growth = _growth(comparison, "qlora", rehearsals, label_share)
-        found = comparison.rehearse("qlora", MicroBatch(1024, 1, label_share))
+        batch = MicroBatch(1024, 1, label_share)
+        growth = _growth(comparison, config, batch, label_share)["qlora"]
+        found = comparison.rehearse("qlora", batch)
         longest = {card: longest_length(growth, Room(card, positions, label_share)) for card in CARDS}
         yield {
             "model": name,
@@ -131,5 +132,26 @@ def _merge(config: PreTrainedConfig, merging: Merging, batch: MicroBatch) -> dic
     }
 
 
-def _growth(comparison: Comparison, method: str, rehearsals: Rehearsals, label_share: float) -> Growth:
-    return Growth(partial(comparison.rehearse, method), rehearsals.config, label_share=label_share)
+def _growth(
+    comparison: Comparison, config: PreTrainedConfig, batch: MicroBatch, label_share: float
+) -> dict[str, Growth]:
+    """Of every method. Labels meet the same frozen head in both LoRAs; and full fine-tuning with 8-bit states is full fine-tuning
+    with other states: what `batch` needs more or less by them, any other does too."""
+
+    def growth(method: str, labels: Labels) -> Growth:
+        return Growth(partial(comparison.rehearse, method), config, labels, label_share=label_share)
+
+    def in_8_bits() -> dict[str, float]:
+        ours, theirs = (totals(comparison.rehearse(method, batch)) for method in ("full_8bit", "full"))
+        return {phase: ours[phase] - theirs[phase] for phase in ours}
+
+    of_frozen, of_trained = (
+        Labels(partial(comparison.rehearse, method), chunk=comparison.settings.head_chunk) for method in ("qlora", "full")
+    )
+    full = growth("full", of_trained)
+    return {
+        "qlora": growth("qlora", of_frozen),
+        "lora": growth("lora", of_frozen),
+        "full": full,
+        "full_8bit": full.raised(in_8_bits),
+    }

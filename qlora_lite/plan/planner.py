@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from qlora_lite.plan.compare import Rehearsals
-from qlora_lite.plan.fits import STEP, Growth, Rehearse, Room, longest_length
+from qlora_lite.plan.fits import STEP, Growth, Labels, Rehearse, Room, longest_length
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.scoring import Scoring
 from qlora_lite.plan.strategy import (
@@ -75,7 +76,7 @@ def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, *,
     needs, choice = _choose(rehearsals, settings, free, needs, budget_bytes)
     way = choice.strategy
     scoring, scoring_reason = _choose_scoring(
-        rehearsals, _with(settings, way), free, needs, _batch(way, needs), budget_bytes
+        rehearsals, _with(settings, way), free, needs, _batch(way, needs), budget_bytes if choice.fits else 0
     )
     return Fit(
         settings=_with(settings, way),
@@ -112,12 +113,15 @@ def concessions(
 ) -> tuple[Concession, ...]:
     """What further settings would save, those that save most first."""
     now = rehearsals.of(settings, batch, scoring).peak_bytes
-    found = [
-        Concession(setting, peak, now - peak)
-        for setting, other, smaller in _further(settings, batch)
-        for peak in [rehearsals.of(other, smaller, _shortened(scoring, smaller)).peak_bytes]
-        if peak < now
-    ]
+    evaluation = 0 if scoring is None else sum(rehearsals.evaluation(settings, scoring).values())
+
+    def peak_bytes(other: Settings, smaller: MicroBatch) -> int:
+        """Evaluating needs no more than it did, so it is rehearsed only where it may be what needs most."""
+        peak = rehearsals.of(other, smaller).peak_bytes
+        return peak if peak >= evaluation else rehearsals.of(other, smaller, _shortened(scoring, smaller)).peak_bytes
+
+    peaks = {setting: peak_bytes(other, smaller) for setting, other, smaller in _further(settings, batch)}
+    found = [Concession(setting, peak, now - peak) for setting, peak in peaks.items() if peak < now]
     return tuple(sorted(found, key=lambda concession: concession.peak_bytes))
 
 
@@ -151,15 +155,18 @@ def _choose(
     choice = choice_for(needs)
     if choice.fits or not needs.is_free:
         return needs, choice
-    shorter = _longest(partial(rehearsals.of, _with(settings, choice.strategy)), rehearsals, needs, budget_bytes)
+    leanest = _with(settings, choice.strategy)
+    shorter = _longest(partial(rehearsals.of, leanest), rehearsals.config, needs, budget_bytes, leanest.head_chunk)
     reason = _loss_in_words(needs, shorter, budget_bytes)
     needs = replace(needs, length=shorter or min(STEP, needs.length), reason=reason)
     return needs, choice_for(needs)
 
 
-def _longest(rehearse: Rehearse, rehearsals: Rehearsals, needs: Needs, budget_bytes: int) -> int | None:
+def _longest(
+    rehearse: Rehearse, config: PreTrainedConfig, needs: Needs, budget_bytes: int, head_chunk: int
+) -> int | None:
     """Of one example, rehearsed itself: what its neighbours say may be off by a little."""
-    growth = Growth(rehearse, rehearsals.config, label_share=needs.label_share)
+    growth = Growth(rehearse, config, Labels(rehearse, chunk=head_chunk), label_share=needs.label_share)
     length = longest_length(growth, Room(budget_bytes, needs.length, needs.label_share))
     while length and rehearse(MicroBatch(length, 1, needs.label_share)).peak_bytes > budget_bytes:
         length -= STEP
@@ -169,7 +176,7 @@ def _longest(rehearse: Rehearse, rehearsals: Rehearsals, needs: Needs, budget_by
 def _choose_scoring(
     rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, batch: MicroBatch, budget_bytes: int
 ) -> tuple[Scoring | None, str]:
-    """The largest batch of answers that fits, of prompts as long as they come."""
+    """The largest batch of answers that fits, of prompts as long as they come; the smallest where nothing does."""
     if not needs.num_scored:
         return None, f"{free.eval_batch_tokens or EVAL_BATCH_TOKENS[0]}: nothing is scored"
     prompts = (needs.length,) * min(needs.num_scored, EVAL_BATCH_TOKENS[0])
@@ -178,7 +185,7 @@ def _choose_scoring(
         return found, f"{found.batch_tokens}: asked for"
     for tokens in EVAL_BATCH_TOKENS:
         found = replace(found, batch_tokens=tokens)
-        if sum(rehearsals.evaluation(settings, found).values()) <= budget_bytes or tokens <= needs.length:
+        if tokens <= needs.length or (budget_bytes and sum(rehearsals.evaluation(settings, found).values()) <= budget_bytes):
             break  # a batch holds one prompt at least
     return found, f"{found.batch_tokens} prompt tokens are answered at once"
 

@@ -278,14 +278,15 @@ def _model(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | Pe
         make_trainable(base)
     else:
         targets = settings.target_modules
-        model = attach_adapter(
-            base,
-            r=settings.r,
-            lora_alpha=2 * settings.r,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            modules_to_save=settings.modules_to_save,
-            factor_dtype=settings.factors,
-        )
+        with torch.device("meta"):  # peft would fill factors on the CPU and move them
+            model = attach_adapter(
+                base,
+                r=settings.r,
+                lora_alpha=2 * settings.r,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                modules_to_save=settings.modules_to_save,
+                factor_dtype=settings.factors,
+            )
         if settings.use_dora:
             _add_magnitudes(model)
     return model

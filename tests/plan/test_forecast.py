@@ -11,7 +11,7 @@ from qlora_lite.model.known import known_config
 from qlora_lite.model.known_shapes import SHAPES
 from qlora_lite.plan import CARDS, METHODS, MicroBatch, Rehearsals, Room, Settings, Stage, forecast, sweep
 from qlora_lite.plan.compare import Comparison, as_method, own_method
-from qlora_lite.plan.fits import STEP, Growth, is_straight, longest_length, memory_map
+from qlora_lite.plan.fits import STEP, Growth, Labels, is_straight, longest_length, memory_map
 from qlora_lite.plan.largest import largest_model
 from qlora_lite.plan.merging import Merging
 from qlora_lite.plan.planner import Needs, fit
@@ -31,7 +31,8 @@ def small() -> Comparison:
 
 def growth_of(name: str, settings: Settings = Settings()) -> Growth:  # noqa: B008  # frozen
     config = known_config(name)
-    return Growth(cache(Stage(config, settings).rehearse), config, label_share=0.1)
+    rehearse = cache(Stage(config, settings).rehearse)
+    return Growth(rehearse, config, Labels(rehearse), label_share=0.1)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "bloom-560m", "gemma-3-1b"])
