@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 _NEW, _IN_PLACE, _OTHER = "new", "in place", "other"
 _MOST = 50_000  # results that are remembered, about 1 KB each
+_PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _makers: dict[Any, Callable[[], Any] | None] = {}  # None: torch is to be asked each time
 
 
@@ -79,7 +80,7 @@ def _described(values: Sequence[Any]) -> tuple[Any, ...]:
             found += (value.shape, value.stride(), value.dtype)
         elif isinstance(value, (list, tuple)):
             found.append(_described(value))
-        elif value is None or isinstance(value, (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)):
+        elif value is None or isinstance(value, _PLAIN):
             found += (type(value), value)  # 1, 1.0 and True are equal and make other types
         else:
             raise _Indescribable
@@ -88,7 +89,10 @@ def _described(values: Sequence[Any]) -> tuple[Any, ...]:
 
 def _is_apart(out: Any, given: Any) -> bool:
     """Whether nothing that came out lies in what went in: not every view says that it is one."""
-    storages = [{leaf.untyped_storage()._cdata for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)} for each in (out, given)]
+    storages = [
+        {leaf.untyped_storage()._cdata for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)}
+        for each in (out, given)
+    ]
     return not storages[0] & storages[1]
 
 
@@ -96,7 +100,11 @@ def _maker_of(out: Any) -> Callable[[], Any] | None:
     """Makes the like of `out`: a meta tensor, or several, each in a storage of its own that it fills."""
     if isinstance(out, torch.Tensor):
         shape, stride, dtype = out.shape, out.stride(), out.dtype
-        if not out.is_meta or out.storage_offset() or out.untyped_storage().nbytes() != out.numel() * out.element_size():
+        if (
+            not out.is_meta
+            or out.storage_offset()
+            or out.untyped_storage().nbytes() != out.numel() * out.element_size()
+        ):
             return None
         return lambda: torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     if not isinstance(out, tuple) or not all(isinstance(each, torch.Tensor) for each in out):

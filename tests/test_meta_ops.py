@@ -48,7 +48,11 @@ def test_a_remembered_result_is_torchs(func, args, kwargs):
     for found in (first, again):
         assert type(found) is type(expected)
         for mine, theirs in zip(as_tuple(found), as_tuple(expected), strict=True):
-            assert mine.is_meta and (mine.shape, mine.dtype, mine.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
+            assert mine.is_meta and (mine.shape, mine.dtype, mine.stride()) == (
+                theirs.shape,
+                theirs.dtype,
+                theirs.stride(),
+            )
             assert mine.untyped_storage().nbytes() == theirs.untyped_storage().nbytes()
 
 
@@ -99,9 +103,13 @@ def test_real_tensors_are_computed():
 
 def test_a_ledger_counts_the_same_with_and_without_memory(monkeypatch):
     def peak() -> int:
-        net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.LayerNorm(16), torch.nn.Linear(16, 3)).to("meta")
+        net = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.LayerNorm(16), torch.nn.Linear(16, 3)
+        ).to("meta")
         with Ledger() as ledger:
-            torch.nn.functional.cross_entropy(net(on_meta(5, 8, dtype=torch.float32)), on_meta(5, dtype=torch.int64)).backward()
+            torch.nn.functional.cross_entropy(
+                net(on_meta(5, 8, dtype=torch.float32)), on_meta(5, dtype=torch.int64)
+            ).backward()
         return ledger.peak_bytes
 
     with_memory = [peak() for _ in range(2)]

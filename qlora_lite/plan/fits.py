@@ -32,8 +32,9 @@ KNOTS = (2048, 32768)  # tokens in a row: what the lines go through
 FEW = 16  # label tokens: the least that the head's matrix products take (model/head.py)
 FAR = 4096  # tokens: the longest that is rehearsed of a model with masks, whose every block of queries takes its time; or four windows
 STEP = 64  # tokens; lengths are given in multiples of it
+ROW = 8192  # tokens: of the longest row of several examples that is rehearsed
 Rehearse = Callable[[MicroBatch], Rehearsal]
-Bytes = dict[str, float]  # by phase
+Bytes = dict[str, float]  # by stretch
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Cell:
 
 
 class Labels:
-    """What label tokens add to each phase of a step above FEW of them, from at most five rehearsals.
+    """What label tokens add to each stretch of a step above FEW of them, from at most five rehearsals.
 
     A chunk of the head is filled up to 16 rows (model/head.py); what is more than one chunk adds in another line.
     """
@@ -70,10 +71,10 @@ class Labels:
         whole = 16 * math.ceil(num_labels / 16)
         is_one = num_labels <= self._chunk
         knots, at = ((FEW, self._chunk), whole) if is_one else ((self._chunk + 1, 4 * self._chunk), num_labels)
-        few, *ends = (self._phases(labels) for labels in (FEW, *knots))
-        return {phase: size - few[phase] for phase, size in _line(knots, ends, at).items()}
+        few, *ends = (self._totals(labels) for labels in (FEW, *knots))
+        return {stretch: size - few[stretch] for stretch, size in _line(knots, ends, at).items()}
 
-    def _phases(self, num_labels: int) -> Bytes:
+    def _totals(self, num_labels: int) -> Bytes:
         return totals(self._rehearse(MicroBatch(KNOTS[0], 1, num_labels / KNOTS[0])))
 
 
@@ -88,7 +89,7 @@ class Growth:
         self._raised: Callable[[], Bytes] = dict
 
     def raised(self, by: Callable[[], Bytes]) -> "Growth":
-        """The same with so many bytes more in each phase, whatever the micro-batch."""
+        """The same with so many bytes more in each stretch, whatever the micro-batch."""
         other = copy(self)
         other._raised = cache(by)
         return other
@@ -98,7 +99,7 @@ class Growth:
         bare = self._row(length * batch) if self._is_straight else self._examples(length, batch)
         labels = self._labels.added(batch * num_labels(MicroBatch(length, 1, self._label_share)))
         raised = self._raised()
-        return max(round(bare[phase] + labels[phase] + raised.get(phase, 0)) for phase in bare)
+        return max(round(bare[stretch] + labels[stretch] + raised.get(stretch, 0)) for stretch in bare)
 
     @cached_property
     def _is_straight(self) -> bool:
@@ -109,10 +110,17 @@ class Growth:
         return _line(KNOTS, [self._bare(knot, 1) for knot in KNOTS], tokens)
 
     def _examples(self, length: int, batch: int) -> Bytes:
-        """With FEW labels, of `batch` examples that do not share a row."""
+        """With FEW labels, of `batch` examples that do not share a row, or whose masks differ from one long example's."""
         lengths = self._lengths_about(length)
-        curves = [_line((1, 2), [self._bare(one, number) for number in (1, 2)[:batch]], batch) for one in lengths]
-        return {phase: _polynomial(lengths, [curve[phase] for curve in curves], length) for phase in curves[0]}
+        curves = [self._alike(one, batch) for one in lengths]
+        return {stretch: _polynomial(lengths, [curve[stretch] for curve in curves], length) for stretch in curves[0]}
+
+    def _alike(self, length: int, batch: int) -> Bytes:
+        """A second example adds what others do not: the sum of two gradients."""
+        if batch == 1:
+            return self._bare(length, 1)
+        knots = 2, max(3, min(BATCHES[-1], ROW // length))
+        return _line(knots, [self._bare(length, knot) for knot in knots], batch)
 
     def _lengths_about(self, length: int) -> tuple[int, ...]:
         """Two or three that `length` is computed from, whole blocks of queries: up to the sliding window, or from there on."""
@@ -129,8 +137,8 @@ class Growth:
 
 
 def totals(rehearsal: Rehearsal) -> Bytes:
-    """Of each phase."""
-    return {phase: sum(parts.values()) for phase, parts in rehearsal.phases.items()}
+    """Of each stretch."""
+    return {stretch: sum(parts.values()) for stretch, parts in rehearsal.stretches.items()}
 
 
 def is_straight(config: PreTrainedConfig) -> bool:
@@ -166,11 +174,11 @@ def longest_length(growth: Growth, room: Room) -> int | None:
 
 
 def _line(at: tuple[int, int], values: Sequence[Bytes], x: int) -> Bytes:
-    """Each phase on the line through two points; at the first, that one alone is needed."""
+    """Each stretch on the line through two points; at the first, that one alone is needed."""
     if x == at[0]:
         return values[0]
     share = (x - at[0]) / (at[1] - at[0])
-    return {phase: size + share * (values[1][phase] - size) for phase, size in values[0].items()}
+    return {stretch: size + share * (values[1][stretch] - size) for stretch, size in values[0].items()}
 
 
 def _polynomial(at: Sequence[int], values: Sequence[float], x: int) -> float:

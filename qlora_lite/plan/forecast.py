@@ -83,7 +83,7 @@ def forecast(
 ) -> Forecast:
     """`method` is the one of METHODS that would be run. Raises ModelError for a config that is no model."""
     comparison, batch = Comparison(rehearsals, chosen.settings), chosen.batch
-    growth = _growth(Comparison(rehearsals, leanest), rehearsals.config, batch, room.label_share)
+    growth = growth_by_method(Comparison(rehearsals, leanest), rehearsals.config, batch, room.label_share)
     methods = {name: comparison.rehearse(name, batch, chosen.scoring if name == method else None) for name in METHODS}
     fits = methods[method].peak_bytes <= room.budget_bytes
     return Forecast(
@@ -112,7 +112,7 @@ def sweep(
         rehearsals = Rehearsals(config)
         comparison = Comparison(rehearsals, replace(settings, method="qlora"))
         batch = MicroBatch(1024, 1, label_share)
-        growth = _growth(comparison, config, batch, label_share)["qlora"]
+        growth = growth_by_method(comparison, config, batch, label_share)["qlora"]
         found = comparison.rehearse("qlora", batch)
         longest = {card: longest_length(growth, Room(card, positions, label_share)) for card in CARDS}
         yield {
@@ -132,7 +132,7 @@ def _merge(config: PreTrainedConfig, merging: Merging, batch: MicroBatch) -> dic
     }
 
 
-def _growth(
+def growth_by_method(
     comparison: Comparison, config: PreTrainedConfig, batch: MicroBatch, label_share: float
 ) -> dict[str, Growth]:
     """Of every method. Labels meet the same frozen head in both LoRAs; and full fine-tuning with 8-bit states is full fine-tuning
@@ -146,7 +146,8 @@ def _growth(
         return {phase: ours[phase] - theirs[phase] for phase in ours}
 
     of_frozen, of_trained = (
-        Labels(partial(comparison.rehearse, method), chunk=comparison.settings.head_chunk) for method in ("qlora", "full")
+        Labels(partial(comparison.rehearse, method), chunk=comparison.settings.head_chunk)
+        for method in ("qlora", "full")
     )
     full = growth("full", of_trained)
     return {

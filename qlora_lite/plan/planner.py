@@ -185,7 +185,9 @@ def _choose_scoring(
         return found, f"{found.batch_tokens}: asked for"
     for tokens in EVAL_BATCH_TOKENS:
         found = replace(found, batch_tokens=tokens)
-        if tokens <= needs.length or (budget_bytes and sum(rehearsals.evaluation(settings, found).values()) <= budget_bytes):
+        if tokens <= needs.length or (
+            budget_bytes and sum(rehearsals.evaluation(settings, found).values()) <= budget_bytes
+        ):
             break  # a batch holds one prompt at least
     return found, f"{found.batch_tokens} prompt tokens are answered at once"
 

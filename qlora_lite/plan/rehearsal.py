@@ -17,6 +17,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import lcm
 from typing import Any
 
@@ -26,7 +27,7 @@ from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_lite.data.batches import Batch
-from qlora_lite.ledger import PAGED, PHASES, Ledger, counted_as
+from qlora_lite.ledger import PAGED, PHASES, Ledger, count_as_after, counted_as
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.base import checkpoint_activations
 from qlora_lite.model.dora import Dora
@@ -49,6 +50,9 @@ RUNTIME = {"cpu": 0, "cuda": (2 * 4096 + 8 * 16) * 1024}
 
 
 NF4 = Quantization("nf4")
+_EMBEDDING = "embedding"  # what is made once the gradient of the embeddings is there, of weights that are trained
+_STRETCHES = {**PHASES, _EMBEDDING: "end of backward"}
+_PHASE_OF = {"end of backward": "backward"}
 Phases = dict[str, dict[str, int]]  # bytes by part at the peak of each phase
 
 
@@ -84,13 +88,23 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Bytes by phase (forward, head, backward, update; evaluate where it is planned) and part at that phase's peak."""
+    """Bytes by part at the peak of each stretch of a step."""
 
-    phases: Phases
+    stretches: Phases  # the phases, and the end of the backward pass by itself: with the length it grows otherwise than the rest
     num_weights: int
     num_trained: int
     num_in_factors: int  # of the trained ones, those that grow with the rank
     host_bytes: int  # optimizer state that may page to the host
+
+    @cached_property
+    def phases(self) -> Phases:
+        """Of forward, head, backward, update; evaluate where it is planned: the highest of its stretches."""
+        found: Phases = {}
+        for stretch, parts in self.stretches.items():
+            phase = _PHASE_OF.get(stretch, stretch)
+            if phase not in found or sum(parts.values()) > sum(found[phase].values()):
+                found[phase] = parts
+        return found
 
     @property
     def phase(self) -> str:
@@ -155,6 +169,10 @@ class Body:
         self.ledger: Ledger | None = None
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(self._hold_gradient)
+        decoder = causal_lm(self.model).get_decoder()
+        decoder.register_forward_hook(lambda module, args, out: count_as_after(out.last_hidden_state, "recompute"))
+        embedding = causal_lm(self.model).get_input_embeddings()
+        embedding.register_forward_hook(lambda module, args, out: count_as_after(out, _EMBEDDING))
 
     def _hold_gradient(self, parameter: torch.Tensor) -> None:
         assert self.ledger is not None and parameter.grad is not None
@@ -219,14 +237,24 @@ class Scene:
                 head_chunk=self._settings.head_chunk,
             )
         self._optimizer.zero_grad(set_to_none=True)
-        self.peak_totals = {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
+        totals = {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
+        totals["recompute"] = max(totals["recompute"], totals.pop(_EMBEDDING, 0))
+        self.peak_totals = totals
         return Rehearsal(
-            phases={PHASES[name]: parts for name, parts in ledger.peaks.items() if name in PHASES},
+            stretches=_stretches(ledger),
             num_weights=_num_weights(causal_lm(self.model)),
             num_trained=sum(parameter.numel() for parameter in self._body.trained),
             num_in_factors=self._body.num_in_factors,
             host_bytes=ledger.live[PAGED],
         )
+
+
+def _stretches(ledger: Ledger) -> Phases:
+    found = {_STRETCHES[name]: dict(parts) for name, parts in ledger.peaks.items() if name in _STRETCHES}
+    for parts in found.values():
+        if _EMBEDDING in parts:
+            parts["recompute"] = parts.get("recompute", 0) + parts.pop(_EMBEDDING)
+    return found
 
 
 def layer_period(config: PreTrainedConfig) -> int:
@@ -252,7 +280,7 @@ def _continued(low: Rehearsal, high: Rehearsal, *, times: int) -> Rehearsal:
         return first + times * (second - first)
 
     return Rehearsal(
-        _phases_continued(low.phases, high.phases, times=times),
+        _phases_continued(low.stretches, high.stretches, times=times),
         num_weights=line(low.num_weights, high.num_weights),
         num_trained=line(low.num_trained, high.num_trained),
         num_in_factors=line(low.num_in_factors, high.num_in_factors),

@@ -55,7 +55,7 @@ class Scoring:
 
 def with_evaluation(rehearsal: Rehearsal, parts: dict[str, int]) -> Rehearsal:
     """The rehearsal with a phase `evaluate` beside those of a step: the run's peak is the highest of all."""
-    return replace(rehearsal, phases={**rehearsal.phases, "evaluate": parts})
+    return replace(rehearsal, stretches={**rehearsal.stretches, "evaluate": parts})
 
 
 def rehearse_evaluation(stage: Stage, scoring: Scoring) -> dict[str, int]:

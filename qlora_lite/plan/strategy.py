@@ -7,7 +7,8 @@ In: what the recipe leaves free, and a function that rehearses one way. Out: `Ch
 F is the operations a weight and token of a step without recomputation, in pairs: forward, gradient of the input and, where the weight is
 trained, of the weight (2 or 3); R = 1 the forward pass again, in one layer of k. C is what making a 16-bit weight of a 4-bit one costs,
 in tokens of its matrix product: on a card 4.5 bytes moved a weight against 2 operations a token (165 TFLOP/s and 1 TB/s, an RTX 4090's
-data sheet: 370), on a CPU 50, which is assumed. Estimates, to put ways in order: not measured against each other yet.
+data sheet: 370), on a CPU 115, which tools/bench_ways found with the small shipped model: its nine ways are 1.0 to 1.5 times as slow
+as the fastest, and the formula is off by 6% of that (tools/results/bench_ways.json). A card's is not measured yet.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ CHECKPOINTING = (0, 2, 1)  # every so many-th layer, from fastest to leanest
 HEAD_CHUNKS = (CHUNK, 64, 16)
 EVAL_BATCH_TOKENS = (BATCH_TOKENS, 2048, 1024, 512, 256)
 OPTIMIZERS = ("adamw", "paged_adamw_32bit", "paged_adamw_8bit")
-_DEQUANTIZING_TOKENS = {"cpu": 50, "cuda": 370}
+_DEQUANTIZING_TOKENS = {"cpu": 115, "cuda": 370}
 
 
 @dataclass(frozen=True)

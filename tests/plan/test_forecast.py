@@ -12,6 +12,7 @@ from qlora_lite.model.known_shapes import SHAPES
 from qlora_lite.plan import CARDS, METHODS, MicroBatch, Rehearsals, Room, Settings, Stage, forecast, sweep
 from qlora_lite.plan.compare import Comparison, as_method, own_method
 from qlora_lite.plan.fits import STEP, Growth, Labels, is_straight, longest_length, memory_map
+from qlora_lite.plan.forecast import growth_by_method
 from qlora_lite.plan.largest import largest_model
 from qlora_lite.plan.merging import Merging
 from qlora_lite.plan.planner import Needs, fit
@@ -53,6 +54,19 @@ def test_lengths_between_those_that_are_rehearsed_are_what_rehearsals_say(name, 
     growth, stage = growth_of(name, settings), Stage(config, settings)
     for length in lengths:
         assert growth.peak_bytes(length) == pytest.approx(stage.rehearse(MicroBatch(length)).peak_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "bloom-560m"])
+def test_every_method_grows_as_its_rehearsals_say(name):
+    """Labels and optimizer states that two methods share are rehearsed once; a second example and a second chunk of labels add more
+    than a third."""
+    config = known_config(name)
+    comparison = Comparison(Rehearsals(config), Settings(head_chunk=64))
+    growth = growth_by_method(comparison, config, MicroBatch(1024), 0.1)
+    for method in METHODS:
+        for length, batch in ((600, 1), (700, 3), (5000, 2)):
+            exact = comparison.rehearse(method, MicroBatch(length, batch)).peak_bytes
+            assert growth[method].peak_bytes(length, batch) == pytest.approx(exact, rel=0.015)
 
 
 def test_which_models_grow_in_straight_lines():
