@@ -7,24 +7,27 @@ tokens of the whole step, never averaged over micro-batches.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qlora_lite.data.template import Encoded
+from qlora_lite.data.trees import Node, TokenizedRows, grow, split
+from qlora_lite.model.tree_attention import NO_PARENT
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch: examples packed one after the other in a single row. Attention must not cross example borders."""
+    """One micro-batch: a single row of segments one after the other, each an example or, where examples share their beginning, a run
+    of tokens that continues another. Attention must not leave a segment and what it continues."""
 
     input_ids_1T: Tensor  # int64 [1, T]
-    position_ids_1T: Tensor  # int64 [1, T]; restart at 0 where an example starts
-    lengths: tuple[int, ...]  # tokens per example; sum == T
+    position_ids_1T: Tensor  # int64 [1, T]; count from 0 where an example starts, on from its parent's where a segment continues one
+    lengths: tuple[int, ...]  # tokens per segment; sum == T
+    parents: tuple[int, ...]  # the segment that each one continues; NO_PARENT where it begins an example
     predictor_N: Tensor  # int64 [N]; positions in the row whose hidden state predicts a label (label position - 1)
     target_N: Tensor  # int64 [N]; the token ids to predict
     rows: tuple[int, ...]  # indices of the examples, in the order they are packed
@@ -40,23 +43,23 @@ class Batch:
         )
 
 
-class TokenizedRows(Protocol):
-    """What batching needs to know of `Examples`."""
-
-    @property
-    def lengths(self) -> np.ndarray: ...  # int [num examples]: tokens per example
-
-    def encoded(self, index: int) -> Encoded: ...
-
-
 class StepSampler:
     """The examples of every optimizer step: a seeded shuffle per epoch, cut into steps; an epoch's last step may be smaller.
 
     `max_steps` wins over `epochs` when it is given (as in the Hugging Face trainer): fewer steps, or more epochs.
+    With `families` (trees.py), rows that share their beginning come in one step: what is shuffled are whole families, those larger than
+    a step in random pieces of one. A step then has `examples_per_step` examples give or take one family.
     """
 
     def __init__(
-        self, num_examples: int, *, examples_per_step: int, epochs: float, max_steps: int | None, seed: int
+        self,
+        num_examples: int,
+        *,
+        examples_per_step: int,
+        epochs: float,
+        max_steps: int | None,
+        seed: int,
+        families: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Raises ValueError when a count is below 1 or the seed is negative."""
         counts = {"num_examples": num_examples, "examples_per_step": examples_per_step, "max_steps": max_steps}
@@ -72,7 +75,9 @@ class StepSampler:
         self.steps_per_epoch = math.ceil(num_examples / examples_per_step)
         self.num_steps = max_steps if max_steps is not None else math.ceil(epochs * self.steps_per_epoch)
         self.seed = seed
-        self._order_of_epoch: tuple[int, np.ndarray] | None = None  # the last epoch's order; recomputed, never saved
+        self.shares = families is not None  # whether a step's rows are packed as trees
+        self._families = None if families is None else [np.asarray(family) for family in families]
+        self._steps_of_epoch: tuple[int, list[list[int]]] | None = None  # the last epoch's; computed again, never saved
 
     def __len__(self) -> int:
         """Number of optimizer steps."""
@@ -83,41 +88,60 @@ class StepSampler:
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} is outside 0 to {self.num_steps - 1}")
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        start = step_of_epoch * self.examples_per_step
-        rows: list[int] = self._order(epoch)[start : start + self.examples_per_step].tolist()
-        return rows
+        if self._steps_of_epoch is None or self._steps_of_epoch[0] != epoch:
+            self._steps_of_epoch = (epoch, self._steps(epoch))
+        return self._steps_of_epoch[1][step_of_epoch]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._order_of_epoch is None or self._order_of_epoch[0] != epoch:
-            purpose = int.from_bytes(b"order", "big")  # keeps this stream apart from other users of the same seed
-            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, purpose, epoch])))
-            self._order_of_epoch = (epoch, generator.permutation(self.num_examples))
-        return self._order_of_epoch[1]
+    def _steps(self, epoch: int) -> list[list[int]]:
+        purpose = int.from_bytes(b"order", "big")  # keeps this stream apart from other users of the same seed
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, purpose, epoch])))
+        size = self.examples_per_step
+        if self._families is None:
+            order = generator.permutation(self.num_examples)
+            return [order[start : start + size].tolist() for start in range(0, self.num_examples, size)]
+        shuffled = [generator.permutation(family) for family in self._families]
+        pieces = [family[start : start + size] for family in shuffled for start in range(0, len(family), size)]
+        steps: list[list[int]] = [[] for _ in range(self.steps_per_epoch)]
+        before = 0
+        for index in generator.permutation(len(pieces)):
+            steps[before // size] += pieces[index].tolist()  # no piece is longer than a step, so none stays empty
+            before += len(pieces[index])
+        return steps
 
 
-def make_batches(examples: TokenizedRows, rows: Sequence[int], *, micro_batch_tokens: int) -> list[Batch]:
+def make_batches(
+    examples: TokenizedRows, rows: Sequence[int], *, micro_batch_tokens: int, share: bool = False
+) -> list[Batch]:
     """Pack the rows of one step into few, evenly filled micro-batches of at most `micro_batch_tokens` tokens each.
 
+    With `share`, what rows begin with in common is in a micro-batch once; a tree that is too large is split, its trunk repeated.
     A single example longer than that is a batch of its own. The largest batch comes last, when all
     gradients are there: that is where a step's memory peaks, and where it is measured.
     Deterministic; raises ValueError when `micro_batch_tokens` is below 1.
     """
     if micro_batch_tokens < 1:
         raise ValueError(f"micro_batch_tokens: expected a whole number above 0, got {micro_batch_tokens}")
-    lengths = {row: int(examples.lengths[row]) for row in rows}
-    too_long = [[row] for row in rows if lengths[row] > micro_batch_tokens]
-    fitting = [row for row in rows if lengths[row] <= micro_batch_tokens]
-    groups = [sorted(group) for group in too_long + _split_evenly(fitting, lengths, micro_batch_tokens)]
-    groups.sort(key=lambda group: (sum(lengths[row] for row in group), group))
-    return [pack_batch([examples.encoded(row) for row in group], group) for group in groups]
+    pieces = list(_pieces(examples, rows, micro_batch_tokens)) if share else [[row] for row in rows]
+    sizes = {piece[0]: _num_tokens(examples, piece) for piece in pieces}
+    by_first = {piece[0]: piece for piece in pieces}
+    too_long = [[first] for first in by_first if sizes[first] > micro_batch_tokens]
+    fitting = [first for first in by_first if sizes[first] <= micro_batch_tokens]
+    groups = [
+        sorted(row for first in group for row in by_first[first])
+        for group in too_long + _split_evenly(fitting, sizes, micro_batch_tokens)
+    ]
+    groups.sort(key=lambda group: (_num_tokens(examples, group) if share else int(examples.lengths[group].sum()), group))
+    return [_packed(examples, group, share=share) for group in groups]
 
 
 def step_with_largest_batch(
     examples: TokenizedRows, sampler: StepSampler, micro_batch_tokens: int, *, first: int
 ) -> int:
     """Step that packs the longest row, decided on lengths alone: a step of many tokens fills its micro-batches."""
-    lengths = examples.lengths
-    tokens = {step: int(lengths[sampler.rows_of_step(step)].sum()) for step in range(first, len(sampler))}
+    tokens = {
+        step: _num_tokens(examples, sampler.rows_of_step(step), share=sampler.shares)
+        for step in range(first, len(sampler))
+    }
     full = [step for step, total in tokens.items() if total >= micro_batch_tokens]
     if not full:
         return max(tokens, key=lambda step: tokens[step], default=first)
@@ -128,7 +152,8 @@ def step_with_largest_batch(
 def largest_step(examples: TokenizedRows, sampler: StepSampler, micro_batch_tokens: int, *, first: int) -> list[Batch]:
     """The micro-batches of that step, of all from `first` on; the largest is the last."""
     step = step_with_largest_batch(examples, sampler, micro_batch_tokens, first=first)
-    return make_batches(examples, sampler.rows_of_step(step), micro_batch_tokens=micro_batch_tokens)
+    rows = sampler.rows_of_step(step)
+    return make_batches(examples, rows, micro_batch_tokens=micro_batch_tokens, share=sampler.shares)
 
 
 def pack_batch(encoded: Sequence[Encoded], rows: Sequence[int]) -> Batch:
@@ -147,10 +172,74 @@ def pack_batch(encoded: Sequence[Encoded], rows: Sequence[int]) -> Batch:
         input_ids_1T=input_ids_1T,
         position_ids_1T=torch.tensor([position_ids], dtype=torch.int64),
         lengths=tuple(len(example.input_ids) for example in encoded),
+        parents=(NO_PARENT,) * len(encoded),
         predictor_N=predictor_N,
         target_N=input_ids_1T[0, predictor_N + 1],
         rows=tuple(rows),
     )
+
+
+def pack_trees(examples: TokenizedRows, rows: Sequence[int]) -> Batch:
+    """As `pack_batch`, what several rows begin with once, and each row's own tokens behind it."""
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    lengths: list[int] = []
+    parents: list[int] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    packed: list[int] = []
+
+    def add(encoded: Encoded, start: int, end: int, parent: int) -> int:
+        """A segment of tokens [start, end) of a row; -> its number."""
+        input_ids.extend(encoded.input_ids[start:end])
+        position_ids.extend(range(start, end))
+        lengths.append(end - start)
+        parents.append(parent)
+        return len(lengths) - 1
+
+    def visit(node: Node, parent: int, last: int) -> None:
+        """`last` is the place of the token before the node's first one."""
+        if node.end > node.start:
+            parent = add(examples.encoded(next(node.all_rows())), node.start, node.end, parent)
+            last = len(input_ids) - 1
+        for row in node.rows:
+            encoded, first = examples.encoded(row), len(input_ids)
+            add(encoded, node.end, len(encoded.input_ids), parent)
+            places = [last if at < node.end else first + at - node.end for at in encoded.predictors]
+            predictors.extend(places)
+            targets.extend(encoded.input_ids[at + 1] for at in encoded.predictors)
+            packed.append(row)
+        for child in node.nodes:
+            visit(child, parent, last)
+
+    visit(grow(examples, rows).top, NO_PARENT, -1)
+    return Batch(
+        input_ids_1T=torch.tensor([input_ids], dtype=torch.int64),
+        position_ids_1T=torch.tensor([position_ids], dtype=torch.int64),
+        lengths=tuple(lengths),
+        parents=tuple(parents),
+        predictor_N=torch.tensor(predictors, dtype=torch.int64),
+        target_N=torch.tensor(targets, dtype=torch.int64),
+        rows=tuple(packed),
+    )
+
+
+def _packed(examples: TokenizedRows, rows: Sequence[int], *, share: bool) -> Batch:
+    return pack_trees(examples, rows) if share else pack_batch([examples.encoded(row) for row in rows], rows)
+
+
+def _pieces(examples: TokenizedRows, rows: Sequence[int], micro_batch_tokens: int) -> Iterator[list[int]]:
+    """Rows that stay together: a tree, or the part of one that fits, or a row that shares nothing."""
+    forest = grow(examples, rows)
+    yield from ([row] for row in forest.top.rows)
+    for node in forest.top.nodes:
+        yield from split(node, forest.lengths, micro_batch_tokens)
+
+
+def _num_tokens(examples: TokenizedRows, rows: Sequence[int], *, share: bool = True) -> int:
+    if len(rows) == 1 or not share:
+        return int(examples.lengths[list(rows)].sum())
+    return grow(examples, rows).num_tokens
 
 
 def _split_evenly(rows: list[int], lengths: dict[int, int], capacity: int) -> list[list[int]]:

@@ -23,6 +23,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
+from qlora_lite.model.tree_attention import NO_PARENT, parts_of, tree_attention
+
 PACKED = "qlora_lite_packed"
 QUERY_BLOCK = 512  # queries at once where scores or a mask are needed
 
@@ -35,18 +37,24 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     lengths: tuple[int, ...],
+    parents: tuple[int, ...] = (),
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each example of a packed row.
+    """Causal attention within each segment of a packed row, and to those that it continues, of which `parents` tells the nearest.
 
     query is [1, H, T, d], key and value [1, H_kv, T, d], `lengths` sums to T; returns [1, T, H, d]. With `sliding_window` a
     query sees so many keys, its own included; `softcap` bounds scores to c * tanh(score / c). The signature is that of
     transformers' attention functions, which pass further keywords that do not matter here.
     """
+    if any(parent != NO_PARENT for parent in parents):
+        if dropout or sliding_window is not None or softcap is not None:
+            raise ValueError("segments that continue others need plain attention: no dropout, window or soft cap")
+        output = tree_attention(query, key, value, parts_of(lengths, parents), scaling=scaling)
+        return output.transpose(1, 2).contiguous(), None
     outputs = [
         _one_example(*qkv, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
         for qkv in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)

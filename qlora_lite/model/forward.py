@@ -18,6 +18,7 @@ def predicting_states(
     input_ids_1T: torch.Tensor,
     position_ids_1T: torch.Tensor,
     lengths: tuple[int, ...],
+    parents: tuple[int, ...],
     predictor_N: torch.Tensor,
 ) -> torch.Tensor:
     """Last hidden states [N, D] at the positions `predictor_N` of a packed row of T tokens (see data/batches.py).
@@ -27,7 +28,9 @@ def predicting_states(
     base = causal_lm(model)
     decoder = base.get_decoder()
     if packs_rows(base):
-        output = decoder(input_ids=input_ids_1T, position_ids=position_ids_1T, use_cache=False, lengths=lengths)
+        output = decoder(
+            input_ids=input_ids_1T, position_ids=position_ids_1T, use_cache=False, lengths=lengths, parents=parents
+        )
         return output.last_hidden_state[0, predictor_N]
     examples = [decoder(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in input_ids_1T.split(lengths, 1)]
     return torch.cat(examples)[predictor_N]

@@ -25,6 +25,7 @@ def batch_loss(model: PeftModel, batch: Batch, *, head_chunk: int = CHUNK) -> to
         input_ids_1T=batch.input_ids_1T,
         position_ids_1T=batch.position_ids_1T,
         lengths=batch.lengths,
+        parents=batch.parents,
         predictor_N=batch.predictor_N,
     )
     return summed_loss(causal_lm(model), hidden_ND, batch.target_N, chunk=head_chunk)

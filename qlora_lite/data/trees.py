@@ -1,0 +1,154 @@
+"""Prefix trees: what examples share at their beginning, found from the tokens alone.
+
+    rows          passage question 1 answer | passage question 2 answer | header example ...
+    tree          a node for each run of tokens that several rows begin with, its children the nodes and rows that go on from there
+
+Only tokens before the first label of a row are shared: a label belongs to its own example. The first token of a branch is predicted from
+the last token of its parent, wherever it branches. A run of fewer than LEAST_SHARED tokens is not worth a branch: its rows repeat it.
+
+Rows are sorted by their prompts; of neighbours, the lengths of the common beginnings are the whole tree.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from qlora_lite.data.template import Encoded
+
+LEAST_SHARED = 16  # tokens
+OFTEN = 4  # rows of a random step, on average, from which on it is left to chance that they share
+MOST_LEVELS = 32  # of branches from branches; what is shared deeper down is repeated
+
+
+class TokenizedRows(Protocol):
+    """What batching needs to know of `Examples`."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...  # int [num examples]: tokens per example
+
+    def encoded(self, index: int) -> Encoded: ...
+
+
+@dataclass(frozen=True)
+class Node:
+    """Tokens [start, end) of every row below it; the rows in `rows` go on by themselves."""
+
+    start: int
+    end: int
+    nodes: tuple["Node", ...]
+    rows: tuple[int, ...]
+
+    def all_rows(self) -> Iterator[int]:
+        for node in self.nodes:
+            yield from node.all_rows()
+        yield from self.rows
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Trees, and rows that share nothing: a Node without tokens at the top."""
+
+    top: Node
+    lengths: dict[int, int]
+
+    @property
+    def num_tokens(self) -> int:
+        """With every shared run once."""
+        return tokens_of(self.top, self.lengths)
+
+    @property
+    def num_alone(self) -> int:
+        """With every run as often as rows have it."""
+        return sum(self.lengths.values())
+
+
+def grow(examples: TokenizedRows, rows: Sequence[int]) -> Forest:
+    """The trees of these rows."""
+    prompts = {row: _prompt(examples.encoded(row)) for row in rows}
+    order = sorted(rows, key=lambda row: (prompts[row].tobytes(), row))
+    common = [_num_common(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False)]
+    return Forest(Node(0, 0, *_grow(order, common, 0)), {row: int(examples.lengths[row]) for row in rows})
+
+
+def families(forest: Forest, *, examples_per_step: int) -> list[list[int]]:
+    """All rows, those together that should come in one step: the largest trees that a step holds, and of larger ones the rest.
+
+    What so many rows share that any random step has several of them (a system prompt) makes no family: they share it anyway.
+    """
+    num_rows = len(forest.lengths)
+    found: list[list[int]] = []
+
+    def visit(node: Node) -> None:
+        rows = list(node.all_rows())
+        if node.end > node.start and len(rows) <= examples_per_step:
+            found.append(rows)
+            return
+        for child in node.nodes:
+            visit(child)
+        if len(rows) * examples_per_step >= OFTEN * num_rows:
+            found.extend([row] for row in node.rows)
+        elif node.rows:
+            found.append(list(node.rows))
+
+    visit(forest.top)
+    return found
+
+
+def tokens_of(node: Node, lengths: dict[int, int]) -> int:
+    """Of a node, all that lies below it, and nothing above."""
+    own = sum(lengths[row] - node.end for row in node.rows)
+    return node.end - node.start + own + sum(tokens_of(child, lengths) for child in node.nodes)
+
+
+def split(node: Node, lengths: dict[int, int], capacity: int, *, above: int = 0) -> Iterator[list[int]]:
+    """Rows of pieces of at most `capacity` tokens, each with `above` and the node's own tokens; one row may be longer by itself."""
+    if above + tokens_of(node, lengths) <= capacity:
+        yield list(node.all_rows())
+        return
+    base = above + node.end - node.start
+    room, piece = capacity - base, list[int]()
+    parts = [(tokens_of(child, lengths), list(child.all_rows()), child) for child in node.nodes]
+    parts += [(lengths[row] - node.end, [row], None) for row in node.rows]
+    left = room
+    for size, rows, child in parts:
+        if size > room and child is not None:
+            yield from split(child, lengths, capacity, above=base)
+            continue
+        if size > left and piece:
+            yield piece
+            piece, left = [], room
+        piece.extend(rows)
+        left -= size
+    if piece:
+        yield piece
+
+
+def _grow(
+    order: Sequence[int], common: Sequence[int], start: int, levels: int = MOST_LEVELS
+) -> tuple[tuple[Node, ...], tuple[int, ...]]:
+    """-> (nodes, rows by themselves) of sorted rows whose neighbours have so many tokens in common; `start` of them are above."""
+    cuts = [index + 1 for index, length in enumerate(common) if length < start + LEAST_SHARED]
+    edges = [0, *cuts, len(order)]
+    nodes: list[Node] = []
+    rows: list[int] = []
+    for low, high in zip(edges, edges[1:], strict=False):
+        if high - low == 1 or not levels:
+            rows += order[low:high]
+            continue
+        inside = common[low : high - 1]
+        end = min(inside)
+        nodes.append(Node(start, end, *_grow(order[low:high], inside, end, levels - 1)))
+    return tuple(nodes), tuple(rows)
+
+
+def _prompt(encoded: Encoded) -> np.ndarray:
+    """The tokens before the first label, so that their bytes are in the order of the tokens."""
+    return np.array(encoded.input_ids[: encoded.spans[0][0]], dtype=">u4")
+
+
+def _num_common(a: np.ndarray, b: np.ndarray) -> int:
+    length = min(len(a), len(b))
+    differs = np.flatnonzero(a[:length] != b[:length])
+    return int(differs[0]) if len(differs) else length

@@ -1,0 +1,194 @@
+"""Attention over a packed prefix tree: a shared passage once, its questions as branches that see the passage and themselves.
+
+    row      [ passage | question 1 | question 2 | question 3 ]     segments, each with the one that it continues
+    sees     question 2: the passage and itself, nothing of questions 1 and 3
+
+No mask is built. A segment attends to itself with the causal kernel; and all that descends from a segment lies behind it in one stretch,
+so its queries attend to the segment in one call. The parts of a query's attention are put together by their log-sum-exps (as in
+arXiv 2205.14135, section 3): with m = log(sum of exp of all scores), each part's output counts exp(its log-sum-exp - m).
+
+The backward pass is the kernels' own: given the whole output and the whole log-sum-exp, FlashAttention's backward of a part gives that
+part's share of the gradients (dS = P * (dP - sum(dO * O)), where P and O are of the whole row of scores).
+
+Kernels: on the CPU PyTorch's flash attention, which takes any type; on CUDA FlashAttention-2 for 16 bits; elsewhere plain products.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+
+from qlora_lite.ledger import device_type
+
+_aten: Any = torch.ops.aten
+NO_PARENT = -1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries [start, stop) attend to keys [first, last), causally where both are one segment."""
+
+    queries: slice
+    keys: slice
+    is_causal: bool
+
+
+@lru_cache(maxsize=256)
+def parts_of(lengths: tuple[int, ...], parents: tuple[int, ...]) -> tuple[Part, ...]:
+    """All parts of a row whose segments have so many tokens and continue those `parents`; a parent comes before what continues it.
+
+    Descendants of a segment must follow it without a gap (depth first). Raises ValueError where they do not.
+    """
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    last = list(ends)  # of a segment and all that descends from it
+    for index in reversed(range(len(parents))):
+        if (parent := parents[index]) != NO_PARENT:
+            last[parent] = max(last[parent], last[index])
+    for index, parent in enumerate(parents):
+        if parent >= index or (parent != NO_PARENT and starts[index] >= last[parent]) or not _is_inside(index, parents, starts, last):
+            raise ValueError(f"segment {index} does not lie behind its parent {parent} without a gap")
+    own = [Part(slice(a, b), slice(a, b), True) for a, b in zip(starts, ends, strict=True)]
+    shared = [Part(slice(b, z), slice(a, b), False) for a, b, z in zip(starts, ends, last, strict=True) if z > b]
+    return (*own, *shared)
+
+
+def _is_inside(index: int, parents: Sequence[int], starts: Sequence[int], last: Sequence[int]) -> bool:
+    """Whether the segment lies inside of every open ancestor, and of no other segment's descendants."""
+    before = index - 1
+    while before != NO_PARENT and before != parents[index]:
+        if starts[index] < last[before]:
+            return False
+        before = parents[before]
+    return before == parents[index]
+
+
+def tree_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part], *, scaling: float
+) -> torch.Tensor:
+    """query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, H, T, d]. `parts` as `parts_of` has them: own ones first."""
+    output: torch.Tensor = _TreeAttention.apply(query, key, value, tuple(parts), scaling)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: tuple[Part, ...], scaling: float
+    ) -> torch.Tensor:
+        kernel = _kernel_of(query)
+        output, total = torch.empty_like(query), None
+        for part in parts:
+            q, k, v = query[:, :, part.queries], key[:, :, part.keys], value[:, :, part.keys]
+            mine, weight = kernel.forward(q, k, v, part.is_causal, scaling)
+            if total is None:
+                total = torch.empty(query.shape[:3], dtype=weight.dtype, device=query.device)
+            if part.is_causal:  # the first of these queries
+                output[:, :, part.queries], total[:, :, part.queries] = mine, weight
+                continue
+            before, so_far = total[:, :, part.queries], output[:, :, part.queries]
+            both = torch.logaddexp(before, weight)
+            so_far.copy_(so_far * (before - both).exp()[..., None] + mine * (weight - both).exp()[..., None])
+            before.copy_(both)
+        assert total is not None, "a row has at least one segment"
+        ctx.save_for_backward(query, key, value, output, total)
+        ctx.parts, ctx.scaling = parts, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, output, total = ctx.saved_tensors
+        kernel = _kernel_of(query)
+        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        for part in ctx.parts:
+            q, k, v = query[:, :, part.queries], key[:, :, part.keys], value[:, :, part.keys]
+            places = grads[0][:, :, part.queries], grads[1][:, :, part.keys], grads[2][:, :, part.keys]
+            mine = kernel.backward(
+                grad_output[:, :, part.queries], q, k, v, output[:, :, part.queries], total[:, :, part.queries],
+                part.is_causal, ctx.scaling,
+            )  # fmt: skip
+            for place, grad in zip(places, mine, strict=True):
+                place.copy_(grad) if part.is_causal else place.add_(grad)
+        return (*grads, None, None)
+
+
+class _Kernel(Protocol):
+    """Attention of some queries over some keys, with the log-sum-exp [1, H, L] of their scores, and its gradients."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def backward(
+        self, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor,
+        total: torch.Tensor, is_causal: bool, scaling: float,
+    ) -> Sequence[torch.Tensor]: ...  # fmt: skip
+
+
+class _FlashOnCpu:
+    def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
+        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scaling)
+
+    def backward(self, grad, q, k, v, output, total, is_causal, scaling):  # type: ignore[no-untyped-def]
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, output, total, 0.0, is_causal, scale=scaling
+        )
+
+
+class _FlashOnCuda:
+    """FlashAttention-2. Not run on a card yet."""
+
+    def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
+        return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scaling)[:2]
+
+    def backward(self, grad, q, k, v, output, total, is_causal, scaling):  # type: ignore[no-untyped-def]
+        nothing = torch.empty(0, dtype=torch.int64, device=q.device)  # no dropout: no random state
+        return _aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, output, total.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, is_causal, nothing, nothing,
+            scale=scaling,
+        )  # fmt: skip
+
+
+class _Plain:
+    """Products and a softmax, where no kernel tells the log-sum-exp: fp32 on CUDA, cards before Ampere."""
+
+    def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
+        scores, v = self._scores(q, k, is_causal, scaling), _expanded(v, q)
+        total = scores.logsumexp(dim=-1)
+        return (scores - total[..., None]).exp().to(q.dtype) @ v, total
+
+    def backward(self, grad, q, k, v, output, total, is_causal, scaling):  # type: ignore[no-untyped-def]
+        weights = (self._scores(q, k, is_causal, scaling) - total[..., None]).exp()
+        grad_weights = (grad @ _expanded(v, q).mT).to(weights.dtype)
+        share = (grad * output).sum(dim=-1, keepdim=True).to(weights.dtype)
+        grad_scores = (weights * (grad_weights - share) * scaling).to(q.dtype)
+        grad_k, grad_v = grad_scores.mT @ q, weights.to(q.dtype).mT @ grad
+        return grad_scores @ _expanded(k, q), _summed(grad_k, k), _summed(grad_v, v)
+
+    def _scores(self, q, k, is_causal, scaling):  # type: ignore[no-untyped-def]
+        scores = (q @ _expanded(k, q).mT).to(torch.promote_types(q.dtype, torch.float32)) * scaling
+        if is_causal:
+            hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(hidden, -math.inf)
+        return scores
+
+
+def _kernel_of(query: torch.Tensor) -> _Kernel:
+    if device_type(query) == "cpu":
+        return _FlashOnCpu()
+    if query.dtype != torch.float32 and (query.is_meta or torch.cuda.get_device_capability(query.device) >= (8, 0)):
+        return _FlashOnCuda()
+    return _Plain()
+
+
+def _expanded(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Keys or values [1, H_kv, L, d] for every query head."""
+    return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
+
+
+def _summed(grad: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Gradients of what `_expanded` made, summed over the heads that shared it."""
+    return grad.unflatten(1, (tensor.shape[1], -1)).sum(dim=2)

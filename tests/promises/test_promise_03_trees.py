@@ -1,0 +1,79 @@
+"""Promise 3: a packed prefix tree equals separate examples, loss and gradient."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlora_lite.data.batches import make_batches, pack_trees
+from qlora_lite.data.template import Encoded
+from qlora_lite.data.trees import LEAST_SHARED, grow
+from qlora_lite.model.attention import PACKED
+from qlora_lite.model.forward import predicting_states
+from tests.tiny_model import SIZES, Rows, gradients, relative_difference, split_batches, tiny_adapted
+
+VOCABULARY = 300
+
+
+def random_tree(rng: random.Random, *, depth: int, fan: int, last: bool = False) -> Rows:
+    """Examples below a random tree of runs; some end where others go on, some have several labelled turns."""
+    examples: list[Encoded] = []
+
+    def tokens(least: int, most: int) -> list[int]:
+        return [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(least, most))]
+
+    def visit(prefix: list[int], levels: int) -> None:
+        for _ in range(rng.randint(1, fan)):
+            if levels and rng.random() < 0.7:
+                visit(prefix + tokens(LEAST_SHARED, 40), levels - 1)
+                continue
+            prompt = prefix + tokens(0 if prefix else 1, 30)
+            answer = tokens(1, 8)
+            spans = [(len(prompt), len(prompt) + len(answer))]
+            ids = prompt + answer
+            if rng.random() < 0.3:  # a second turn
+                ids = ids + tokens(1, 6)
+                spans.append((len(ids), len(ids) + 3))
+                ids = ids + tokens(3, 3)
+            examples.append(Encoded(ids, tuple(spans)))
+
+    visit(tokens(LEAST_SHARED, 40), depth)
+    rng.shuffle(examples)
+    return Rows(examples)
+
+
+def double_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SIZES)).double()
+    model.set_attn_implementation(PACKED)
+    return model
+
+
+def loss_and_gradient(model: LlamaForCausalLM, batches) -> tuple[float, torch.Tensor]:
+    """In fp64 to the end: the head of training sums up in fp32 (model/head.py)."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        states_ND = predicting_states(
+            model, input_ids_1T=batch.input_ids_1T, position_ids_1T=batch.position_ids_1T, lengths=batch.lengths,
+            parents=batch.parents, predictor_N=batch.predictor_N,
+        )  # fmt: skip
+        loss = loss + torch.nn.functional.cross_entropy(model.lm_head(states_ND), batch.target_N, reduction="sum")
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.item(), torch.cat([grad.flatten() for grad in found])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), depth=st.integers(1, 4), fan=st.integers(1, 4))
+def test_a_packed_tree_equals_separate_examples_in_fp64(seed, depth, fan):
+    rows = random_tree(random.Random(seed), depth=depth, fan=fan)
+    model = double_llama()
+    alone = loss_and_gradient(model, split_batches(rows, len(rows)))
+    tree = pack_trees(rows, range(len(rows)))
+    assert sorted(tree.rows) == list(range(len(rows)))
+    together = loss_and_gradient(model, [tree])
+    assert together[0] == pytest.approx(alone[0], rel=1e-9)
+    assert ((together[1] - alone[1]).norm() / alone[1].norm()).item() < 1e-6  # norms and rotations are fp32 in any model
