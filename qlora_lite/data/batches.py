@@ -102,10 +102,10 @@ class StepSampler:
         shuffled = [generator.permutation(family) for family in self._families]
         pieces = [family[start : start + size] for family in shuffled for start in range(0, len(family), size)]
         steps: list[list[int]] = [[] for _ in range(self.steps_per_epoch)]
-        before = 0
+        last = -1
         for index in generator.permutation(len(pieces)):
-            steps[before // size] += pieces[index].tolist()  # no piece is longer than a step, so none stays empty
-            before += len(pieces[index])
+            last += len(pieces[index])
+            steps[last // size] += pieces[index].tolist()  # no piece is longer than a step, so none stays empty
         return steps
 
 
