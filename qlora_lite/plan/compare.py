@@ -20,6 +20,7 @@ _STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}  # a 
 
 
 _known: dict[tuple[str, Settings, MicroBatch], Rehearsal] = {}  # a rehearsal depends on nothing else
+_known_shallow: dict[tuple[str, Settings, MicroBatch], Rehearsal] = {}
 _known_evaluations: dict[tuple[str, Settings, Scoring], dict[str, int]] = {}  # nor does this
 
 
@@ -38,6 +39,13 @@ class Rehearsals:
         if key not in _known:
             _known[key] = self._stage(settings).rehearse(batch)
         return _known[key] if scoring is None else with_evaluation(_known[key], self.evaluation(settings, scoring))
+
+    def shallow(self, settings: Settings, batch: MicroBatch) -> Rehearsal:
+        """See `Stage.rehearse_shallow`."""
+        key = self._key, settings, batch
+        if key not in _known_shallow:
+            _known_shallow[key] = self._stage(settings).rehearse_shallow(batch)
+        return _known_shallow[key]
 
     def _body(self, config: PreTrainedConfig, settings: Settings) -> Body:
         """One for all settings of a step."""
@@ -64,6 +72,10 @@ class Comparison:
     def rehearse(self, method: str, batch: MicroBatch, scoring: Scoring | None = None) -> Rehearsal:
         """Of one of METHODS; with `scoring`, evaluation is one of its phases."""
         return self._rehearsals.of(as_method(self.settings, method), batch, scoring)
+
+    def rehearse_shallow(self, method: str, batch: MicroBatch) -> Rehearsal:
+        """See `Stage.rehearse_shallow`."""
+        return self._rehearsals.shallow(as_method(self.settings, method), batch)
 
     def checkpoint_bytes(self, batch: MicroBatch) -> dict[str, int]:
         """On disk: 16-bit weights; these with all that is needed to resume; the adapter, and the adapter with that."""

@@ -57,7 +57,7 @@ class Cell:
 
 
 class Labels:
-    """What label tokens add to each stretch of a step above FEW of them, from at most five rehearsals.
+    """What label tokens add to each stretch of a step above FEW of them, whatever the depth, from at most four rehearsals of few layers.
 
     A chunk of the head is filled up to 16 rows (model/head.py); what is more than one chunk adds in another line.
     """
@@ -105,6 +105,10 @@ class Growth:
     def _is_straight(self) -> bool:
         return is_straight(self._config)
 
+    @cached_property
+    def _packs(self) -> bool:
+        return packs_rows(model_class(self._config))
+
     def _row(self, tokens: int) -> Bytes:
         """With FEW labels, of one row, whoever's the tokens are."""
         return _line(KNOTS, [self._bare(knot, 1) for knot in KNOTS], tokens)
@@ -119,7 +123,7 @@ class Growth:
         """A second example adds what others do not: the sum of two gradients."""
         if batch == 1:
             return self._bare(length, 1)
-        knots = 2, max(3, min(BATCHES[-1], ROW // length))
+        knots = 2, max(3, min(BATCHES[-1], ROW // length)) if self._packs else 3
         return _line(knots, [self._bare(length, knot) for knot in knots], batch)
 
     def _lengths_about(self, length: int) -> tuple[int, ...]:
@@ -130,7 +134,7 @@ class Growth:
         else:
             low = QUERY_BLOCK * ((window or 0) // QUERY_BLOCK + 1)
             high = max(low + 2 * QUERY_BLOCK, min(positions or FAR, max(FAR, 4 * (window or 0))))
-        return (low, high) if packs_rows(model_class(self._config)) else (low, (low + high) // 2, high)
+        return (low, high) if self._packs else (low, (low + high) // 2, high)
 
     def _bare(self, length: int, batch: int) -> Bytes:
         return totals(self._rehearse(MicroBatch(length, batch, FEW / (length * batch))))

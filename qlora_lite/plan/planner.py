@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from transformers import PreTrainedConfig
 
 from qlora_lite.plan.compare import Rehearsals
-from qlora_lite.plan.fits import STEP, Growth, Labels, Rehearse, Room, longest_length
+from qlora_lite.plan.fits import STEP, Growth, Labels, Room, longest_length
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.scoring import Scoring
 from qlora_lite.plan.strategy import (
@@ -155,20 +154,18 @@ def _choose(
     choice = choice_for(needs)
     if choice.fits or not needs.is_free:
         return needs, choice
-    leanest = _with(settings, choice.strategy)
-    shorter = _longest(partial(rehearsals.of, leanest), rehearsals.config, needs, budget_bytes, leanest.head_chunk)
+    shorter = _longest(rehearsals, _with(settings, choice.strategy), needs, budget_bytes)
     reason = _loss_in_words(needs, shorter, budget_bytes)
     needs = replace(needs, length=shorter or min(STEP, needs.length), reason=reason)
     return needs, choice_for(needs)
 
 
-def _longest(
-    rehearse: Rehearse, config: PreTrainedConfig, needs: Needs, budget_bytes: int, head_chunk: int
-) -> int | None:
+def _longest(rehearsals: Rehearsals, settings: Settings, needs: Needs, budget_bytes: int) -> int | None:
     """Of one example, rehearsed itself: what its neighbours say may be off by a little."""
-    growth = Growth(rehearse, config, Labels(rehearse, chunk=head_chunk), label_share=needs.label_share)
+    labels = Labels(partial(rehearsals.shallow, settings), chunk=settings.head_chunk)
+    growth = Growth(partial(rehearsals.of, settings), rehearsals.config, labels, label_share=needs.label_share)
     length = longest_length(growth, Room(budget_bytes, needs.length, needs.label_share))
-    while length and rehearse(MicroBatch(length, 1, needs.label_share)).peak_bytes > budget_bytes:
+    while length and rehearsals.of(settings, MicroBatch(length, 1, needs.label_share)).peak_bytes > budget_bytes:
         length -= STEP
     return length or None
 

@@ -146,6 +146,10 @@ class Stage:
         found = [scene.rehearse(batch) for scene in self._scenes]
         return _continued(*found, times=self._times) if self._times else found[0]
 
+    def rehearse_shallow(self, batch: MicroBatch) -> Rehearsal:
+        """The same of few layers: for differences that the depth does not matter to."""
+        return self._scenes[0].rehearse(batch)
+
     def rehearse_phases(self, act: "Callable[[Scene], Phases]") -> Phases:
         """Anything else that a scene can show; the whole depth's phases."""
         found = [act(scene) for scene in self._scenes]
