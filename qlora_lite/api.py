@@ -61,6 +61,7 @@ def evaluate(
         max_new_tokens=plan.recipe.eval.max_new_tokens,
         micro_batch_tokens=plan.chosen.footprint.micro_batch_tokens,
         batch_tokens=int(plan.recipe.memory.eval_batch_tokens),
+        share=plan.shares,
         progress=progress,
     )
 

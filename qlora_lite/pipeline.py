@@ -27,7 +27,7 @@ from qlora_lite.model.hub import fetch_files, look_up, open_hub
 from qlora_lite.model.known import KNOWN, known_config
 from qlora_lite.model.manifest import read_manifest, weights_sha256
 from qlora_lite.model.source import context_window, find_base, load_config
-from qlora_lite.plan import Plan, forecast, read_request, sweep
+from qlora_lite.plan import Plan, forecast, read_request, sweep, what_is_shared
 from qlora_lite.recipe import Recipe, load_recipe, load_run_recipe, parse_hub_name
 from qlora_lite.recipe.hub_names import fetch_command
 from qlora_lite.run_dir import RunDir
@@ -275,6 +275,8 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
             f"data.max_seq_length: at {asked} tokens every row would lose its labels. Use {found.proposed_max_seq_length}, or auto"
         )
     length = asked if isinstance(asked, int) else found.proposed_max_seq_length
+    shared, sharing_reason = what_is_shared(recipe, source)
+    show.say(f"data.share_prefixes: {sharing_reason}")
     return {
         "recipe": str(recipe.path or recipe.name),
         "num_rows": found.num_rows,
@@ -288,6 +290,9 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
         "rows": [asdict(row) for row in found.rows],
         "proposed_max_seq_length": found.proposed_max_seq_length,
         "reason": found.reason,
+        "sharing": shared
+        and {"tokens_alone": shared.num_alone, "tokens_packed": shared.num_packed, "factor": shared.factor},
+        "sharing_reason": sharing_reason,
         "eval": None if recipe.data.eval is None else _check_held_out(recipe, recipe.data.eval, tokenizer, length),
     }
 

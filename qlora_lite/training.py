@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from qlora_lite.data.batches import StepSampler, largest_step
+from qlora_lite.data.batches import StepSampler, largest_step, sampler_of
 from qlora_lite.data.examples import Examples
 from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped
 from qlora_lite.evaluate import validation_loss
@@ -76,12 +76,13 @@ def train(
     if recipe.data.eval is not None and Path(recipe.data.eval).exists():
         for sentence in held_out_examples(plan, loaded.tokenizer).account("held-out rows", limit="eval.num_examples"):
             say(sentence)
-    sampler = StepSampler(
-        len(examples),
+    sampler = sampler_of(
+        examples,
         examples_per_step=recipe.train.examples_per_step,
         epochs=recipe.train.epochs or 1.0,
         max_steps=recipe.train.max_steps,
         seed=recipe.train.seed,
+        share=plan.shares,
     )
     optimizer = make_optimizer(
         loaded.model.named_parameters(),
@@ -224,7 +225,7 @@ def _validation(plan: Plan, loaded: LoadedModel, state: TrainState) -> Callable[
 
     def measure() -> float:
         tokens = (state.footprint or plan.chosen.footprint).micro_batch_tokens
-        return validation_loss(loaded.model, examples, device=plan.device, micro_batch_tokens=tokens)
+        return validation_loss(loaded.model, examples, device=plan.device, micro_batch_tokens=tokens, share=plan.shares)
 
     return measure
 

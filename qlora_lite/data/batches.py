@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.data.template import Encoded
-from qlora_lite.data.trees import Node, TokenizedRows, grow, split
+from qlora_lite.data.trees import Node, TokenizedRows, families, grow, split
 from qlora_lite.model.tree_attention import NO_PARENT
 
 
@@ -25,7 +25,9 @@ class Batch:
     of tokens that continues another. Attention must not leave a segment and what it continues."""
 
     input_ids_1T: Tensor  # int64 [1, T]
-    position_ids_1T: Tensor  # int64 [1, T]; count from 0 where an example starts, on from its parent's where a segment continues one
+    position_ids_1T: (
+        Tensor  # int64 [1, T]; count from 0 where an example starts, on from its parent's where a segment continues one
+    )
     lengths: tuple[int, ...]  # tokens per segment; sum == T
     parents: tuple[int, ...]  # the segment that each one continues; NO_PARENT where it begins an example
     predictor_N: Tensor  # int64 [N]; positions in the row whose hidden state predicts a label (label position - 1)
@@ -109,6 +111,19 @@ class StepSampler:
         return steps
 
 
+def sampler_of(
+    examples: TokenizedRows, *, examples_per_step: int, epochs: float, max_steps: int | None, seed: int, share: bool
+) -> StepSampler:
+    """The sampler of these rows; with `share`, one that keeps together what shares its beginning."""
+    num_rows = len(examples.lengths)
+    together = None
+    if share:
+        together = families(grow(examples, range(num_rows)), examples_per_step=examples_per_step)
+    return StepSampler(
+        num_rows, examples_per_step=examples_per_step, epochs=epochs, max_steps=max_steps, seed=seed, families=together
+    )
+
+
 def make_batches(
     examples: TokenizedRows, rows: Sequence[int], *, micro_batch_tokens: int, share: bool = False
 ) -> list[Batch]:
@@ -130,7 +145,9 @@ def make_batches(
         sorted(row for first in group for row in by_first[first])
         for group in too_long + _split_evenly(fitting, sizes, micro_batch_tokens)
     ]
-    groups.sort(key=lambda group: (_num_tokens(examples, group) if share else int(examples.lengths[group].sum()), group))
+    groups.sort(
+        key=lambda group: (_num_tokens(examples, group) if share else int(examples.lengths[group].sum()), group)
+    )
     return [_packed(examples, group, share=share) for group in groups]
 
 

@@ -9,8 +9,9 @@ the last token of its parent, wherever it branches. A run of fewer than LEAST_SH
 Rows are sorted by their prompts; of neighbours, the lengths of the common beginnings are the whole tree.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +41,11 @@ class Node:
     nodes: tuple["Node", ...]
     rows: tuple[int, ...]
 
+    def all_nodes(self) -> Iterator["Node"]:
+        yield self
+        for node in self.nodes:
+            yield from node.all_nodes()
+
     def all_rows(self) -> Iterator[int]:
         for node in self.nodes:
             yield from node.all_rows()
@@ -68,8 +74,40 @@ def grow(examples: TokenizedRows, rows: Sequence[int]) -> Forest:
     """The trees of these rows."""
     prompts = {row: _prompt(examples.encoded(row)) for row in rows}
     order = sorted(rows, key=lambda row: (prompts[row].tobytes(), row))
-    common = [_num_common(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False)]
+    common = [_num_common(prompts[a], prompts[b]) for a, b in pairwise(order)]
     return Forest(Node(0, 0, *_grow(order, common, 0)), {row: int(examples.lengths[row]) for row in rows})
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What packing the rows of steps as trees saves, and what a row of such a tree is like on average."""
+
+    num_alone: int  # tokens of all rows
+    num_packed: int  # with what rows of a step share once
+    trunk: int  # tokens that a row shares
+    branch: int  # tokens of its own
+    num_labels: int  # of these
+
+    @property
+    def factor(self) -> float:
+        """How many times as many tokens the rows have by themselves."""
+        return self.num_alone / self.num_packed
+
+
+def sharing(examples: TokenizedRows, steps: Iterable[Sequence[int]]) -> Sharing:
+    """Of steps with these rows each."""
+    num_alone = num_packed = num_shared = num_labels = num_rows = 0
+    for rows in steps:
+        forest = grow(examples, rows)
+        num_alone, num_packed, num_rows = (
+            num_alone + forest.num_alone,
+            num_packed + forest.num_tokens,
+            num_rows + len(rows),
+        )
+        num_shared += sum(node.end * len(node.rows) for node in forest.top.all_nodes())
+        num_labels += sum(end - start for row in rows for start, end in examples.encoded(row).spans)
+    trunk, length, labels = (round(total / num_rows) for total in (num_shared, num_alone, num_labels))
+    return Sharing(num_alone, num_packed, trunk, max(1, length - trunk), max(1, labels))
 
 
 def families(forest: Forest, *, examples_per_step: int) -> list[list[int]]:
@@ -109,7 +147,9 @@ def split(node: Node, lengths: dict[int, int], capacity: int, *, above: int = 0)
         return
     base = above + node.end - node.start
     room, piece = capacity - base, list[int]()
-    parts = [(tokens_of(child, lengths), list(child.all_rows()), child) for child in node.nodes]
+    parts: list[tuple[int, list[int], Node | None]] = [
+        (tokens_of(child, lengths), list(child.all_rows()), child) for child in node.nodes
+    ]
     parts += [(lengths[row] - node.end, [row], None) for row in node.rows]
     left = room
     for size, rows, child in parts:
@@ -133,7 +173,7 @@ def _grow(
     edges = [0, *cuts, len(order)]
     nodes: list[Node] = []
     rows: list[int] = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         if high - low == 1 or not levels:
             rows += order[low:high]
             continue

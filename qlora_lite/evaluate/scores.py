@@ -58,13 +58,14 @@ def evaluate_model(
     max_new_tokens: int,
     micro_batch_tokens: int,
     batch_tokens: int = BATCH_TOKENS,
+    share: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
     """Answer and score every example, the loss in batches of `micro_batch_tokens`, answers in those of `batch_tokens` prompt tokens.
 
     `progress(done, total)` is called per batch of answers.
     """
-    loss = validation_loss(model, examples, device=device, micro_batch_tokens=micro_batch_tokens)
+    loss = validation_loss(model, examples, device=device, micro_batch_tokens=micro_batch_tokens, share=share)
     asked = [(i, golds) for i in range(len(examples)) if (golds := examples.row(i).answers) is not None]
     if not asked:
         return EvalResult(None, None, loss, len(examples), ())
@@ -88,13 +89,13 @@ def evaluate_model(
 
 @torch.no_grad()
 def validation_loss(
-    model: PreTrainedModel | PeftModel, examples: Examples, *, device: str, micro_batch_tokens: int
+    model: PreTrainedModel | PeftModel, examples: Examples, *, device: str, micro_batch_tokens: int, share: bool = False
 ) -> float:
-    """Mean loss per label token over all examples, by the same forward pass as training's."""
+    """Mean loss per label token over all examples, by the same forward pass as training's; with `share`, what they share once."""
     was_training = model.training
     model.eval()
     try:
-        batches = make_batches(examples, range(len(examples)), micro_batch_tokens=micro_batch_tokens)
+        batches = make_batches(examples, range(len(examples)), micro_batch_tokens=micro_batch_tokens, share=share)
         total = sum(batch_loss(model, batch.to(device)).item() for batch in batches)
     finally:
         model.train(was_training)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from qlora_lite.model.tree_attention import NO_PARENT, parts_of, tree_attention
 
@@ -68,6 +68,22 @@ def packs_rows(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
     The attribute is transformers' own and private; tests/model/test_attention.py knows what it must be for each architecture.
     """
     return bool(model._supports_attention_backend)
+
+
+def why_not_shared(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
+    """Why rows of this model cannot continue one another; None where they can."""
+    if not packs_rows(kind):
+        return f"{kind.__name__} computes attention in its own modules"
+    if sliding_window(config) is not None:
+        return "some layers see a sliding window only"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention scores are soft-capped"
+    return None
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Keys that a query sees in the layers that have a window; None where none has. Qwen names a window and does not use it."""
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
 @contextmanager

@@ -49,7 +49,11 @@ def parts_of(lengths: tuple[int, ...], parents: tuple[int, ...]) -> tuple[Part, 
         if (parent := parents[index]) != NO_PARENT:
             last[parent] = max(last[parent], last[index])
     for index, parent in enumerate(parents):
-        if parent >= index or (parent != NO_PARENT and starts[index] >= last[parent]) or not _is_inside(index, parents, starts, last):
+        if (
+            parent >= index
+            or (parent != NO_PARENT and starts[index] >= last[parent])
+            or not _is_inside(index, parents, starts, last)
+        ):
             raise ValueError(f"segment {index} does not lie behind its parent {parent} without a gap")
     own = [Part(slice(a, b), slice(a, b), True) for a, b in zip(starts, ends, strict=True)]
     shared = [Part(slice(b, z), slice(a, b), False) for a, b, z in zip(starts, ends, last, strict=True) if z > b]

@@ -1,23 +1,28 @@
 """Turn every `auto` of a recipe into a value, out loud: each choice comes with its reason."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel
+from transformers import PreTrainedConfig
 
-from qlora_lite.data.examples import load_examples
+from qlora_lite.data.batches import sampler_of
+from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
 from qlora_lite.data.read import find_format, format_of_held_out
+from qlora_lite.data.trees import Sharing, sharing
 from qlora_lite.errors import DataError, DoesNotFit, ModelError
 from qlora_lite.evaluate.generate import BATCH_TOKENS
+from qlora_lite.model.attention import why_not_shared
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import NumberTypes, choose_device, choose_types
 from qlora_lite.model.quantization import Quantization, stored_quantization
+from qlora_lite.model.skeleton import model_class
 from qlora_lite.model.source import context_window, find_base, load_config, read_config
 from qlora_lite.plan.budget import budget_of, measured_here
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json, own_method
@@ -27,6 +32,9 @@ from qlora_lite.plan.strategy import OPTIMIZERS, Free, next_leaner
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe.hub_names import commit_of, is_hub_name
 from qlora_lite.train.footprint import Footprint
+
+SAMPLED_STEPS = 64  # whose rows tell what sharing saves
+LEAST_FACTOR = 1.05  # times as many tokens, below which rows are packed one by one
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,11 @@ class Plan:
     chosen: Fit
     leaner: Callable[[Footprint], Footprint | None]  # for a run that has no memory left
     reasons: tuple[str, ...]
+
+    @property
+    def shares(self) -> bool:
+        """Whether rows are packed as prefix trees."""
+        return self.recipe.data.share_prefixes is True
 
     @property
     def batch(self) -> MicroBatch:
@@ -122,6 +135,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None, like: Recipe | None 
     quantization, quantization_reason = _choose_quantization(recipe, source)
     data_format, format_reason = _choose_format(recipe)
     needs = needs_of(recipe, source, cache, limit=context_window(config))
+    needs, sharing_reason = choose_sharing(recipe, needs, config)
     _refuse_without_bf16(recipe, types)
     resolved = recipe.model_copy(
         update={
@@ -129,7 +143,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None, like: Recipe | None 
             "model": recipe.model.model_copy(
                 update={"revision": commit, "dtype": types.name, "attention": "sdpa", **quantization}
             ),
-            "data": recipe.data.model_copy(update={"format": data_format, "share_prefixes": False}),
+            "data": recipe.data.model_copy(update={"format": data_format, "share_prefixes": needs.sharing is not None}),
         }
     )
     measured = measured_here(device, cache=cache)
@@ -144,7 +158,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None, like: Recipe | None 
         f"model.quantization: {quantization_reason}",
         "model.attention: sdpa, example by example on packed rows",
         f"data.format: {data_format}: {format_reason}",
-        "data.share_prefixes: off; this version trains every question with its own copy of the passage",
+        f"data.share_prefixes: {sharing_reason}",
         f"memory.budget: {budget_reason}{chosen.slowdown_in_words}",
         *(f"{key}: {reason}" for key, reason in chosen.reasons.items()),
     ]
@@ -283,34 +297,82 @@ def _choose_format(recipe: Recipe) -> tuple[str, str]:
 
 
 def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> Needs:
-    """What the training rows ask for; where their length is given they are not looked at. Raises DataError."""
+    """What the training rows ask for; where their length is given and they are not there, they are not looked at. Raises DataError."""
     asked = recipe.data.max_seq_length
-    if asked != "auto":
-        if limit is not None and asked > limit:
-            raise DataError(
-                f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
-            )
-        return Needs(asked, "asked for", 1.0, num_scored=num_scored(recipe), max_new_tokens=recipe.eval.max_new_tokens)
+    needs = Needs(0, "asked for", 1.0, num_scored=num_scored(recipe), max_new_tokens=recipe.eval.max_new_tokens)
+    if asked != "auto" and limit is not None and asked > limit:
+        raise DataError(
+            f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
+        )
+    if asked != "auto" and not (_may_share(recipe, load_config(source)) and _are_there(recipe)):
+        return replace(needs, length=asked)
     examples = load_examples(
         recipe.data.train_files,
         load_tokenizer(source, special_tokens=recipe.data.special_tokens),
         format=recipe.data.format,
         num_rows=recipe.data.num_train,
         no_answer_text=recipe.data.no_answer_text,
-        max_seq_length=None,
+        max_seq_length=None if asked == "auto" else asked,
         cache_dir=cache / "data",
     )
+    found = _sharing_of(recipe, examples) if _may_share(recipe, load_config(source)) else None
+    if asked != "auto":
+        return replace(needs, length=asked, sharing=found)
     length, reason = propose_max_seq_length(examples.lengths, limit=limit, is_text=examples.is_text)
     label_share = float(examples.num_label_tokens.sum() / examples.lengths.sum())
-    return Needs(
-        length,
-        reason,
-        label_share,
+    return replace(
+        needs,
+        length=length,
+        reason=reason,
+        label_share=label_share,
         is_free=True,
-        num_scored=num_scored(recipe),
-        max_new_tokens=recipe.eval.max_new_tokens,
         lengths=examples.lengths,
+        sharing=found,
     )
+
+
+def _may_share(recipe: Recipe, config: PreTrainedConfig) -> bool:
+    return recipe.data.share_prefixes is not False and why_not_shared(model_class(config), config) is None
+
+
+def _are_there(recipe: Recipe) -> bool:
+    """The data; a run may be asked when they are gone."""
+    return all(Path(path).exists() for path, _ in recipe.data.train_files)
+
+
+def _sharing_of(recipe: Recipe, examples: Examples) -> Sharing:
+    """Of the steps that training begins with."""
+    train = recipe.train
+    sampler = sampler_of(
+        examples, examples_per_step=train.examples_per_step, epochs=1.0, max_steps=None, seed=train.seed, share=True
+    )
+    return sharing(examples, (sampler.rows_of_step(step) for step in range(min(len(sampler), SAMPLED_STEPS))))
+
+
+def what_is_shared(recipe: Recipe, source: Path) -> tuple[Sharing | None, str]:
+    """-> (what packing the training rows as trees saves, None where it is off; why). Raises DataError."""
+    config = load_config(source)
+    needs = needs_of(recipe, source, default_cache(), limit=context_window(config))
+    needs, reason = choose_sharing(recipe, needs, config)
+    return needs.sharing, reason
+
+
+def choose_sharing(recipe: Recipe, needs: Needs, config: PreTrainedConfig) -> tuple[Needs, str]:
+    """-> (needs, without sharing where it is off; reason)."""
+    asked, found = recipe.data.share_prefixes, needs.sharing
+    if asked is False:
+        return replace(needs, sharing=None), "off: asked for"
+    why_not = why_not_shared(model_class(config), config)
+    if why_not is not None:
+        return replace(needs, sharing=None), f"off: {why_not}, so every row is computed by itself"
+    if found is None:
+        return needs, "off: the training data are not there"
+    saved = (
+        f"{found.num_alone:,} tokens of the first steps become {found.num_packed:,} ({found.factor:.2f} times fewer)"
+    )
+    if asked == "auto" and found.factor < LEAST_FACTOR:
+        return replace(needs, sharing=None), f"off: rows begin with too little in common; {saved}"
+    return needs, f"on: what rows of a step begin with in common is computed once; {saved}"
 
 
 def num_scored(recipe: Recipe) -> int:

@@ -20,7 +20,7 @@ from functools import cache, cached_property
 
 from transformers import PreTrainedConfig
 
-from qlora_lite.model.attention import QUERY_BLOCK, packs_rows
+from qlora_lite.model.attention import QUERY_BLOCK, packs_rows, sliding_window, why_not_shared
 from qlora_lite.model.head import CHUNK
 from qlora_lite.model.skeleton import model_class
 from qlora_lite.model.source import context_window
@@ -147,13 +147,7 @@ def totals(rehearsal: Rehearsal) -> Bytes:
 
 def is_straight(config: PreTrainedConfig) -> bool:
     """Whether attention needs no mask in any layer and examples share a row, so that only the tokens of a row matter."""
-    is_masked = sliding_window(config) is not None or getattr(config, "attn_logit_softcapping", None)
-    return packs_rows(model_class(config)) and not is_masked
-
-
-def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Keys that a query sees in the layers that have a window; None where none has. Qwen names a window and does not use it."""
-    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return why_not_shared(model_class(config), config) is None
 
 
 def memory_map(growth: Growth, room: Room) -> tuple[Cell, ...]:

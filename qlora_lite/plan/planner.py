@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from qlora_lite.data.trees import Sharing
 from qlora_lite.plan.compare import Rehearsals
 from qlora_lite.plan.fits import STEP, Growth, Labels, Room, longest_length
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
@@ -39,6 +40,7 @@ class Needs:
     num_scored: int = 0  # held-out rows
     max_new_tokens: int = 32
     lengths: np.ndarray | None = None  # of every row, uncut; None where they were not looked at
+    sharing: Sharing | None = None  # None: every row is computed by itself
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,14 @@ def largest_batch(micro_batch_tokens: int, length: int, label_share: float) -> M
     """A micro-batch as full as it may be: of equal examples, each as long as they come or a little shorter."""
     num_examples = -(-micro_batch_tokens // length)
     return MicroBatch(micro_batch_tokens // num_examples, num_examples, label_share)
+
+
+def largest_tree(micro_batch_tokens: int, sharing: Sharing) -> MicroBatch:
+    """A micro-batch as full as it may be: one tree of average branches, or a little longer ones, on an average trunk."""
+    trunk = min(sharing.trunk, max(0, micro_batch_tokens - sharing.branch))
+    num_examples = max(1, (micro_batch_tokens - trunk) // sharing.branch)
+    length = trunk + (micro_batch_tokens - trunk) // num_examples
+    return MicroBatch(length, num_examples, sharing.num_labels / length, trunk=trunk)
 
 
 def leanest_settings(settings: Settings, free: Free) -> Settings:
@@ -199,7 +209,10 @@ def _with(settings: Settings, way: Strategy) -> Settings:
 
 
 def _batch(way: Strategy, needs: Needs) -> MicroBatch:
-    return largest_batch(way.footprint.micro_batch_tokens, needs.length, needs.label_share)
+    tokens = way.footprint.micro_batch_tokens
+    if needs.sharing is not None:
+        return largest_tree(tokens, needs.sharing)
+    return largest_batch(tokens, needs.length, needs.label_share)
 
 
 def _loss_in_words(needs: Needs, shorter: int | None, budget_bytes: int) -> str:

@@ -37,6 +37,7 @@ from qlora_lite.model.meta import meta_model
 from qlora_lite.model.quantization import Quantization
 from qlora_lite.model.resident import residents
 from qlora_lite.model.trained import make_trainable
+from qlora_lite.model.tree_attention import NO_PARENT
 from qlora_lite.model.tuned_linear import TunedLinear
 from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.train.optimizer import make_optimizer
@@ -78,12 +79,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The largest micro-batch of a step: `num_examples` of `length` tokens in one row, `label_share` of all tokens labelled."""
+    """The largest micro-batch of a step: `num_examples` of `length` tokens in one row, `label_share` of all tokens labelled.
+
+    The first `trunk` tokens are the same in all of them and in the row once.
+    """
 
     length: int
     num_examples: int = 1
     label_share: float = 0.1
     is_first: bool = False  # else the gradients of others are there already
+    trunk: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the row."""
+        return self.trunk + self.num_examples * (self.length - self.trunk)
 
 
 @dataclass(frozen=True)
@@ -344,22 +354,25 @@ def _num_weights(model: PreTrainedModel) -> int:
 
 
 def num_labels(micro_batch: MicroBatch) -> int:
-    """Label tokens of each example: at least one, and the first token carries none."""
-    return min(max(1, round(micro_batch.label_share * micro_batch.length)), micro_batch.length - 1)
+    """Label tokens of each example: at least one, and neither the first token nor one that is shared carries any."""
+    most = micro_batch.length - max(1, micro_batch.trunk)
+    return min(max(1, round(micro_batch.label_share * micro_batch.length)), most)
 
 
 def meta_batch(micro_batch: MicroBatch) -> Batch:
     """What `pack_batch` makes, by shape."""
-    num_examples = micro_batch.num_examples
+    num_examples, trunk = micro_batch.num_examples, micro_batch.trunk
     labels = num_examples * num_labels(micro_batch)
+    branches = (micro_batch.length - trunk,) * num_examples
 
     def ids(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int64, device="meta")
 
     return Batch(
-        input_ids_1T=ids(1, num_examples * micro_batch.length),
-        position_ids_1T=ids(1, num_examples * micro_batch.length),
-        lengths=(micro_batch.length,) * num_examples,
+        input_ids_1T=ids(1, micro_batch.num_tokens),
+        position_ids_1T=ids(1, micro_batch.num_tokens),
+        lengths=(trunk, *branches) if trunk else branches,
+        parents=(NO_PARENT, *(0 for _ in branches)) if trunk else tuple(NO_PARENT for _ in branches),
         predictor_N=ids(labels),
         target_N=ids(labels),
         rows=tuple(range(num_examples)),

@@ -16,7 +16,7 @@ from qlora_lite.model.dtypes import choose_device, choose_types, planned_types
 from qlora_lite.model.known import KNOWN, known_config, known_name, known_shape
 from qlora_lite.model.source import context_window, find_base, load_config
 from qlora_lite.plan.budget import budget_of, measured_here
-from qlora_lite.plan.choose import free_of, needs_of, num_scored, settings_of, with_choices
+from qlora_lite.plan.choose import choose_sharing, free_of, needs_of, num_scored, settings_of, with_choices
 from qlora_lite.plan.compare import Rehearsals, own_method
 from qlora_lite.plan.fits import Room
 from qlora_lite.plan.merging import Merging
@@ -68,6 +68,7 @@ def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int 
     types = choose_types(recipe.model.dtype, device) if is_here else planned_types(recipe.model.dtype)
     positions = context_window(config)
     needs = _needs(recipe, source, positions, has_data=not is_model)
+    needs, sharing_reason = choose_sharing(recipe, needs, config)
     rehearsals, free = Rehearsals(config), free_of(recipe)
     settings = settings_of(recipe, device=device, types=types, measured=measured)
     chosen = fit(rehearsals, settings, free, needs, budget_bytes=budget)
@@ -87,6 +88,7 @@ def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int 
             f"device: {device_reason}",
             f"memory.budget: {budget_reason}{chosen.slowdown_in_words}",
             f"model.dtype: {types.reason}",
+            *([] if is_model else [f"data.share_prefixes: {sharing_reason}"]),
             *(f"{key}: {reason}" for key, reason in chosen.reasons.items()),
         ),
     )

@@ -22,10 +22,7 @@ def _is_none_of(*carried_out: Any) -> Callable[[Any], bool]:
     return lambda value: value not in carried_out
 
 
-NOT_YET: tuple[NotYet, ...] = (
-    NotYet("model.attention", _is_none_of("auto", "sdpa"), "use auto or sdpa"),
-    NotYet("data.share_prefixes", _is_none_of("auto", False), "use auto, which means off for now"),
-)
+NOT_YET: tuple[NotYet, ...] = (NotYet("model.attention", _is_none_of("auto", "sdpa"), "use auto or sdpa"),)
 
 
 def refusal(key: str, value: Any) -> str | None:

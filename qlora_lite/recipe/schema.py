@@ -186,7 +186,8 @@ class DataSection(Section):
     )
     share_prefixes: Auto | bool = Field(
         "auto",
-        description="Train a passage once with all its questions as branches (a prefix tree). auto: off for now.",
+        description="Compute what rows begin with in common once (a passage, a system prompt), the rest as branches; the same loss and "
+        "gradient. auto: where the rows share enough and the model's attention allows it.",
     )
     no_answer_text: Text = Field(
         "unanswerable", description="What the model is taught to say when the context holds no answer (SQuAD v2.0)."

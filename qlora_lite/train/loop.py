@@ -115,9 +115,7 @@ def train_steps(
         is_measured = device == "cuda" or step == measured_step
 
         def work(now: Footprint, rows: list[int] = rows, step: int = step, is_measured: bool = is_measured) -> _Done:
-            batches = make_batches(
-                examples, rows, micro_batch_tokens=now.micro_batch_tokens, share=sampler.shares
-            )
+            batches = make_batches(examples, rows, micro_batch_tokens=now.micro_batch_tokens, share=sampler.shares)
             backward, clip_and_update = Allocations(), Allocations()
             traced = trace.around(step + 1, is_measured=is_measured) if trace else (nullcontext(), nullcontext())
             loss, norm = update(

@@ -25,7 +25,7 @@ HEADER, A, B = list(range(100, 140)), list(range(200, 230)), list(range(300, 320
 def nested() -> Rows:
     """A header over everything; two questions on passage A, one on B, one that shares the header alone, one that shares nothing."""
     return rows_of(
-        (HEADER + A + [1], [7, 9]), (HEADER + A + [2], [8, 9]), (HEADER + B + [3], [9]), (HEADER + [4], [9]), ([5, 6], [9]),
+        (HEADER + A + [1], [7, 9]), (HEADER + A + [2], [8, 9]), (HEADER + B + [3], [9]), ([*HEADER, 4], [9]), ([5, 6], [9]),
         (HEADER + B, [9]),
     )  # fmt: skip
 
@@ -42,21 +42,21 @@ def test_what_is_shared_is_found_from_the_tokens():
 
 def test_a_label_is_never_shared():
     """Equal rows, label and all: the prompt is shared, the answers are apart."""
-    rows = rows_of((HEADER, [7, 9]), (HEADER, [7, 9]), (HEADER + [7], [9]))
+    rows = rows_of((HEADER, [7, 9]), (HEADER, [7, 9]), ([*HEADER, 7], [9]))
     (node,) = grow(rows, range(3)).top.nodes
     assert (node.start, node.end, sorted(node.rows)) == (0, 40, [0, 1, 2])
 
 
 def test_a_few_tokens_are_not_worth_a_branch():
     short = list(range(LEAST_SHARED - 1))
-    assert grow(rows_of((short + [90], [9]), (short + [91], [9])), range(2)).top.nodes == ()
-    (node,) = grow(rows_of((short + [80, 90], [9]), (short + [80, 91], [9])), range(2)).top.nodes
+    assert grow(rows_of(([*short, 90], [9]), ([*short, 91], [9])), range(2)).top.nodes == ()
+    (node,) = grow(rows_of(([*short, 80, 90], [9]), ([*short, 80, 91], [9])), range(2)).top.nodes
     assert node.end == LEAST_SHARED
 
 
 def test_very_deep_trees_end_somewhere():
     run = list(range(5000))
-    rows = rows_of(*((run[: 20 * i] + [9999], [9]) for i in range(1, 200)))
+    rows = rows_of(*(([*run[: 20 * i], 9999], [9]) for i in range(1, 200)))
     forest = grow(rows, range(199))
 
     def levels(node: Node) -> int:
@@ -96,7 +96,9 @@ def some_rows(draw):
     runs = [[rng.randrange(50) for _ in range(rng.randint(10, 60))] for _ in range(4)]
     examples = []
     for _ in range(draw(st.integers(1, 24))):
-        prompt = [token for run in rng.sample(runs, rng.randint(0, 3)) for token in run] + [rng.randrange(50) for _ in range(rng.randint(1, 9))]
+        prompt = [token for run in rng.sample(runs, rng.randint(0, 3)) for token in run] + [
+            rng.randrange(50) for _ in range(rng.randint(1, 9))
+        ]
         examples.append((prompt, [rng.randrange(50) for _ in range(rng.randint(1, 5))]))
     return rows_of(*examples)
 
@@ -111,7 +113,12 @@ def test_micro_batches_hold_every_row_once_and_no_more_than_they_may(rows, capac
         assert size <= capacity or len(batch.rows) == 1
         for path, row in zip(row_paths(batch), batch.rows, strict=True):
             assert path == rows.encoded(row).input_ids
-        targets = [token for row in batch.rows for start, end in rows.encoded(row).spans for token in rows.encoded(row).input_ids[start:end]]
+        targets = [
+            token
+            for row in batch.rows
+            for start, end in rows.encoded(row).spans
+            for token in rows.encoded(row).input_ids[start:end]
+        ]
         assert batch.target_N.tolist() == targets
     sizes = [batch.input_ids_1T.shape[1] for batch in batches]
     assert sizes == sorted(sizes)
@@ -120,7 +127,7 @@ def test_micro_batches_hold_every_row_once_and_no_more_than_they_may(rows, capac
 
 def test_rows_on_one_passage_are_a_family_and_a_header_over_everything_is_none():
     passages = [[1000 * p + i for i in range(50)] for p in range(6)]
-    rows = rows_of(*((HEADER + passages[p] + [q], [9]) for p in range(6) for q in range(5)), (HEADER + [1], [9]))
+    rows = rows_of(*((HEADER + passages[p] + [q], [9]) for p in range(6) for q in range(5)), ([*HEADER, 1], [9]))
     found = families(grow(rows, range(31)), examples_per_step=8)
     assert sorted(map(sorted, found)) == [*([5 * p + q for q in range(5)] for p in range(6)), [30]]
 

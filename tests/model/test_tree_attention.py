@@ -33,7 +33,9 @@ def inputs(dtype, heads=4, key_value=2, width=16):
     return [tensor.transpose(1, 2).requires_grad_() for tensor in made]  # as a model has them: not contiguous
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_it_is_attention_with_a_mask(kernel, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(tree, "_kernel_of", lambda query: KERNELS[kernel]())

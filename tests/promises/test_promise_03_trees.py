@@ -2,19 +2,18 @@
 
 import random
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lite.data.batches import make_batches, pack_trees
+from qlora_lite.data.batches import pack_trees
 from qlora_lite.data.template import Encoded
-from qlora_lite.data.trees import LEAST_SHARED, grow
+from qlora_lite.data.trees import LEAST_SHARED
 from qlora_lite.model.attention import PACKED
 from qlora_lite.model.forward import predicting_states
-from tests.tiny_model import SIZES, Rows, gradients, relative_difference, split_batches, tiny_adapted
+from tests.tiny_model import SIZES, Rows, split_batches
 
 VOCABULARY = 300
 
@@ -76,4 +75,6 @@ def test_a_packed_tree_equals_separate_examples_in_fp64(seed, depth, fan):
     assert sorted(tree.rows) == list(range(len(rows)))
     together = loss_and_gradient(model, [tree])
     assert together[0] == pytest.approx(alone[0], rel=1e-9)
-    assert ((together[1] - alone[1]).norm() / alone[1].norm()).item() < 1e-6  # norms and rotations are fp32 in any model
+    assert (
+        (together[1] - alone[1]).norm() / alone[1].norm()
+    ).item() < 1e-6  # norms and rotations are fp32 in any model
