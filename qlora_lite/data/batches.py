@@ -9,6 +9,7 @@ tokens of the whole step, never averaged over micro-batches.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -33,6 +34,20 @@ class Batch:
     predictor_N: Tensor  # int64 [N]; positions in the row whose hidden state predicts a label (label position - 1)
     target_N: Tensor  # int64 [N]; the token ids to predict
     rows: tuple[int, ...]  # indices of the examples, in the order they are packed
+
+    @property
+    def paths(self) -> list[list[int]]:
+        """The places in the row of all tokens of each example, in the order of `rows`."""
+        starts = [0, *accumulate(self.lengths)]
+        continued = set(self.parents)
+        found: list[list[int]] = []
+        for leaf in (segment for segment in range(len(self.lengths)) if segment not in continued):
+            path, at = list[int](), leaf
+            while at != NO_PARENT:
+                path[:0] = range(starts[at], starts[at + 1])
+                at = self.parents[at]
+            found.append(path)
+        return found
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""

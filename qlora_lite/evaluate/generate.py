@@ -1,4 +1,8 @@
-"""Greedy answers in batches of similar length, with a key/value cache, ending at the token that training ends rows with."""
+"""Greedy answers in batches of similar length, with a key/value cache, ending at the token that training ends rows with.
+
+Where prompts share their beginning (a passage with several questions), a batch is read as a packed prefix tree, each shared run once, and
+its keys and values are handed out to the rows that continue it; the answers are decoded as one batch like any other.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -6,11 +10,15 @@ from contextlib import contextmanager
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
-from transformers import Cache, GenerationConfig, PreTrainedModel, TextIteratorStreamer
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
-from qlora_lite.model.attention import attention_for_generation
+from qlora_lite.data.batches import Batch, pack_trees
+from qlora_lite.data.template import Encoded
+from qlora_lite.data.trees import grow
+from qlora_lite.model.attention import attention_for_generation, attention_on_packed_rows
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.train.measure import give_back_free_memory
 
@@ -25,19 +33,36 @@ def generate_answers(
     stop_token: int,
     max_new_tokens: int,
     batch_tokens: int = BATCH_TOKENS,
+    share: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """One greedy answer per prompt (token ids from `data.template.encode_prompt`), in their order, stop token removed.
 
-    A batch has at most `batch_tokens` prompt tokens with padding, or one prompt. `progress(done)` is called per batch.
+    A batch has at most `batch_tokens` prompt tokens with padding, or one prompt; with `share`, what its prompts begin with in
+    common is read once. `progress(done)` is called per batch.
     """
     answers: dict[int, str] = {}
+    share = share and all(len(prompt) > 1 for prompt in prompts)
+    lengths = [len(prompt) for prompt in prompts]
+    batches = tree_batches(prompts, batch_tokens) if share else length_batches(lengths, batch_tokens)
     with generating(model):
-        for indices in length_batches([len(prompt) for prompt in prompts], batch_tokens):
-            ids_BT, mask_BT = _pad_left([prompts[i] for i in indices], pad=stop_token)
+        for indices in batches:
+            asked = [prompts[i] for i in indices]
+            ids_BT, mask_BT = _pad_left(asked, pad=stop_token)
             width = ids_BT.shape[1]
             config = greedy(stop_token=stop_token, max_new_tokens=max_new_tokens)
-            output = generate_batch(model, ids_BT, mask_BT, config=config)
+            cache = None
+            if share:
+                tree = pack_trees(_Prompts(asked), range(len(asked)))
+                cache = read_prompts(model, tree)
+                # `read_prompts` has them in the tree's order
+                ids_BT, mask_BT, indices = (
+                    ids_BT[list(tree.rows)],
+                    mask_BT[list(tree.rows)],
+                    [indices[i] for i in tree.rows],
+                )
+            output = generate_batch(model, ids_BT, mask_BT, config=config, cache=cache)
+            del cache
             for i, ids in zip(indices, output[:, width:].tolist(), strict=True):
                 kept = ids[: ids.index(stop_token)] if stop_token in ids else ids
                 answers[i] = tokenizer.decode(kept, skip_special_tokens=True).strip()
@@ -125,6 +150,56 @@ def greedy(*, stop_token: int, max_new_tokens: int) -> GenerationConfig:
         eos_token_id=stop_token,
         pad_token_id=stop_token,
     )
+
+
+@torch.no_grad()
+def read_prompts(model: PreTrainedModel | PeftModel, tree: Batch) -> Cache:
+    """Keys and values of all but the last token of each example of `tree`, padded left, as `generate_batch` takes them."""
+    base = causal_lm(model)
+    config = base.config.get_text_config(decoder=True)
+    paths = [path[:-1] for path in tree.paths]
+    width = max(map(len, paths))
+    places_BT = torch.tensor([[0] * (width - len(path)) + path for path in paths]).to(
+        base.device
+    )  # 0: hidden by the mask
+    row, cache = DynamicCache(config=config), DynamicCache(config=config)
+    tree = tree.to(base.device)
+    with attention_on_packed_rows(base):
+        base.get_decoder()(
+            input_ids=tree.input_ids_1T, position_ids=tree.position_ids_1T, lengths=tree.lengths, parents=tree.parents,
+            past_key_values=row, use_cache=True,
+        )  # fmt: skip
+    for index, layer in enumerate(row.layers):
+        keys, values = (tensor[0, :, places_BT].transpose(0, 1).contiguous() for tensor in (layer.keys, layer.values))
+        cache.update(keys, values, index)
+        layer.keys = layer.values = None  # the row's own are not needed any more
+    return cache
+
+
+class _Prompts:
+    """Prompts as rows whose last token is their own."""
+
+    def __init__(self, prompts: Sequence[list[int]]) -> None:
+        self._prompts = prompts
+        self.lengths = np.array([len(prompt) for prompt in prompts])
+
+    def encoded(self, index: int) -> Encoded:
+        length = len(self._prompts[index])
+        return Encoded(self._prompts[index], ((length - 1, length),))
+
+
+def tree_batches(prompts: Sequence[list[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices, those that share their beginning together, in batches of at most `batch_tokens` tokens with padding (or one prompt)."""
+    batch, width = list[int](), 0
+    for index in grow(_Prompts(prompts), range(len(prompts))).top.all_rows():
+        wider = max(width, len(prompts[index]))
+        if batch and wider * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch, wider = [], len(prompts[index])
+        batch.append(index)
+        width = wider
+    if batch:
+        yield batch
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -76,6 +76,7 @@ def evaluate_model(
         stop_token=ChatTemplate(tokenizer).stop_token_id,
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
+        share=share,
         progress=None if progress is None else lambda done: progress(done, len(asked)),
     )
     pairs = [score(a, golds, no_answer_text=no_answer_text) for a, (_, golds) in zip(answers, asked, strict=True)]

@@ -97,6 +97,17 @@ def attention_for_generation(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+@contextmanager
+def attention_on_packed_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Packed rows inside this block, what was before after it."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(PACKED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def padded_attention(kind: type[PreTrainedModel]) -> str:
     """transformers' name of the attention that a padded batch takes: "eager" where sdpa cannot compute it (soft caps, BLOOM)."""
     return "sdpa" if kind._supports_sdpa else "eager"

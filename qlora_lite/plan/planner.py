@@ -187,7 +187,13 @@ def _choose_scoring(
     if not needs.num_scored:
         return None, f"{free.eval_batch_tokens or EVAL_BATCH_TOKENS[0]}: nothing is scored"
     prompts = (needs.length,) * min(needs.num_scored, EVAL_BATCH_TOKENS[0])
-    found = Scoring(batch, prompts, needs.max_new_tokens, free.eval_batch_tokens or EVAL_BATCH_TOKENS[0])
+    found = Scoring(
+        batch,
+        prompts,
+        needs.max_new_tokens,
+        free.eval_batch_tokens or EVAL_BATCH_TOKENS[0],
+        share=needs.sharing is not None,
+    )
     if free.eval_batch_tokens is not None:
         return found, f"{found.batch_tokens}: asked for"
     for tokens in EVAL_BATCH_TOKENS:

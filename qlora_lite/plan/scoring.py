@@ -3,6 +3,7 @@
     validation   `batch_loss` of the largest batch without gradients, the optimizer's state resident: it interrupts training
     prompt       transformers' `generate` on a batch of prompts: activations of B x T tokens, a mask of B x T x T where prompts
                  are padded, keys and values of every layer
+    reading      where prompts may share their beginning: a packed row of them all, its keys and values and their padded copy
     answer       its last two steps, when the cache has T + new tokens: each step makes a layer's keys and values anew, one longer
 
 In: a `Stage` and a `Scoring`. Out: one more phase of a `Rehearsal`, `evaluate`, the highest of these. Keys, values and the head's
@@ -24,9 +25,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
-from qlora_lite.evaluate.generate import BATCH_TOKENS, generate_batch, generating, greedy, length_batches
+from qlora_lite.evaluate.generate import BATCH_TOKENS, generate_batch, generating, greedy, length_batches, read_prompts
 from qlora_lite.ledger import PAGED
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.plan.rehearsal import MicroBatch, Phases, Rehearsal, Scene, Stage, attention_on, meta_batch
@@ -44,6 +45,7 @@ class Scoring:
     prompts: tuple[int, ...] = ()
     max_new_tokens: int = 32
     batch_tokens: int = BATCH_TOKENS
+    share: bool = False  # prompts are read as packed trees
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
@@ -68,7 +70,9 @@ def evaluation_moments(scene: Scene, scoring: Scoring) -> Phases:
     """Bytes by part at the peak of the validation loss, of each batch of prompts and of its answers' last steps."""
     moments = {"validation": _validation(scene, scoring.validation)}
     for num_prompts, length in scoring.batches:
-        found = _generation(scene, num_prompts, length, max_new_tokens=scoring.max_new_tokens)
+        found = _generation(
+            scene, num_prompts, length, max_new_tokens=scoring.max_new_tokens, share=scoring.share and length > 1
+        )
         moments |= {f"{name}, {num_prompts} of {length} tokens": parts for name, parts in found.items()}
     return moments
 
@@ -82,19 +86,35 @@ def _validation(scene: Scene, micro_batch: MicroBatch) -> dict[str, int]:
     return scene.ledger.peak
 
 
-def _generation(scene: Scene, num_prompts: int, length: int, *, max_new_tokens: int) -> Phases:
-    """The first token is the prompt's forward pass, each other one a step that lengthens the cache by one."""
+def _generation(scene: Scene, num_prompts: int, length: int, *, max_new_tokens: int, share: bool) -> Phases:
+    """The first token is the prompt's forward pass, each other one a step that lengthens the cache by one.
+
+    With `share` the prompts are read as one packed row before that, as if they shared nothing: the most that it may be.
+    """
     cache = DynamicCache(config=causal_lm(scene.model).config.get_text_config(decoder=True))
     prompt = _ids_and_mask(num_prompts, length)  # held until the answers are there
     scene.ledger.hold("activations", *prompt)
+    phases: Phases = {}
+    if share:
+        cache, phases["reading"] = _read(scene, num_prompts, length)
     if max_new_tokens <= 3:
-        return {"prompt": _generate(scene, *prompt, cache, num_tokens=max_new_tokens)}
-    phases = {"prompt": _generate(scene, *prompt, cache, num_tokens=2)}
+        return phases | {"prompt": _generate(scene, *prompt, cache, num_tokens=max_new_tokens)}
+    phases["prompt"] = _generate(scene, *prompt, cache, num_tokens=2)
     _lengthen(scene, cache, max_new_tokens - 4)
     longer = _ids_and_mask(num_prompts, length + max_new_tokens - 2)
     scene.ledger.hold(PAGED, *longer)  # stand for the prompt's, which are held; what each step makes of them counts
     phases["answer"] = _generate(scene, *longer, cache, num_tokens=2)
     return phases
+
+
+def _read(scene: Scene, num_prompts: int, length: int) -> tuple[Cache, dict[str, int]]:
+    """-> (keys and values of all but the prompts' last tokens, parts at the peak)."""
+    tree = meta_batch(MicroBatch(length, num_prompts, 0.0))
+    scene.ledger.forget_peaks()
+    scene.ledger.hold("activations", tree.input_ids_1T, tree.position_ids_1T, tree.predictor_N, tree.target_N)
+    with scene.ledger, attention_on(scene.ledger.device), generating(scene.model):
+        cache = read_prompts(scene.model, tree)
+    return cache, {part: size for part, size in scene.ledger.peak.items() if part != "optimizer"}
 
 
 def _generate(

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from qlora_lite.data.batches import pack_trees
+from qlora_lite.evaluate import generate
 from qlora_lite.evaluate.generate import generate_answers, generating, length_batches, stream_answer
 from qlora_lite.model.attention import PACKED, attention_for_generation
 from qlora_lite.model.forward import causal_lm
@@ -60,6 +62,33 @@ def test_batched_left_padded_answers_equal_one_by_one_answers(model, prompts, on
     assert answers == [text(ids) for ids in one_by_one]
     assert done == sorted(done) and done[-1] == len(prompts)
     assert len(done) == {1: 5, 4096: 1}.get(batch_tokens, len(done))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 200, 4096])
+def test_prompts_that_share_their_beginning_are_answered_as_one_by_one(model, batch_tokens):
+    """A passage with questions, a header over two passages, one prompt inside another, and some that share nothing."""
+    header, passage = list(range(20, 60)), list(range(100, 130))
+    prompts = [
+        header + passage + [5],
+        header + passage + [6, 7, 8],
+        header + passage,
+        header + passage[:20] + [9] * 20,
+        [3, 4],
+        [3, 5, 6],
+    ]
+    together = generate_answers(
+        model, Ids(), prompts, stop_token=NEVER, max_new_tokens=LENGTH, batch_tokens=batch_tokens, share=True
+    )
+    alone = [generate_answers(model, Ids(), [prompt], stop_token=NEVER, max_new_tokens=LENGTH)[0] for prompt in prompts]
+    assert together == alone and len(set(alone)) > 2
+
+
+def test_what_prompts_share_is_read_once(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "pack_trees", lambda *args: seen.append(pack_trees(*args)) or seen[-1])
+    prompts = [[*range(20, 60), last] for last in range(5, 10)]
+    generate_answers(model, Ids(), prompts, stop_token=NEVER, max_new_tokens=2, share=True)
+    assert [batch.input_ids_1T.shape[1] for batch in seen] == [40 + 5]
 
 
 def test_an_answer_ends_before_the_stop_token_while_others_go_on(model, prompts, one_by_one):

@@ -1,0 +1,91 @@
+"""The plan knows trees: the meta ledger is the real one's to the byte, the planned peak the allocator's within 1%."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from qlora_lite.data.batches import pack_trees
+from qlora_lite.data.template import Encoded
+from qlora_lite.data.trees import Sharing
+from qlora_lite.evaluate.generate import _Prompts, generating, read_prompts
+from qlora_lite.ledger import Ledger, counted_as
+from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.resident import residents
+from qlora_lite.plan.planner import largest_tree
+from qlora_lite.plan.rehearsal import MicroBatch, Scene, meta_batch, num_labels
+from qlora_lite.plan.scoring import _read
+from qlora_lite.plan.workspace import workspace_of
+from qlora_lite.train.optimizer import make_optimizer
+from qlora_lite.train.update import update
+from tests.promises.test_promise_06_plan import CPU, real_model
+from tests.tiny_model import Rows
+
+TREE = MicroBatch(100, 5, 0.1, is_first=True, trunk=60)
+
+
+def tree_rows(batch: MicroBatch) -> Rows:
+    labels = num_labels(batch)
+    trunk = list(range(3, 3 + batch.trunk))
+    own = [[200 + i] * (batch.length - batch.trunk) for i in range(batch.num_examples)]
+    return Rows([Encoded(trunk + branch, ((batch.length - labels, batch.length),)) for branch in own])
+
+
+def test_a_meta_tree_has_the_shapes_of_a_real_one():
+    real, meta = pack_trees(tree_rows(TREE), range(5)), meta_batch(TREE)
+    assert (real.lengths, real.parents) == (meta.lengths, meta.parents)
+    assert real.input_ids_1T.shape == meta.input_ids_1T.shape == (1, TREE.num_tokens) == (1, 60 + 5 * 40)
+    assert real.predictor_N.shape == meta.predictor_N.shape
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_the_meta_ledger_of_a_tree_is_the_real_one_to_the_byte(method, every):
+    settings = replace(CPU, method=method, checkpoint_every=every)
+    model = real_model(settings)
+    scene = Scene(causal_lm(model).config, settings)
+    scene.rehearse(TREE)
+    optimizer = make_optimizer(model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0)
+    batch = pack_trees(tree_rows(TREE), range(5))
+    model.train()
+
+    def step() -> None:
+        update(
+            model, optimizer, [batch], accelerator=Accelerator(cpu=True), scaler=torch.amp.GradScaler("cpu", enabled=False),
+            max_grad_norm=1.0,
+        )  # fmt: skip
+        optimizer.zero_grad(set_to_none=True)
+
+    step()  # tables that are made once
+    ledger = Ledger(workspace=workspace_of("cpu", num_threads=settings.num_threads))
+    for category, tensors in residents(model).items():
+        ledger.hold(category, *tensors)
+    for state in optimizer.state.values():
+        ledger.hold("optimizer", *(value for value in state.values() if isinstance(value, torch.Tensor)))
+    ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
+    with ledger, counted_as("activations"):
+        step()
+    assert scene.peak_totals == {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
+
+
+def test_reading_prompts_on_meta_holds_what_reading_does_to_the_byte():
+    model = real_model(CPU)
+    scene = Scene(causal_lm(model).config, CPU)
+    _, planned = _read(scene, 4, 50)
+    tree = pack_trees(_Prompts([[10 * i + 3] * 50 for i in range(4)]), range(4))
+    ledger = Ledger(workspace=workspace_of("cpu", num_threads=CPU.num_threads))
+    for category, tensors in residents(model).items():
+        ledger.hold(category, *tensors)
+    ledger.hold("activations", tree.input_ids_1T, tree.position_ids_1T, tree.predictor_N, tree.target_N)
+    with ledger, generating(model):
+        read_prompts(model, tree)
+    assert sum(planned.values()) == ledger.peak_bytes
+
+
+def test_the_largest_tree_is_full():
+    sharing = Sharing(num_alone=1000, num_packed=400, trunk=240, branch=30, num_labels=6)
+    for tokens in (250, 271, 300, 512, 2048):
+        batch = largest_tree(tokens, sharing)
+        assert tokens - batch.num_examples < batch.num_tokens <= tokens and batch.trunk < batch.length
+        assert num_labels(batch) in (5, 6, 7)
