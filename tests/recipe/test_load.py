@@ -45,7 +45,7 @@ def test_every_wrong_recipe_key_is_reported_in_one_message_with_line_and_nearest
         "train: {batch_size: 4}\n",  # 14 another tool's name
     )
     with pytest.raises(RecipeError) as caught:
-        load_recipe(path, overrides=["train.max_stepz=3", "data.share_prefixes=true"])
+        load_recipe(path, overrides=["train.max_stepz=3", "model.attention=eager"])
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{path} has 13 problems"
     assert [line.split(": ")[0] for line in lines[1:]] == [
@@ -61,7 +61,7 @@ def test_every_wrong_recipe_key_is_reported_in_one_message_with_line_and_nearest
         "  line 13 merge",
         "  line 14 train.batch_size",
         "  --set train.max_stepz=3  train.max_stepz",
-        "  --set data.share_prefixes=true  data.share_prefixes",
+        "  --set model.attention=eager  model.attention",
     ]
     text = str(caught.value)
     for sentence in (
@@ -77,7 +77,7 @@ def test_every_wrong_recipe_key_is_reported_in_one_message_with_line_and_nearest
         "merge: expected keys below it, such as merge.dtype, got 5",
         "train.batch_size: unknown key; did you mean train.examples_per_step?",
         "train.max_stepz: unknown key; did you mean train.max_steps?",
-        "data.share_prefixes: true is not in this version; use auto, which means off for now",
+        'model.attention: "eager" is not in this version; use auto or sdpa',
     ):
         assert sentence in text.replace("line 5  ", "line 5    "), sentence
 
@@ -188,7 +188,6 @@ def test_overrides_take_lists_text_and_null():
 
 REFUSED = {
     "model.attention": ["eager", "flash_attention_2", "flex_attention"],
-    "data.share_prefixes": ["true"],
 }
 
 
