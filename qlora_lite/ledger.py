@@ -15,14 +15,17 @@ reference and autograd's are gone. What an operator allocates and frees inside i
 a function of the operator and its arguments that returns bytes. Costs about ten microseconds an operator.
 """
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +34,8 @@ from qlora_lite.meta_ops import result_of
 # The phase of a step in which a category is made.
 PHASES = {"activations": "forward", "logits": "head", "recompute": "backward", "workspace": "update"}
 PAGED = "paged"  # a category that lies in managed memory: counted, and no part of what the device must hold
+_ADD = torch.ops.aten.add.Tensor
+_ENGINE = _engine_run_backward.__code__  # what calls an operator that no function of Python's calls
 Workspace = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
 Answer = Callable[[Any], float]
 
@@ -59,6 +64,7 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, *, device: str = "cpu", round_to: int = 1, workspace: Workspace | None = None) -> None:
         super().__init__()
+        _holders_of_one()  # while nothing is computed
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, dict[str, int]] = {}
         self.current = "activations"
@@ -120,7 +126,8 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self.answer(self._last)
         self._last = func
-        out = result_of(func, args, kwargs)
+        is_sum = func is _ADD and sys._getframe(1).f_code is _ENGINE and is_added_in_place(args[0])
+        out = args[0].add_(args[1]) if is_sum else result_of(func, args, kwargs)
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 storage = leaf.untyped_storage()
@@ -162,6 +169,39 @@ class Ledger(TorchDispatchMode):
 
 
 _open: list[Book] = []
+
+
+def is_added_in_place(gradient: torch.Tensor) -> bool:
+    """Whether autograd, which adds up the gradients of what is used several times, would add to this one where it lies.
+
+    It does when nothing else holds it (torch/csrc/autograd/input_buffer.cpp), but never under a dispatch mode, so a ledger does it.
+    """
+    is_its_own = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
+    return is_its_own and _num_holders(gradient) == _holders_of_one()
+
+
+def _num_holders(tensor: torch.Tensor) -> int:
+    count: int = tensor._use_count()  # type: ignore[attr-defined]  # not in torch's stubs
+    return count
+
+
+@cache
+def _holders_of_one() -> int:
+    """What `_use_count` says in a dispatch mode of a gradient that nothing but autograd holds."""
+    found: list[int] = []
+
+    class Probe(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is _ADD and torch._C._current_graph_task_id() != -1:
+                found.append(_num_holders(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with torch.enable_grad():
+        weight, factor = torch.ones(2, device="meta", requires_grad=True), torch.ones(2, device="meta")
+        twice = [(weight * factor).sum() for _ in range(2)]
+        with Probe():
+            torch.autograd.backward(twice)
+    return found[0]
 
 
 @contextmanager

@@ -46,6 +46,27 @@ def test_autograd_keeps_what_it_saves_until_the_backward_pass(device):
     assert weight.grad is not None
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_gradients_add_up_where_they_lie_as_they_do_without_a_ledger(device):
+    """A weight that is used three times: autograd adds the second and third gradient to the first one, and makes no sum beside it."""
+    weight = torch.ones(KIB, device=device, requires_grad=True)
+    factor = torch.full((KIB,), 2.0, device=device)
+    losses = [(weight * factor).sum() for _ in range(3)]
+    with Ledger() as ledger:
+        torch.autograd.backward(losses)
+    assert ledger.peak_bytes <= 2 * 4 * KIB + 100  # the sum and the next gradient
+    if device == "cpu":
+        assert torch.equal(weight.grad, torch.full((KIB,), 6.0))
+
+
+def test_a_gradient_that_two_hold_is_not_added_to():
+    x = torch.ones(4, requires_grad=True)
+    with Ledger():
+        u, v = x * 2, x * 3
+        (((u + v) * 5) + u + v * 7).sum().backward()
+    assert torch.equal(x.grad, torch.full((4,), 2.0 * (5 + 1) + 3.0 * (5 + 7)))
+
+
 def test_sizes_are_rounded_as_the_allocator_does():
     ledger = Ledger(round_to=512)
     with ledger:

@@ -2,8 +2,8 @@
 
     CPU    bitsandbytes' AdamW for 8-bit states works on fp32 copies in five tensors, for 32-bit states in three
            (its Python kernels; tests/plan/test_workspace.py measures them with the allocator)
-           flash attention: score blocks a thread, forward 6 bytes a score and its rows, backward 12 (PyTorch, FlashAttentionKernel.cpp);
-           backward is a lower bound: what its matrix products pack for themselves is left out
+           flash attention: score blocks a thread, forward 6 bytes a score and its rows, backward 12 (PyTorch, FlashAttentionKernel.cpp),
+           and what its 16-bit matrix products pack for themselves, which is measured where the plan is made
     CUDA   FlashAttention-2's backward pass sums dQ in fp32 over 128-row blocks and, for grouped heads, makes dK and dV for every query
            head first (flash_attn, flash_bwd); not measured yet, for want of a card
 
@@ -12,9 +12,12 @@ A block of scores is 256 x 512, 64 x 512 or 32 x 512, the fewer rows the shorter
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
+
+from qlora_lite.train.measure import measure_allocations
 
 _ops: Any = torch.ops
 Count = Callable[[Sequence[Any], int], int]
@@ -44,9 +47,29 @@ def _flash_forward_on_cpu(args: Sequence[Any], num_threads: int) -> int:
 
 def _flash_backward_on_cpu(args: Sequence[Any], num_threads: int) -> int:
     query, key = args[1], args[2]  # after the gradient
-    rows, columns = _score_block(query.shape[2], key.shape[2])
-    reduced = 2 if query.dtype != torch.float32 else 0
+    num_queries, num_keys, width = query.shape[2], key.shape[2], query.shape[3]
+    blocks = _backward_blocks(num_queries, num_keys, query.dtype, num_threads)
+    is_reduced = query.dtype in (torch.bfloat16, torch.float16)
+    return blocks + (_packed_on_cpu(min(num_queries, 1024), min(num_keys, 1024), width) if is_reduced else 0)
+
+
+def _backward_blocks(num_queries: int, num_keys: int, dtype: torch.dtype, num_threads: int) -> int:
+    rows, columns = _score_block(num_queries, num_keys)
+    reduced = 2 if dtype != torch.float32 else 0
     return num_threads * (2 * rows * columns * (4 + reduced) + 4 * rows)
+
+
+@cache
+def _packed_on_cpu(num_queries: int, num_keys: int, width: int) -> int:
+    """What 16-bit matrix products of the backward pass pack for themselves: oneDNN's decision for a processor, measured on one head."""
+    query, key = (torch.zeros(1, 1, length, width, dtype=torch.bfloat16) for length in (num_queries, num_keys))
+    output, total = _ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, key)
+    backward = _ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    for _ in range(2):  # the first makes what is made once
+        with measure_allocations("cpu") as allocations:
+            grads = backward(output, query, key, key, output, total, 0.0, False)
+    blocks = _backward_blocks(num_queries, num_keys, query.dtype, torch.get_num_threads())
+    return max(0, allocations.peak_bytes - sum(grad.nbytes for grad in grads) - blocks)
 
 
 def _score_block(num_queries: int, num_keys: int) -> tuple[int, int]:
