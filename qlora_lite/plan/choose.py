@@ -372,7 +372,9 @@ def choose_sharing(recipe: Recipe, needs: Needs, config: PreTrainedConfig) -> tu
     )
     if asked == "auto" and found.factor < LEAST_FACTOR:
         return replace(needs, sharing=None), f"off: rows begin with too little in common; {saved}"
-    if asked == "auto":  # rows on one passage come in one step then, and what that does to the result is not measured yet
+    if (
+        asked == "auto"
+    ):  # rows on one passage come in one step then, and what that does to the result is not measured yet
         return replace(needs, sharing=None), f"off for now; with data.share_prefixes: true {saved}"
     return needs, f"on: what rows of a step begin with in common is computed once; {saved}"
 

@@ -21,6 +21,7 @@ def states(model, batch):
             input_ids_1T=batch.input_ids_1T,
             position_ids_1T=batch.position_ids_1T,
             lengths=batch.lengths,
+            parents=batch.parents,
             predictor_N=batch.predictor_N,
         )
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lite.data.batches import pack_trees
+from qlora_lite.data.batches import make_batches, pack_trees
 from qlora_lite.data.template import Encoded
 from qlora_lite.data.trees import LEAST_SHARED
 from qlora_lite.model.attention import PACKED
 from qlora_lite.model.forward import predicting_states
-from tests.tiny_model import SIZES, Rows, split_batches
+from tests.tiny_model import SIZES, Rows, gradients, relative_difference, split_batches, tiny_adapted
 
 VOCABULARY = 300
 
@@ -78,3 +78,14 @@ def test_a_packed_tree_equals_separate_examples_in_fp64(seed, depth, fan):
     assert (
         (together[1] - alone[1]).norm() / alone[1].norm()
     ).item() < 1e-6  # norms and rotations are fp32 in any model
+
+
+@pytest.mark.parametrize(("compute", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_so_it_is_on_the_quantized_base_by_trainings_own_code(compute, tolerance):
+    """fp32 to rounding; in bf16 as near as other splits of the same rows come, whose sums are rounded elsewhere."""
+    rows = random_tree(random.Random(5), depth=3, fan=3)
+    model = tiny_adapted(compute=compute, factors=compute)
+    alone = gradients(model, split_batches(rows, len(rows)))
+    trees = make_batches(rows, range(len(rows)), micro_batch_tokens=200, share=True)
+    assert len(trees) > 1 and sum(batch.input_ids_1T.shape[1] for batch in trees) < rows.lengths.sum()
+    assert relative_difference(gradients(model, trees), alone) < tolerance
