@@ -8,6 +8,7 @@
     template.py  Conversation -> Encoded                        the tokenizer's chat template; labels by position
     fit.py       row, max_seq_length -> Example...              what may be cut, and what is dropped instead
     examples.py  Mix -> Examples                                tokenized once, kept in Arrow on disk, memory-mapped
+    trees.py     Examples -> Forest                             what rows begin with in common, found from their tokens
     batches.py   Examples -> Batch...                           which rows make step n, packed without padding
     inspect.py   Mix -> DataReport                              what `check` shows, no weights needed
 
