@@ -1,4 +1,4 @@
-"""A passage once, through the whole program: check says what it saves, training takes fewer tokens to the same loss and scores."""
+"""A passage once, through the whole program: check says what it saves, training takes fewer tokens to the same loss."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_check_says_what_sharing_would_save(recipe):
     assert by_itself["sharing"] is None and "times fewer" in by_itself["sharing_reason"]
 
 
-def test_a_run_that_shares_takes_fewer_tokens_to_the_same_first_loss_and_scores(recipe, tmp_path):
+def test_a_run_that_shares_takes_fewer_tokens_to_the_same_first_loss(recipe, tmp_path):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     both = (*SETTINGS, "--set", "train.examples_per_step=24")  # one step has all rows, in whatever order
     first = train_cli(recipe, alone, *both, "--set", "data.share_prefixes=false", "--json").json

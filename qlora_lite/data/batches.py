@@ -27,7 +27,7 @@ class Batch:
 
     input_ids_1T: Tensor  # int64 [1, T]
     position_ids_1T: (
-        Tensor  # int64 [1, T]; count from 0 where an example starts, on from its parent's where a segment continues one
+        Tensor  # int64 [1, T]; from 0 where an example starts, on from its parent's where a segment continues one
     )
     lengths: tuple[int, ...]  # tokens per segment; sum == T
     parents: tuple[int, ...]  # the segment that each one continues; NO_PARENT where it begins an example

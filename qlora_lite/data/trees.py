@@ -125,7 +125,7 @@ def families(forest: Forest, *, examples_per_step: int) -> list[list[int]]:
             return
         for child in node.nodes:
             visit(child)
-        if len(rows) * examples_per_step >= OFTEN * num_rows:
+        if node.end == node.start or len(rows) * examples_per_step >= OFTEN * num_rows:
             found.extend([row] for row in node.rows)
         elif node.rows:
             found.append(list(node.rows))

@@ -15,7 +15,7 @@ examples one at a time. Generation pads and keeps a cache: `attention_for_genera
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -86,22 +86,20 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
-@contextmanager
-def attention_for_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Padded batches with a key/value cache inside this block, packed rows again after it."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(padded_attention(type(model)))
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+def attention_for_generation(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Padded batches with a key/value cache inside this block, what was before after it."""
+    return _attention(model, padded_attention(type(model)))
 
 
-@contextmanager
-def attention_on_packed_rows(model: PreTrainedModel) -> Iterator[None]:
+def attention_on_packed_rows(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Packed rows inside this block, what was before after it."""
+    return _attention(model, PACKED)
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
-    model.set_attn_implementation(PACKED)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

@@ -156,7 +156,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None, like: Recipe | None 
         f"device: {device_reason}",
         f"model.dtype: {types.reason}",
         f"model.quantization: {quantization_reason}",
-        "model.attention: sdpa, example by example on packed rows",
+        f"model.attention: sdpa, {'each branch over its passage and itself' if needs.sharing else 'example by example'} on packed rows",
         f"data.format: {data_format}: {format_reason}",
         f"data.share_prefixes: {sharing_reason}",
         f"memory.budget: {budget_reason}{chosen.slowdown_in_words}",
@@ -297,7 +297,7 @@ def _choose_format(recipe: Recipe) -> tuple[str, str]:
 
 
 def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> Needs:
-    """What the training rows ask for; where their length is given and they are not there, they are not looked at. Raises DataError."""
+    """What the training rows ask for. With a given length they are read only if they are there and may share. Raises DataError."""
     asked = recipe.data.max_seq_length
     needs = Needs(0, "asked for", 1.0, num_scored=num_scored(recipe), max_new_tokens=recipe.eval.max_new_tokens)
     if asked != "auto" and limit is not None and asked > limit:
@@ -367,14 +367,12 @@ def choose_sharing(recipe: Recipe, needs: Needs, config: PreTrainedConfig) -> tu
         return replace(needs, sharing=None), f"off: {why_not}, so every row is computed by itself"
     if found is None:
         return needs, "off: the training data are not there"
-    saved = (
-        f"{found.num_alone:,} tokens of the first steps become {found.num_packed:,} ({found.factor:.2f} times fewer)"
-    )
+    saved = f"{found.num_alone:,} tokens of the first steps become {found.num_packed:,}, {found.factor:.2f} times fewer"
     if asked == "auto" and found.factor < LEAST_FACTOR:
         return replace(needs, sharing=None), f"off: rows begin with too little in common; {saved}"
     if (
         asked == "auto"
-    ):  # rows on one passage come in one step then, and what that does to the result is not measured yet
+    ):  # rows on one passage would come in one step, and what that does to the result is not known well enough
         return replace(needs, sharing=None), f"off for now; with data.share_prefixes: true {saved}"
     return needs, f"on: what rows of a step begin with in common is computed once; {saved}"
 

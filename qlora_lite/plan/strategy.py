@@ -7,8 +7,8 @@ In: what the recipe leaves free, and a function that rehearses one way. Out: `Ch
 F is the operations a weight and token of a step without recomputation, in pairs: forward, gradient of the input and, where the weight is
 trained, of the weight (2 or 3); R = 1 the forward pass again, in one layer of k. C is what making a 16-bit weight of a 4-bit one costs,
 in tokens of its matrix product: on a card 4.5 bytes moved a weight against 2 operations a token (165 TFLOP/s and 1 TB/s, an RTX 4090's
-data sheet: 370), on a CPU 115, which tools/bench_ways found with the small shipped model: its nine ways are 1.0 to 1.5 times as slow
-as the fastest, and the formula is off by 6% of that (tools/results/bench_ways.json). A card's is not measured yet.
+data sheet: 370), on a CPU 115, which tools/bench_ways found with the small shipped model: nine ways, whose times scatter by 6% about the
+formula (tools/results/bench_ways.json). A card's is not measured yet.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -2,7 +2,6 @@
 
 import random
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from qlora_lite.data.batches import StepSampler, make_batches, pack_trees
 from qlora_lite.data.template import Encoded
 from qlora_lite.data.trees import LEAST_SHARED, Node, families, grow
-from qlora_lite.model.tree_attention import NO_PARENT, parts_of
+from qlora_lite.model.tree_attention import parts_of
 from tests.tiny_model import Rows
 
 
@@ -76,18 +75,9 @@ def test_a_row_of_trees_is_packed_depth_first():
 
 def row_paths(batch) -> list[list[int]]:
     """The tokens that each row's last segment and all that it continues hold; positions must count on."""
-    starts = np.cumsum([0, *batch.lengths])
     ids, positions = batch.input_ids_1T[0].tolist(), batch.position_ids_1T[0].tolist()
-    with_children = set(batch.parents)
-    found = []
-    for leaf in (index for index in range(len(batch.lengths)) if index not in with_children):
-        path, at = [], leaf
-        while at != NO_PARENT:
-            path[:0] = range(starts[at], starts[at + 1])
-            at = batch.parents[at]
-        assert [positions[i] for i in path] == list(range(len(path)))
-        found.append([ids[i] for i in path])
-    return found
+    assert all([positions[i] for i in path] == list(range(len(path))) for path in batch.paths)
+    return [[ids[i] for i in path] for path in batch.paths]
 
 
 @st.composite
@@ -130,6 +120,11 @@ def test_rows_on_one_passage_are_a_family_and_a_header_over_everything_is_none()
     rows = rows_of(*((HEADER + passages[p] + [q], [9]) for p in range(6) for q in range(5)), ([*HEADER, 1], [9]))
     found = families(grow(rows, range(31)), examples_per_step=8)
     assert sorted(map(sorted, found)) == [*([5 * p + q for q in range(5)] for p in range(6)), [30]]
+
+
+def test_rows_that_share_nothing_are_no_family_however_small_a_step_is():
+    rows = rows_of(*(([q, q + 1], [9]) for q in range(6)))
+    assert sorted(families(grow(rows, range(6)), examples_per_step=2)) == [[q] for q in range(6)]
 
 
 def test_a_family_larger_than_a_step_stays_one_and_is_cut_at_random():

@@ -3,37 +3,24 @@
 from dataclasses import replace
 
 import pytest
-import torch
-from accelerate import Accelerator
 
 from qlora_lite.data.batches import pack_trees
-from qlora_lite.data.template import Encoded
 from qlora_lite.data.trees import Sharing
 from qlora_lite.evaluate.generate import _Prompts, generating, read_prompts
-from qlora_lite.ledger import Ledger, counted_as
+from qlora_lite.ledger import Ledger
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.resident import residents
 from qlora_lite.plan.planner import largest_tree
 from qlora_lite.plan.rehearsal import MicroBatch, Scene, meta_batch, num_labels
 from qlora_lite.plan.scoring import _read
 from qlora_lite.plan.workspace import workspace_of
-from qlora_lite.train.optimizer import make_optimizer
-from qlora_lite.train.update import update
-from tests.promises.test_promise_06_plan import CPU, real_model
-from tests.tiny_model import Rows
+from tests.promises.test_promise_06_plan import CPU, measured_and_planned, real_batch, real_ledger, real_model
 
 TREE = MicroBatch(100, 5, 0.1, is_first=True, trunk=60)
 
 
-def tree_rows(batch: MicroBatch) -> Rows:
-    labels = num_labels(batch)
-    trunk = list(range(3, 3 + batch.trunk))
-    own = [[200 + i] * (batch.length - batch.trunk) for i in range(batch.num_examples)]
-    return Rows([Encoded(trunk + branch, ((batch.length - labels, batch.length),)) for branch in own])
-
-
 def test_a_meta_tree_has_the_shapes_of_a_real_one():
-    real, meta = pack_trees(tree_rows(TREE), range(5)), meta_batch(TREE)
+    real, meta = real_batch(TREE), meta_batch(TREE)
     assert (real.lengths, real.parents) == (meta.lengths, meta.parents)
     assert real.input_ids_1T.shape == meta.input_ids_1T.shape == (1, TREE.num_tokens) == (1, 60 + 5 * 40)
     assert real.predictor_N.shape == meta.predictor_N.shape
@@ -46,27 +33,15 @@ def test_the_meta_ledger_of_a_tree_is_the_real_one_to_the_byte(method, every):
     model = real_model(settings)
     scene = Scene(causal_lm(model).config, settings)
     scene.rehearse(TREE)
-    optimizer = make_optimizer(model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0)
-    batch = pack_trees(tree_rows(TREE), range(5))
-    model.train()
+    assert scene.peak_totals == real_ledger(model, settings, TREE)
 
-    def step() -> None:
-        update(
-            model, optimizer, [batch], accelerator=Accelerator(cpu=True), scaler=torch.amp.GradScaler("cpu", enabled=False),
-            max_grad_norm=1.0,
-        )  # fmt: skip
-        optimizer.zero_grad(set_to_none=True)
 
-    step()  # tables that are made once
-    ledger = Ledger(workspace=workspace_of("cpu", num_threads=settings.num_threads))
-    for category, tensors in residents(model).items():
-        ledger.hold(category, *tensors)
-    for state in optimizer.state.values():
-        ledger.hold("optimizer", *(value for value in state.values() if isinstance(value, torch.Tensor)))
-    ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
-    with ledger, counted_as("activations"):
-        step()
-    assert scene.peak_totals == {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_the_planned_peak_of_a_tree_meets_the_allocators(method):
+    settings = replace(CPU, method=method)
+    tree = MicroBatch(300, 6, 0.05, is_first=True, trunk=220)
+    measured, planned = measured_and_planned(real_model(settings), settings, tree)
+    assert measured == pytest.approx(planned, rel=0.01)
 
 
 def test_reading_prompts_on_meta_holds_what_reading_does_to_the_byte():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from qlora_lite.data.batches import pack_batch
+from qlora_lite.data.batches import Batch, pack_batch, pack_trees
 from qlora_lite.data.template import Encoded
 from qlora_lite.ledger import Ledger, counted_as
 from qlora_lite.model.adapter import attach_adapter
@@ -38,7 +38,7 @@ from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.update import update
 from tests.architectures import artefact, published
 from tests.conftest import REPOSITORY
-from tests.tiny_model import tiny_artefact, tiny_source
+from tests.tiny_model import Rows, tiny_artefact, tiny_source
 
 CPU = Settings(device="cpu", r=4, optimizer="adamw", num_threads=torch.get_num_threads())
 EXACT, NEARLY = ["gemma2", "qwen3"], ["bloom", "falcon_new", "falcon_alibi", "opt", "phi3"]
@@ -56,12 +56,22 @@ def real_model(settings: Settings, *, quantized=None, plain=None):
     return model
 
 
+def real_batch(micro_batch: MicroBatch) -> Batch:
+    """The rehearsal's own, with tokens in it."""
+    length, trunk, labels = micro_batch.length, micro_batch.trunk, num_labels(micro_batch)
+    own = [[0] * trunk + [1 + i if trunk else 0] * (length - trunk) for i in range(micro_batch.num_examples)]
+    rows = Rows([Encoded(ids, ((length - labels, length),)) for ids in own])
+    return (
+        pack_trees(rows, range(len(rows)))
+        if trunk
+        else pack_batch([rows.encoded(i) for i in range(len(rows))], range(len(rows)))
+    )
+
+
 def real_step(model, settings: Settings, micro_batch: MicroBatch):
     """-> (a function that runs one step with the rehearsal's own batch, what is resident)."""
     optimizer = make_optimizer(model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0)
-    length, labels = micro_batch.length, num_labels(micro_batch)
-    examples = [Encoded([0] * length, ((length - labels, length),))] * micro_batch.num_examples
-    batch = pack_batch(examples, range(len(examples)))
+    batch = real_batch(micro_batch)
     model.train()
 
     def step() -> None:
