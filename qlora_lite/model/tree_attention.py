@@ -104,8 +104,9 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, output, total = ctx.saved_tensors
-        kernel = _kernel_of(query)
+        *saved, total = ctx.saved_tensors
+        kernel, dtype = _kernel_of(saved[0]), saved[0].dtype
+        query, key, value, output, grad_output = (kernel.widened(tensor) for tensor in (*saved, grad_output))
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         for part in ctx.parts:
             q, k, v = query[:, :, part.queries], key[:, :, part.keys], value[:, :, part.keys]
@@ -116,7 +117,7 @@ class _TreeAttention(torch.autograd.Function):
             )  # fmt: skip
             for place, grad in zip(places, mine, strict=True):
                 place.copy_(grad) if part.is_causal else place.add_(grad)
-        return (*grads, None, None)
+        return (*(grad.to(dtype) for grad in grads), None, None)
 
 
 class _Kernel(Protocol):
@@ -131,8 +132,16 @@ class _Kernel(Protocol):
         total: torch.Tensor, is_causal: bool, scaling: float,
     ) -> Sequence[torch.Tensor]: ...  # fmt: skip
 
+    def widened(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In the type that the backward pass computes in."""
+        return tensor
 
-class _FlashOnCpu:
+
+class _FlashOnCpu(_Kernel):
+    def widened(self, tensor):  # type: ignore[no-untyped-def]
+        """fp32: its backward pass takes 1.3 to 5 times as long in bf16, where each product packs its inputs first."""
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
     def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
         return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scaling)
 
@@ -142,7 +151,7 @@ class _FlashOnCpu:
         )
 
 
-class _FlashOnCuda:
+class _FlashOnCuda(_Kernel):
     """FlashAttention-2. Not run on a card yet."""
 
     def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
@@ -156,7 +165,7 @@ class _FlashOnCuda:
         )  # fmt: skip
 
 
-class _Plain:
+class _Plain(_Kernel):
     """Products and a softmax, where no kernel tells the log-sum-exp: fp32 on CUDA, cards before Ampere."""
 
     def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
