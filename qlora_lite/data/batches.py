@@ -7,7 +7,7 @@ tokens of the whole step, never averaged over micro-batches.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.data.template import Encoded
-from qlora_lite.data.trees import Node, TokenizedRows, families, grow, split
+from qlora_lite.data.trees import Node, Piece, TokenizedRows, families, grow
 from qlora_lite.model.tree_attention import NO_PARENT
 
 
@@ -151,9 +151,12 @@ def make_batches(
     """
     if micro_batch_tokens < 1:
         raise ValueError(f"micro_batch_tokens: expected a whole number above 0, got {micro_batch_tokens}")
-    pieces = list(_pieces(examples, rows, micro_batch_tokens)) if share else [[row] for row in rows]
-    sizes = {piece[0]: _num_tokens(examples, piece) for piece in pieces}
-    by_first = {piece[0]: piece for piece in pieces}
+    if share:
+        pieces = list(grow(examples, rows).pieces(micro_batch_tokens))
+    else:
+        pieces = [Piece([row], int(examples.lengths[row])) for row in rows]
+    sizes = {piece.rows[0]: piece.num_tokens for piece in pieces}
+    by_first = {piece.rows[0]: piece.rows for piece in pieces}
     too_long = [[first] for first in by_first if sizes[first] > micro_batch_tokens]
     fitting = [first for first in by_first if sizes[first] <= micro_batch_tokens]
     groups = [
@@ -258,14 +261,6 @@ def pack_trees(examples: TokenizedRows, rows: Sequence[int]) -> Batch:
 
 def _packed(examples: TokenizedRows, rows: Sequence[int], *, share: bool) -> Batch:
     return pack_trees(examples, rows) if share else pack_batch([examples.encoded(row) for row in rows], rows)
-
-
-def _pieces(examples: TokenizedRows, rows: Sequence[int], micro_batch_tokens: int) -> Iterator[list[int]]:
-    """Rows that stay together: a tree, or the part of one that fits, or a row that shares nothing."""
-    forest = grow(examples, rows)
-    yield from ([row] for row in forest.top.rows)
-    for node in forest.top.nodes:
-        yield from split(node, forest.lengths, micro_batch_tokens)
 
 
 def _num_tokens(examples: TokenizedRows, rows: Sequence[int], *, share: bool = True) -> int:

@@ -53,6 +53,14 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Rows that stay in one micro-batch, and the tokens that they take there."""
+
+    rows: list[int]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class Forest:
     """Trees, and rows that share nothing: a Node without tokens at the top."""
 
@@ -68,6 +76,12 @@ class Forest:
     def num_alone(self) -> int:
         """With every run as often as rows have it."""
         return sum(self.lengths.values())
+
+    def pieces(self, capacity: int) -> Iterator[Piece]:
+        """Trees, or the parts of one that fit `capacity` tokens, and rows that share nothing."""
+        yield from (Piece([row], self.lengths[row]) for row in self.top.rows)
+        for node in self.top.nodes:
+            yield from split(node, self.lengths, capacity)
 
 
 def grow(examples: TokenizedRows, rows: Sequence[int]) -> Forest:
@@ -87,18 +101,28 @@ class Sharing:
     trunk: int  # tokens that a row shares
     branch: int  # tokens of its own
     num_labels: int  # of these
+    steps: tuple[Forest, ...] = ()  # that these are the sums of
 
     @property
     def factor(self) -> float:
         """How many times as many tokens the rows have by themselves."""
         return self.num_alone / self.num_packed
 
+    def repeated(self, micro_batch_tokens: int) -> float:
+        """How many times as many tokens are computed where trees must be cut to fit micro-batches of so many; 1.0 where none is."""
+        if not self.steps:
+            return 1.0
+        num_cut = sum(piece.num_tokens for forest in self.steps for piece in forest.pieces(micro_batch_tokens))
+        return max(1.0, num_cut / self.num_packed)
+
 
 def sharing(examples: TokenizedRows, steps: Iterable[Sequence[int]]) -> Sharing:
     """Of steps with these rows each."""
     num_alone = num_packed = num_shared = num_labels = num_rows = 0
+    forests: list[Forest] = []
     for rows in steps:
         forest = grow(examples, rows)
+        forests.append(forest)
         num_alone, num_packed, num_rows = (
             num_alone + forest.num_alone,
             num_packed + forest.num_tokens,
@@ -107,7 +131,7 @@ def sharing(examples: TokenizedRows, steps: Iterable[Sequence[int]]) -> Sharing:
         num_shared += sum(node.end * len(node.rows) for node in forest.top.all_nodes())
         num_labels += sum(end - start for row in rows for start, end in examples.encoded(row).spans)
     trunk, length, labels = (round(total / num_rows) for total in (num_shared, num_alone, num_labels))
-    return Sharing(num_alone, num_packed, trunk, max(1, length - trunk), max(1, labels))
+    return Sharing(num_alone, num_packed, trunk, max(1, length - trunk), max(1, labels), tuple(forests))
 
 
 def families(forest: Forest, *, examples_per_step: int) -> list[list[int]]:
@@ -140,29 +164,29 @@ def tokens_of(node: Node, lengths: dict[int, int]) -> int:
     return node.end - node.start + own + sum(tokens_of(child, lengths) for child in node.nodes)
 
 
-def split(node: Node, lengths: dict[int, int], capacity: int, *, above: int = 0) -> Iterator[list[int]]:
-    """Rows of pieces of at most `capacity` tokens, each with `above` and the node's own tokens; one row may be longer by itself."""
-    if above + tokens_of(node, lengths) <= capacity:
-        yield list(node.all_rows())
+def split(node: Node, lengths: dict[int, int], capacity: int, *, above: int = 0) -> Iterator[Piece]:
+    """Pieces of at most `capacity` tokens, each with `above` and the node's own tokens; one row may be longer by itself."""
+    whole = above + tokens_of(node, lengths)
+    if whole <= capacity:
+        yield Piece(list(node.all_rows()), whole)
         return
     base = above + node.end - node.start
-    room, piece = capacity - base, list[int]()
+    rows, taken = list[int](), base
     parts: list[tuple[int, list[int], Node | None]] = [
         (tokens_of(child, lengths), list(child.all_rows()), child) for child in node.nodes
     ]
     parts += [(lengths[row] - node.end, [row], None) for row in node.rows]
-    left = room
-    for size, rows, child in parts:
-        if size > room and child is not None:
+    for size, some, child in parts:
+        if base + size > capacity and child is not None:
             yield from split(child, lengths, capacity, above=base)
             continue
-        if size > left and piece:
-            yield piece
-            piece, left = [], room
-        piece.extend(rows)
-        left -= size
-    if piece:
-        yield piece
+        if taken + size > capacity and rows:
+            yield Piece(rows, taken)
+            rows, taken = [], base
+        rows.extend(some)
+        taken += size
+    if rows:
+        yield Piece(rows, taken)
 
 
 def _grow(

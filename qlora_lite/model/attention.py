@@ -1,9 +1,10 @@
 """Attention over one packed row: several examples one after the other, each attending to itself only.
 
 A padded batch computes attention, norms and matrix products on padding; a packed row has none, and its linear layers see one
-long [T, D] input. Here each example's slice goes through `scaled_dot_product_attention` with `is_causal`, so that no mask is
-built and every example is computed exactly as it would be alone, whatever shares the row: the split of a step into
-micro-batches cannot change a gradient (tests/promises/test_promise_01_split.py).
+long [T, D] input. Here each example's slice goes through `scaled_dot_product_attention` with `is_causal` (on CPUs through the same
+kernel as tree_attention.py calls it, whose backward pass is faster), so that no mask is built and every example is computed exactly as it
+would be alone, whatever shares the row: the split of a step into micro-batches cannot change a gradient
+(tests/promises/test_promise_01_split.py).
 
 A sliding window (Mistral, Gemma, ...) or a soft cap on the scores (Gemma 2, arXiv 2408.00118) needs a mask or the scores
 themselves; then queries go in blocks, so that memory grows with the length and not with its square. Capped scores, which the backward
@@ -23,6 +24,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from qlora_lite.ledger import device_type
 from qlora_lite.model.tree_attention import NO_PARENT, parts_of, tree_attention
 
 PACKED = "qlora_lite_packed"
@@ -50,11 +52,13 @@ def packed_attention(
     query sees so many keys, its own included; `softcap` bounds scores to c * tanh(score / c). The signature is that of
     transformers' attention functions, which pass further keywords that do not matter here.
     """
-    if any(parent != NO_PARENT for parent in parents):
-        if dropout or sliding_window is not None or softcap is not None:
-            raise ValueError("segments that continue others need plain attention: no dropout, window or soft cap")
-        output = tree_attention(query, key, value, parts_of(lengths, parents), scaling=scaling)
-        return output.transpose(1, 2).contiguous(), None
+    is_plain = not dropout and sliding_window is None and softcap is None
+    is_shared = any(parent != NO_PARENT for parent in parents)
+    if is_shared and not is_plain:
+        raise ValueError("segments that continue others need plain attention: no dropout, window or soft cap")
+    if is_shared or (is_plain and device_type(query) == "cpu" and value.shape[-1] == query.shape[-1]):
+        parts = parts_of(lengths, parents or (NO_PARENT,) * len(lengths))
+        return tree_attention(query, key, value, parts, scaling=scaling).transpose(1, 2).contiguous(), None
     outputs = [
         _one_example(*qkv, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
         for qkv in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
@@ -78,6 +82,8 @@ def why_not_shared(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str
         return "some layers see a sliding window only"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are soft-capped"
+    if getattr(config, "attention_dropout", None):
+        return "its attention drops weights at random"
     return None
 
 

@@ -42,6 +42,10 @@ class Needs:
     lengths: np.ndarray | None = None  # of every row, uncut; None where they were not looked at
     sharing: Sharing | None = None  # None: every row is computed by itself
 
+    def repeated(self, micro_batch_tokens: int) -> float:
+        """How many times as many tokens are computed in micro-batches of so many, which cut trees."""
+        return 1.0 if self.sharing is None else self.sharing.repeated(micro_batch_tokens)
+
 
 @dataclass(frozen=True)
 class Concession:
@@ -155,7 +159,13 @@ def _choose(
     rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, budget_bytes: int
 ) -> tuple[Needs, Choice]:
     def choice_for(needs: Needs) -> Choice:
-        ways = strategies(free, device=settings.device, method=settings.method, length=needs.length)
+        ways = strategies(
+            free,
+            device=settings.device,
+            method=settings.method,
+            length=needs.length,
+            repeated=needs.repeated,
+        )
         if len(ways) == 1 and not needs.is_free:
             return Choice(ways[0], fits=True, tried={})  # nothing to choose: whether it fits is asked when it matters
         return choose(ways, lambda way: rehearsals.of(_with(settings, way), _batch(way, needs)).peak_bytes,

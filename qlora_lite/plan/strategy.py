@@ -2,13 +2,14 @@
 
 In: what the recipe leaves free, and a function that rehearses one way. Out: `Choice`, with how much slower than the fastest it is.
 
-    slowdown = (F + R / k) / F  *  (1 + C / tokens) / (1 + C / most tokens)
+    slowdown = (F + R / k) / F  *  (1 + C / tokens) / (1 + C / most tokens)  *  S
 
 F is the operations a weight and token of a step without recomputation, in pairs: forward, gradient of the input and, where the weight is
 trained, of the weight (2 or 3); R = 1 the forward pass again, in one layer of k. C is what making a 16-bit weight of a 4-bit one costs,
 in tokens of its matrix product: on a card 4.5 bytes moved a weight against 2 operations a token (165 TFLOP/s and 1 TB/s, an RTX 4090's
 data sheet: 370), on a CPU 115, which tools/bench_ways found with the small shipped model: nine ways, whose times scatter by 6% about the
-formula (tools/results/bench_ways.json). A card's is not measured yet.
+formula (tools/results/bench_ways.json). A card's is not measured yet. S is how many times as many tokens are computed where
+prefix trees must be cut to fit such micro-batches, counted on the data (1 where nothing is shared).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -73,11 +74,18 @@ class Choice:
         return self.tried[self.strategy]
 
 
-def strategies(free: Free, *, device: str, method: str, length: int) -> tuple[Strategy, ...]:
-    """All that the recipe allows, from fastest to leanest. `length` is the longest example in tokens."""
+def strategies(
+    free: Free, *, device: str, method: str, length: int, repeated: Callable[[int], float] = lambda tokens: 1.0
+) -> tuple[Strategy, ...]:
+    """All that the recipe allows, from fastest to leanest. `length` is the longest example in tokens; `repeated` is S of the formula."""
     tokens, cost = _token_choices(free, device, length), dequantizing_tokens(device, method)
+    repeats = {t: repeated(t) for t in tokens}
     found = [
-        Strategy(Footprint(t, every, chunk), optimizer, slowdown(every, t, tokens[0], cost=cost, method=method))
+        Strategy(
+            Footprint(t, every, chunk),
+            optimizer,
+            repeats[t] * slowdown(every, t, tokens[0], cost=cost, method=method),
+        )
         for chunk in _choices(free.head_chunk, HEAD_CHUNKS)
         for every in _choices(free.checkpoint_every, CHECKPOINTING)
         for t in tokens
