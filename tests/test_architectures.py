@@ -1,6 +1,7 @@
 """Every supported architecture, from files as they are published to a proved merge and an answer (tests/architectures.py)."""
 
 import os
+import random
 import warnings
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qlora_lite.data.batches import pack_trees
 from qlora_lite.evaluate.generate import generate_answers
 from qlora_lite.merge import merge
 from qlora_lite.model.adapter import attach_adapter, save_adapter
 from qlora_lite.model.artefact import linear_weights
-from qlora_lite.model.attention import packs_rows, padded_attention
+from qlora_lite.model.attention import packs_rows, padded_attention, why_not_shared
 from qlora_lite.model.base import checkpoint_activations, load_base
 from qlora_lite.model.bnb import keep_weights_unpacked
 from qlora_lite.model.forward import causal_lm
@@ -29,8 +31,18 @@ from qlora_lite.train.step import batch_loss, forward_backward
 from tests.architectures import PUBLISHED, artefact, own_weights, published
 from tests.conftest import REPOSITORY
 from tests.plain_peft import compute_in_fp32
-from tests.tiny_model import linear4bit_layers, move_factors, random_rows, split_batches
+from tests.random_tree import random_tree
+from tests.tiny_model import (
+    gradients,
+    linear4bit_layers,
+    move_factors,
+    random_rows,
+    relative_difference,
+    split_batches,
+)
 
+SHARES_NOT = {"bloom", "falcon_old", "falcon_new", "falcon_alibi", "gemma2"}  # attention of their own, or soft-capped
+WINDOWS = {"mistral", "gemma3", "gemma3_text", "phi3", "starcoder2"}  # of 16 tokens here
 LONG, SHORT = (24, 30), (3, 8)  # prompts beyond and within the sliding windows of 16 tokens
 # transformers gives Falcon's linear layers, a subclass of nn.Linear, no 4-bit weights, so it cannot read such a base itself.
 PLAIN_READS_4_BIT = [name for name in PUBLISHED if not name.startswith("falcon")]
@@ -105,6 +117,35 @@ def test_chunked_loss_of_a_packed_row_equals_the_full_logits_of_each_example(nam
     theirs = take_gradients(model)
     difference = sum((gradients[key] - theirs[key]).square().sum() for key in theirs)
     assert difference.sqrt() <= 2e-4 * sum(value.square().sum() for value in theirs.values()).sqrt()
+
+
+@every_architecture
+def test_a_packed_tree_has_the_loss_and_the_gradient_of_separate_examples(name):
+    """Promise 3, where a model can share; where it cannot, it says why."""
+    base = load_base(artefact(name), device="cpu", compute=torch.float32).model
+    rows = random_tree(random.Random(0), depth=2, fan=3)
+    longest = int(rows.lengths.max())
+    why_not = [why_not_shared(type(base), base.config, length=length) for length in (longest, 16)]
+    assert [why is not None for why in why_not] == [name in SHARES_NOT | WINDOWS, name in SHARES_NOT], why_not
+    if why_not[1] is not None:
+        return
+    model = attach_adapter(base, r=4, lora_alpha=8, factor_dtype=torch.float32)
+    move_factors(model)
+    tree = pack_trees(rows, range(len(rows)))
+    assert tree.input_ids_1T.shape[1] < rows.lengths.sum()
+    if name in WINDOWS:
+        with pytest.raises(ValueError, match="no dropout, window or soft cap"):
+            batch_loss(model, tree)
+        widen_windows(base, longest)
+    alone = gradients(model, split_batches(rows, len(rows)))
+    assert relative_difference(gradients(model, [tree]), alone) < 2e-5
+
+
+def widen_windows(model: torch.nn.Module, length: int) -> None:
+    model.config.sliding_window = length
+    for layer in model.modules():
+        if getattr(layer, "sliding_window", None) is not None:
+            layer.sliding_window = length
 
 
 def take_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from qlora_lite.ledger import device_type
-from qlora_lite.model.tree_attention import NO_PARENT, parts_of, tree_attention
+from qlora_lite.model.tree_attention import NO_PARENT, longest_path, parts_of, tree_attention
 
 PACKED = "qlora_lite_packed"
 QUERY_BLOCK = 512  # queries at once where scores or a mask are needed
@@ -52,12 +52,14 @@ def packed_attention(
     query sees so many keys, its own included; `softcap` bounds scores to c * tanh(score / c). The signature is that of
     transformers' attention functions, which pass further keywords that do not matter here.
     """
-    is_plain = not dropout and sliding_window is None and softcap is None
+    parents = parents or (NO_PARENT,) * len(lengths)
+    is_in_window = sliding_window is None or longest_path(lengths, parents) <= sliding_window
+    is_plain = not dropout and softcap is None and is_in_window
     is_shared = any(parent != NO_PARENT for parent in parents)
     if is_shared and not is_plain:
         raise ValueError("segments that continue others need plain attention: no dropout, window or soft cap")
     if is_shared or (is_plain and device_type(query) == "cpu" and value.shape[-1] == query.shape[-1]):
-        parts = parts_of(lengths, parents or (NO_PARENT,) * len(lengths))
+        parts = parts_of(lengths, parents)
         return tree_attention(query, key, value, parts, scaling=scaling).transpose(1, 2).contiguous(), None
     outputs = [
         _one_example(*qkv, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
@@ -74,12 +76,13 @@ def packs_rows(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
     return bool(model._supports_attention_backend)
 
 
-def why_not_shared(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
-    """Why rows of this model cannot continue one another; None where they can."""
+def why_not_shared(kind: type[PreTrainedModel], config: PreTrainedConfig, *, length: int) -> str | None:
+    """Why rows of this model, of at most `length` tokens, cannot continue one another; None where they can."""
     if not packs_rows(kind):
         return f"{kind.__name__} computes attention in its own modules"
-    if sliding_window(config) is not None:
-        return "some layers see a sliding window only"
+    window = sliding_window(config)
+    if window is not None and window < length:
+        return f"some layers see a sliding window of {window} tokens only, and rows have up to {length}"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are soft-capped"
     if getattr(config, "attention_dropout", None):

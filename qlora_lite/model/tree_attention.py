@@ -60,6 +60,15 @@ def parts_of(lengths: tuple[int, ...], parents: tuple[int, ...]) -> tuple[Part, 
     return (*own, *shared)
 
 
+@lru_cache(maxsize=256)
+def longest_path(lengths: tuple[int, ...], parents: tuple[int, ...]) -> int:
+    """Tokens of the longest example of such a row."""
+    ends: list[int] = []
+    for length, parent in zip(lengths, parents, strict=True):
+        ends.append(length + (0 if parent == NO_PARENT else ends[parent]))
+    return max(ends)
+
+
 def _is_inside(index: int, parents: Sequence[int], starts: Sequence[int], last: Sequence[int]) -> bool:
     """Whether the segment lies inside of every open ancestor, and of no other segment's descendants."""
     before = index - 1

@@ -304,7 +304,8 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
         raise DataError(
             f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
         )
-    if asked != "auto" and not (_may_share(recipe, load_config(source)) and _are_there(recipe)):
+    may_share = _may_share(recipe, load_config(source), 0 if asked == "auto" else asked)
+    if asked != "auto" and not (may_share and _are_there(recipe)):
         return replace(needs, length=asked)
     examples = load_examples(
         recipe.data.train_files,
@@ -315,7 +316,7 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
         max_seq_length=None if asked == "auto" else asked,
         cache_dir=cache / "data",
     )
-    found = _sharing_of(recipe, examples) if _may_share(recipe, load_config(source)) else None
+    found = _sharing_of(recipe, examples) if may_share else None
     if asked != "auto":
         return replace(needs, length=asked, sharing=found)
     length, reason = propose_max_seq_length(examples.lengths, limit=limit, is_text=examples.is_text)
@@ -331,8 +332,10 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
     )
 
 
-def _may_share(recipe: Recipe, config: PreTrainedConfig) -> bool:
-    return recipe.data.share_prefixes is not False and why_not_shared(model_class(config), config) is None
+def _may_share(recipe: Recipe, config: PreTrainedConfig, length: int) -> bool:
+    return (
+        recipe.data.share_prefixes is not False and why_not_shared(model_class(config), config, length=length) is None
+    )
 
 
 def _are_there(recipe: Recipe) -> bool:
@@ -362,7 +365,7 @@ def choose_sharing(recipe: Recipe, needs: Needs, config: PreTrainedConfig) -> tu
     asked, found = recipe.data.share_prefixes, needs.sharing
     if asked is False:
         return replace(needs, sharing=None), "off: asked for"
-    why_not = why_not_shared(model_class(config), config)
+    why_not = why_not_shared(model_class(config), config, length=needs.length)
     if why_not is not None:
         return replace(needs, sharing=None), f"off: {why_not}, so every row is computed by itself"
     if found is None:

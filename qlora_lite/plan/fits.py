@@ -13,6 +13,7 @@ tests/plan/test_forecast.py holds all three against whole rehearsals.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def totals(rehearsal: Rehearsal) -> Bytes:
 
 def is_straight(config: PreTrainedConfig) -> bool:
     """Whether attention needs no mask in any layer and examples share a row, so that only the tokens of a row matter."""
-    return why_not_shared(model_class(config), config) is None
+    return why_not_shared(model_class(config), config, length=sys.maxsize) is None
 
 
 def memory_map(growth: Growth, room: Room) -> tuple[Cell, ...]:

@@ -4,6 +4,7 @@
            (its Python kernels; tests/plan/test_workspace.py measures them with the allocator)
            flash attention: score blocks a thread, forward 6 bytes a score and its rows, backward 12 (PyTorch, FlashAttentionKernel.cpp),
            and what its 16-bit matrix products pack for themselves, which is measured where the plan is made
+           16-bit matrix products: buffers of oneDNN, a few hundred KB however large the matrices; measured too
     CUDA   FlashAttention-2's backward pass sums dQ in fp32 over 128-row blocks and, for grouped heads, makes dK and dV for every query
            head first (flash_attn, flash_bwd); not measured yet, for want of a card
 
@@ -72,6 +73,23 @@ def _packed_on_cpu(num_queries: int, num_keys: int, width: int) -> int:
     return max(0, allocations.peak_bytes - sum(grad.nbytes for grad in grads) - blocks)
 
 
+def _product_on_cpu(left: torch.Tensor, right: torch.Tensor) -> int:
+    """left [n, k] @ right [k, m]. The buffers hardly grow beyond the sizes that are measured."""
+    if left.dtype not in (torch.bfloat16, torch.float16):
+        return 0
+    (n, k), m = left.shape, right.shape[1]
+    return _buffers_of_product(min(n, 512), min(k, 2048), min(m, 256), left.dtype)
+
+
+@cache
+def _buffers_of_product(n: int, k: int, m: int, dtype: torch.dtype) -> int:
+    left, right = torch.zeros(n, k, dtype=dtype), torch.zeros(k, m, dtype=dtype)
+    for _ in range(2):  # the first makes what is made once
+        with measure_allocations("cpu") as allocations:
+            product = left @ right
+    return max(0, allocations.peak_bytes - product.nbytes)
+
+
 def _score_block(num_queries: int, num_keys: int) -> tuple[int, int]:
     rows = 256 if num_queries >= 768 else 64 if num_queries >= 192 else 32
     return min(rows, num_queries), min(512, num_keys)
@@ -87,6 +105,8 @@ def _flash_backward_on_cuda(args: Sequence[Any], _: int) -> int:
 
 
 _CPU: dict[Any, Count] = {
+    _ops.aten.mm.default: lambda args, _: _product_on_cpu(args[0], args[1]),
+    _ops.aten.addmm.default: lambda args, _: _product_on_cpu(args[1], args[2]),  # args: bias, left, right
     _ops.bitsandbytes.optimizer_update_8bit_blockwise.default: _adamw(5),
     _ops.bitsandbytes.optimizer_update_32bit.default: _adamw(3),
     _ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward_on_cpu,

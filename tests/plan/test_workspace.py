@@ -46,3 +46,16 @@ def test_attention_on_the_cpu(length, heads, key_heads, width):
     inside = backward.peak_bytes - sum(gradient.nbytes for gradient in found)
     expected = counted(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, grad, query, key)
     assert expected * 0.7 <= inside <= expected * 2 + 2**20  # its matrix products pack their inputs too
+
+
+@pytest.mark.parametrize("shapes", [(200, 1040, 256), (643, 592, 1536), (2048, 1552, 576), (32, 272, 1024)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_matrix_products_on_the_cpu(shapes, dtype):
+    n, k, m = shapes
+    left, right = torch.ones(n, k, dtype=dtype), torch.ones(m, k, dtype=dtype).T
+    left @ right  # what is made once
+    with measure_allocations("cpu") as allocations:
+        product = left @ right
+    inside = allocations.peak_bytes - product.nbytes
+    assert inside == pytest.approx(counted(aten.mm.default, left, right), abs=2**16)
+    assert counted(aten.addmm.default, left, left, right) == counted(aten.mm.default, left, right)

@@ -1,10 +1,12 @@
 """Promise 1: splitting a step into micro-batches does not change the gradient, also with very unequal label counts."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qlora_lite.data.batches import make_batches
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.artefact import quantize_base
 from qlora_lite.model.base import checkpoint_activations, load_base
@@ -12,6 +14,7 @@ from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import summed_loss
 from qlora_lite.model.source import find_base
 from qlora_lite.train.step import batch_loss
+from tests.random_tree import random_tree
 from tests.tiny_model import (
     UNEQUAL_LABELS,
     gradients,
@@ -55,6 +58,20 @@ def test_a_mean_of_micro_batch_means_would_change_the_gradient():
     for batch in batches:
         (batch_loss(model, batch) / len(batch.target_N) / len(batches)).backward()
     assert relative_difference(take_gradients(model), whole) > 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_cutting_trees_does_not_change_the_gradient(seed):
+    """The trunk is computed again in every part, with a share of the gradient in each."""
+    rows = random_tree(random.Random(seed), depth=3, fan=5)
+    model = tiny_adapted(compute=torch.float32, factors=torch.float32)
+    whole, *parts = [
+        make_batches(rows, range(len(rows)), micro_batch_tokens=tokens, share=True) for tokens in (10_000, 300, 150, 1)
+    ]
+    assert len(whole) == 1 and len(parts[0]) < len(parts[1]) < len(parts[2]) == len(rows)
+    expected = gradients(model, whole)
+    for batches in parts:
+        assert relative_difference(gradients(model, batches), expected) < TOLERANCE, len(batches)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Promise 2: the chunked loss equals the full-logits loss, value and gradient, and a full logits tensor never exists."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qlora_lite.data.batches import pack_trees
+from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import CHUNK, summed_loss
 from qlora_lite.train.step import batch_loss
-from tests.tiny_model import SIZES, random_rows, split_batches, tiny_adapted
+from tests.random_tree import random_tree
+from tests.tiny_model import SIZES, random_rows, relative_difference, split_batches, take_gradients, tiny_adapted
 
 VOCAB, WIDTH = 300, 32
 
@@ -74,3 +78,21 @@ def test_a_training_step_never_holds_logits_of_all_its_tokens():
     with LargestStorage() as largest:
         batch_loss(model, batch).backward()
     assert largest.num_bytes < 4 * num_tokens * vocab  # the loss is computed in fp32
+
+
+@pytest.mark.parametrize("head_chunk", [16, 64])
+def test_a_tree_has_the_loss_of_its_examples_full_logits(head_chunk):
+    rows = random_tree(random.Random(0), depth=3, fan=4)
+    model = tiny_adapted(compute=torch.float32, factors=torch.float32)
+    tree = pack_trees(rows, range(len(rows)))
+    assert len(tree.target_N) > head_chunk and max(tree.parents) > 0
+    base, full = causal_lm(model), torch.zeros(())
+    for batch in split_batches(rows, len(rows)):
+        logits_TV = base(input_ids=batch.input_ids_1T, use_cache=False, lengths=batch.lengths).logits[0].float()
+        full = full + torch.nn.functional.cross_entropy(logits_TV[batch.predictor_N], batch.target_N, reduction="sum")
+    full.backward()
+    expected = take_gradients(model)
+    chunked = batch_loss(model, tree, head_chunk=head_chunk)
+    chunked.backward()
+    torch.testing.assert_close(chunked, full, rtol=1e-5, atol=0)
+    assert relative_difference(take_gradients(model), expected) < 1e-5

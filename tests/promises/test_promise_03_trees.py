@@ -9,40 +9,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lite.data.batches import make_batches, pack_trees
-from qlora_lite.data.template import Encoded
-from qlora_lite.data.trees import LEAST_SHARED
 from qlora_lite.model.attention import PACKED
 from qlora_lite.model.forward import predicting_states
-from tests.tiny_model import SIZES, Rows, gradients, relative_difference, split_batches, tiny_adapted
-
-VOCABULARY = 300
-
-
-def random_tree(rng: random.Random, *, depth: int, fan: int) -> Rows:
-    """Examples below a random tree of runs; some end where others go on, some have several labelled turns."""
-    examples: list[Encoded] = []
-
-    def tokens(least: int, most: int) -> list[int]:
-        return [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(least, most))]
-
-    def visit(prefix: list[int], levels: int) -> None:
-        for _ in range(rng.randint(1, fan)):
-            if levels and rng.random() < 0.7:
-                visit(prefix + tokens(LEAST_SHARED, 40), levels - 1)
-                continue
-            prompt = prefix + tokens(0 if prefix else 1, 30)
-            answer = tokens(1, 8)
-            spans = [(len(prompt), len(prompt) + len(answer))]
-            ids = prompt + answer
-            if rng.random() < 0.3:  # a second turn
-                ids = ids + tokens(1, 6)
-                spans.append((len(ids), len(ids) + 3))
-                ids = ids + tokens(3, 3)
-            examples.append(Encoded(ids, tuple(spans)))
-
-    visit(tokens(LEAST_SHARED, 40), depth)
-    rng.shuffle(examples)
-    return Rows(examples)
+from tests.random_tree import VOCABULARY, random_tree
+from tests.tiny_model import SIZES, gradients, relative_difference, split_batches, tiny_adapted
 
 
 def double_llama() -> LlamaForCausalLM:
