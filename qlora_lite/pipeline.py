@@ -85,6 +85,7 @@ def plan(what: str, overrides: Sequence[str], *, budget: str | None, html: Path 
         "model": request.model,
         "settings": request.recipe,
         "reasons": list(request.reasons),
+        "sharing": request.sharing and request.sharing.to_json_dict(),
         **found.to_json_dict(),
     }
     show.show_plan(document)
@@ -290,8 +291,7 @@ def _check_one(recipe: Recipe) -> dict[str, Any]:
         "rows": [asdict(row) for row in found.rows],
         "proposed_max_seq_length": found.proposed_max_seq_length,
         "reason": found.reason,
-        "sharing": shared
-        and {"tokens_alone": shared.num_alone, "tokens_packed": shared.num_packed, "factor": shared.factor},
+        "sharing": shared and shared.to_json_dict(),
         "sharing_reason": sharing_reason,
         "eval": None if recipe.data.eval is None else _check_held_out(recipe, recipe.data.eval, tokenizer, length),
     }

@@ -63,9 +63,11 @@ def test_a_run_that_shares_takes_fewer_tokens_to_the_same_first_loss(recipe, tmp
     assert other["loss"] == pytest.approx(one["loss"], rel=5e-3)
     before = [result["eval"]["before"] for result in (first, second)]
     assert before[0]["loss"] == pytest.approx(before[1]["loss"], rel=5e-3)
-    assert (alone / "plan.json").is_file() and any(
-        "data.share_prefixes: on" in reason for reason in json.loads((shared / "plan.json").read_text())["reasons"]
-    )
+    plans = [json.loads((run / "plan.json").read_text(encoding="utf-8")) for run in (alone, shared)]
+    assert plans[0]["sharing"] is None and plans[1]["sharing"]["factor"] > 2
+    assert any("data.share_prefixes: on" in reason for reason in plans[1]["reasons"])
+    pages = [(run / "report.html").read_text(encoding="utf-8") for run in (alone, shared)]
+    assert ["What was read once" in page for page in pages] == [False, True]
 
 
 def test_a_run_that_shares_resumes_where_it_stopped(recipe, tmp_path):

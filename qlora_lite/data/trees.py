@@ -101,12 +101,29 @@ class Sharing:
     trunk: int  # tokens that a row shares
     branch: int  # tokens of its own
     num_labels: int  # of these
+    num_rows: int = 1
     steps: tuple[Forest, ...] = ()  # that these are the sums of
 
     @property
     def factor(self) -> float:
         """How many times as many tokens the rows have by themselves."""
         return self.num_alone / self.num_packed
+
+    @property
+    def rows_per_trunk(self) -> float:
+        """On average: of a row's tokens, what it computes of its trunk beside its own."""
+        own_part = self.num_packed / self.num_rows - self.branch
+        return max(1.0, self.trunk / own_part) if own_part > 0 else float(self.num_rows)
+
+    def to_json_dict(self) -> dict[str, float]:
+        return {
+            "tokens_alone": self.num_alone,
+            "tokens_packed": self.num_packed,
+            "factor": self.factor,
+            "trunk_tokens": self.trunk,
+            "branch_tokens": self.branch,
+            "rows_per_trunk": self.rows_per_trunk,
+        }
 
     def repeated(self, micro_batch_tokens: int) -> float:
         """How many times as many tokens are computed where trees must be cut to fit micro-batches of so many; 1.0 where none is."""
@@ -131,7 +148,7 @@ def sharing(examples: TokenizedRows, steps: Iterable[Sequence[int]]) -> Sharing:
         num_shared += sum(node.end * len(node.rows) for node in forest.top.all_nodes())
         num_labels += sum(end - start for row in rows for start, end in examples.encoded(row).spans)
     trunk, length, labels = (round(total / num_rows) for total in (num_shared, num_alone, num_labels))
-    return Sharing(num_alone, num_packed, trunk, max(1, length - trunk), max(1, labels), tuple(forests))
+    return Sharing(num_alone, num_packed, trunk, max(1, length - trunk), max(1, labels), num_rows, tuple(forests))
 
 
 def families(forest: Forest, *, examples_per_step: int) -> list[list[int]]:

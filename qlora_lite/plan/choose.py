@@ -51,6 +51,7 @@ class Plan:
     chosen: Fit
     leaner: Callable[[Footprint], Footprint | None]  # for a run that has no memory left
     reasons: tuple[str, ...]
+    sharing: Sharing | None = None  # what the data share; None where every row is computed by itself
 
     @property
     def shares(self) -> bool:
@@ -112,6 +113,7 @@ class Plan:
             "slowdown": self.chosen.slowdown,
             "settings": self.recipe.model_dump(mode="json"),
             "reasons": list(self.reasons),
+            "sharing": self.sharing and self.sharing.to_json_dict(),
             "methods": {method: as_json(self.rehearsal(method)) for method in METHODS},
             "savings_vs_full": {"bytes": full - self.peak_bytes, "percent": 100 * (1 - self.peak_bytes / full)},
             "max_seq_length": self.recipe.data.max_seq_length,
@@ -177,6 +179,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None, like: Recipe | None 
         chosen=chosen,
         leaner=next_leaner(may_change, length=chosen.length),
         reasons=tuple(reasons),
+        sharing=needs.sharing,
     )
 
 

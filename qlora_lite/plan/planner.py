@@ -262,12 +262,16 @@ def _checkpointing_reason(choice: Choice, free: Free, budget_bytes: int) -> str:
         return f"{layers}: asked for"
     if every == 0:
         return f"{layers}: all activations fit {format_bytes(budget_bytes)}, so nothing is computed twice"
-    less = [peak for way, peak in choice.tried.items() if way.footprint.checkpoint_every == CHECKPOINTING[0]]
-    without = (
-        f"without it at least {format_bytes(min(less))} of {format_bytes(budget_bytes)} would be needed"
-        if less
-        else (f"keeps one hidden state a layer; the budget is {format_bytes(budget_bytes)}")
-    )
+    less = {way: peak for way, peak in choice.tried.items() if way.footprint.checkpoint_every == CHECKPOINTING[0]}
+    fitting = [way.footprint.micro_batch_tokens for way, peak in less.items() if peak <= budget_bytes]
+    if not less:
+        without = f"keeps one hidden state a layer; the budget is {format_bytes(budget_bytes)}"
+    elif fitting:
+        without = f"without it {max(fitting)} tokens would fit {format_bytes(budget_bytes)} at once, so few that a step would take longer"
+    else:
+        without = (
+            f"without it at least {format_bytes(min(less.values()))} of {format_bytes(budget_bytes)} would be needed"
+        )
     return f"{layers}: {without}"
 
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
 
+from qlora_lite.data.trees import Sharing
 from qlora_lite.errors import ModelError, UserError
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import choose_device, choose_types, planned_types
@@ -43,6 +44,7 @@ class Request:
     merging: Merging | None  # None where there is nothing to merge
     recipe: dict[str, Any]  # the settings as a recipe has them, chosen ones included
     reasons: tuple[str, ...]
+    sharing: Sharing | None  # what the data share; None where every row is computed by itself
 
 
 def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int | None = None) -> Request:
@@ -91,6 +93,7 @@ def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int 
             *([] if is_model else [f"data.share_prefixes: {sharing_reason}"]),
             *(f"{key}: {reason}" for key, reason in chosen.reasons.items()),
         ),
+        sharing=needs.sharing,
     )
 
 

@@ -10,7 +10,7 @@
     plan_page   write_plan_page                    a plan -> one self-contained page
 
 A page is put together by page.py (shell, style sheet page.css, tables) from pieces of summary.py, answers.py, learning.py and sections.py;
-bars.py, curves.py and timeline.py draw; run_files.py and lenient.py read what a run left, damaged or not.
+bars.py, curves.py, sharing.py and timeline.py draw; run_files.py and lenient.py read what a run left, damaged or not.
 
 Everything here takes plain values or the small dataclasses of the stages before it, and returns nothing that they need.
 """

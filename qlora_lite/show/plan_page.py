@@ -24,6 +24,7 @@ from qlora_lite.show.page import (
     write_page,
 )
 from qlora_lite.show.rows import METHODS
+from qlora_lite.show.sharing import sharing
 
 
 def write_plan_page(plan: Mapping[str, Any], path: Path | str) -> Path:
@@ -41,6 +42,7 @@ def render_plan(plan: Mapping[str, Any]) -> Html:
         sections=[
             Section("memory", "Memory, by method", _memory(plan)),
             Section("fits", "What fits", _what_fits(plan)),
+            Section("sharing", "What is read once", sharing(plan)),
             Section("disk", "Disk", disk),
             Section("decisions", "Decisions and settings", chosen),
         ],

@@ -33,6 +33,7 @@ from qlora_lite.show.page import (
 )
 from qlora_lite.show.rows import SCORES
 from qlora_lite.show.run_files import Run, read_run
+from qlora_lite.show.sharing import sharing
 from qlora_lite.show.summary import summary, title
 from qlora_lite.show.timeline import layer_rows, svg_timeline
 
@@ -54,6 +55,7 @@ def render_report(run_dir: Path) -> Html:
         Section("answers", "How well it answers", join([_scores(run.scores), answers_side_by_side(run.predictions)])),
         Section("memory", "Memory", _memory(run)),
         Section("methods", "Compared with other methods", sections.methods_side_by_side(run.plan)),
+        Section("sharing", "What was read once", sharing(run.plan)),
         Section("learning", "How it learned", learning(run.steps)),
         Section("time", "Time", _time(run)),
         Section("disk", "Disk", _disk(run)),
