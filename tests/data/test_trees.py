@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qlora_lite.data.batches import StepSampler, make_batches, pack_trees
 from qlora_lite.data.template import Encoded
-from qlora_lite.data.trees import LEAST_SHARED, Node, families, grow
+from qlora_lite.data.trees import LEAST_SHARED, Node, families, grow, sharing
 from qlora_lite.model.tree_attention import parts_of
 from tests.tiny_model import Rows
 
@@ -160,3 +160,16 @@ def test_without_families_the_order_is_what_it_was():
     assert [len(sampler.rows_of_step(step)) for step in range(3)] == [4, 4, 2]
     with pytest.raises(IndexError):
         sampler.rows_of_step(3)
+
+
+def test_what_cutting_trees_costs_is_what_micro_batches_then_hold():
+    rows = rows_of(
+        *(([*HEADER, *A, number, number + 1], [9]) for number in range(400, 420, 2))
+    )  # ten of 73 tokens, 70 shared
+    found = sharing(rows, [range(10)])
+    assert (found.num_packed, found.repeated(1000), found.repeated(100)) == (70 + 10 * 3, 1.0, 1.0)
+    for tokens in (99, 80, 76, 1):
+        batches = make_batches(rows, range(10), micro_batch_tokens=tokens, share=True)
+        total = sum(batch.input_ids_1T.shape[1] for batch in batches)
+        assert found.repeated(tokens) == total / 100 > 1
+    assert found.repeated(1) == found.factor and found.rows_per_trunk == 10

@@ -50,6 +50,17 @@ def test_the_first_that_fits_is_chosen():
         assert choice.strategy == (fitting[0] if fitting else ways()[-1])
 
 
+def test_recomputing_is_rather_chosen_than_cutting_trees():
+    def repeated(tokens: int) -> float:
+        return 1.0 if tokens >= 2000 else 2.0
+
+    budget = 1000 + 9 * 1000 + 300  # whole layers kept at 1,000 tokens, or recomputed at 4,096
+    fitting = {True: Footprint(4096, 1), False: Footprint(1000, 0)}
+    for cuts_trees, footprint in fitting.items():
+        found = ways(repeated=repeated) if cuts_trees else ways(Free(), device="cpu", method="lora")
+        assert choose(found, made_up_peak, budget_bytes=budget).strategy.footprint == footprint
+
+
 def test_not_every_way_is_rehearsed():
     assert len(choose(ways(), made_up_peak, budget_bytes=10_000).tried) < len(ways()) / 4
 
