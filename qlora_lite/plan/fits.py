@@ -102,6 +102,12 @@ class Growth:
         raised = self._raised()
         return max(round(bare[stretch] + labels[stretch] + raised.get(stretch, 0)) for stretch in bare)
 
+    @property
+    def num_weights(self) -> int:
+        """Of the model: any rehearsal finds them, so one that peaks come from too."""
+        length = KNOTS[0] if self._is_straight else self._lengths_about(KNOTS[0])[0]
+        return self._rehearse(MicroBatch(length, 1, FEW / length)).num_weights
+
     @cached_property
     def _is_straight(self) -> bool:
         return is_straight(self._config)

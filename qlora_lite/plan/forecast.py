@@ -109,16 +109,13 @@ def sweep(
 ) -> Iterator[dict[str, Any]]:
     """For each (name, config, positions): its weights, QLoRA's peak for 1,024 tokens, and the longest sequence on each of CARDS."""
     for name, config, positions in models:
-        rehearsals = Rehearsals(config)
-        comparison = Comparison(rehearsals, replace(settings, method="qlora"))
-        batch = MicroBatch(1024, 1, label_share)
-        growth = growth_by_method(comparison, config, batch, label_share)["qlora"]
-        found = comparison.rehearse("qlora", batch)
+        comparison = Comparison(Rehearsals(config), replace(settings, method="qlora"))
+        growth = growth_by_method(comparison, config, MicroBatch(1024, 1, label_share), label_share)["qlora"]
         longest = {card: longest_length(growth, Room(card, positions, label_share)) for card in CARDS}
         yield {
             "model": name,
-            "num_weights": found.num_weights,
-            "peak_bytes": found.peak_bytes,
+            "num_weights": growth.num_weights,
+            "peak_bytes": growth.peak_bytes(1024),
             "max_seq_length": {str(card): length for card, length in longest.items()},
         }
 

@@ -14,7 +14,7 @@ Attention on meta would be decomposed; here it is the operator that the planned 
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,7 +41,7 @@ from qlora_lite.model.tree_attention import NO_PARENT
 from qlora_lite.model.tuned_linear import TunedLinear
 from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.train.optimizer import make_optimizer
-from qlora_lite.train.update import update
+from qlora_lite.train.update import accumulate, update
 
 PARTS = ("weights", "quant_constants", "adapter", "gradients", "optimizer", "activations", "recompute", "logits",
          "workspace", "runtime")  # fmt: skip
@@ -53,6 +53,7 @@ RUNTIME = {"cpu": 0, "cuda": (2 * 4096 + 8 * 16) * 1024}
 NF4 = Quantization("nf4")
 _EMBEDDING = "embedding"  # what is made once the gradient of the embeddings is there, of weights that are trained
 _STRETCHES = {**PHASES, _EMBEDDING: "end of backward"}
+_UPDATE = next(name for name, phase in PHASES.items() if phase == "update")
 _PHASE_OF = {"end of backward": "backward"}
 Phases = dict[str, dict[str, int]]  # bytes by part at the peak of each phase
 
@@ -228,6 +229,7 @@ class Scene:
             self._optimizer = make_optimizer(
                 self.model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0
             )
+        self._added_by_update: dict[str, int] | None = None
 
     def rehearse(self, micro_batch: MicroBatch) -> Rehearsal:
         """See `Stage`."""
@@ -241,15 +243,7 @@ class Scene:
                 parameter.grad = torch.empty(parameter.shape, dtype=parameter.grad_dtype, device="meta")
                 ledger.hold("gradients", parameter.grad)
         with ledger, counted_as("activations"), attention_on(ledger.device):
-            update(
-                self.model.train(),
-                self._optimizer,
-                [batch],
-                accelerator=Accelerator(cpu=True),
-                scaler=torch.amp.GradScaler("cpu", enabled=False),
-                max_grad_norm=1.0,
-                head_chunk=self._settings.head_chunk,
-            )
+            self._step(batch)
         self._optimizer.zero_grad(set_to_none=True)
         totals = {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
         totals["recompute"] = max(totals["recompute"], totals.pop(_EMBEDDING, 0))
@@ -261,6 +255,34 @@ class Scene:
             num_in_factors=self._body.num_in_factors,
             host_bytes=ledger.live[PAGED],
         )
+
+    def _step(self, batch: Batch) -> None:
+        """What the update needs on top of what is held before it depends on no batch, so it is gone through once."""
+        ledger, accelerator, scaler = self.ledger, Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False)
+        step = {"accelerator": accelerator, "scaler": scaler, "head_chunk": self._settings.head_chunk}
+        if self._added_by_update is not None:
+            accumulate(self.model.train(), [batch], **step)
+            held = {part: size for part, size in ledger.live.items() if part != PAGED}
+            ledger.peaks[_UPDATE] = _sum(held, self._added_by_update)
+            return
+        before: dict[str, int] = {}
+        update(
+            self.model.train(), self._optimizer, [batch], max_grad_norm=1.0, around_last=_noting(ledger, before), **step
+        )
+        self._added_by_update = _sum(ledger.peaks[_UPDATE], {part: -size for part, size in before.items()})
+
+
+@contextmanager
+def _noting(ledger: Ledger, held: dict[str, int]) -> Iterator[None]:
+    """Bytes by part when this block ends."""
+    yield
+    held.update({part: size for part, size in ledger.live.items() if part != PAGED})
+
+
+def _sum(these: Mapping[str, int], those: Mapping[str, int]) -> dict[str, int]:
+    """Part by part, without the parts that hold nothing."""
+    found = {part: these.get(part, 0) + those.get(part, 0) for part in these.keys() | those.keys()}
+    return {part: size for part, size in found.items() if size}
 
 
 def _stretches(ledger: Ledger) -> Phases:

@@ -40,10 +40,11 @@ def update(
     `on_batch`, `around_last` and `head_chunk` are forward_backward's; `around_update` is entered around AdamW. Memory that runs
     out before the first weight is changed raises whatever torch raises; afterwards, OutOfMemoryInUpdate.
     """
-    loss = forward_backward(
-        model,  # type: ignore[arg-type]
+    loss = accumulate(
+        model,
         batches,
-        backward=lambda loss: accelerator.backward(scaler.scale(loss)),
+        accelerator=accelerator,
+        scaler=scaler,
         on_batch=on_batch,
         around_last=around_last,
         head_chunk=head_chunk,
@@ -58,6 +59,27 @@ def update(
             scaler.step(optimizer)
         scaler.update()
     return loss, norm
+
+
+def accumulate(
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    *,
+    accelerator: Accelerator,
+    scaler: torch.amp.GradScaler,
+    on_batch: Callable[[Batch, float], None] = lambda batch, loss: None,
+    around_last: AbstractContextManager[object] | None = None,
+    head_chunk: int = CHUNK,
+) -> float:
+    """A step without its update: the loss, and its scaled gradient added to `param.grad`. See forward_backward."""
+    return forward_backward(
+        model,  # type: ignore[arg-type]
+        batches,
+        backward=lambda loss: accelerator.backward(scaler.scale(loss)),
+        on_batch=on_batch,
+        around_last=around_last,
+        head_chunk=head_chunk,
+    )
 
 
 @contextmanager

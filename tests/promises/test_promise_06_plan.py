@@ -99,6 +99,16 @@ def real_ledger(model, settings: Settings, micro_batch: MicroBatch) -> dict[str,
     return {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
 
 
+@pytest.mark.parametrize("method", ["qlora", "full"])
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
+def test_an_update_is_gone_through_once_and_a_second_rehearsal_is_that_of_a_fresh_stage(method, optimizer):
+    config, settings = load_config(tiny_source()), replace(CPU, method=method, optimizer=optimizer)
+    stage = Stage(config, settings)
+    stage.rehearse(MicroBatch(60, 1))
+    for batch in (MicroBatch(200, 2, 0.2), MicroBatch(30, 1)):
+        assert stage.rehearse(batch) == Stage(config, settings).rehearse(batch)
+
+
 @pytest.mark.parametrize(("every", "chunk"), [(1, 256), (0, 256), (2, 16)])
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_the_meta_ledger_is_the_real_one_to_the_byte(method, every, chunk):
