@@ -44,12 +44,12 @@ def steps_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_check_says_what_sharing_would_save(recipe):
-    found = run_cli("check", recipe, "--json", "--set", "data.share_prefixes=true").json
+def test_check_says_what_sharing_saves(recipe):
+    found = run_cli("check", recipe, "--json").json
     assert found["sharing"]["factor"] == found["sharing"]["tokens_alone"] / found["sharing"]["tokens_packed"] > 2
-    assert found["sharing_reason"].startswith("on: ")
-    by_itself = run_cli("check", recipe, "--json").json
-    assert by_itself["sharing"] is None and "times fewer" in by_itself["sharing_reason"]
+    assert found["sharing_reason"].startswith("on: ") and "times fewer" in found["sharing_reason"]
+    asked_not_to = run_cli("check", recipe, "--json", "--set", "data.share_prefixes=false").json
+    assert asked_not_to["sharing"] is None and asked_not_to["sharing_reason"] == "off: asked for"
 
 
 def test_a_run_that_shares_takes_fewer_tokens_to_the_same_first_loss(recipe, tmp_path):

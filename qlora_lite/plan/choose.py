@@ -376,10 +376,6 @@ def choose_sharing(recipe: Recipe, needs: Needs, config: PreTrainedConfig) -> tu
     saved = f"{found.num_alone:,} tokens of the first steps become {found.num_packed:,}, {found.factor:.2f} times fewer"
     if asked == "auto" and found.factor < LEAST_FACTOR:
         return replace(needs, sharing=None), f"off: rows begin with too little in common; {saved}"
-    if (
-        asked == "auto"
-    ):  # rows on one passage would come in one step, and what that does to the result is not known well enough
-        return replace(needs, sharing=None), f"off for now; with data.share_prefixes: true {saved}"
     return needs, f"on: what rows of a step begin with in common is computed once; {saved}"
 
 

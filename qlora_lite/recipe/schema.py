@@ -187,7 +187,7 @@ class DataSection(Section):
     share_prefixes: Auto | bool = Field(
         "auto",
         description="Compute what rows begin with in common once (a passage, a system prompt), the rest as branches; the same loss and "
-        "gradient. auto: off for now, and what it would save is said.",
+        "gradient. auto: where that saves at least 5% of the tokens, and the model can.",
     )
     no_answer_text: Text = Field(
         "unanswerable", description="What the model is taught to say when the context holds no answer (SQuAD v2.0)."
