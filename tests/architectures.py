@@ -248,6 +248,14 @@ def artefact(name: str) -> Path:
     return quantize_base(published(name), cache=_root() / "cache")
 
 
+def widen_windows(model: torch.nn.Module, length: int) -> None:
+    """Of every layer that has one."""
+    model.config.sliding_window = length
+    for layer in model.modules():
+        if getattr(layer, "sliding_window", None) is not None:
+            layer.sliding_window = length
+
+
 @functools.cache
 def _root() -> Path:
     root = Path(tempfile.mkdtemp(prefix="qlora-lite-architectures-"))

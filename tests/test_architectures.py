@@ -28,7 +28,7 @@ from qlora_lite.model.trained import load_trained, make_trainable, save_trained,
 from qlora_lite.plan import MicroBatch, Settings, Stage
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.step import batch_loss, forward_backward
-from tests.architectures import PUBLISHED, artefact, own_weights, published
+from tests.architectures import PUBLISHED, artefact, own_weights, published, widen_windows
 from tests.conftest import REPOSITORY
 from tests.plain_peft import compute_in_fp32
 from tests.random_tree import random_tree
@@ -139,13 +139,6 @@ def test_a_packed_tree_has_the_loss_and_the_gradient_of_separate_examples(name):
         widen_windows(base, longest)
     alone = gradients(model, split_batches(rows, len(rows)))
     assert relative_difference(gradients(model, [tree]), alone) < 2e-5
-
-
-def widen_windows(model: torch.nn.Module, length: int) -> None:
-    model.config.sliding_window = length
-    for layer in model.modules():
-        if getattr(layer, "sliding_window", None) is not None:
-            layer.sliding_window = length
 
 
 def take_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

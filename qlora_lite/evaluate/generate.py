@@ -19,7 +19,7 @@ from qlora_lite.data.batches import Batch, pack_trees
 from qlora_lite.data.template import Encoded
 from qlora_lite.data.trees import grow
 from qlora_lite.model.attention import attention_for_generation, attention_on_packed_rows
-from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.forward import causal_lm, may_share
 from qlora_lite.train.measure import give_back_free_memory
 
 BATCH_TOKENS = 4096  # prompt tokens of a batch, padding included; a plan may choose fewer
@@ -42,8 +42,8 @@ def generate_answers(
     common is read once. `progress(done)` is called per batch.
     """
     answers: dict[int, str] = {}
-    share = share and all(len(prompt) > 1 for prompt in prompts)
     lengths = [len(prompt) for prompt in prompts]
+    share = share and min(lengths, default=0) > 1 and may_share(model, max(lengths))
     batches = tree_batches(prompts, batch_tokens) if share else length_batches(lengths, batch_tokens)
     with generating(model):
         for indices in batches:
@@ -162,7 +162,8 @@ def read_prompts(model: PreTrainedModel | PeftModel, tree: Batch) -> Cache:
     places_BT = torch.tensor([[0] * (width - len(path)) + path for path in paths]).to(
         base.device
     )  # 0: hidden by the mask
-    row, cache = DynamicCache(config=config), DynamicCache(config=config)
+    row = DynamicCache()  # all of it: a window would keep its end only
+    cache = DynamicCache(config=config)
     tree = tree.to(base.device)
     with attention_on_packed_rows(base):
         base.get_decoder()(

@@ -16,6 +16,7 @@ from qlora_lite.data.examples import Examples
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.evaluate.generate import BATCH_TOKENS, generate_answers
 from qlora_lite.evaluate.squad_score import aggregate, score
+from qlora_lite.model.forward import may_share
 from qlora_lite.train.step import batch_loss
 
 PHRASINGS = ("trained", "untrained")  # endings of ids in the shipped data: `iz-currency-untrained`
@@ -94,6 +95,7 @@ def validation_loss(
 ) -> float:
     """Mean loss per label token over all examples, by the same forward pass as training's; with `share`, what they share once."""
     was_training = model.training
+    share = share and may_share(model, int(examples.lengths.max()))
     model.eval()
     try:
         batches = make_batches(examples, range(len(examples)), micro_batch_tokens=micro_batch_tokens, share=share)

@@ -4,12 +4,18 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from qlora_lite.model.attention import packs_rows
+from qlora_lite.model.attention import packs_rows, why_not_shared
 
 
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model itself, with or without an adapter around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def may_share(model: PreTrainedModel | PeftModel, length: int) -> bool:
+    """Whether rows of at most `length` tokens may continue one another in it."""
+    base = causal_lm(model)
+    return why_not_shared(type(base), base.config, length=length) is None
 
 
 def predicting_states(

@@ -7,8 +7,10 @@ from qlora_lite.data.batches import pack_trees
 from qlora_lite.evaluate import generate
 from qlora_lite.evaluate.generate import generate_answers, generating, length_batches, stream_answer
 from qlora_lite.model.attention import PACKED, attention_for_generation
+from qlora_lite.model.base import load_base
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.train.measure import measure_allocations
+from tests.architectures import artefact, widen_windows
 from tests.data.tiny_tokenizer import make_tokenizer
 from tests.tiny_model import random_rows, tiny_adapted
 
@@ -80,6 +82,19 @@ def test_prompts_that_share_their_beginning_are_answered_as_one_by_one(model, ba
         model, Ids(), prompts, stop_token=NEVER, max_new_tokens=LENGTH, batch_tokens=batch_tokens, share=True
     )
     alone = [generate_answers(model, Ids(), [prompt], stop_token=NEVER, max_new_tokens=LENGTH)[0] for prompt in prompts]
+    assert together == alone and len(set(alone)) > 2
+
+
+@pytest.mark.parametrize("window", [64, 72, 90])
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+def test_so_they_are_by_a_model_whose_window_ends_within_the_answer(name, window):
+    """Or within the longest prompt, which then is not read as a tree. The row of all prompts is longer than any window."""
+    base = load_base(artefact(name), device="cpu", compute=torch.float32).model
+    widen_windows(base, window)
+    header, passage = list(range(20, 50)), list(range(50, 80))
+    prompts = [header + passage + own for own in ([5], [6, 7, 8], [9] * 9, [4, 3])] + [[*header, 17, 16]]
+    together = generate_answers(base, Ids(), prompts, stop_token=NEVER, max_new_tokens=LENGTH, share=True)
+    alone = [generate_answers(base, Ids(), [prompt], stop_token=NEVER, max_new_tokens=LENGTH)[0] for prompt in prompts]
     assert together == alone and len(set(alone)) > 2
 
 
