@@ -110,6 +110,16 @@ class Sharing:
         return self.num_alone / self.num_packed
 
     @property
+    def most_tokens(self) -> int:
+        """Of a step; 0 where none was looked at."""
+        return max((forest.num_tokens for forest in self.steps), default=0)
+
+    @property
+    def most_rows(self) -> int:
+        """Of a step; 0 where none was looked at."""
+        return max((len(forest.lengths) for forest in self.steps), default=0)
+
+    @property
     def rows_per_trunk(self) -> float:
         """On average: of a row's tokens, what it computes of its trunk beside its own."""
         own_part = self.num_packed / self.num_rows - self.branch

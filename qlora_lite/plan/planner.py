@@ -105,10 +105,14 @@ def largest_batch(micro_batch_tokens: int, length: int, label_share: float) -> M
 
 
 def largest_tree(micro_batch_tokens: int, sharing: Sharing) -> MicroBatch:
-    """A micro-batch as full as it may be: one tree of average branches, or a little longer ones, on an average trunk."""
-    trunk = min(sharing.trunk, max(0, micro_batch_tokens - sharing.branch))
-    num_examples = max(1, (micro_batch_tokens - trunk) // sharing.branch)
-    length = trunk + (micro_batch_tokens - trunk) // num_examples
+    """A micro-batch as full as it may be, or as the fullest step: average branches, or a little longer ones, on one trunk."""
+    tokens = min(micro_batch_tokens, sharing.most_tokens or micro_batch_tokens)
+    trunk = min(sharing.trunk, max(0, tokens - sharing.branch))
+    num_examples = max(1, (tokens - trunk) // sharing.branch)
+    if 0 < sharing.most_rows < num_examples:  # the rest are further trunks
+        num_examples = sharing.most_rows
+        trunk = tokens - num_examples * sharing.branch
+    length = trunk + (tokens - trunk) // num_examples
     return MicroBatch(length, num_examples, sharing.num_labels / length, trunk=trunk)
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from qlora_lite.data.batches import pack_trees
-from qlora_lite.data.trees import Sharing
+from qlora_lite.data.template import Encoded
+from qlora_lite.data.trees import Sharing, sharing
 from qlora_lite.evaluate.generate import _Prompts, generating, read_prompts
 from qlora_lite.ledger import Ledger
 from qlora_lite.model.forward import causal_lm
@@ -15,6 +16,7 @@ from qlora_lite.plan.rehearsal import MicroBatch, Scene, meta_batch, num_labels
 from qlora_lite.plan.scoring import _read
 from qlora_lite.plan.workspace import workspace_of
 from tests.promises.test_promise_06_plan import CPU, measured_and_planned, real_batch, real_ledger, real_model
+from tests.tiny_model import Rows
 
 TREE = MicroBatch(100, 5, 0.1, is_first=True, trunk=60)
 
@@ -64,3 +66,14 @@ def test_the_largest_tree_is_full():
         batch = largest_tree(tokens, sharing)
         assert tokens - batch.num_examples < batch.num_tokens <= tokens and batch.trunk < batch.length
         assert num_labels(batch) in (5, 6, 7)
+
+
+def test_no_micro_batch_is_planned_fuller_than_the_fullest_step():
+    passages = [[1000 * passage + i for i in range(100)] for passage in range(3)]
+    rows = Rows([Encoded([*tokens, own, 7], ((101, 102),)) for tokens in passages for own in range(4)])
+    found = sharing(rows, [range(4), range(12)])
+    assert (found.most_tokens, found.most_rows) == (3 * 100 + 12 * 2, 12)
+    full = largest_tree(4096, found)
+    assert (full.num_tokens, full.num_examples) == (found.most_tokens, found.most_rows)
+    assert largest_tree(200, found).num_tokens <= 200
+    assert num_labels(full) == 1
