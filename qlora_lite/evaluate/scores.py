@@ -3,8 +3,9 @@
 Of a conversation the last answer is generated and compared. Plain text has no answers: its only score is the loss.
 """
 
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class EvalResult:
     loss: float
     num_examples: int
     predictions: tuple[Prediction, ...]
+    answers_s: float = field(default=0.0, compare=False)  # generating and scoring the answers, the loss not counted
 
     def to_json_dict(self) -> dict[str, Any]:
         """The scores without the predictions."""
@@ -70,6 +72,7 @@ def evaluate_model(
     asked = [(i, golds) for i in range(len(examples)) if (golds := examples.row(i).answers) is not None]
     if not asked:
         return EvalResult(None, None, loss, len(examples), ())
+    begin = time.perf_counter()
     answers = generate_answers(
         model,
         tokenizer,
@@ -86,7 +89,8 @@ def evaluate_model(
         Prediction(examples.row(i).id, examples.row(i).question, answer, golds, 100 * exact, 100 * f1)
         for (i, golds), answer, (exact, f1) in zip(asked, answers, pairs, strict=True)
     )
-    return EvalResult(scores.exact_match, scores.f1, loss, len(examples), predictions)
+    answers_s = time.perf_counter() - begin
+    return EvalResult(scores.exact_match, scores.f1, loss, len(examples), predictions, answers_s)
 
 
 @torch.no_grad()
