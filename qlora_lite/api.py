@@ -34,13 +34,24 @@ from qlora_lite.plan import Plan, make_plan
 from qlora_lite.recipe import load_recipe, load_run_recipe
 from qlora_lite.run_dir import RunDir
 from qlora_lite.train.seeds import purpose_seed
-from qlora_lite.training import refuse_other_base, refuse_other_recipe, train
+from qlora_lite.training import go_on_with, refuse_other_base, train
+from qlora_lite.verify import refuse_damaged
 
 Which = Literal["base", "adapter", "merged"]
 
 __all__ = [
-    "LoadedModel", "evaluate", "load_model", "load_plain", "load_recipe", "make_plan", "merge", "open_run", "refuse_other_recipe",
-    "run_models", "train", "training_examples",
+    "LoadedModel",
+    "evaluate",
+    "go_on_with",
+    "load_model",
+    "load_plain",
+    "load_recipe",
+    "make_plan",
+    "merge",
+    "open_run",
+    "run_models",
+    "train",
+    "training_examples",
 ]  # fmt: skip
 
 
@@ -70,7 +81,8 @@ def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None) -> Mer
     """Merge the run's adapter into a 16-bit checkpoint at `out` (default: merged/ of the run), with proof.
 
     The base is the one that training saw, dequantized, or with merge.base: original the 16-bit one it was made from.
-    Raises ProofFailed when the merged model is not the adapter model, RunError when the run has no adapter.
+    What an earlier call wrote there in the same way, and was stopped after, is taken as it is. Raises ProofFailed when the merged model
+    is not the adapter model, RunError when the run has no adapter.
     """
     run, recipe = RunDir.open(run_dir), plan.recipe
     if recipe.method == "full":
@@ -132,6 +144,7 @@ def _load_run_model(plan: Plan, run: RunDir, which: Which, wanted: Sequence[Whic
     if which == "merged":
         if not (run.merged / "config.json").is_file():
             raise RunError(f"{run.merged}: not there yet. Make it with: qlora-lite merge {run.path}")
+        refuse_damaged(run.merged)
         return load_plain(plan, run.merged)
     folder = run_base(plan, run)
     if plan.recipe.method == "full":
@@ -162,8 +175,10 @@ def _without_start(plan: Plan) -> Plan:
 
 
 def _finished(run: RunDir) -> Path:
+    """adapter/ or weights/, as they were written. Raises RunError."""
     if run.trained is None:
         raise RunError(f"{run.path}: training is not finished, so there is no tuned model. Continue it with --resume")
+    refuse_damaged(run.trained)
     return run.trained
 
 

@@ -170,6 +170,17 @@ def report(run_dir: RunArgument, json: JsonOption = False) -> None:
 
 
 @app.command()
+def verify(run_dir: RunArgument, json: JsonOption = False) -> None:
+    """Every file against its hash: checkpoints, adapter, merged model, records. Exits with 2 when one has changed."""
+    from qlora_lite import pipeline
+
+    found = pipeline.verify(run_dir)
+    _print(found, json)
+    if not found["ok"]:
+        raise typer.Exit(2)
+
+
+@app.command()
 def doctor(
     measure: Annotated[
         bool, typer.Option("--measure", help="Also measure what a plan cannot see; half a minute.")

@@ -327,7 +327,7 @@ def measure_and_keep(path: Path) -> Facts:
     import torch
 
     from qlora_lite.model.dtypes import choose_device
-    from qlora_lite.model.safetensors_writer import write_text_durably
+    from qlora_lite.model.staging import write_text_durably
     from qlora_lite.overheads import measure
 
     device, _ = choose_device("auto")

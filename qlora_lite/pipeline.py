@@ -8,7 +8,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -31,8 +31,10 @@ from qlora_lite.plan import Plan, forecast, read_request, sweep, what_is_shared
 from qlora_lite.recipe import Recipe, load_recipe, load_run_recipe, parse_hub_name
 from qlora_lite.recipe.hub_names import fetch_command
 from qlora_lite.run_dir import RunDir
+from qlora_lite.run_manifest import check_records
 from qlora_lite.train import refuse_missing_trackers
 from qlora_lite.units import format_bytes, parse_bytes
+from qlora_lite.verify import verify_folder
 
 WHICH: tuple[api.Which, ...] = ("base", "adapter", "merged")
 
@@ -122,8 +124,11 @@ def train(
     command = _resume_command(recipe_name, overrides, run_dir)
     # A missing package and an unusable folder are said before the long work, not after it.
     refuse_missing_trackers(recipe.train.trackers)
+    if resume and RunDir.is_unbegun(run_dir):
+        show.say(f"{run_dir}: nothing was trained here yet, so this run begins at step 1")
+        resume = False
     with (
-        nullcontext(RunDir.open(run_dir)) if resume else RunDir.creating(run_dir) as run,
+        RunDir.writing(run_dir) if resume else RunDir.creating(run_dir) as run,
         _told_how_to_go_on(run, command),
     ):
         spent: dict[str, float] = {}
@@ -132,8 +137,9 @@ def train(
         if not resume:  # what ran once has shown that it fits, or has a leaner footprint in its checkpoint
             plan.refuse_what_does_not_fit()
         else:
-            api.refuse_other_recipe(run, plan.recipe)
             _refuse_finished(run)
+            for sentence in api.go_on_with(run, plan.recipe):
+                show.say(sentence)
         show.show_reasons(plan.reasons)
         loaded = _load(plan, spent)
         scores, answers = _scores_before(plan, loaded, run, spent)
@@ -145,7 +151,7 @@ def train(
         summary = _train_summary(run, memory, wall_s=time.perf_counter() - begin, spent=spent)
         show.show_time(spent, wall_s=summary["wall_s"])
         run.write_json("train.json", summary)
-    show.write_report(run.path)
+        _write_report(run)
     show.say(f"done: {run.path} ({_published(run).name}/, report.html). Next: {shlex.join(_next_command(run))}")
     return summary | {"eval": scores}
 
@@ -169,8 +175,16 @@ def evaluate(run_dir: Path, *, which: str, data: Path | None) -> dict[str, Any]:
 def merge(run_dir: Path, out: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Merge the adapter into a dequantized checkpoint, prove it, and score it beside the adapter model."""
     run, plan = api.open_run(run_dir, overrides=overrides)
+    with run.locked():
+        return _merge(run, plan, out)
+
+
+def _merge(run: RunDir, plan: Plan, out: Path | None) -> dict[str, Any]:
+    out = out or run.merged
+    if run.read_json("merge.json").get("out") == str(out) and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: already exists and is not an empty folder; name another folder, or remove it first")
     with show.phase("merging and proving"):
-        result = api.merge(plan, run_dir, out)
+        result = api.merge(plan, run.path, out)
     for warning in result.warnings:
         show.say_warning(warning)
     facts = result.to_json_dict() | {"base": plan.recipe.merge.base}
@@ -183,7 +197,7 @@ def merge(run_dir: Path, out: Path | None, overrides: Sequence[str] = ()) -> dic
     show.show_proof(facts)
     if facts["eval"]["merged"] is not None:
         show.show_scores(facts["eval"]["adapter"], facts["eval"]["merged"], title="adapter (before) and merged (after)")
-    show.write_report(run.path)
+    _write_report(run)
     show.say(f"merged: {result.out} ({format_bytes(result.total_bytes)}, {result.dtype}, {result.rounding} rounding)")
     return facts
 
@@ -207,11 +221,35 @@ def ask(run_dir: Path, question: str, *, context: Path | None, which: str) -> di
 
 def report(run_dir: Path) -> dict[str, Any]:
     """Write the run's one HTML page anew from its files, and show its tables."""
-    run = RunDir.open(run_dir)
-    show.show_run(run.path)
-    path = show.write_report(run.path)
+    with RunDir.writing(run_dir) as run:
+        for found in check_records(run.path):
+            if found.why is not None:
+                show.say_warning(f"{found.path}: {found.why}")
+        show.show_run(run.path)
+        path = _write_report(run)
     show.say(f"page: {path}")
     return {"path": str(path)}
+
+
+def verify(run_dir: Path) -> dict[str, Any]:
+    """Hold every file of a run, or of a folder with a manifest, against the hash that was noted when it was written."""
+    with show.phase(f"reading every file of {run_dir}") as phase:
+        found = list(verify_folder(run_dir))
+        wrong = [file for file in found if not file.ok]
+        phase.note(f"{len(found)} files, {len(wrong)} not as they were written")
+    show.show_findings([(file.path, "problem", str(file.why), "") for file in wrong])
+    show.say(f"{run_dir}: {'every file is as it was written' if not wrong else 'damaged, see above'}")
+    return {
+        "ok": not wrong,
+        "num_files": len(found),
+        "files": [{"path": file.path, "ok": file.ok, "why": file.why} for file in found],
+    }
+
+
+def _write_report(run: RunDir) -> Path:
+    path = run.path / "report.html"
+    run.write_text(path.name, show.render_report(run.path))
+    return path
 
 
 def _bring(name: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """A training run: the steps of the loop, and everything that they leave in the run's folder. All of it goes through `RunDir`."""
 
+import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ from safetensors import SafetensorError
 
 from qlora_lite.data.batches import StepSampler, largest_step, sampler_of
 from qlora_lite.data.examples import Examples
-from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped
+from qlora_lite.data.read import as_pairs, file_identity
+from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped, UserError
 from qlora_lite.evaluate import validation_loss
 from qlora_lite.loading import LoadedModel, held_out_examples, training_examples
 from qlora_lite.model.factors import FACTORS_FILE
-from qlora_lite.model.manifest import sha256_of_file, write_manifest
-from qlora_lite.model.staging import staged_folder
+from qlora_lite.model.manifest import read_manifest, sha256_of_file, write_manifest
+from qlora_lite.model.staging import remove_folder, staged_folder
 from qlora_lite.model.trained import folder_name
 from qlora_lite.plan import Plan, as_json
 from qlora_lite.recipe import Recipe, dump_recipe, load_run_recipe
@@ -44,6 +47,10 @@ from qlora_lite.train import (
 )
 from qlora_lite.train.seeds import purpose_seed
 
+PACKAGES = ("qlora-lite", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+# Keys, besides those of merge, that change nothing that is trained.
+MAY_DIFFER = frozenset({"train.save_every_steps", "train.keep_checkpoints", "train.trackers"})
+
 
 def train(
     plan: Plan,
@@ -64,12 +71,29 @@ def train(
     settings, said through `say`. With `profile`, profile/ gets a timeline of two steps. Raises RunError, DataError,
     TrainingStopped, DoesNotFit, or UserError for a tracker that is not installed.
     """
-    recipe = plan.recipe
-    refuse_missing_trackers(recipe.train.trackers)
+    refuse_missing_trackers(plan.recipe.train.trackers)
     run = RunDir.open(run_dir) if resume else RunDir.create(run_dir)
+    with run.locked():
+        yield from _train(plan, loaded, run, resume=resume, profile=profile, should_stop=should_stop, say=say)
+
+
+def _train(
+    plan: Plan,
+    loaded: LoadedModel,
+    run: RunDir,
+    *,
+    resume: bool,
+    profile: bool,
+    should_stop: Callable[[], bool],
+    say: Callable[[str], None],
+) -> Iterator[StepStats]:
+    recipe = plan.recipe
+    data = data_hashes(recipe)
     if resume:
-        refuse_other_recipe(run, recipe)
+        for sentence in go_on_with(run, recipe):
+            say(sentence)
         refuse_other_base(run, loaded.base_sha256)
+        refuse_other_data(run, data)
     examples = training_examples(plan, loaded.tokenizer)
     for sentence in (*examples.account("training rows", limit="data.num_train"), *examples.counts.notes):
         say(sentence)
@@ -95,9 +119,9 @@ def train(
     state = TrainState(loaded.model, optimizer, scaler)
     torch.manual_seed(purpose_seed(recipe.train.seed, "dropout"))
     if resume:
-        _resume(state, run, say)
+        _resume(state, run, recipe, plan.device, say)
     else:
-        _write_start(run, plan, loaded)
+        _write_start(run, plan, loaded, data)
     state.footprint = state.footprint or plan.chosen.footprint
     tried = _preflight(plan, state, examples, sampler, say)
     trace = Trace(run.profile, device=plan.device) if profile else None
@@ -118,15 +142,23 @@ def train(
         trace=trace,
         say=say,
     )
+    was_unlogged = False
     try:
         with _trackers(plan, run, first_step=state.step + 1) as track:
             for stats in steps:
-                run.append_step(asdict(stats))
+                unlogged = run.append_step(asdict(stats))
+                if unlogged is not None and not was_unlogged:
+                    say(
+                        f"step {stats.step}: {unlogged}. Training goes on; the line is written as soon as there is room"
+                    )
+                was_unlogged = unlogged is not None
                 track(stats)
                 is_last, is_stopped = state.is_over(stats.num_steps, early_stop=recipe.train.early_stop), should_stop()
                 is_best = state.best is not None and state.best.step == stats.step
-                if is_last or is_stopped or is_best or stats.step % recipe.train.save_every_steps == 0:
+                if is_last or is_stopped:
                     _save(state, run, recipe, loaded.base)
+                elif is_best or stats.step % recipe.train.save_every_steps == 0:
+                    _try_to_save(state, run, recipe, loaded.base, say)
                 yield stats
                 if is_stopped and not is_last:
                     return
@@ -154,19 +186,33 @@ def train(
     _publish(state, run, loaded.tokenizer if recipe.data.special_tokens else None, say)
 
 
-def refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
-    """Raise RunError for a resolved `recipe` that is not the run's: another one would silently mix two runs."""
-    before, now = (r.model_dump(mode="json") for r in (load_run_recipe(run.recipe), recipe))
-    changed = [
-        f"{section}.{key} was {before[section][key]}, is {value}"
-        if key
-        else f"{section} was {before[section]}, is {value}"
-        for section, values in now.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-        if (before[section][key] if key else before[section]) != value
-    ]
+def go_on_with(run: RunDir, recipe: Recipe) -> list[str]:
+    """Hold a resolved `recipe` against the run's: what may differ becomes the run's, said in a sentence each.
+
+    Raises RunError for anything else: it would silently mix two runs.
+    """
+    before = load_run_recipe(run.recipe)
+    changed = [(key, was, now) for key, was, now in _differences(before, recipe)]
+    refused = [f"{key} was {was}, is {now}" for key, was, now in changed if not _may_differ(key)]
+    if refused:
+        raise RunError(f"{run.path}: cannot resume with another recipe: {'; '.join(refused)}. Start a new run instead")
     if changed:
-        raise RunError(f"{run.path}: cannot resume with another recipe: {'; '.join(changed)}. Start a new run instead")
+        run.write_text(run.recipe.name, dump_recipe(recipe))
+    return [f"{key} was {was}, is {now} from here on: it changes nothing that is trained" for key, was, now in changed]
+
+
+def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value before, value now) of every key that differs."""
+    old, new = (recipe.model_dump(mode="json") for recipe in (before, now))
+    for section, values in new.items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            was = old[section][key] if key else old[section]
+            if was != value:
+                yield f"{section}.{key}" if key else section, was, value
+
+
+def _may_differ(key: str) -> bool:
+    return key.startswith("merge.") or key in MAY_DIFFER
 
 
 def refuse_other_base(run: RunDir, now: str) -> None:
@@ -178,10 +224,31 @@ def refuse_other_base(run: RunDir, now: str) -> None:
         )
 
 
-def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel) -> None:
-    run.recipe.write_text(dump_recipe(plan.recipe), encoding="utf-8")
+def data_hashes(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of each file that rows are read from, by its path; of a folder one for all its files."""
+    files = [str(path) for path, _ in as_pairs(recipe.data.train_files)]
+    files += [] if recipe.data.eval is None else [recipe.data.eval]
+    return {file: sha256("\n".join(file_identity(Path(file))).encode()).hexdigest() for file in files}
+
+
+def refuse_other_data(run: RunDir, now: Mapping[str, str]) -> None:
+    """Raise RunError where a file holds other bytes than when the run began."""
+    then = run.read_json("env.json").get("data_sha256", now)
+    changed = [
+        f"{file} (SHA-256 {then[file][:12]}..., now {digest[:12]}...)"
+        for file, digest in now.items()
+        if then.get(file, digest) != digest
+    ]
+    if changed:
+        raise RunError(
+            f"{run.path}: cannot resume, the data have changed since the run began: {', '.join(changed)}. Put the file back as it "
+            "was, or start a new run"
+        )
+
+
+def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel, data: Mapping[str, str]) -> None:
+    """The first records; recipe.yaml, which makes the folder a run, comes last."""
     run.write_json("plan.json", plan.to_json_dict())
-    packages = ("qlora-lite", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
     run.write_json(
         "env.json",
         {
@@ -192,10 +259,33 @@ def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel) -> None:
             "num_threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "versions": {name: version(name) for name in packages},
+            "data_sha256": dict(data),
+            "versions": _versions(),
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
     )
+    run.write_text(run.recipe.name, dump_recipe(plan.recipe))
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def _computed_with(recipe: Recipe) -> dict[str, Any]:
+    """What a checkpoint's manifest says of how it came about."""
+    return {"recipe_sha256": fixed_sha256(recipe), "num_threads": torch.get_num_threads(), "versions": _versions()}
+
+
+def fixed_sha256(recipe: Recipe) -> str:
+    """Of the resolved recipe without what may differ when the run is resumed."""
+    values = recipe.model_dump(mode="json")
+    kept = {
+        f"{section}.{key}": value
+        for section, entries in values.items()
+        for key, value in (entries.items() if isinstance(entries, dict) else [("", entries)])
+        if not _may_differ(f"{section}.{key}")
+    }
+    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _start_of(recipe: Recipe) -> dict[str, str] | None:
@@ -242,17 +332,29 @@ def _trackers(plan: Plan, run: RunDir, *, first_step: int) -> AbstractContextMan
 
 
 def _save(state: TrainState, run: RunDir, recipe: Recipe, base: Path) -> None:
+    """A checkpoint, after the log up to its step is durable. Raises RunError when either cannot be written."""
+    facts = _computed_with(recipe)
     try:
-        save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base=base)
-    except SafetensorError as error:  # what a full disk is called by save_file
+        run.seal_steps()
+        save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base=base, facts=facts)
+    except (OSError, UserError, SafetensorError) as error:  # SafetensorError: what a full disk is called by save_file
+        what = str(error).partition(". ")[0] if isinstance(error, UserError) else f"{run.checkpoints}: {error}"
         raise RunError(
-            f"{run.checkpoints}: the checkpoint of step {state.step} cannot be written ({error}). Earlier ones are kept: "
-            "free some room and continue with --resume"
+            f"the checkpoint of step {state.step} cannot be written ({what}). Earlier ones are kept: free some room and "
+            "continue with --resume"
         ) from error
 
 
-def _resume(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
-    checkpoint, problems = newest_valid(run.checkpoints)
+def _try_to_save(state: TrainState, run: RunDir, recipe: Recipe, base: Path, say: Callable[[str], None]) -> None:
+    """A failure costs this checkpoint only."""
+    try:
+        _save(state, run, recipe, base)
+    except RunError as error:
+        say(f"{str(error).partition('. ')[0]}. Training goes on; the next one is tried when it is due")
+
+
+def _resume(state: TrainState, run: RunDir, recipe: Recipe, device: str, say: Callable[[str], None]) -> None:
+    checkpoint, problems = newest_valid(run.checkpoints, recipe_sha256=fixed_sha256(recipe))
     for problem in problems:
         say(problem)
     if checkpoint is None:
@@ -262,6 +364,24 @@ def _resume(state: TrainState, run: RunDir, say: Callable[[str], None]) -> None:
     state.load(checkpoint)
     run.cut_steps(state.step)
     say(f"continues after step {state.step}, from {checkpoint}")
+    for sentence in _computed_otherwise(checkpoint, recipe, device):
+        say(sentence)
+
+
+def _computed_otherwise(checkpoint: Path, recipe: Recipe, device: str) -> Iterator[str]:
+    """Why going on from `checkpoint` may not be bit-identical to never having stopped."""
+    then, now = read_manifest(checkpoint) or {}, _computed_with(recipe)
+    if device == "cpu" and then.get("num_threads", now["num_threads"]) != now["num_threads"]:
+        yield (
+            f"before it was {then['num_threads']} threads, now it is {now['num_threads']}: sums are formed in another order, so "
+            f"the last bits may differ. OMP_NUM_THREADS={then['num_threads']} keeps them"
+        )
+    versions = then.get("versions", {})
+    changed = [
+        f"{name} {versions[name]} -> {new}" for name, new in now["versions"].items() if versions.get(name, new) != new
+    ]
+    if changed:
+        yield f"other versions than before, so the last bits may differ: {', '.join(changed)}"
 
 
 def _publish(state: TrainState, run: RunDir, tokenizer: Any | None, say: Callable[[str], None]) -> None:
@@ -276,7 +396,7 @@ def _publish(state: TrainState, run: RunDir, tokenizer: Any | None, say: Callabl
         say(problem)
     assert checkpoint is not None  # the last step has just written one
     state.load(checkpoint)
-    shutil.rmtree(run.path / name, ignore_errors=True)
+    remove_folder(run.path / name)
     with staged_folder(run.path / name) as staging:
         for path in (checkpoint / name).iterdir():
             shutil.copyfile(path, staging / path.name)

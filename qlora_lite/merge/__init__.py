@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_lite.merge.proof import Proof, prove_merge
 from qlora_lite.merge.write import MAX_SHARD_BYTES, WriteResult, merge_adapter, write_merged
+from qlora_lite.model.manifest import folder_weights_sha256, read_manifest, verify_manifest, write_manifest
 from qlora_lite.model.staging import staged_folder
 
 if TYPE_CHECKING:
@@ -63,10 +64,16 @@ def merge(
 ) -> MergeResult:
     """Merge, prove the written files on `encoded_rows`, and only then give them the name `out_dir`.
 
-    `out_dir` must not exist or be empty. A couple of dozen held-out rows are plenty; None skips the proof, with a
-    warning. `compute_dtype` is the training run's, `device` is where the proof computes. Raises ProofFailed for a wrong
-    merge, ModelError for a base and an adapter that do not fit, UserError for options; then no folder is left.
+    `out_dir` must not exist or be empty, or hold the outcome of this very call, which is then returned. A couple of dozen held-out
+    rows are plenty; None skips the proof, with a warning. `compute_dtype` is the training run's, `device` is where the proof computes.
+    Raises ProofFailed for a wrong merge, ModelError for a base and an adapter that do not fit, UserError for options; then no folder
+    is left.
     """
+    options = {"dtype": dtype, "rounding": rounding, "scale": scale, "seed": seed, "compute_dtype": compute_dtype}
+    made_of = {"base": Path(base_dir).name, "adapter_sha256": folder_weights_sha256(adapter_dir), **options}
+    done = _done_before(Path(out_dir), made_of)
+    if done is not None:
+        return done
     with staged_folder(out_dir) as folder:
         written = write_merged(
             base_dir,
@@ -84,26 +91,38 @@ def merge(
             proof = prove_merge(
                 base_dir, adapter_dir, folder, encoded_rows, scale=scale, compute_dtype=compute_dtype, device=device
             )
-    return MergeResult(
-        out=Path(out_dir),
-        dtype=dtype,
-        rounding=rounding,
-        seed=seed,
-        scale=scale,
-        num_merged=written.num_merged,
-        total_bytes=written.total_bytes,
-        adapter_effect=proof.adapter_effect if proof else None,
-        arithmetic_ratio=proof.arithmetic_ratio if proof else None,
-        storage_ratio=proof.storage_ratio if proof else None,
-        nearest_ratio=proof.nearest_ratio if proof else None,
-        ratio=proof.ratio if proof else None,
-        equal_greedy_share=proof.equal_greedy_share if proof else None,
-        num_rows=proof.num_rows if proof else 0,
-        num_label_tokens=proof.num_label_tokens if proof else 0,
-        peak_host_bytes=written.peak_host_bytes,
-        proof_peak_host_bytes=proof.peak_host_bytes if proof else None,
-        warnings=written.warnings + _proof_warnings(proof, dtype=dtype, rounding=rounding),
-    )
+        result = MergeResult(
+            out=Path(out_dir),
+            dtype=dtype,
+            rounding=rounding,
+            seed=seed,
+            scale=scale,
+            num_merged=written.num_merged,
+            total_bytes=written.total_bytes,
+            adapter_effect=proof.adapter_effect if proof else None,
+            arithmetic_ratio=proof.arithmetic_ratio if proof else None,
+            storage_ratio=proof.storage_ratio if proof else None,
+            nearest_ratio=proof.nearest_ratio if proof else None,
+            ratio=proof.ratio if proof else None,
+            equal_greedy_share=proof.equal_greedy_share if proof else None,
+            num_rows=proof.num_rows if proof else 0,
+            num_label_tokens=proof.num_label_tokens if proof else 0,
+            peak_host_bytes=written.peak_host_bytes,
+            proof_peak_host_bytes=proof.peak_host_bytes if proof else None,
+            warnings=written.warnings + _proof_warnings(proof, dtype=dtype, rounding=rounding),
+        )
+        kept = {key: value for key, value in result.to_json_dict().items() if key != "out"}
+        write_manifest(folder, {"made_of": made_of, "result": kept})
+    return result
+
+
+def _done_before(out: Path, made_of: dict[str, Any]) -> MergeResult | None:
+    """What an earlier call returned for this very merge into `out`, if that is there, whole and unchanged."""
+    manifest = read_manifest(out) or {}
+    if manifest.get("made_of") != made_of or verify_manifest(out):
+        return None
+    found = manifest["result"]
+    return MergeResult(out=out, **found | {"warnings": tuple(found["warnings"])})
 
 
 def _proof_warnings(proof: Proof | None, *, dtype: str, rounding: str) -> tuple[str, ...]:

@@ -28,9 +28,8 @@ from qlora_lite.model.safetensors_writer import (
     MAX_SHARD_BYTES,
     ShardedWriter,
     TensorSpec,
-    write_text_durably,
 )
-from qlora_lite.model.staging import staged_folder
+from qlora_lite.model.staging import staged_folder, write_text_durably
 from qlora_lite.units import format_bytes
 
 

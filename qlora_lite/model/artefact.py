@@ -41,7 +41,7 @@ from qlora_lite.model.skeleton import empty_model
 from qlora_lite.model.source import folder_fingerprint, load_config, read_config
 from qlora_lite.model.staging import staged_folder
 
-_VERSION = 2  # raise it when the artefact's bytes change
+_VERSION = 3  # raise it when the artefact's bytes change
 NF4 = Quantization("nf4")
 
 

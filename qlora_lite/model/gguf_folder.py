@@ -21,7 +21,7 @@ from qlora_lite.model.manifest import MANIFEST_NAME, write_manifest
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.model.staging import staged_folder
 
-_VERSION = 1  # raise it when the converted folder changes
+_VERSION = 2  # raise it when the converted folder changes
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",

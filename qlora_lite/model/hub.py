@@ -39,9 +39,8 @@ from pydantic import BaseModel, Field, ValidationError
 from qlora_lite.errors import ModelError
 from qlora_lite.model.manifest import sha256_manifest, sha256_of_file, verify_manifest, write_manifest
 from qlora_lite.model.quantization import stored_quantization
-from qlora_lite.model.safetensors_writer import write_text_durably
 from qlora_lite.model.source import read_config, read_json
-from qlora_lite.model.staging import publish_folder
+from qlora_lite.model.staging import publish_folder, write_text_durably
 from qlora_lite.recipe.hub_names import (
     DEFAULT_REVISION,
     commit_folder,

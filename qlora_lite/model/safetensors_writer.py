@@ -9,7 +9,6 @@ by the specs alone, and each block goes to its own offset. The format: https://g
 (8 bytes little-endian header length, JSON header padded to 8 bytes, data without holes).
 """
 
-import contextlib
 import json
 import math
 import os
@@ -21,6 +20,8 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from qlora_lite.model.staging import write_text_durably
 
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -168,30 +169,6 @@ class ShardedWriter:
 
 def shard_file_name(stem: str, index: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
-def write_text_durably(path: Path, text: str) -> None:
-    """Replace `path` in one step: a reader sees the old file or the whole new one, also after a power cut."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable; a no-op where the system cannot open folders (Windows)."""
-    with contextlib.suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _split_into_shards(tensors: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:

@@ -6,7 +6,7 @@
     rows        part_rows, score_rows, ...         the rows that tables and pages both show
     tables      show_memory, show_scores, ...      one function a table, for the terminal
     run_tables  show_run                           all of a run's tables, for the terminal
-    report      write_report                       a run directory -> one self-contained report.html
+    report      render_report                      a run directory -> the text of one self-contained page
     plan_page   write_plan_page                    a plan -> one self-contained page
 
 A page is put together by page.py (shell, style sheet page.css, tables) from pieces of summary.py, answers.py, learning.py and sections.py;
@@ -17,7 +17,7 @@ Everything here takes plain values or the small dataclasses of the stages before
 
 from qlora_lite.show.phases import Phase, phase
 from qlora_lite.show.plan_page import write_plan_page
-from qlora_lite.show.report import write_report
+from qlora_lite.show.report import render_report
 from qlora_lite.show.run_tables import show_run
 from qlora_lite.show.screen import TrainScreen
 from qlora_lite.show.tables import (
@@ -45,6 +45,7 @@ __all__ = [
     "console",
     "phase",
     "print_json",
+    "render_report",
     "safe_text",
     "say",
     "say_error",
@@ -66,5 +67,4 @@ __all__ = [
     "show_truncation",
     "stream_answer",
     "write_plan_page",
-    "write_report",
 ]

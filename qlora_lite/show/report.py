@@ -29,7 +29,6 @@ from qlora_lite.show.page import (
     render_page,
     share_bar,
     table,
-    write_page,
 )
 from qlora_lite.show.rows import SCORES
 from qlora_lite.show.run_files import Run, read_run
@@ -40,16 +39,10 @@ from qlora_lite.show.timeline import layer_rows, svg_timeline
 _PLANNED_AND_MEASURED = ["planned", "measured", "difference"]
 
 
-def write_report(run_dir: Path | str) -> Path:
-    """Write `report.html` into `run_dir` and return its path. Raises RunError when there is no such folder or it cannot be written."""
-    run_dir = Path(run_dir)
+def render_report(run_dir: Path) -> Html:
+    """The page of the files that are there, the text of `report.html`. Raises RunError when there is no such folder."""
     if not run_dir.is_dir():
         raise RunError(f"{run_dir}: no such run directory")
-    return write_page(run_dir / "report.html", render_report(run_dir))
-
-
-def render_report(run_dir: Path) -> Html:
-    """The page of the files that are there."""
     run = read_run(run_dir)
     body = [
         Section("answers", "How well it answers", join([_scores(run.scores), answers_side_by_side(run.predictions)])),

@@ -83,6 +83,10 @@ class TrainState:
         self._set_facts(snapshot.facts)
         self.restore_random_numbers(snapshot)
 
+    def num_bytes(self) -> int:
+        """Of all tensors that `save` writes."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
     def save(self, folder: Path, *, base: Path) -> None:
         """Write adapter/ or weights/, state.safetensors and state.json into `folder`; `base` is the base model's folder."""
         save_trained(self.model, folder, base=base)

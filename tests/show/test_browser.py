@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lite import show
+from qlora_lite.show.page import write_page
 from tests.show.browser import NAMES, Browser, Page, find_browser
 from tests.show.run_files import make_plan, write_run
 
@@ -79,7 +80,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def page(request: pytest.FixtureRequest, browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Page:
     folder = tmp_path_factory.mktemp("pages")
     if request.param == "run":
-        path = show.write_report(write_run(folder / "country-qa-1"))
+        run = write_run(folder / "country-qa-1")
+        path = write_page(run / "report.html", show.render_report(run))
     else:
         path = show.write_plan_page(make_plan(), folder / "plan.html")
     opened = browser.open(path.as_uri())

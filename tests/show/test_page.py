@@ -14,7 +14,7 @@ from tests.show.run_files import EVIL, make_plan, write_run
 @pytest.fixture(params=["run", "plan"])
 def page(request, tmp_path):
     is_run = request.param == "run"
-    return Parsed(show.write_report(write_run(tmp_path / "run")).read_text() if is_run else render_plan(make_plan()))
+    return Parsed(show.render_report(write_run(tmp_path / "run")) if is_run else render_plan(make_plan()))
 
 
 def test_headings_go_down_one_level_at_a_time(page):

@@ -1,0 +1,101 @@
+"""A small run that is killed and goes on, beside one that was never stopped: what must be equal in the end.
+
+Equal are: the adapter, every checkpoint's tensors, steps.jsonl but for times and memory, the scores, the answers; nothing half-written
+is left, and `verify` finds every file as it was written.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_lite.model.manifest import sha256_of_file
+from tests.crash.faults import Fault
+from tests.crash.server import Outcome, Server
+from tests.tiny_run import write_recipe
+
+MEASURED = {"step_s", "rss_bytes", "peak_bytes", "phase_peaks", "answers_s"}  # differ from run to run
+PHASES = ("planning", "loading the base", "scoring the base model", "training", "scoring the tuned model", "end")
+
+
+@dataclass
+class Scenario:
+    """A recipe, a server, and the outcome of a run that nothing disturbed."""
+
+    folder: Path
+    server: Server
+    recipe: Path
+    expected: dict[str, Any]
+    points: list[str]  # the write points of the undisturbed run
+    merge_points: list[str]
+    phases_s: list[tuple[str, float]]  # when each phase of it began
+
+    def train(self, run: Path, *words: object, **options: Any) -> Outcome:
+        return self.server.run("train", self.recipe, "--run-dir", run, *words, roots=[run], **options)
+
+    def go_on(self, run: Path) -> Outcome:
+        """What a user does after a crash: `--resume`, or the same command again where there was nothing to resume."""
+        return self.train(run, *(["--resume"] if run.exists() else []))
+
+    def new_run(self) -> Path:
+        """A folder's name that is free."""
+        run = self.folder / "runs" / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        return run
+
+    def difference(self, run: Path) -> list[str]:
+        """What of a finished run is not as in the undisturbed one; [] when nothing is."""
+        found = outcome_of(run)
+        wrong = [key for key in self.expected.keys() | found.keys() if self.expected.get(key) != found.get(key)]
+        checked = self.server.run("verify", run)
+        return wrong + ([] if checked.code == 0 else [checked.stderr])
+
+
+def prepare(folder: Path, server: Server, **train: Any) -> Scenario:
+    """The recipe, and an undisturbed run of it with its merge."""
+    recipe = write_recipe(folder / "recipe", **train)
+    warm = folder / "warm"
+    first = server.run("train", recipe, "--run-dir", warm, roots=[warm])  # fills the cache: rows, quantized base
+    assert first.code == 0, first.stderr
+    calm = folder / "calm"
+    done = server.run("train", recipe, "--run-dir", calm, roots=[calm])
+    assert done.code == 0, done.stderr
+    expected = outcome_of(calm)
+    merged = server.run("merge", calm, roots=[calm])
+    assert merged.code == 0, merged.stderr
+    return Scenario(folder, server, recipe, expected, done.points, merged.points, [])
+
+
+def outcome_of(run: Path) -> dict[str, Any]:
+    """What a run has come to, without what was measured."""
+    found: dict[str, Any] = {"files": sorted(_names(run))}
+    for path in run.rglob("*.safetensors"):
+        found[path.relative_to(run).as_posix()] = sha256_of_file(path)
+    for name in ("steps.jsonl", "predictions.jsonl"):
+        found[name] = [_lasting(json.loads(line)) for line in (run / name).read_text().splitlines()]
+    found["eval.json"] = _lasting(json.loads((run / "eval.json").read_text()))
+    return found
+
+
+def _names(run: Path) -> list[str]:
+    return [path.relative_to(run).as_posix() for path in run.rglob("*") if "report" not in path.name]
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lasting(each) for key, each in value.items() if key not in MEASURED}
+    return value
+
+
+def phase_of(outcome: Outcome) -> str:
+    """The last phase that a killed command has announced on its screen."""
+    said = [line for line in outcome.stderr.splitlines() if line.strip()]
+    for name in ("done", "scoring the tuned", "step", "scoring the base", "loading the base", "planning"):
+        if any(line.strip().startswith(name) for line in said):
+            return name
+    return "starting"
+
+
+def kill_at(number: int) -> Fault:
+    return Fault("kill", number)
