@@ -33,7 +33,7 @@ def seal_log(folder: Path) -> None:
     """What steps.jsonl holds now must stay as it is; the file is synced by the caller."""
     data = (folder / LOG).read_bytes() if (folder / LOG).exists() else b""
     entries, now = _entries_or_begin(folder), _entry(data)
-    if entries.get(LOG) != now:
+    if entries.get(LOG) != now or not (folder / MANIFEST_NAME).exists():
         _write(folder, entries | {LOG: now})
 
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,11 +43,15 @@ def test_a_failure_before_anything_was_written_leaves_no_folder(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_after_something_was_written_leaves_it_there(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), RunDir.creating(tmp_path / "runs" / "one") as run:
-        run.write_json("plan.json", {})
-        raise ZeroDivisionError
-    assert (tmp_path / "runs" / "one" / "plan.json").is_file()
+def test_a_failure_after_the_run_has_begun_leaves_it_there_and_before_it_nothing(tmp_path: Path) -> None:
+    for name, begins in (("begun", True), ("unbegun", False)):
+        with pytest.raises(ZeroDivisionError), RunDir.creating(tmp_path / "runs" / name) as run:
+            run.write_json("plan.json", {})
+            if begins:
+                run.write_text("recipe.yaml", "method: qlora\n")
+            raise ZeroDivisionError
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"begun"}
+    assert (tmp_path / "runs" / "begun" / "plan.json").is_file()
 
 
 def test_a_failure_does_not_remove_an_empty_folder_of_the_user(tmp_path: Path) -> None:
@@ -70,7 +76,11 @@ def test_json_comes_back_with_its_schema_version_and_a_missing_file_is_empty(tmp
     run.write_json("plan.json", {"fits": True})
     assert run.read_json("plan.json") == {"schema_version": 1, "fits": True}
     assert run.read_json("merge.json") == {}
-    assert sorted(path.name for path in run.path.iterdir()) == ["plan.json", "recipe.yaml"]  # no staging file
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "manifest.json",
+        "plan.json",
+        "recipe.yaml",
+    ]  # no staging file
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "\udcff"])
@@ -113,8 +123,59 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
-def test_a_step_that_cannot_be_logged_names_the_log(tmp_path: Path) -> None:
+def test_a_step_that_cannot_be_logged_names_the_log_and_is_written_with_the_next_one(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     run.steps.symlink_to("/dev/full")
+    assert run.append_step({"step": 1}) == f"{run.steps}: cannot be written (No space left on device)"
     with pytest.raises(RunError, match=r"steps\.jsonl: cannot be written \(No space left on device\)"):
-        run.append_step({"step": 1})
+        run.seal_steps()
+    run.steps.unlink()
+    assert run.append_step({"step": 2}) is None
+    assert [step["step"] for step in run.read_steps()] == [1, 2]
+
+
+def test_sealed_lines_may_be_added_to_and_not_changed(tmp_path: Path) -> None:
+    run = started(tmp_path / "run")
+    run.append_step({"step": 1})
+    run.seal_steps()
+    run.append_step({"step": 2})
+    assert [step["step"] for step in run.read_steps()] == [1, 2]
+    run.steps.write_text(run.steps.read_text().replace("1", "3"))
+    with pytest.raises(RunError, match=r"steps\.jsonl: damaged \(its lines up to the last checkpoint have changed\)"):
+        run.read_steps()
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    run = started(tmp_path / "run")
+    code = "import sys; from qlora_lite.run_dir import RunDir\n"
+    code += "with RunDir(sys.argv[1]).locked(): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another process is writing to this run"), run.locked():
+            pass
+        other.kill()
+    with run.locked(), run.locked():  # again from inside is no harm
+        pass
+
+
+def test_what_a_killed_process_left_half_written_goes_when_the_run_is_taken_up(tmp_path: Path) -> None:
+    run = started(tmp_path / "run")
+    for folder in (run.path / ".merged.12ab.staging", run.checkpoints / ".step-000002.12ab.staging"):
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("")
+    (run.path / ".eval.json.77.tmp").write_text("{")
+    with run.locked():
+        pass
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "recipe.yaml"]
+    assert list(run.checkpoints.iterdir()) == []
+
+
+def test_a_folder_in_which_nothing_was_trained_yet_may_become_a_run(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run")
+    run.write_json("plan.json", {})
+    assert RunDir.is_unbegun(run.path) and not RunDir.is_unbegun(tmp_path / "nowhere")
+    assert list(RunDir.create(run.path).path.iterdir()) == []
+    run.write_text("recipe.yaml", "method: qlora\n")
+    assert not RunDir.is_unbegun(run.path)

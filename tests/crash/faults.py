@@ -9,6 +9,7 @@ done, so that a test can first see which there are and then break one. In: a `Fa
     short      a raw write takes one byte only, as the system may
     read_only  every write point from here on fails with EROFS
     clock      the wall clock jumps by `seconds`, and again back at the next write point
+    signal     the process gets signal `number`, and so it does at the `count - 1` write points after it
 
 Not seen: what libraries write without Python (Arrow files of tokenized rows, the tokenizer's own file).
 """
@@ -35,6 +36,7 @@ class Fault:
     count: int = 1
     errno: int = errno.ENOSPC
     seconds: float = 1e6
+    number: int = signal.SIGTERM
 
 
 class Faults:
@@ -56,6 +58,8 @@ class Faults:
         fault, since = self.fault, self.number - self.fault.at
         if fault.at == 0 or since < 0:
             return None
+        if fault.kind == "signal" and since < fault.count:
+            self.real["kill"](os.getpid(), fault.number)
         if fault.kind == "clock":
             self.clock = fault.seconds if since % 2 == 0 else -fault.seconds
         failing = fault.kind == "read_only" or (fault.kind == "error" and since < fault.count)
@@ -72,7 +76,9 @@ class Faults:
             path = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fspath(path)
         except (OSError, TypeError):
             return None
-        path = os.path.join(os.path.realpath(os.path.dirname(os.fsdecode(path)) or "."), os.path.basename(os.fsdecode(path)))
+        path = os.path.join(
+            os.path.realpath(os.path.dirname(os.fsdecode(path)) or "."), os.path.basename(os.fsdecode(path))
+        )
         for root in self.roots:
             if path == root or path.startswith(root + os.sep):
                 return os.path.relpath(path, os.path.dirname(root))

@@ -5,18 +5,17 @@ is left, and `verify` finds every file as it was written.
 """
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_lite.model.manifest import sha256_of_file
-from tests.crash.faults import Fault
 from tests.crash.server import Outcome, Server
 from tests.tiny_run import write_recipe
 
 MEASURED = {"step_s", "rss_bytes", "peak_bytes", "phase_peaks", "answers_s"}  # differ from run to run
-PHASES = ("planning", "loading the base", "scoring the base model", "training", "scoring the tuned model", "end")
 
 
 @dataclass
@@ -29,7 +28,6 @@ class Scenario:
     expected: dict[str, Any]
     points: list[str]  # the write points of the undisturbed run
     merge_points: list[str]
-    phases_s: list[tuple[str, float]]  # when each phase of it began
 
     def train(self, run: Path, *words: object, **options: Any) -> Outcome:
         return self.server.run("train", self.recipe, "--run-dir", run, *words, roots=[run], **options)
@@ -43,6 +41,17 @@ class Scenario:
         run = self.folder / "runs" / "run"
         shutil.rmtree(run, ignore_errors=True)
         return run
+
+    def copy_unmerged(self) -> Path:
+        """The undisturbed run before it was merged."""
+        run = self.new_run()
+        run.parent.mkdir(exist_ok=True)
+        shutil.copytree(self.folder / "unmerged", run)
+        return run
+
+    def point(self, what: str, *, nth: int = 1) -> int:
+        """The number of the n-th write point of the undisturbed run that ends like `what`."""
+        return [number for number, point in enumerate(self.points, 1) if point.endswith(what)][nth - 1]
 
     def difference(self, run: Path) -> list[str]:
         """What of a finished run is not as in the undisturbed one; [] when nothing is."""
@@ -62,9 +71,10 @@ def prepare(folder: Path, server: Server, **train: Any) -> Scenario:
     done = server.run("train", recipe, "--run-dir", calm, roots=[calm])
     assert done.code == 0, done.stderr
     expected = outcome_of(calm)
+    shutil.copytree(calm, folder / "unmerged")
     merged = server.run("merge", calm, roots=[calm])
     assert merged.code == 0, merged.stderr
-    return Scenario(folder, server, recipe, expected, done.points, merged.points, [])
+    return Scenario(folder, server, recipe, expected, done.points, merged.points)
 
 
 def outcome_of(run: Path) -> dict[str, Any]:
@@ -97,5 +107,16 @@ def phase_of(outcome: Outcome) -> str:
     return "starting"
 
 
-def kill_at(number: int) -> Fault:
-    return Fault("kill", number)
+def kinds_of_points(points: list[str]) -> dict[str, int]:
+    """One write point of each kind, "what name" without numbers, with its place in `points`: of several the middle one."""
+    found: dict[str, list[int]] = {}
+    for number, point in enumerate(points, 1):
+        _, what, path = point.split(" ", 2)
+        found.setdefault(f"{what} {_plain(path)}", []).append(number)
+    return {kind: numbers[len(numbers) // 2] for kind, numbers in found.items()}
+
+
+def _plain(path: str) -> str:
+    """`.step-000002.ab12cd34.staging/.manifest.json.77.tmp` -> `manifest.json`."""
+    name = re.sub(r"\.[0-9a-f]{8}\.staging$|\.\d+\.tmp$", "", path.rsplit("/", 1)[-1]).lstrip(".")
+    return re.sub(r"step-\d+", "step-N", name)

@@ -96,10 +96,10 @@ class Server:
 
 def serve() -> None:
     """Import everything that a command would, then fork one after the other."""
-    import bitsandbytes  # noqa: F401
     import datasets  # noqa: F401
 
     from qlora_lite import cli, pipeline  # noqa: F401
+    from qlora_lite.model.bnb import bitsandbytes  # noqa: F401
 
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not get between the answers

@@ -1,9 +1,11 @@
 """Checkpoints: whole or not there; the newest valid one and the best are found; these and the newest few are kept."""
 
 import shutil
+from collections import namedtuple
 
 import pytest
 
+from qlora_lite.errors import RunError
 from qlora_lite.model.manifest import verify_manifest
 from qlora_lite.train.best import Best
 from qlora_lite.train.checkpoint import best_valid, list_checkpoints, newest_valid, save_checkpoint
@@ -14,6 +16,9 @@ class State:
 
     def __init__(self, step=0, best=None):
         self.step, self.best = step, best
+
+    def num_bytes(self):
+        return 100
 
     def save(self, folder, *, base):
         (folder / "state.json").write_text(f"{base} {self.step}")
@@ -109,3 +114,20 @@ def test_the_best_one_is_found_and_when_it_is_damaged_the_newest_takes_its_place
     path, problems = best_valid(tmp_path, Best(5, 0.5))
     assert path == tmp_path / "step-000010"
     assert problems[0].startswith("step-000005, the best one, is not used, the newest is: ")
+
+
+def test_a_checkpoint_that_has_no_room_is_refused_with_bytes_needed_and_free_and_costs_no_older_one(
+    tmp_path, monkeypatch
+):
+    save(tmp_path, 5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(10, 7, 3 << 20))
+    with pytest.raises(RunError, match=r"a checkpoint needs 4 MiB, 3 MiB are free"):
+        save_checkpoint(State(10), tmp_path, keep=1, base="base")
+    assert names(tmp_path) == ["step-000005"]
+
+
+def test_a_checkpoint_of_another_recipe_is_named_and_not_used(tmp_path):
+    for step, recipe in ((5, "mine"), (10, "other")):
+        save_checkpoint(State(step), tmp_path, keep=9, base="base", facts={"recipe_sha256": recipe})
+    path, problems = newest_valid(tmp_path, recipe_sha256="mine")
+    assert path == tmp_path / "step-000005" and problems == ["step-000010 is not used: another recipe wrote it"]
