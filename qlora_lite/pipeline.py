@@ -451,7 +451,7 @@ def _train_steps(
     command: str,
     spent: dict[str, float],
 ) -> None:
-    begin, stepping_s = time.perf_counter(), 0.0
+    begin, stepping_s, spent_before = time.perf_counter(), 0.0, sum(spent.values())
     with stop_signals() as stop:
         steps = api.train(
             plan,
@@ -461,6 +461,7 @@ def _train_steps(
             profile=profile,
             should_stop=lambda: stop.number is not None,
             say=show.say,
+            spent=spent,
         )
         first = next(steps, None)
         if scores["before"] is not None:  # not sooner: api.train wants its folder empty
@@ -472,8 +473,9 @@ def _train_steps(
             for last in chain([first], steps):
                 screen.update(last)
                 stepping_s += last.step_s
+    elsewhere_s = sum(spent.values()) - spent_before  # checkpoints and the like, in `spent` already
     spent["training"] = stepping_s
-    spent["preflight, validation and checkpoints"] = time.perf_counter() - begin - stepping_s
+    spent["validation, and reading the rows"] = time.perf_counter() - begin - stepping_s - elsewhere_s
     if stop.number is not None and run.trained is None:
         raise Interrupted(
             f"stopped after step {last.step} of {last.num_steps}; a checkpoint is written. Continue with:\n  {command}",

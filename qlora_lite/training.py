@@ -5,7 +5,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from importlib.metadata import version
@@ -61,6 +61,7 @@ def train(
     profile: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
+    spent: dict[str, float] | None = None,
 ) -> Iterator[StepStats]:
     """Train and keep `run_dir`: one `StepStats` per optimizer step, checkpoints on the way, adapter/ (or weights/) at the end.
 
@@ -68,13 +69,16 @@ def train(
     finished, a checkpoint written, and the generator ends. A finished run has no steps left. Afterwards `loaded` holds the
     factors that adapter/ holds: those of the lowest validation loss where the recipe asks for evaluations, else the last.
     Before the first step the largest micro-batch is tried; one that runs out of memory, then or later, is repeated with leaner
-    settings, said through `say`. With `profile`, profile/ gets a timeline of two steps. Raises RunError, DataError,
+    settings, said through `say`. With `profile`, profile/ gets a timeline of two steps. `spent` gets the seconds of what is not a step. Raises RunError, DataError,
     TrainingStopped, DoesNotFit, or UserError for a tracker that is not installed.
     """
     refuse_missing_trackers(plan.recipe.train.trackers)
     run = RunDir.open(run_dir) if resume else RunDir.create(run_dir)
     with run.locked():
-        yield from _train(plan, loaded, run, resume=resume, profile=profile, should_stop=should_stop, say=say)
+        spent = {} if spent is None else spent
+        yield from _train(
+            plan, loaded, run, resume=resume, profile=profile, should_stop=should_stop, say=say, spent=spent
+        )
 
 
 def _train(
@@ -86,6 +90,7 @@ def _train(
     profile: bool,
     should_stop: Callable[[], bool],
     say: Callable[[str], None],
+    spent: dict[str, float],
 ) -> Iterator[StepStats]:
     recipe = plan.recipe
     data = data_hashes(recipe)
@@ -123,7 +128,8 @@ def _train(
     else:
         _write_start(run, plan, loaded, data)
     state.footprint = state.footprint or plan.chosen.footprint
-    tried = _preflight(plan, state, examples, sampler, say)
+    with _clocked(spent, "trying the largest micro-batch"):
+        tried = _preflight(plan, state, examples, sampler, say)
     trace = Trace(run.profile, device=plan.device) if profile else None
     steps = train_steps(
         state,
@@ -155,10 +161,11 @@ def _train(
                 track(stats)
                 is_last, is_stopped = state.is_over(stats.num_steps, early_stop=recipe.train.early_stop), should_stop()
                 is_best = state.best is not None and state.best.step == stats.step
-                if is_last or is_stopped:
-                    _save(state, run, recipe, loaded.base)
-                elif is_best or stats.step % recipe.train.save_every_steps == 0:
-                    _try_to_save(state, run, recipe, loaded.base, say)
+                with _clocked(spent, "checkpoints"):
+                    if is_last or is_stopped:
+                        _save(state, run, recipe, loaded.base)
+                    elif is_best or stats.step % recipe.train.save_every_steps == 0:
+                        _try_to_save(state, run, recipe, loaded.base, say)
                 yield stats
                 if is_stopped and not is_last:
                     return
@@ -307,6 +314,15 @@ def _preflight(
         leaner=plan.leaner,
         say=say,
     )
+
+
+@contextmanager
+def _clocked(spent: dict[str, float], what: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        spent[what] = spent.get(what, 0.0) + time.perf_counter() - begin
 
 
 def _validation(plan: Plan, loaded: LoadedModel, state: TrainState) -> Callable[[], float]:

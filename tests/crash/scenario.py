@@ -99,12 +99,24 @@ def _lasting(value: Any) -> Any:
 
 
 def phase_of(outcome: Outcome) -> str:
-    """The last phase that a killed command has announced on its screen."""
-    said = [line for line in outcome.stderr.splitlines() if line.strip()]
-    for name in ("done", "scoring the tuned", "step", "scoring the base", "loading the base", "planning"):
-        if any(line.strip().startswith(name) for line in said):
-            return name
-    return "starting"
+    """load, evaluation, checkpoint, step or publish: where a killed `train` was, by its screen and its last write point."""
+    said = [line.strip() for line in outcome.stderr.splitlines()]
+
+    def has_begun(what: str) -> bool:
+        return any(line.startswith(what) for line in said)
+
+    last = outcome.points[-1] if outcome.points else ""
+    if has_begun("done:") or has_begun("scores"):
+        return "publish"
+    if has_begun("scoring the tuned model") or (
+        has_begun("scoring the base model ...") and not has_begun("scoring the base model:")
+    ):
+        return "evaluation"
+    if not has_begun("scoring the base model:"):
+        return "load"
+    if "checkpoints/." in last or last.endswith("checkpoints"):
+        return "checkpoint"
+    return "publish" if "adapter" in last or "memory.json" in last else "step"
 
 
 def kinds_of_points(points: list[str]) -> dict[str, int]:
