@@ -69,8 +69,8 @@ def train(
     finished, a checkpoint written, and the generator ends. A finished run has no steps left. Afterwards `loaded` holds the
     factors that adapter/ holds: those of the lowest validation loss where the recipe asks for evaluations, else the last.
     Before the first step the largest micro-batch is tried; one that runs out of memory, then or later, is repeated with leaner
-    settings, said through `say`. With `profile`, profile/ gets a timeline of two steps. `spent` gets the seconds of what is not a step. Raises RunError, DataError,
-    TrainingStopped, DoesNotFit, or UserError for a tracker that is not installed.
+    settings, said through `say`. With `profile`, profile/ gets a timeline of two steps. `spent` gets the seconds of what is not a step.
+    Raises RunError, DataError, TrainingStopped, DoesNotFit, or UserError for a tracker that is not installed.
     """
     refuse_missing_trackers(plan.recipe.train.trackers)
     run = RunDir.open(run_dir) if resume else RunDir.create(run_dir)
