@@ -30,7 +30,8 @@ class RunDir:
         self.recipe = self.path / "recipe.yaml"
         self.steps = self.path / LOG
         self.checkpoints = self.path / "checkpoints"
-        self.adapter = self.path / "adapter"
+        # A mix or a truncated adapter (adapters.py) is a run whose adapter lies beside its records.
+        self.adapter = self.path if (self.path / "adapter_config.json").is_file() else self.path / "adapter"
         self.weights = self.path / "weights"
         self.merged = self.path / "merged"
         self.trackers = self.path / "trackers"

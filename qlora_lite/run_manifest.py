@@ -120,5 +120,6 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _write(folder: Path, entries: dict[str, Any]) -> None:
-    manifest = {"schema_version": SCHEMA_VERSION, "files": dict(sorted(entries.items()))}
+    kept = read_sealed(folder / MANIFEST_NAME) or {"schema_version": SCHEMA_VERSION}
+    manifest = kept | {"files": dict(sorted(entries.items()))}
     write_text_durably(folder / MANIFEST_NAME, seal(manifest))

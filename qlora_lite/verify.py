@@ -26,7 +26,7 @@ def verify_folder(folder: Path) -> Iterator[Checked]:
         return
     yield from check_records(run.path)
     for part in (*list_checkpoints(run.checkpoints), run.adapter, run.weights, run.merged):
-        if part.is_dir():
+        if part.is_dir() and part != run.path:
             name = part.relative_to(run.path).as_posix()
             yield from (Checked(f"{name}/{each.path}", each.why) for each in check_folder(part))
     for path in sorted(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else ():
@@ -38,6 +38,7 @@ def verify_folder(folder: Path) -> Iterator[Checked]:
 
 def refuse_damaged(folder: Path) -> None:
     """Raise RunError when a folder with a manifest is not as it was written; files that were added do no harm."""
-    damaged = [each for each in check_folder(folder) if not each.ok and not each.is_extra]
+    found = check_records(folder) if RunDir(folder).has_begun else check_folder(folder)
+    damaged = [each for each in found if not each.ok and not each.is_extra]
     if damaged:
         raise RunError(f"{folder / damaged[0].path}: {damaged[0].why}. Put the folder back as it was, or make it anew")

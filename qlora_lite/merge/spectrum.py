@@ -168,11 +168,12 @@ def overlaps(left: Adapter, right: Adapter, *, ks: Iterable[int] = (1, 2, 4, 8, 
         for k in (k for k in ks if k <= min(u_a.shape[1], u_b.shape[1])):
             chance = k / 2 * (1 / one.shape[0] + 1 / one.shape[1])
             sums.setdefault(k, []).append((_phi(v_a, v_b, k), _phi(u_a, u_b, k), chance))
-    return [
-        Overlap(k, *(sum(column) / len(found) for column in zip(*found, strict=True)), len(found))
-        for k, found in sorted(sums.items())
-        if len(found) == len(modules)
-    ]
+    return [_mean_overlap(k, found) for k, found in sorted(sums.items()) if len(found) == len(modules)]
+
+
+def _mean_overlap(k: int, found: list[tuple[float, float, float]]) -> Overlap:
+    inputs, outputs, by_chance = (sum(column) / len(found) for column in zip(*found, strict=True))
+    return Overlap(k, inputs, outputs, by_chance, len(found))
 
 
 def _phi(left_NR: Tensor, right_NR: Tensor, k: int) -> float:
