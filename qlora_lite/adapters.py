@@ -181,9 +181,9 @@ def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None) -> dict[s
 class Blend:
     """One loaded base with the factors of several adapters beside each other; which counts how much is changed in no time.
 
-    In: a plan and adapters by name. `use(weights)` makes `loaded` the base plus the weighted sum of changes: all of A_1; A_2; ... are
-    there, and the columns of [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] are written anew. So several adapters are served, mixed or swept over a scale
-    without loading anything again. Factors are in the type that the plan trains in. Raises ModelError for what cannot be mixed.
+    In: a plan and adapters by name. `use(weights)` makes `loaded` the base plus the weighted sum of changes: A_1; A_2; ... are all there,
+    and the columns of [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] are written anew. So several adapters are served, mixed or swept over a scale
+    without loading again. Factors are in the type that the plan trains in. Raises ModelError for what cannot be mixed.
     """
 
     def __init__(self, plan: Plan, adapters: Mapping[str, Adapter]) -> None:

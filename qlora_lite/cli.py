@@ -39,6 +39,10 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A folder t
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated.")
 ]
+MixOption = Annotated[
+    list[str],
+    typer.Option("--mix", metavar="RUN_DIR:WEIGHT", help="The weighted sum of several adapters instead; repeated."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 # Full disks, unwritable and missing places: the user's to mend, wherever in the program they are met.
 _MENDABLE = {
@@ -126,9 +130,18 @@ def evaluate(
     run_dir: RunArgument,
     which: Annotated[str, typer.Option(help="base, adapter or merged.")] = "adapter",
     data: Annotated[Path | None, typer.Option(help="Score this file instead of the recipe's.")] = None,
+    scales: Annotated[
+        str | None,
+        typer.Option(metavar="S,S,...", help="The adapter's change at each scale: 0 is the base, 1 as trained."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Exact match, F1 and loss of one of the run's models."""
+    if scales is not None:
+        from qlora_lite import change
+
+        _print(change.sweep_scale(run_dir, _numbers(scales, "--scales"), data=data), json)
+        return
     from qlora_lite import pipeline
 
     _print(pipeline.evaluate(run_dir, which=which, data=data), json)
@@ -138,10 +151,16 @@ def evaluate(
 def merge(
     run_dir: RunArgument,
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Default: RUN_DIR/merged.")] = None,
+    mix: MixOption = [],  # noqa: B006
     set_: SetOption = [],  # noqa: B006
     json: JsonOption = False,
 ) -> None:
     """A dequantized 16-bit checkpoint with the adapter added, proved to be the same model."""
+    if mix:
+        from qlora_lite import change
+
+        _print(change.merge_mix(run_dir, out, mix, set_), json)
+        return
     from qlora_lite import pipeline
 
     _print(pipeline.merge(run_dir, out, set_), json)
@@ -153,11 +172,17 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     context: Annotated[Path | None, typer.Option(help="A text file with the passage to answer from.")] = None,
     which: Annotated[str, typer.Option(help="base, adapter, merged or all.")] = "adapter",
+    mix: MixOption = [],  # noqa: B006
     json: JsonOption = False,
 ) -> None:
     """A streamed answer, with the template of training."""
     from qlora_lite import pipeline
 
+    if mix:
+        from qlora_lite import change
+
+        _print(change.ask_mix(run_dir, question, mix, passage=pipeline.read_context(context)), json)
+        return
     _print(pipeline.ask(run_dir, question, context=context, which=which), json)
 
 
@@ -167,6 +192,55 @@ def report(run_dir: RunArgument, json: JsonOption = False) -> None:
     from qlora_lite import pipeline
 
     _print(pipeline.report(run_dir), json)
+
+
+@app.command()
+def rank(
+    what: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run or an adapter; with --try a recipe.")],
+    other: Annotated[
+        Path | None, typer.Option("--with", metavar="RUN_DIR", help="How much the two have in common.")
+    ] = None,
+    to: Annotated[int | None, typer.Option(metavar="R", help="Write the best adapter of this rank.")] = None,
+    parameters: Annotated[
+        int | None, typer.Option(metavar="N", help="Write the best adapter of so many parameters.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write it.")] = None,
+    score: Annotated[bool, typer.Option(help="Say what a shorter adapter costs on held-out rows.")] = True,
+    try_: Annotated[
+        str | None, typer.Option("--try", metavar="R,R,...", help="Train the recipe with each rank and compare.")
+    ] = None,
+    share: Annotated[float, typer.Option(help="With --try: the share of the recipe's epochs for each.")] = 0.5,
+    set_: SetOption = [],  # noqa: B006
+    json: JsonOption = False,
+) -> None:
+    """How much a run has learned, in how many directions, and what rank to take."""
+    if try_ is None and set_:
+        raise UserError("rank: --set changes a recipe, so it goes with --try; a run was trained as it was")
+    if try_ is not None:
+        ranks = [int(number) for number in _numbers(try_, "--try")]
+        _recipe_first(what, set_)
+    from qlora_lite import change
+
+    if try_ is not None:
+        found = change.try_ranks(what, set_, ranks=ranks, share=share)
+    else:
+        found = change.rank(Path(what), other=other, to=to, num_parameters=parameters, out=out, score=score)
+    _print(found, json)
+
+
+@app.command()
+def mix(
+    parts: Annotated[list[str], typer.Argument(metavar="RUN_DIR:WEIGHT...", help="Such as runs/a:0.7 runs/b:0.3.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the sum.")],
+    rank: Annotated[
+        int | None, typer.Option(metavar="R", help="Of the sum; by default it is exact and ranks add up.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Add adapters up: 0.7 of one and 0.3 of another, or one less another. Exact, or the best of a rank."""
+    from qlora_lite import change
+
+    _print(change.mix_runs(parts, out, rank=rank), json)
 
 
 @app.command()
@@ -246,6 +320,13 @@ def main(arguments: list[str] | None = None) -> None:
             f"{where}: {error.strerror}. Free some room there, or name another place; what was written before is whole",
             2,
         )
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option}: expected numbers with commas between them, such as 1,2,4; got {text!r}") from error
 
 
 def _recipe_first(recipe: str, overrides: list[str]) -> None:

@@ -151,7 +151,7 @@ def train(
         summary = _train_summary(run, memory, wall_s=time.perf_counter() - begin, spent=spent)
         show.show_time(spent, wall_s=summary["wall_s"])
         run.write_json("train.json", summary)
-        _write_report(run)
+        write_report(run)
     show.say(f"done: {run.path} ({_published(run).name}/, report.html). Next: {shlex.join(_next_command(run))}")
     return summary | {"eval": scores}
 
@@ -197,14 +197,14 @@ def _merge(run: RunDir, plan: Plan, out: Path | None) -> dict[str, Any]:
     show.show_proof(facts)
     if facts["eval"]["merged"] is not None:
         show.show_scores(facts["eval"]["adapter"], facts["eval"]["merged"], title="adapter (before) and merged (after)")
-    _write_report(run)
+    write_report(run)
     show.say(f"merged: {result.out} ({format_bytes(result.total_bytes)}, {result.dtype}, {result.rounding} rounding)")
     return facts
 
 
 def ask(run_dir: Path, question: str, *, context: Path | None, which: str) -> dict[str, Any]:
     """Stream an answer with the training template, from one model of the run or from all side by side."""
-    passage = _read_context(context)
+    passage = read_context(context)
     wanted = list(WHICH) if which == "all" else [_which(which)]
     run, plan = api.open_run(run_dir)
     is_there = {name: not (which == "all" and name == "merged") or run.merged.is_dir() for name in wanted}
@@ -213,7 +213,7 @@ def ask(run_dir: Path, question: str, *, context: Path | None, which: str) -> di
     for name in [name for name in wanted if is_there[name]]:
         with show.phase(f"loading the {name} model"):
             loaded = next(models)
-        answers[name] = _answer(plan, loaded, name, question, passage)
+        answers[name] = answer(plan, loaded, name, question, passage)
     if which == "all":
         show.show_answers(answers, question=question)
     return {"answers": answers}
@@ -226,7 +226,7 @@ def report(run_dir: Path) -> dict[str, Any]:
             if found.why is not None:
                 show.say_warning(f"{found.path}: {found.why}")
         show.show_run(run.path)
-        path = _write_report(run)
+        path = write_report(run)
     show.say(f"page: {path}")
     return {"path": str(path)}
 
@@ -246,7 +246,8 @@ def verify(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _write_report(run: RunDir) -> Path:
+def write_report(run: RunDir) -> Path:
+    """The run's page anew from its files."""
     path = run.path / "report.html"
     run.write_text(path.name, show.render_report(run.path))
     return path
@@ -519,7 +520,8 @@ def _next_command(run: RunDir) -> list[str]:
     return ["qlora-lite", "merge", str(run.path)]
 
 
-def _answer(plan: Plan, loaded: api.LoadedModel, name: str, question: str, passage: str | None) -> str:
+def answer(plan: Plan, loaded: api.LoadedModel, name: str, question: str, passage: str | None) -> str:
+    """Stream the answer of one model to the screen, with the template of training."""
     template = ChatTemplate(loaded.tokenizer)
     prompt, stop_token = question_prompt(template, question, passage, format=plan.recipe.data.format)
     pieces = stream_answer(
@@ -528,7 +530,8 @@ def _answer(plan: Plan, loaded: api.LoadedModel, name: str, question: str, passa
     return show.stream_answer(name, pieces).strip()
 
 
-def _read_context(path: Path | None) -> str | None:
+def read_context(path: Path | None) -> str | None:
+    """The passage of a text file. Raises UserError."""
     if path is None:
         return None
     try:

@@ -1,7 +1,8 @@
 """The import rule, and what no file of the package may do, read from the source without running it.
 
-A stage imports only stages before it in STAGES and leaf modules; `cli` -> `pipeline` -> `api` -> `training` -> `loading` -> stages. Of
-these only the four between `cli` and the stages import `plan`; only they, `recipe` and `plan` (and the package's front page) know a
+A stage imports only stages before it in STAGES and leaf modules; `cli` -> `pipeline` -> `api` -> `training` -> `loading` -> stages, and
+`cli` -> `change` -> `adapters` -> `loading` for the verbs about adapters. Of these only those between `cli` and the stages import `plan`;
+only they, `recipe` and `plan` (and the package's front page) know a
 Recipe; only `show` knows rich. `doctor` must work where a library is missing, so `cli` calls it by itself, and it imports none of them
 when it is imported.
 """
@@ -18,9 +19,19 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "qlora_lite"
 STAGES = ("recipe", "model", "data", "train", "evaluate", "merge", "plan", "show")
 LEAVES = ("errors", "units", "ledger", "measured", "meta_ops")
-MAY_SEE_RECIPE = ("recipe", "plan", "loading", "training", "api", "pipeline", "")  # "" is qlora_lite/__init__.py
-MAY_IMPORT_PLAN = ("plan", "loading", "training", "api", "pipeline", "")
-CLI_IMPORTS = ("pipeline", "doctor", "recipe", "show", *LEAVES)
+MAY_SEE_RECIPE = (
+    "recipe",
+    "plan",
+    "loading",
+    "training",
+    "api",
+    "adapters",
+    "pipeline",
+    "change",
+    "",
+)  # "" is qlora_lite/__init__.py
+MAY_IMPORT_PLAN = ("plan", "loading", "training", "api", "adapters", "pipeline", "change", "")
+CLI_IMPORTS = ("pipeline", "change", "doctor", "recipe", "show", *LEAVES)
 NO_TORCH = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"}
 
 FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

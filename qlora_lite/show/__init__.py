@@ -6,6 +6,7 @@
     rows        part_rows, score_rows, ...         the rows that tables and pages both show
     tables      show_memory, show_scores, ...      one function a table, for the terminal
     run_tables  show_run                           all of a run's tables, for the terminal
+    spectra     show_spectra, show_rank_curve      what an adapter has learned
     report      render_report                      a run directory -> the text of one self-contained page
     plan_page   write_plan_page                    a plan -> one self-contained page
 
@@ -20,6 +21,7 @@ from qlora_lite.show.plan_page import write_plan_page
 from qlora_lite.show.report import render_report
 from qlora_lite.show.run_tables import show_run
 from qlora_lite.show.screen import TrainScreen
+from qlora_lite.show.spectra import show_rank_curve, show_scales, show_spectra
 from qlora_lite.show.tables import (
     show_answers,
     show_findings,
@@ -57,10 +59,13 @@ __all__ = [
     "show_methods",
     "show_plan",
     "show_proof",
+    "show_rank_curve",
     "show_reasons",
     "show_rows",
     "show_run",
+    "show_scales",
     "show_scores",
+    "show_spectra",
     "show_sweep",
     "show_table",
     "show_time",

@@ -33,6 +33,7 @@ from qlora_lite.show.page import (
 from qlora_lite.show.rows import SCORES
 from qlora_lite.show.run_files import Run, read_run
 from qlora_lite.show.sharing import sharing
+from qlora_lite.show.spectra import spectra_section
 from qlora_lite.show.summary import summary, title
 from qlora_lite.show.timeline import layer_rows, svg_timeline
 
@@ -50,6 +51,7 @@ def render_report(run_dir: Path) -> Html:
         Section("methods", "Compared with other methods", sections.methods_side_by_side(run.plan)),
         Section("sharing", "What was read once", sharing(run.plan)),
         Section("learning", "How it learned", learning(run.steps)),
+        Section("rank", "What was learned, in how many directions", spectra_section(run.rank)),
         Section("time", "Time", _time(run)),
         Section("disk", "Disk", _disk(run)),
         Section("decisions", "Decisions and settings", join([sections.decisions(run.plan), _recipe(run.recipe)])),

@@ -20,6 +20,7 @@ class Run:
     scores: dict[str, Any]
     memory: dict[str, Any]
     merge: dict[str, Any]
+    rank: dict[str, Any]
     train: dict[str, Any]
     steps: list[dict[str, Any]]
     predictions: list[dict[str, Any]]
@@ -38,6 +39,7 @@ def read_run(folder: Path) -> Run:
         scores=files.document("eval.json"),
         memory=files.document("memory.json"),
         merge=files.document("merge.json"),
+        rank=files.document("rank.json"),
         train=files.document("train.json"),
         steps=files.lines("steps.jsonl"),
         predictions=files.lines("predictions.jsonl"),

@@ -1,0 +1,189 @@
+"""The verbs about the change itself: how much of it there is (rank), adding changes up (mix), and how much of one is best (scales).
+
+Like pipeline.py: each function puts in order what adapters.py and api.py compute, shows it, and returns what `--json` prints.
+"""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_lite import api, show
+from qlora_lite.adapters import Blend, Source, mix, open_source, parse_part, parts_of, rank_report, truncate
+from qlora_lite.errors import RunError, UserError
+from qlora_lite.evaluate import EvalResult
+from qlora_lite.merge.mix import mix_adapters
+from qlora_lite.pipeline import answer, merge, write_report
+from qlora_lite.plan import Plan
+from qlora_lite.recipe import load_recipe
+from qlora_lite.run_dir import RunDir
+from qlora_lite.units import format_bytes
+
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def rank(
+    run_dir: Path,
+    *,
+    other: Path | None = None,
+    to: int | None = None,
+    num_parameters: int | None = None,
+    out: Path | None = None,
+    score: bool = True,
+) -> dict[str, Any]:
+    """The spectrum of a run's change, and the advice; with `to` or `num_parameters` a shorter adapter at `out`, and what it costs."""
+    source = open_source(run_dir)
+    with show.phase("singular values of every change"):
+        report = rank_report(source, None if other is None else open_source(other))
+    show.show_spectra(report)
+    if to is not None or num_parameters is not None:
+        if out is None:
+            raise UserError("rank: --to and --parameters write a shorter adapter; say where with --out DIR")
+        report["truncated"] = _truncate(source, out, to, num_parameters, score=score)
+    elif source.run is not None:
+        with source.run.locked():
+            source.run.write_json("rank.json", report)
+            write_report(source.run)
+    show.say(report["advice"])
+    return report
+
+
+def try_ranks(recipe_name: str, overrides: Sequence[str], *, ranks: Sequence[int], share: float) -> dict[str, Any]:
+    """Train each rank for a share of the recipe's epochs and score it: a curve of what more rank brings, and the advice."""
+    if not ranks or min(ranks) < 1 or not 0 < share <= 1:
+        raise UserError(
+            "rank: --try takes whole numbers above 0, such as 1,2,4,8,16, and --share a number above 0, at most 1"
+        )
+    recipe = load_recipe(recipe_name, overrides=overrides)
+    if recipe.method == "full" or recipe.data.eval is None:
+        raise UserError(
+            f"{recipe_name}: trying ranks needs an adapter (method qlora or lora) and held-out rows (data.eval)"
+        )
+    ratio, epochs = recipe.lora.lora_alpha / recipe.lora.r, (recipe.train.epochs or 1.0) * share
+    curve: list[dict[str, Any]] = []
+    for r in sorted(set(ranks)):
+        own = [f"lora.r={r}", f"lora.lora_alpha={max(1, round(ratio * r))}", f"train.epochs={epochs:g}"]
+        own += [f"train.max_steps={max(1, round(recipe.train.max_steps * share))}"] if recipe.train.max_steps else []
+        plan = api.make_plan(load_recipe(recipe_name, overrides=[*overrides, *own]))
+        plan.refuse_what_does_not_fit()
+        curve.append(_try_rank(plan, r))
+    found = {"curve": curve, "share": share, "advice": _advice_of_curve(curve)}
+    show.show_rank_curve(curve)
+    show.say(found["advice"])
+    return found
+
+
+def mix_runs(parts: Sequence[str], out: Path, *, rank: int | None) -> dict[str, Any]:
+    """Write the weighted sum of several adapters as one."""
+    with show.phase("adding the changes up"):
+        found = mix([parse_part(part) for part in parts], out, rank=rank)
+    lost = f", {found['lost_share']:.2%} of the sum lost" if rank is not None else ", exact"
+    show.say(f"written: {out} (rank {found['r']}{lost}). Next: qlora-lite eval {out}, or merge it")
+    return found
+
+
+def merge_mix(run_dir: Path, out: Path | None, parts: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+    """Merge the weighted sum of several adapters into the base of the run, with proof."""
+    if out is None:
+        raise UserError(
+            "merge: --mix needs to know where to write: qlora-lite merge RUN_DIR OUT --mix RUN_DIR:WEIGHT ..."
+        )
+    with tempfile.TemporaryDirectory(prefix="qlora-lite-") as folder:
+        mixed = Path(folder) / "mix"
+        mix([parse_part(part) for part in parts], mixed)
+        if not RunDir(mixed).has_begun:
+            raise RunError(f"{run_dir}: at least one adapter of a mix must be a run, which says what base it is for")
+        return merge(mixed, out, overrides)
+
+
+def ask_mix(run_dir: Path, question: str, parts: Sequence[str], *, passage: str | None) -> dict[str, Any]:
+    """Answer with the weighted sum of several adapters, without writing anything."""
+    _, plan = api.open_run(run_dir)
+    asked, _ = parts_of([parse_part(part) for part in parts])
+    with show.phase("loading the base and the adapters"):
+        loaded = Blend(plan, {"mix": mix_adapters(asked).adapter}).use({"mix": 1.0})
+    return {"answers": {"mix": answer(plan, loaded, "mix", question, passage)}}
+
+
+def sweep_scale(run_dir: Path, scales: Sequence[float], *, data: Path | None) -> dict[str, Any]:
+    """Loss, exact match and F1 with the change at each scale: 0 is the base, 1 as it was trained."""
+    if not scales or not all(map(math.isfinite, scales)):
+        raise UserError("--scales: expected numbers, such as 0,0.5,1,1.5")
+    _, plan = api.open_run(run_dir)
+    with show.phase("loading the base and the adapter"):
+        blend = Blend(plan, {"adapter": open_source(run_dir).read()})
+    lines: list[dict[str, Any]] = []
+    for scale in scales:
+        result = _scored(plan, blend.use({"adapter": scale}), f"scale {scale:g}", data)
+        lines.append({"scale": scale, **result.to_json_dict()})
+    best = min(lines, key=lambda line: line["loss"])
+    show.show_scales(lines)
+    show.say(
+        f"the loss is lowest at scale {best['scale']:g}"
+        + ("" if best["scale"] == 1 else "; set it with --set merge.scale=...")
+    )
+    return {"scales": lines, "best_scale": best["scale"]}
+
+
+def _truncate(source: Source, out: Path, to: int | None, num_parameters: int | None, *, score: bool) -> dict[str, Any]:
+    found = truncate(source, out, rank=to, num_parameters=num_parameters)
+    show.say(
+        f"written: {out}: {found['num_parameters']['after']:,} of {found['num_parameters']['before']:,} parameters; "
+        f"{found['lost_share']:.2%} of the change lost"
+    )
+    if score and source.run is not None:
+        _, plan = api.open_run(source.run.path)
+        if plan.recipe.data.eval is not None and Path(plan.recipe.data.eval).exists():
+            before, after = (
+                _scored(plan, api.load_model(plan, adapter=folder), name, None).to_json_dict()
+                for folder, name in ((source.folder, "scoring the adapter"), (out, "scoring the shorter one"))
+            )
+            found["eval"] = {"before": before, "after": after}
+            show.show_scores(before, after, title="adapter (before) and shorter one (after)")
+    return found
+
+
+def _try_rank(plan: Plan, r: int) -> dict[str, Any]:
+    """A line of the curve: trained in a folder that goes away again."""
+    with tempfile.TemporaryDirectory(prefix="qlora-lite-") as folder:
+        run = RunDir(Path(folder) / "run")
+        with show.phase(f"r={r}: training"):
+            loaded = api.load_model(plan)
+            steps = list(api.train(plan, loaded, run.path))
+        adapter_bytes = sum(path.stat().st_size for path in run.adapter.glob("*.safetensors"))
+    result = _scored(plan, loaded, f"r={r}: scoring", None)
+    return {
+        "r": r,
+        "planned_peak_bytes": plan.peak_bytes,
+        "adapter_bytes": adapter_bytes,
+        "num_steps": len(steps),
+        "train_s": sum(step.step_s for step in steps),
+        **result.to_json_dict(),
+    }
+
+
+def _scored(plan: Plan, loaded: api.LoadedModel, title: str, data: Path | None) -> EvalResult:
+    with show.phase(title) as phase:
+        result = api.evaluate(plan, loaded, data=data, progress=phase.progress)
+        phase.note(f"loss {result.loss:.3f}" + ("" if result.f1 is None else f", F1 {result.f1:.1f}"))
+    return result
+
+
+def _advice_of_curve(curve: Sequence[dict[str, Any]]) -> str:
+    """The smallest rank that is not clearly worse than the best one."""
+    if curve[0]["exact_match"] is None:
+        best = min(curve, key=lambda line: line["loss"])
+        enough = next(line for line in curve if line["loss"] <= 1.02 * best["loss"])
+        how = f"its loss ({enough['loss']:.3f}) is within 2% of the lowest, {best['loss']:.3f} at r={best['r']}"
+    else:
+        best = max(curve, key=lambda line: line["exact_match"])
+        share = best["exact_match"] / 100
+        error = 100 * math.sqrt(max(share * (1 - share), 0.25 / best["num_examples"]) / best["num_examples"])
+        enough = next(line for line in curve if line["exact_match"] >= best["exact_match"] - error)
+        how = (
+            f"its exact match ({enough['exact_match']:.1f}) is within one standard error ({error:.1f} points, "
+            f"{best['num_examples']} questions) of the best, {best['exact_match']:.1f} at r={best['r']}"
+        )
+    more = "" if enough["r"] < curve[-1]["r"] else ". It is the largest that was tried: a larger one may be better"
+    return f"take r={enough['r']}: {how}; {format_bytes(enough['planned_peak_bytes'])} planned{more}"
