@@ -1,7 +1,7 @@
 """Adapters as changes: looked at (rank), shortened, added up (mix), and tried side by side on one loaded base (Blend). No screen.
 
-What comes out of `truncate` and `mix` is a folder that is a run and an adapter at once: adapter_config.json and adapter_model.safetensors,
-so plain peft reads it, and the recipe.yaml and env.json of the run it comes from, so `ask`, `eval`, `merge` and `rank` take it like any run.
+What comes out of `truncate` and `mix` is a run and an adapter in one folder: adapter_config.json and adapter_model.safetensors, so plain
+peft reads it, and the recipe.yaml and env.json of the run it comes from, so `ask`, `eval`, `merge` and `rank` take it like any run.
 """
 
 import tempfile
