@@ -1,0 +1,206 @@
+"""The verbs about the change itself, by the command line: rank, mix, merge --mix, ask --mix, eval --scales, rank --try."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qlora_lite import api
+from qlora_lite.adapters import Blend, open_source, parse_part
+from qlora_lite.errors import UserError
+from qlora_lite.merge.lora import read_adapter
+from qlora_lite.merge.mix import Part, mix_adapters
+from tests.merge.test_spectrum import dense
+from tests.tiny_run import run_cli, train_cli, write_recipe
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two finished runs on one base: of other seeds and ranks, one with rsLoRA."""
+    folder = tmp_path_factory.mktemp("change")
+    recipe = write_recipe(folder, learning_rate=1e-2)
+    settings = ((), ("--set", "train.seed=1", "--set", "lora.r=4", "--set", "lora.use_rslora=true"))
+    for name, words in zip("ab", settings, strict=True):
+        assert train_cli(recipe, folder / name, *words).code == 0
+    return folder / "a", folder / "b"
+
+
+def deltas(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: dense(factors) for name, factors in read_adapter(folder).factors.items()}
+
+
+def test_rank_prints_every_modules_spectrum_and_an_advice_and_the_report_draws_it(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    done = run_cli("rank", run, "--json")
+    found = done.json
+    changes = deltas(run / "adapter")
+    assert {each["module"] for each in found["modules"]} == changes.keys()
+    for each in found["modules"]:
+        values = torch.linalg.svdvals(changes[each["module"]])[: each["r"]]
+        torch.testing.assert_close(torch.tensor(each["singular_values"][: len(values)], dtype=torch.float64), values)
+    assert {kind["kind"] for kind in found["kinds"]} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert found["advice"] in done.stderr.replace("\n", " ").replace("  ", " ") or "r=" in found["advice"]
+    assert "In how many directions".lower() in (run / "report.html").read_text().lower()
+    assert run_cli("verify", run).code == 0
+
+
+def test_rank_of_two_runs_says_what_they_have_in_common(runs: tuple[Path, Path]) -> None:
+    same = run_cli("rank", runs[0], "--with", runs[0], "--json").json["overlap"]
+    other = run_cli("rank", runs[0], "--with", runs[1], "--json").json["overlap"]
+    assert [each["k"] for each in other] == [1, 2, 4]
+    assert all(each["inputs"] == pytest.approx(1) for each in same) and all(each["inputs"] < 0.9 for each in other)
+
+
+def test_rank_to_writes_the_best_adapter_of_that_rank_says_what_it_costs_and_it_is_used_like_a_run(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "short"
+    found = run_cli("rank", runs[0], "--to", 2, "--out", out, "--json").json["truncated"]
+    assert set(found["ranks"].values()) == {2} and 0 < found["lost_share"] < 1
+    assert found["num_parameters"]["after"] * 8 == found["num_parameters"]["before"]
+    assert found["eval"]["before"]["loss"] != found["eval"]["after"]["loss"]
+    whole, short = deltas(runs[0] / "adapter"), deltas(out)
+    lost = sum((whole[n] - short[n]).square().sum() for n in whole) / sum(
+        each.square().sum() for each in whole.values()
+    )
+    assert found["lost_share"] == pytest.approx(lost.sqrt().item(), rel=1e-4)
+    assert run_cli("verify", out).code == 0
+    assert run_cli("eval", out, "--json").json["loss"] == pytest.approx(found["eval"]["after"]["loss"])
+    merged = run_cli("merge", out, "--json").json
+    assert merged["arithmetic_ratio"] < 0.01 and Path(merged["out"]).parent == out
+    assert run_cli("verify", out).code == 0
+
+
+def test_rank_by_a_number_of_parameters_keeps_within_it(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    found = run_cli("rank", runs[0], "--parameters", 1500, "--out", tmp_path / "short", "--no-score", "--json").json[
+        "truncated"
+    ]
+    assert 1000 < found["num_parameters"]["after"] <= 1500 and "eval" not in found
+    too_few = run_cli("rank", runs[0], "--parameters", 3, "--out", tmp_path / "none")
+    assert too_few.code == 2 and "no direction of any module is that small" in too_few.stderr
+
+
+def test_a_mix_is_the_sum_and_plain_peft_reads_it(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "mix"
+    found = run_cli("mix", f"{runs[0]}:0.7", f"{runs[1]}:-0.3", "--out", out, "--json").json
+    assert found["out"] == str(out) and found["r"] == 20 and found["lost_share"] == 0
+    a, b, mixed = deltas(runs[0] / "adapter"), deltas(runs[1] / "adapter"), deltas(out)
+    for name in a:
+        torch.testing.assert_close(mixed[name], 0.7 * a[name] - 0.3 * b[name], rtol=1e-5, atol=1e-7)
+    base = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), str(out), autocast_adapter_dtype=False
+    )
+    for name, module in theirs.base_model.model.named_modules():
+        if name in mixed:
+            expected = mixed[name].float()
+            torch.testing.assert_close(module.get_delta_weight("default").float(), expected, rtol=2e-2, atol=1e-4)
+    assert run_cli("merge", out, "--json").json["arithmetic_ratio"] < 0.01
+    assert run_cli("ask", out, "Why?", "--which", "all", "--json").json["answers"].keys() == {
+        "base",
+        "adapter",
+        "merged",
+    }
+
+
+def test_a_mix_of_a_rank_loses_what_it_says_and_a_module_may_have_its_own_weight(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    found = run_cli(
+        "mix", f"{runs[0]}:0.5,down_proj=0", f"{runs[1]}:0.5", "--rank", 4, "--out", tmp_path / "mix", "--json"
+    ).json
+    assert found["r"] == 4 and 0 < found["lost_share"] < 1
+    mixed, b = deltas(tmp_path / "mix"), deltas(runs[1] / "adapter")
+    for name in (name for name in b if name.endswith("down_proj")):
+        torch.testing.assert_close(mixed[name], 0.5 * b[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["a", "a:", ":1", "a:x", "a:1,=2", "a:1,q"])
+def test_a_part_that_is_not_a_run_and_a_weight_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="expected RUN_DIR:WEIGHT"):
+        parse_part(text)
+
+
+def test_several_adapters_are_merged_at_once_and_asked_without_writing(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    parts = ["--mix", f"{runs[0]}:0.7", "--mix", f"{runs[1]}:0.3"]
+    before = sorted(path.name for path in runs[0].iterdir())
+    merged = run_cli("merge", runs[0], tmp_path / "out", *parts, "--json").json
+    assert merged["arithmetic_ratio"] < 0.01 and (tmp_path / "out" / "model.safetensors").is_file()
+    assert isinstance(run_cli("ask", runs[0], "Why?", *parts, "--json").json["answers"]["mix"], str)
+    assert sorted(path.name for path in runs[0].iterdir()) == before
+    assert "where to write" in run_cli("merge", runs[0], *parts).stderr
+
+
+def test_one_loaded_base_serves_several_adapters_as_if_each_had_been_loaded(runs: tuple[Path, Path]) -> None:
+    _, plan = api.open_run(runs[0])
+    adapters = {name: open_source(run).read() for name, run in zip("ab", runs, strict=True)}
+    blend = Blend(plan, adapters)
+    ids = torch.tensor([[5, 9, 2, 7, 30, 11]])
+
+    def logits(weights: dict[str, float]) -> torch.Tensor:
+        with torch.no_grad():
+            return blend.use(weights).model(input_ids=ids).logits.float()
+
+    base = logits({})
+    for weights in ({"a": 1.0}, {"b": 1.0}, {"a": 0.7, "b": 0.3}, {"a": -0.5}):
+        alone = Blend(plan, {"one": mix_adapters([Part(n, adapters[n], w, {}) for n, w in weights.items()]).adapter})
+        with torch.no_grad():
+            expected = alone.use({"one": 1.0}).model(input_ids=ids).logits.float()
+        change = (expected - base).norm()
+        assert change > 0 and (logits(weights) - expected).norm() < 0.05 * change, weights
+    assert torch.equal(logits({}), base)
+    with pytest.raises(UserError, match="no such adapter"):
+        blend.use({"c": 1.0})
+
+
+def test_scales_are_swept_and_zero_is_the_base_and_one_the_adapter(runs: tuple[Path, Path]) -> None:
+    found = run_cli("eval", runs[0], "--scales", "0,1", "--json").json
+    base, adapter = (run_cli("eval", runs[0], "--which", which, "--json").json["loss"] for which in ("base", "adapter"))
+    assert [line["scale"] for line in found["scales"]] == [0.0, 1.0]
+    assert [line["loss"] for line in found["scales"]] == pytest.approx([base, adapter], rel=2e-3)
+    assert found["best_scale"] == 1.0
+    assert "expected numbers" in run_cli("eval", runs[0], "--scales", "0,x").stderr
+
+
+def test_trying_ranks_trains_each_and_says_which_to_take(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, max_steps=2)
+    found = run_cli("rank", recipe, "--try", "1,4", "--share", 1, "--json").json
+    assert [line["r"] for line in found["curve"]] == [1, 4] and all(line["num_steps"] == 2 for line in found["curve"])
+    assert found["curve"][1]["adapter_bytes"] > 2 * found["curve"][0]["adapter_bytes"]
+    assert found["curve"][1]["planned_peak_bytes"] > found["curve"][0]["planned_peak_bytes"]
+    assert found["advice"].startswith("take r=")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("rank", "nowhere"), "neither a run nor an adapter"),
+        (("rank", "{a}", "--to", "2"), "--out DIR"),
+        (("rank", "{a}", "--to", "0", "--out", "x"), "above 0"),
+        (("rank", "{a}", "--set", "lora.r=2"), "goes with --try"),
+        (("mix", "{a}:0", "--out", "x"), "every weight is 0"),
+        (("mix", "{a}:1", "--out", "{a}"), "already exists"),
+        (("mix", "{a}:1", "--rank", "0", "--out", "x"), "--rank: expected"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_message(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run_cli(*(word.replace("{a}", str(runs[0])) for word in words))
+    assert done.code == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
