@@ -107,8 +107,8 @@ def test_a_mix_is_the_sum_and_plain_peft_reads_it(runs: tuple[Path, Path], tmp_p
     )
     for name, module in theirs.base_model.model.named_modules():
         if name in mixed:
-            expected = mixed[name].float()
-            torch.testing.assert_close(module.get_delta_weight("default").float(), expected, rtol=2e-2, atol=1e-4)
+            theirs_of_it = module.get_delta_weight("default").double()
+            assert (theirs_of_it - mixed[name]).norm() < 0.01 * mixed[name].norm()  # they hold the factors in bf16
     assert run_cli("merge", out, "--json").json["arithmetic_ratio"] < 0.01
     assert run_cli("ask", out, "Why?", "--which", "all", "--json").json["answers"].keys() == {
         "base",
@@ -151,15 +151,17 @@ def test_one_loaded_base_serves_several_adapters_as_if_each_had_been_loaded(runs
     blend = Blend(plan, adapters)
     ids = torch.tensor([[5, 9, 2, 7, 30, 11]])
 
-    def logits(weights: dict[str, float]) -> torch.Tensor:
+    def logits_of(model: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():
-            return blend.use(weights).model(input_ids=ids).logits.float()
+            return model.eval()(ids, position_ids=torch.arange(6)[None], use_cache=False, lengths=(6,)).logits.float()
+
+    def logits(weights: dict[str, float]) -> torch.Tensor:
+        return logits_of(blend.use(weights).model)
 
     base = logits({})
     for weights in ({"a": 1.0}, {"b": 1.0}, {"a": 0.7, "b": 0.3}, {"a": -0.5}):
         alone = Blend(plan, {"one": mix_adapters([Part(n, adapters[n], w, {}) for n, w in weights.items()]).adapter})
-        with torch.no_grad():
-            expected = alone.use({"one": 1.0}).model(input_ids=ids).logits.float()
+        expected = logits_of(alone.use({"one": 1.0}).model)
         change = (expected - base).norm()
         assert change > 0 and (logits(weights) - expected).norm() < 0.05 * change, weights
     assert torch.equal(logits({}), base)

@@ -101,23 +101,29 @@ def test_what_is_written_is_read_back_as_it_was_with_a_rank_for_each_module(tmp_
     assert verify_manifest(tmp_path / "out") == [] and (tmp_path / "out" / "note.txt").exists()
 
 
+NAMES = ("first", "second")
+
+
 def peft_sum(tmp_path: Path, how: str, **settings: object) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """0.7 a + 0.3 b: as peft has it by `how`, and as the dense changes add up."""
     torch.manual_seed(0)
     configs = {
         n: LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **settings)
-        for n in "ab"
+        for n in NAMES
     }
-    model = get_peft_model(Block(), configs["a"], adapter_name="a")
-    model.add_adapter("b", configs["b"])
+    model = get_peft_model(Block(), configs[NAMES[0]], adapter_name=NAMES[0])
+    model.add_adapter(NAMES[1], configs[NAMES[1]])
     model.save_pretrained(str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "mix", combination_type=how)
+        model.add_weighted_adapter(list(NAMES), [0.7, 0.3], "mix", combination_type=how)
     modules = {name: model.base_model.model.get_submodule(name) for name in ("q_proj", "up_proj")}
     theirs = {name: module.get_delta_weight("mix").detach() for name, module in modules.items()}
-    right = {n: (0.7 * m.get_delta_weight("a") + 0.3 * m.get_delta_weight("b")).detach() for n, m in modules.items()}
-    parts = [Part(n, read_adapter(tmp_path / n), w, {}) for n, w in (("a", 0.7), ("b", 0.3))]
+    right = {
+        n: (0.7 * m.get_delta_weight(NAMES[0]) + 0.3 * m.get_delta_weight(NAMES[1])).detach()
+        for n, m in modules.items()
+    }
+    parts = [Part(n, read_adapter(tmp_path / n), w, {}) for n, w in zip(NAMES, (0.7, 0.3), strict=True)]
     ours = mix_adapters(parts).adapter.factors
     for name, expected in right.items():
         torch.testing.assert_close(dense(ours[name]).float(), expected, rtol=1e-4, atol=1e-5)
