@@ -137,6 +137,8 @@ def train(
         if not resume:  # what ran once has shown that it fits, or has a leaner footprint in its checkpoint
             plan.refuse_what_does_not_fit()
         else:
+            if _lacks_only_its_report(run):
+                return _report_at_last(run)
             _refuse_finished(run)
             for sentence in api.go_on_with(run, plan.recipe):
                 show.say(sentence)
@@ -182,6 +184,7 @@ def merge(run_dir: Path, out: Path | None, overrides: Sequence[str] = ()) -> dic
 def _merge(run: RunDir, plan: Plan, out: Path | None) -> dict[str, Any]:
     out = out or run.merged
     if run.read_json("merge.json").get("out") == str(out) and out.is_dir() and any(out.iterdir()):
+        write_report(run)  # a merge that was killed at its very end has not come to it
         raise UserError(f"{out}: already exists and is not an empty folder; name another folder, or remove it first")
     with show.phase("merging and proving"):
         result = api.merge(plan, run.path, out)
@@ -405,6 +408,18 @@ def _refuse_finished(run: RunDir) -> None:
         )
 
 
+def _lacks_only_its_report(run: RunDir) -> bool:
+    return bool(run.read_json("train.json")) and not (run.path / "report.html").exists()
+
+
+def _report_at_last(run: RunDir) -> dict[str, Any]:
+    """For a run that was killed when all but its page was written."""
+    path = write_report(run)
+    show.say(f"done: {run.path} was finished but for its page: {path}")
+    scores = {key: value for key, value in run.read_json("eval.json").items() if key != "schema_version"}
+    return run.read_json("train.json") | {"eval": scores}
+
+
 def _scores_before(
     plan: Plan, loaded: api.LoadedModel, run: RunDir, spent: dict[str, float]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -466,8 +481,8 @@ def _train_steps(
         )
         first = next(steps, None)
         if scores["before"] is not None:  # not sooner: api.train wants its folder empty
+            run.write_predictions(answers)  # first: where eval.json is, a resumed run does not answer again
             run.write_json("eval.json", scores)
-            run.write_predictions(answers)
         if first is None:
             return
         with show.TrainScreen(first.num_steps, first_step=first.step - 1) as screen:

@@ -7,7 +7,7 @@ is left, and `verify` finds every file as it was written.
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,18 @@ class Scenario:
     def go_on(self, run: Path) -> Outcome:
         """What a user does after a crash: `--resume`, or the same command again where there was nothing to resume."""
         return self.train(run, *(["--resume"] if run.exists() else []))
+
+    def finished(self, run: Path) -> bool:
+        """Nothing is left to do: the last file was given its name before the kill."""
+        return (run / "train.json").exists() and (run / "report.html").exists()
+
+    def merge_again(self, run: Path) -> Outcome:
+        """What a user does after a merge was killed; one that was killed at its very end is refused, because it is there."""
+        done = self.server.run("merge", run, roots=[run])
+        if done.code == 2 and "already exists" in done.stderr:
+            assert (run / "merge.json").exists(), done.stderr
+            return replace(done, code=0)
+        return done
 
     def new_run(self) -> Path:
         """A folder's name that is free."""

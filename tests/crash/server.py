@@ -61,8 +61,8 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.process.stdin.close()  # type: ignore[union-attr]
-        self.process.wait(60)
+        with self.process:  # closes its pipes: without input it ends
+            pass
 
     def run(
         self,
