@@ -52,12 +52,12 @@ class Scenario:
         """A folder's name that is free."""
         run = self.folder / "runs" / "run"
         shutil.rmtree(run, ignore_errors=True)
+        run.parent.mkdir(exist_ok=True)  # as the undisturbed one has it: else the numbers of write points move
         return run
 
     def copy_unmerged(self) -> Path:
         """The undisturbed run before it was merged."""
         run = self.new_run()
-        run.parent.mkdir(exist_ok=True)
         shutil.copytree(self.folder / "unmerged", run)
         return run
 
