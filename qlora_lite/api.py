@@ -34,7 +34,7 @@ from qlora_lite.plan import Plan, make_plan
 from qlora_lite.recipe import load_recipe, load_run_recipe
 from qlora_lite.run_dir import RunDir
 from qlora_lite.train.seeds import purpose_seed
-from qlora_lite.training import go_on_with, refuse_other_base, train
+from qlora_lite.training import go_on_with, refuse_other_base, refuse_other_recipe, train
 from qlora_lite.verify import refuse_damaged
 
 Which = Literal["base", "adapter", "merged"]
@@ -49,6 +49,7 @@ __all__ = [
     "make_plan",
     "merge",
     "open_run",
+    "refuse_other_recipe",
     "run_models",
     "train",
     "training_examples",

@@ -128,8 +128,8 @@ def train(
         show.say(f"{run_dir}: nothing was trained here yet, so this run begins at step 1")
         resume = False
     with (
+        _told_how_to_go_on(RunDir(run_dir), command),
         RunDir.writing(run_dir) if resume else RunDir.creating(run_dir) as run,
-        _told_how_to_go_on(run, command),
     ):
         spent: dict[str, float] = {}
         with show.phase("planning", spent=spent):
@@ -137,6 +137,7 @@ def train(
         if not resume:  # what ran once has shown that it fits, or has a leaner footprint in its checkpoint
             plan.refuse_what_does_not_fit()
         else:
+            api.refuse_other_recipe(run, plan.recipe)
             if _lacks_only_its_report(run):
                 return _report_at_last(run)
             _refuse_finished(run)

@@ -193,16 +193,18 @@ def _train(
     _publish(state, run, loaded.tokenizer if recipe.data.special_tokens else None, say)
 
 
-def go_on_with(run: RunDir, recipe: Recipe) -> list[str]:
-    """Hold a resolved `recipe` against the run's: what may differ becomes the run's, said in a sentence each.
-
-    Raises RunError for anything else: it would silently mix two runs.
-    """
-    before = load_run_recipe(run.recipe)
-    changed = [(key, was, now) for key, was, now in _differences(before, recipe)]
+def refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
+    """Raise RunError for a resolved `recipe` that is not the run's, but for what may differ: it would silently mix two runs."""
+    changed = _differences(load_run_recipe(run.recipe), recipe)
     refused = [f"{key} was {was}, is {now}" for key, was, now in changed if not _may_differ(key)]
     if refused:
         raise RunError(f"{run.path}: cannot resume with another recipe: {'; '.join(refused)}. Start a new run instead")
+
+
+def go_on_with(run: RunDir, recipe: Recipe) -> list[str]:
+    """Make what may differ in a resolved `recipe` the run's; -> a sentence for each key. Raises RunError for anything else."""
+    refuse_other_recipe(run, recipe)
+    changed = list(_differences(load_run_recipe(run.recipe), recipe))
     if changed:
         run.write_text(run.recipe.name, dump_recipe(recipe))
     return [f"{key} was {was}, is {now} from here on: it changes nothing that is trained" for key, was, now in changed]
