@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import RunError
-from qlora_lite.model.manifest import MANIFEST_NAME
+from qlora_lite.model.manifest import MANIFEST_NAME, read_sealed
 from qlora_lite.model.staging import locked_folder, make_folder
 from qlora_lite.run_manifest import LOG, refuse_changed, replace_record, seal_log
 
@@ -68,14 +68,16 @@ class RunDir:
     def creating(cls, path: Path | str) -> Iterator["RunDir"]:
         """`create`, and the run held against other processes; when the block fails before the run has begun, its folders go again."""
         made = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
-        run = cls.create(path)
+        run, is_ours = cls(path), False
         try:
+            cls.create(path)
+            is_ours = True
             with run.locked():
                 yield run
         except BaseException:
-            if not run.recipe.exists():
+            if not run.has_begun:
                 with suppress(OSError):  # rmdir refuses a folder that holds something
-                    for name in _BEFORE_BEGIN:
+                    for name in _BEFORE_BEGIN if is_ours else ():
                         (run.path / name).unlink(missing_ok=True)
                     for folder in made:
                         folder.rmdir()
@@ -134,8 +136,8 @@ class RunDir:
         return Path(path).is_dir() and cls(path)._is_as_good_as_empty()
 
     def _is_as_good_as_empty(self) -> bool:
-        names = {path.name for path in self.path.iterdir()}
-        return all(name in _BEFORE_BEGIN or _is_half_written(name) for name in names)
+        names = {path.name for path in self.path.iterdir() if not _is_half_written(path.name)}
+        return not names or (names <= set(_BEFORE_BEGIN) and read_sealed(self.path / MANIFEST_NAME) is not None)
 
     @property
     def trained(self) -> Path | None:
