@@ -13,11 +13,10 @@ from tests.security.whole_run import HOSTILE, WholeRun, whole_run
 from tests.show.parsed import Parsed
 
 ACTS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-TAGS_OF_OUR_PAGES = {
-    "html", "head", "meta", "title", "style", "body", "a", "header", "p", "h1", "h2", "h3", "main", "div", "nav", "ul", "ol", "li", "section",
-    "table", "caption", "thead", "tbody", "tr", "th", "td", "dl", "dt", "dd", "figure", "figcaption", "details", "summary", "footer", "span", "small",
-    "i", "b", "em", "strong", "code", "pre", "br", "wbr", "svg", "g", "rect", "line", "polyline", "circle", "path", "text", "tspan", "desc",
-}  # fmt: skip
+TAGS_OF_OUR_PAGES = set(
+    "html head meta title style body header main nav footer section div p span h1 h2 h3 a ul ol li dl dt dd table caption thead tbody tr "
+    "th td figure figcaption details summary small i b em strong code pre br wbr svg g rect line polyline circle path text tspan".split()
+)
 
 
 @pytest.fixture(scope="module")
