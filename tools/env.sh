@@ -41,8 +41,8 @@ quietly() { # WHAT COMMAND...: output to a log, shown only when the command fail
     say " $((SECONDS - begin)) s"
 }
 
-install_locked() { # FILE: exactly its versions, and no file that has another hash than the one in it
-    quietly "pip install -r ${1#"$REPO/"}" "$VENV/bin/python" -m pip install --require-hashes --no-deps -r "$1"
+install_locked() { # FILE: exactly its versions, and no file that has another hash than those in it; wheels only, which run nothing
+    quietly "pip install -r ${1#"$REPO/"}" "$VENV/bin/python" -m pip install --require-hashes --no-deps --only-binary :all: -r "$1"
 }
 
 make_env() { # "" or "dev"

@@ -166,8 +166,8 @@ def test_the_environment_is_made_from_the_lock_then_torch_then_this_folder_and_a
         line.partition(" install ")[2] for line in (tmp_path / "calls").read_text().splitlines() if " install " in line
     ]
     assert installs == [
-        f"--require-hashes --no-deps -r {tmp_path}/lock.txt",
-        f"--require-hashes --no-deps -r {tmp_path}/lock-dev.txt",
+        f"--require-hashes --no-deps --only-binary :all: -r {tmp_path}/lock.txt",
+        f"--require-hashes --no-deps --only-binary :all: -r {tmp_path}/lock-dev.txt",
         *re.findall(r"^torch==.*$", (TOOLS / "constraints.txt").read_text(), flags=re.MULTILINE),
         f"--no-deps --no-build-isolation -e {REPOSITORY}",
     ]
