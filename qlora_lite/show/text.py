@@ -23,9 +23,10 @@ SCHEMA_VERSION = 1
 WIDTH_OF_A_LOG = 120
 
 # Whole escape sequences first (ECMA-48): CSI, then the strings OSC, DCS, SOS, PM and APC with their terminator, then the short ones.
+# A string ends where another begins: else a megabyte of nothing but beginnings would take hours, each looking for its end.
 _ESCAPES = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
-    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x90\x98\x9b-\x9f]*(?:\x07|\x1b\\|\x9c)"
     r"|\x1b[ -/]*[0-~]"
 )
 # Then what is left of C0 (tab and newline stay), DEL, C1, and the marks that turn the direction of writing around.
