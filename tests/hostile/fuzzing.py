@@ -84,6 +84,9 @@ def _one_process(reader: Reader, cases: list[int], case_seconds: float) -> Itera
         os.close(receiving)
         try:
             _work(reader, cases, root, sending)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
         finally:
             os._exit(0)
     os.close(sending)
@@ -101,6 +104,7 @@ def _one_process(reader: Reader, cases: list[int], case_seconds: float) -> Itera
                 _, status = os.waitpid(child, 0)
                 child = 0
                 log = (root / "log").read_text(encoding="utf-8", errors="replace")[-2000:]
+                assert status != 0, f"{reader.name}: the fuzzer failed:\n{log}"  # not what it tests
                 yield Outcome(cases[done], "died", parsed=True, seconds=0, detail=f"status {status}: {log}")
                 return
             *lines, rest = (rest + received).split(b"\n")

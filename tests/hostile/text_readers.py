@@ -154,16 +154,22 @@ def _parquet_seeds(folder: Path) -> list[bytes]:
     for number, row in enumerate(_ROWS):
         for compression in ("none", "snappy"):
             path = folder / f"{number}.parquet"
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 5), path, compression=compression)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([_for_arrow(row)] * 5), path, compression=compression)
             seeds.append(path.read_bytes())
     return seeds
+
+
+def _for_arrow(row: dict[str, Any]) -> dict[str, Any]:
+    """A column of it has one type: text, or lists of objects."""
+    messages = [message for message in row.get("messages", ()) if isinstance(message["content"], str)]
+    return row | ({"messages": messages} if messages else {})
 
 
 def _other_tables(rng: Random) -> pyarrow.Table:
     """Rows of types that no JSON has, under the names of columns that are read."""
     columns = rng.choice((["text"], ["prompt", "completion"], ["messages"], ["context", "question", "answers"]))
     arrays = [
-        pyarrow.array([2**62, -1], type=pyarrow.timestamp("s")),
+        pyarrow.array([2**52, -1], type=pyarrow.timestamp("s")),
         pyarrow.array([2**62, None], type=pyarrow.timestamp("ns", tz="Nowhere/Else")),
         pyarrow.array([b"\xff\xfe", b"a"]),
         pyarrow.array([2**31 - 1, -(2**31)], type=pyarrow.date32()),
@@ -199,7 +205,7 @@ def _saved_seeds(folder: Path) -> list[dict[str, bytes]]:
     seeds = []
     for number, row in enumerate(_ROWS):
         path = folder / f"saved-{number}"
-        Dataset.from_list([row] * 3).save_to_disk(path)
+        Dataset.from_list([_for_arrow(row)] * 3).save_to_disk(path)
         seeds.append({file.name: file.read_bytes() for file in sorted(path.iterdir())})
     return seeds
 
