@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qlora_lite.errors import ModelError
+from qlora_lite.limits import TOKENIZER_BYTES
 from qlora_lite.model.attention import PACKED, packs_rows, padded_attention
 from qlora_lite.model.bnb import keep_weights_unpacked, quantization_constants
 from qlora_lite.model.new_tokens import add_tokens, make_room
@@ -41,11 +42,17 @@ class LoadedBase:
 
 def load_tokenizer(folder: Path, *, special_tokens: Sequence[str] = ()) -> Any:
     """The tokenizer of a model folder, `special_tokens` added. Raises ModelError when it has none."""
+    large = [path for path in folder.glob("*token*") if path.is_file() and path.stat().st_size > TOKENIZER_BYTES]
+    if large:
+        raise ModelError(f"{large[0]}: larger than {TOKENIZER_BYTES:,} bytes, which no tokenizer's file is")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        # False and not left out: transformers would ask on the terminal whether to run the code of the folder
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        add_tokens(tokenizer, special_tokens)
+    except ModelError:
+        raise
+    except Exception as error:  # what the libraries say of a damaged tokenizer is of any kind
         raise ModelError(f"{folder}: no readable tokenizer ({type(error).__name__}: {error})") from error
-    add_tokens(tokenizer, special_tokens)
     return tokenizer
 
 

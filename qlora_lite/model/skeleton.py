@@ -7,9 +7,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from qlora_lite.errors import ModelError
 
-# What a config can say that makes no sense surfaces in many ways while the modules are built.
-_UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError)
-
 
 def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     """The causal language model that `config` describes, its parameters on meta, its buffers (rotary frequencies) real.
@@ -20,7 +17,7 @@ def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, **settings)
         model.tie_weights()  # accelerate has put every weight on meta by itself
-    except _UNUSABLE as error:
+    except Exception as error:  # a config that makes no sense surfaces in any way while the modules are built
         raise ModelError(
             f"{config.name_or_path or config.model_type}: config.json: describes no usable model ({type(error).__name__}: {error})"
         ) from error

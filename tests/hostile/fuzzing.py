@@ -34,9 +34,7 @@ from qlora_lite.errors import QloraLiteError
 from tests.hostile import model_readers, run_readers, text_readers
 from tests.hostile.reader import Reader
 
-READERS = {
-    reader.name: reader for module in (text_readers, model_readers, run_readers) for reader in module.READERS
-}
+READERS = {reader.name: reader for module in (text_readers, model_readers, run_readers) for reader in module.READERS}
 FAILURES = ("crash", "died", "hang", "memory", "outside", "wordless")
 CASE_SECONDS = 30.0
 GROWTH_BYTES = 768 * 2**20  # of a process's largest resident size, by one case
@@ -163,7 +161,9 @@ def _run_case(reader: Reader, seeds: list[Any], case: int, folder: Path, watch: 
         try:
             reader.read(folder)
         except QloraLiteError as error:
-            what, detail = ("refused", "") if error.exit_code == 2 else ("crash", f"exit code {error.exit_code}: {error}")
+            what, detail = (
+                ("refused", "") if error.exit_code == 2 else ("crash", f"exit code {error.exit_code}: {error}")
+            )
             if what == "refused" and len(str(error)) < 15:
                 what, detail = "wordless", str(error)
         except MemoryError:
@@ -204,7 +204,9 @@ class _Watch:
             if path.startswith(self.outside) or (writes and not path.startswith((self.root, "/dev/"))):
                 self.seen.append(f"{'writes' if writes else 'reads'} {path}")
         elif event in _CHANGING:
-            paths = [os.path.realpath(os.fsdecode(one)) for one in arguments if isinstance(one, str | bytes | os.PathLike)]
+            paths = [
+                os.path.realpath(os.fsdecode(one)) for one in arguments if isinstance(one, str | bytes | os.PathLike)
+            ]
             self.seen += [f"{event} {path}" for path in paths[-1:] if not path.startswith(self.root)]
         elif event in _FORBIDDEN:
             self.seen.append(f"{event} {arguments[:1]!r}")

@@ -57,7 +57,15 @@ def _config_seeds(_: Path) -> list[dict[str, Any]]:
 def _write_config(seed: dict[str, Any], folder: Path, rng: Random | None) -> None:
     text = json.dumps(seed)
     if rng is not None and rng.random() < 0.3:
-        extra = ("auto_map", "attn_implementation", "_attn_implementation", "rope_scaling", "layer_types", "quantization_config", "head_dim")
+        extra = (
+            "auto_map",
+            "attn_implementation",
+            "_attn_implementation",
+            "rope_scaling",
+            "layer_types",
+            "quantization_config",
+            "head_dim",
+        )
         seed = {**seed, rng.choice(extra): rng.choice(_CONFIG_VALUES)}
     if rng is not None:
         text = mutate_json(seed, rng, values=_CONFIG_VALUES)
@@ -187,7 +195,7 @@ def _is_template(folder: Path) -> bool:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(text)  # noqa: S701
+    jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(text)
     return True
 
 
@@ -208,9 +216,15 @@ def _write_safetensors(seed: dict[str, bytes], folder: Path, rng: Random | None)
         path.write_bytes(mutate_bytes(data[: 8 + length], rng) + data[8 + length :])
         return
     some = rng.sample(sorted(header), 2)
-    changed = mutate_json({name: header[name] for name in some}, rng, values=("F64", "F8_E4M3", "BOOL", "I64", "C64", "F4", [2**40, 2**40], [0], [-1]))
+    changed = mutate_json(
+        {name: header[name] for name in some},
+        rng,
+        values=("F64", "F8_E4M3", "BOOL", "I64", "C64", "F4", [2**40, 2**40], [0], [-1]),
+    )
     text = json.dumps({name: facts for name, facts in header.items() if name not in some})
-    merged = (text[:-1] + ", " + changed[1:] if changed.startswith("{") and len(changed) > 2 else changed).encode("utf-8", "surrogatepass")
+    merged = (text[:-1] + ", " + changed[1:] if changed.startswith("{") and len(changed) > 2 else changed).encode(
+        "utf-8", "surrogatepass"
+    )
     declared = len(merged) if rng.random() < 0.9 else rng.choice((0, 1, 2**31, 2**63, 2**64 - 1))
     path.write_bytes(struct.pack("<Q", declared) + merged + (data[8 + length :] if rng.random() < 0.8 else b""))
 
@@ -251,7 +265,14 @@ def _write_index(seed: dict[str, bytes], folder: Path, rng: Random | None) -> No
     if rng is None:
         return
     outside = [f"{'../' * depth}outside/secret.safetensors" for depth in (1, 2, 3)]
-    outside += [str(folder.parent / "outside" / "secret.safetensors"), "link.safetensors", "folder/model.safetensors", "..", ".", "pipe"]
+    outside += [
+        str(folder.parent / "outside" / "secret.safetensors"),
+        "link.safetensors",
+        "folder/model.safetensors",
+        "..",
+        ".",
+        "pipe",
+    ]
     (folder / "link.safetensors").symlink_to(folder.parent / "outside" / "secret.safetensors")
     index = json.loads(seed["model.safetensors.index.json"])
     if rng.random() < 0.5:
@@ -314,13 +335,17 @@ def _write_gguf(seed: bytes, folder: Path, rng: Random | None) -> None:
     if rng is not None:
         # Nearly all of the file is tensors and vocabulary: aim at the counts, the keys and their values, the tensors' heads.
         reader = gguf.GGUFReader(_kept(folder, seed))
-        fields = [field for name, field in reader.fields.items() if "tokenizer.ggml.t" not in name and "merges" not in name]
+        fields = [
+            field for name, field in reader.fields.items() if "tokenizer.ggml.t" not in name and "merges" not in name
+        ]
         places = [8, 16, *(field.offset + rng.randrange(0, 40) for field in fields)]
         places += [tensor.field.offset + rng.randrange(0, 60) for tensor in reader.tensors]
         data = bytearray(seed)
         for _ in range(rng.choice((1, 1, 2, 3))):
             at = rng.choice(places)
-            number = rng.choice((0, 1, 2, 3, 8, 9, 12, 255, 2**16, 2**31 - 1, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1))
+            number = rng.choice(
+                (0, 1, 2, 3, 8, 9, 12, 255, 2**16, 2**31 - 1, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1)
+            )
             size = rng.choice((1, 4, 8))
             piece = rng.randbytes(1) if rng.random() < 0.3 else struct.pack("<Q", number)[:size]
             data[at : at + len(piece)] = piece

@@ -1,9 +1,9 @@
 """Mutations: valid input in, hostile input out. Everything is drawn from the `Random` that is given, so a seed names a case for ever.
 
-    mutate_bytes   a file as bytes: flipped, cut, doubled, numbers made extreme
-    mutate_text    words of a text: dropped, doubled, swapped, replaced by others that are known to hurt
-    mutate_json    the tree of a document: a value of another type, a key gone, a list grown; as text, so that it may also hold what
-                   `json.dumps` would not write (numbers of 5,000 digits, 2,000 brackets, a key twice)
+mutate_bytes   a file as bytes: flipped, cut, doubled, numbers made extreme
+mutate_text    words of a text: dropped, doubled, swapped, replaced by others that are known to hurt
+mutate_json    the tree of a document: a value of another type, a key gone, a list grown; as text, so that it may also hold what
+               `json.dumps` would not write (numbers of 5,000 digits, 2,000 brackets, a key twice)
 """
 
 import json

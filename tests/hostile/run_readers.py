@@ -100,7 +100,9 @@ def _write_manifest(seed: dict[str, bytes], folder: Path, rng: Random | None) ->
     _write_files(seed, folder)
     if rng is None:
         return
-    outside = [f"{'../' * depth}outside/secret.safetensors" for depth in (1, 2)] + [str(folder.parent / "outside" / "secret.safetensors")]
+    outside = [f"{'../' * depth}outside/secret.safetensors" for depth in (1, 2)] + [
+        str(folder.parent / "outside" / "secret.safetensors")
+    ]
     document = json.loads(seed["manifest.json"])
     if rng.random() < 0.4:
         document["files"][rng.choice([*outside, "pipe", ".", ""])] = document["files"]["config.json"]
@@ -115,7 +117,16 @@ def _read_manifest(folder: Path) -> object:
     return weights_sha256(manifest), verify_artefact(folder)
 
 
-_DOCUMENTS = ("plan.json", "env.json", "eval.json", "memory.json", "merge.json", "train.json", "steps.jsonl", "predictions.jsonl")
+_DOCUMENTS = (
+    "plan.json",
+    "env.json",
+    "eval.json",
+    "memory.json",
+    "merge.json",
+    "train.json",
+    "steps.jsonl",
+    "predictions.jsonl",
+)
 
 
 def _run_seeds(folder: Path) -> list[dict[str, bytes]]:

@@ -220,7 +220,19 @@ def _write_saved(seed: dict[str, bytes], folder: Path, rng: Random | None) -> No
         return
     if name.endswith(".json"):
         names = ["../../outside/secret.arrow", "/etc/passwd", "state.json"]
-        kinds = ["Value", "List", "Translation", "Image", "Audio", "Json", "Sequence", "ClassLabel", "int32", "numpy", "torch"]
+        kinds = [
+            "Value",
+            "List",
+            "Translation",
+            "Image",
+            "Audio",
+            "Json",
+            "Sequence",
+            "ClassLabel",
+            "int32",
+            "numpy",
+            "torch",
+        ]
         (out / name).write_text(mutate_json(json.loads(seed[name]), rng, values=names + kinds), encoding="utf-8")
     else:
         (out / name).write_bytes(mutate_bytes(seed[name], rng))
