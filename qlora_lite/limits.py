@@ -35,5 +35,5 @@ PATTERN_CHARS = 500  # of a pattern for layers in adapter_config.json
 # Chat templates
 TEMPLATE_CHARS = 2**20  # the longest published one has about 20,000
 TEMPLATE_SECONDS = 5.0  # of processor time for one conversation; honest ones take 0.0002
-TEMPLATE_BYTES = 2**30  # that rendering one conversation may add to the process's memory
+TEMPLATE_BYTES = 512 * 2**20  # that rendering one conversation may add to the process's memory
 RENDERED_CHARS = 16 * TEXT_CHARS

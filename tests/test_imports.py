@@ -17,7 +17,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qlora_lite"
 STAGES = ("recipe", "model", "data", "train", "evaluate", "merge", "plan", "show")
-LEAVES = ("errors", "units", "ledger", "limits", "measured", "meta_ops", "paths", "json_text")
+LEAVES = ("errors", "foreign", "units", "ledger", "limits", "measured", "meta_ops", "paths", "json_text")
 MAY_SEE_RECIPE = ("recipe", "plan", "loading", "training", "api", "pipeline", "")  # "" is qlora_lite/__init__.py
 MAY_IMPORT_PLAN = ("plan", "loading", "training", "api", "pipeline", "")
 CLI_IMPORTS = ("pipeline", "doctor", "recipe", "show", *LEAVES)

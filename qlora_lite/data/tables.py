@@ -6,7 +6,7 @@ What a file is, is decided by what is in it; its name only tells csv and jsonl f
 
 import csv
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import TextIOWrapper
 from itertools import chain
@@ -16,7 +16,8 @@ from typing import Any, Literal
 from qlora_lite.data import json_stream
 from qlora_lite.data.files import EXPECTED, open_data_file
 from qlora_lite.data.rows import kind
-from qlora_lite.errors import DataError, UserError
+from qlora_lite.errors import DataError
+from qlora_lite.foreign import foreign
 from qlora_lite.json_text import parse_json
 from qlora_lite.limits import COLUMNS, JSON_BYTES, JSON_DEPTH, ROW_BYTES, TEXT_CHARS
 from qlora_lite.paths import inside
@@ -185,6 +186,7 @@ def _parquet_rows(path: Path, file: Any) -> Iterator[tuple[str, dict[str, Any] |
     number = 0
     with _as_data_error(path, "Parquet"):
         for batch in file.iter_batches(batch_size=READ_ROWS):
+            batch.validate(full=True)
             for values in batch.to_pylist():
                 number += 1
                 yield f"row {number}", _without_nulls(values)
@@ -199,6 +201,7 @@ def _saved_table(path: Path) -> Table:
         if isinstance(found, datasets.DatasetDict):
             splits = ", ".join(str(path / name) for name in found)
             raise DataError(f"{path}: holds several splits. Name one of them: {splits}")
+        found.data.table.validate(full=True)  # Arrow believes every offset in a file, and would read elsewhere in memory
         return Table(tuple(found.column_names), _saved_rows(path, found.with_format(None)))
 
 
@@ -232,13 +235,6 @@ def _without_nulls(value: Any, depth: int = 0) -> Any:
     return [_without_nulls(inner, depth + 1) for inner in value] if isinstance(value, list) else value
 
 
-@contextmanager
-def _as_data_error(path: Path, what: str) -> Iterator[None]:
-    """What the readers of other formats raise, as one clear error: of any kind, because what they say depends on a damaged file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be read as {what}: {said}. {EXPECTED}") from error
+def _as_data_error(path: Path, what: str) -> AbstractContextManager[None]:
+    """What the readers of other formats raise, as one clear error."""
+    return foreign(lambda said: DataError(f"{path}: cannot be read as {what}: {said}. {EXPECTED}"))

@@ -33,6 +33,7 @@ from typing import Any
 from qlora_lite.data.limited import TooMuch, limited
 from qlora_lite.data.rows import Conversation, Message, short
 from qlora_lite.errors import ModelError
+from qlora_lite.foreign import foreign
 from qlora_lite.limits import RENDERED_CHARS, TEMPLATE_BYTES, TEMPLATE_CHARS, TEMPLATE_SECONDS
 
 # A tokenizer of transformers; typed as Any because its classes are only typed in part.
@@ -118,7 +119,10 @@ class ChatTemplate:
 
     def _refuse_size(self) -> None:
         template = self.tokenizer.chat_template or ""
-        num_chars = len(template) if isinstance(template, str) else sum(map(len, template.values()))
+        texts = list(template.values()) if isinstance(template, dict) else [template]  # several, each with a name
+        if not all(isinstance(text, str) for text in texts):
+            raise ModelError(f"{self._where}: the chat template is no text. Mend it, or remove it (plain prompts).")
+        num_chars = sum(map(len, texts))
         if num_chars > TEMPLATE_CHARS:
             raise ModelError(
                 f"{self._where}: a chat template of {num_chars:,} characters, allowed {TEMPLATE_CHARS:,}. Remove it (plain prompts)."
@@ -288,14 +292,10 @@ class ChatTemplate:
         return [*begin, *self._tokenize(text, split_special_tokens=False)]
 
     def _tokenize(self, text: str, *, split_special_tokens: bool) -> list[int]:
-        try:
+        with foreign(lambda said: ModelError(f"{self._where}: the tokenizer cannot read a text ({said})")):
             ids: list[int] = self.tokenizer(
                 text, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
             )["input_ids"]
-        except Exception as error:  # tokenizers raises plain Exceptions
-            raise ModelError(
-                f"{self._where}: the tokenizer cannot read a text ({type(error).__name__}: {error})"
-            ) from error
         return ids
 
     def _begin_ids(self) -> list[int]:

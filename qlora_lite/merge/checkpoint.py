@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qlora_lite.model.bnb import bitsandbytes
 from qlora_lite.model.published import published_weights
-from qlora_lite.model.quantization import SCALES, parts_of, stored_quantization
+from qlora_lite.model.quantization import SCALES, parts_of, read_quant_state, stored_quantization
 from qlora_lite.model.skeleton import empty_model
 from qlora_lite.model.source import load_config, read_config, read_json
 from qlora_lite.model.tensor_files import open_safetensors, weight_files
@@ -152,7 +152,7 @@ class Checkpoint:
 
     def _quant_state(self, name: str) -> Any:
         parts = {part: self.stored(part) for part in self._parts[name]}
-        return bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        return read_quant_state(name, self.stored(name), parts, device="cpu")
 
 
 def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:

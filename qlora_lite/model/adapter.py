@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
+from qlora_lite.foreign import foreign
 from qlora_lite.model.adapter_config import read_adapter_config
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.model.dora import Dora
@@ -77,14 +78,12 @@ def load_adapter(
     """Wrap `model` with the adapter saved in `folder` (PEFT's format). Raises ModelError when it does not belong to the model."""
     read_adapter_config(folder)
     open_safetensors(folder / "adapter_model.safetensors")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # missing keys are an error below, not a warning
-            adapted = PeftModel.from_pretrained(
-                model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False
-            )
-    except Exception as error:  # what peft says of factors or settings that do not belong here is of any kind
-        raise ModelError(f"{folder}: not an adapter of this model ({type(error).__name__}: {error})") from error
+    with (
+        foreign(lambda said: ModelError(f"{folder}: not an adapter of this model ({said})")),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # missing keys are an error below, not a warning
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
     _refuse_other_factors(adapted, folder)
     _prepare(adapted, factor_dtype, is_new=False)
     if adapted.peft_config["default"].use_dora:  # peft has read the fp32 magnitudes into its own 16-bit ones

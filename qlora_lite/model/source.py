@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import ModelError
+from qlora_lite.foreign import foreign
 from qlora_lite.json_text import parse_json
 from qlora_lite.limits import JSON_BYTES, LAYERS, POSITIONS, VOCABULARY, WIDTH
 from qlora_lite.model.bring import SHIPPED, shipped_path
@@ -108,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), dict):
         config = _language_model(config)
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ModelError(
             f"{path}: model_type {model_type!r} is not supported{_why_not(config)}; supported: {', '.join(ARCHITECTURES)}"
         )
@@ -142,12 +143,8 @@ def load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     values = read_config(folder)
-    try:
+    with foreign(lambda said: ModelError(f"{folder / 'config.json'}: describes no usable model ({said})")):
         config = AutoConfig.for_model(**values)
-    except Exception as error:  # what transformers says of a config that makes no sense is of any kind
-        raise ModelError(
-            f"{folder / 'config.json'}: describes no usable model ({type(error).__name__}: {error})"
-        ) from error
     config.name_or_path = str(folder)
     return config
 

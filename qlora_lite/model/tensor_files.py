@@ -6,9 +6,10 @@ In: a folder or a file's path. Out: paths in the folder, open files. Whatever li
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from qlora_lite.errors import ModelError, UserError
+from qlora_lite.foreign import foreign
 from qlora_lite.limits import SHARDS, TENSORS
 from qlora_lite.model.source import INDEX_FILE, PICKLES, WEIGHTS_FILE, read_json
 from qlora_lite.paths import inside
@@ -30,11 +31,9 @@ def open_safetensors(path: Path) -> Any:
     if not path.is_file():  # opening a pipe would wait for ever
         instead = f"; {pickled.name} is pickled, which is not read here" if pickled else ""
         raise ModelError(f"{path}: missing or damaged safetensors file (no such file{instead}). Fetch it again")
-    try:
+    with foreign(lambda said: ModelError(f"{path}: missing or damaged safetensors file ({said}). Fetch it again")):
         file = safe_open(str(path), framework="pt")
         num_tensors = len(file.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path}: missing or damaged safetensors file ({error}). Fetch it again") from error
     if num_tensors > TENSORS:
         raise ModelError(f"{path}: {num_tensors:,} tensors, allowed {TENSORS:,}; no model has so many")
     return file
@@ -43,10 +42,8 @@ def open_safetensors(path: Path) -> Any:
 def load_tensors(path: Path) -> dict[str, Any]:
     """Every tensor of a file, memory-mapped. Raises ModelError as `open_safetensors` does."""
     file = open_safetensors(path)
-    try:
+    with foreign(lambda said: ModelError(f"{path}: holds a tensor that cannot be read ({said})")):
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise ModelError(f"{path}: holds a tensor that cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _named_by(index: Path) -> set[str]:

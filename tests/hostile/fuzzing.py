@@ -60,7 +60,7 @@ def run_cases(reader: Reader, cases: Sequence[int], *, case_seconds: float = CAS
     """The outcome of each case in order; negative numbers are the seeds as they are, -1 the first."""
     waiting = list(cases)
     while waiting:
-        for outcome in _one_process(reader, waiting, case_seconds):
+        for outcome in _one_process(reader, list(waiting), case_seconds):
             waiting.remove(outcome.case)
             yield outcome
 

@@ -1,8 +1,10 @@
 """Readers of model folders: config.json, tokenizer, chat template, safetensors and their index, GGUF."""
 
 import json
+import math
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -201,7 +203,9 @@ def _is_template(folder: Path) -> bool:
 
 def _read_template(folder: Path) -> object:
     template = ChatTemplate(load_tokenizer(folder))
-    return [template.encode(conversation) for conversation in _CONVERSATIONS]
+    takes_tools = "tools" in (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    rows = [row if takes_tools else replace(row, tools=()) for row in _CONVERSATIONS]
+    return [template.encode(row) for row in rows]
 
 
 def _write_safetensors(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
@@ -215,6 +219,11 @@ def _write_safetensors(seed: dict[str, bytes], folder: Path, rng: Random | None)
     if rng.random() < 0.3:
         path.write_bytes(mutate_bytes(data[: 8 + length], rng) + data[8 + length :])
         return
+    if rng.random() < 0.5:  # a sound head that says something else
+        _change_head(header, rng)
+        text = json.dumps(header).encode("utf-8", "surrogatepass")
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        return
     some = rng.sample(sorted(header), 2)
     changed = mutate_json(
         {name: header[name] for name in some},
@@ -227,6 +236,31 @@ def _write_safetensors(seed: dict[str, bytes], folder: Path, rng: Random | None)
     )
     declared = len(merged) if rng.random() < 0.9 else rng.choice((0, 1, 2**31, 2**63, 2**64 - 1))
     path.write_bytes(struct.pack("<Q", declared) + merged + (data[8 + length :] if rng.random() < 0.8 else b""))
+
+
+def _change_head(header: dict[str, Any], rng: Random) -> None:
+    names = [name for name in header if name != "__metadata__"]
+    one, other = rng.sample(names, 2)
+    match rng.randrange(6):
+        case 0:
+            header[rng.choice(("", "x", "../secret", f"{other}x", "model.layers.999.mlp.up_proj.weight", "é\0"))] = (
+                header.pop(one)
+            )
+        case 1:
+            header[one]["shape"].reverse()
+        case 2:
+            header[one]["shape"] = [1, 1, math.prod(header[one]["shape"])]
+        case 3:
+            header[one], header[other] = header[other], header[one]
+        case 4:
+            header["__metadata__"] = {"format": rng.choice(("pt", "tf", "x" * 1000))}
+        case _:
+            same_size = {
+                "BF16": ["F16", "I16", "U16"],
+                "F32": ["I32", "U32"],
+                "U8": ["I8", "BOOL", "F8_E4M3", "F8_E5M2"],
+            }
+            header[one]["dtype"] = rng.choice(same_size.get(header[one]["dtype"], ["BF16"]))
 
 
 def _has_header(folder: Path) -> bool:
