@@ -15,15 +15,15 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"nested more than {JSON_DEPTH} levels deep") from error
-    opened = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
-    if sum(text.count(sign) for sign in opened) > JSON_DEPTH and _is_deep(value):  # type: ignore[arg-type]
+    num_opened = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    if num_opened > JSON_DEPTH and _is_deep(value):
         raise ValueError(f"nested more than {JSON_DEPTH} levels deep")
     return value
 
 
 def _is_deep(value: Any) -> bool:
     level = [value]
-    for _ in range(JSON_DEPTH + 1):
+    for _ in range(JSON_DEPTH):
         level = [inner for outer in level for inner in _inner(outer) if isinstance(inner, dict | list)]
         if not level:
             return False

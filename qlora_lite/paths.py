@@ -24,11 +24,6 @@ def inside(folder: Path | str, name: Any, *, named_by: str) -> Path:
     return path
 
 
-def leads_out(path: Path) -> bool:
-    """Whether a file of a folder is a link to something outside of it."""
-    return path.is_symlink() and _leads_out(path.parent, path) != ""
-
-
 def _why_not(name: Any) -> str:
     if not isinstance(name, str):
         return "which is no text"

@@ -1,76 +1,97 @@
 """Foreign code (a chat template) with a limit on its time and on the memory it takes.
 
 A template can loop for ever (the sandbox limits each range, not the product of two) and make text of any length ("a" * 10**10). Neither
-can be seen beforehand or from inside the sandbox without another template engine than transformers'. So the operating system counts:
-processor time, which does not go on while the machine sleeps or the process is stopped, by ITIMER_VIRTUAL; and address space. Both are
-system calls of a microsecond, so every rendering has them. Signals reach the main thread only: in another thread, and where the system
-knows neither (Windows), nothing is limited.
+can be seen beforehand, nor from inside the sandbox without another template engine than transformers'. So the operating system counts:
+processor time by ITIMER_VIRTUAL, which stands still while the machine sleeps or the process is stopped, and address space by RLIMIT_AS.
+Both together take 3 microseconds, where the shortest rendering takes 100, so every rendering has them.
+
+Signals reach the main thread only: in another thread, and where the system has neither (Windows, macOS), nothing is limited.
 """
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
+from typing import Any, TypeVar
 
-_IS_POSSIBLE = hasattr(signal, "setitimer") and sys.platform == "linux"
+T = TypeVar("T")
+
+_IS_POSSIBLE = sys.platform == "linux"
 
 
 class TooMuch(Exception):
-    """The block took more than it may; says of what."""
+    """The function took more than it may; says of what."""
 
 
 class _TimeIsUp(BaseException):
     """Passes by `except Exception` in the code that is stopped."""
 
 
-@contextmanager
-def limited(*, seconds: float, num_bytes: int) -> Iterator[None]:
-    """Raises TooMuch when the block takes more processor time, or more memory than the process has now and `num_bytes`."""
-    if not _IS_POSSIBLE or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    is_on = True
+class Limits:
+    """`run` a function for at most `seconds` of processor time, while the process grows by at most `num_bytes`."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if is_on:
-            raise _TimeIsUp
+    def __init__(self, *, seconds: float, num_bytes: int) -> None:
+        self._seconds, self._num_bytes = seconds, num_bytes
+        self._address_bytes = _address_bytes() if _IS_POSSIBLE else 0  # of the process, when it was last looked up
 
-    before = signal.signal(signal.SIGVTALRM, stop)
-    try:
+    def run(self, function: Callable[[], T]) -> T:
+        """What `function` returns. Raises TooMuch, and whatever it raises."""
+        if not _IS_POSSIBLE or threading.current_thread() is not threading.main_thread():
+            return function()
         try:
+            return self._run(function)
+        except MemoryError:
+            pass  # perhaps the process has grown since its size was looked up, which takes longer than all the rest
+        self._address_bytes = _address_bytes()
+        try:
+            return self._run(function)
+        except MemoryError as error:
+            raise TooMuch(f"more than {self._num_bytes:,} bytes of memory") from error
+
+    def _run(self, function: Callable[[], T]) -> T:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = self._address_bytes + self._num_bytes
+        is_lower = soft == resource.RLIM_INFINITY or wanted < soft
+        if not _Alarm.is_installed:
+            _Alarm.install()
+        try:
+            if is_lower:
+                resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+            _Alarm.is_set = True
             signal.setitimer(
-                signal.ITIMER_VIRTUAL, seconds, 0.1
-            )  # again and again: a destructor swallows what it raises
-            with _limited_memory(num_bytes):
-                yield
+                signal.ITIMER_VIRTUAL, self._seconds, 0.1
+            )  # again and again: a destructor may swallow the first
+            return function()
+        except _TimeIsUp as error:
+            raise TooMuch(f"more than {self._seconds:g} s of processor time") from error
         finally:
-            is_on = False
+            _Alarm.is_set = False
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
-    except _TimeIsUp as error:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        raise TooMuch(f"more than {seconds:g} s of processor time") from error
-    except MemoryError as error:
-        raise TooMuch(f"more than {num_bytes:,} bytes of memory") from error
+            if is_lower:
+                resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-@contextmanager
-def _limited_memory(num_bytes: int) -> Iterator[None]:
-    import resource
+class _Alarm:
+    """The one handler of SIGVTALRM. It stays installed, and passes on what it did not set."""
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = _address_bytes() + num_bytes
-    if soft != resource.RLIM_INFINITY and soft <= wanted:
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    is_installed = is_set = False
+    before: Any = None
+
+    @classmethod
+    def install(cls) -> None:
+        cls.before = signal.signal(signal.SIGVTALRM, cls.ring)
+        cls.is_installed = True
+
+    @classmethod
+    def ring(cls, number: int, frame: FrameType | None) -> None:
+        if cls.is_set:
+            raise _TimeIsUp
+        if callable(cls.before):
+            cls.before(number, frame)
 
 
 def _address_bytes() -> int:

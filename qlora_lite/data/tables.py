@@ -201,7 +201,9 @@ def _saved_table(path: Path) -> Table:
         if isinstance(found, datasets.DatasetDict):
             splits = ", ".join(str(path / name) for name in found)
             raise DataError(f"{path}: holds several splits. Name one of them: {splits}")
-        found.data.table.validate(full=True)  # Arrow believes every offset in a file, and would read elsewhere in memory
+        found.data.table.validate(
+            full=True
+        )  # Arrow believes every offset in a file, and would read elsewhere in memory
         return Table(tuple(found.column_names), _saved_rows(path, found.with_format(None)))
 
 

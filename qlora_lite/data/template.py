@@ -30,7 +30,7 @@ from hashlib import sha256
 from itertools import pairwise
 from typing import Any
 
-from qlora_lite.data.limited import TooMuch, limited
+from qlora_lite.data.limited import Limits, TooMuch
 from qlora_lite.data.rows import Conversation, Message, short
 from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign
@@ -94,6 +94,8 @@ class ChatTemplate:
         self.name = "the tokenizer's chat template" if tokenizer.chat_template else "plain"
         self._where = tokenizer.name_or_path or "tokenizer"
         self._refuse_size()
+        self._stopped = ""  # why nothing is rendered any more
+        self._limits = Limits(seconds=TEMPLATE_SECONDS, num_bytes=TEMPLATE_BYTES)
         added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._special_ids = {*tokenizer.all_special_ids, *added}
         asks_for_today = "strftime_now" in (tokenizer.chat_template or "")
@@ -261,9 +263,11 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), *, generate: bool, **settings: Any
     ) -> str:
+        if self._stopped:  # not again for every row
+            raise ModelError(self._stopped)
         try:
-            with limited(seconds=TEMPLATE_SECONDS, num_bytes=TEMPLATE_BYTES):
-                text = self.tokenizer.apply_chat_template(
+            text = self._limits.run(
+                lambda: self.tokenizer.apply_chat_template(
                     list(messages),
                     tools=list(tools) or None,
                     chat_template=None if self.tokenizer.chat_template else _PLAIN_TEMPLATE,
@@ -271,10 +275,10 @@ class ChatTemplate:
                     add_generation_prompt=generate,
                     **self._settings | settings,
                 )
+            )
         except TooMuch as error:
-            raise ModelError(
-                f"{self._where}: the chat template takes {error} for one conversation. Change it, or remove it (plain prompts)."
-            ) from error
+            self._stopped = f"{self._where}: the chat template takes {error} for one conversation. Change it, or remove it (plain prompts)."
+            raise ModelError(self._stopped) from error
         except Exception as error:  # a template is foreign code: it can raise anything
             roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
             raise ModelError(

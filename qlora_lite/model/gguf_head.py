@@ -40,7 +40,8 @@ def check_gguf_head(path: Path) -> None:
             head.skip_text(longest=_NAME_BYTES)
             head.skip_value()
         for _ in range(num_tensors):
-            head.check_tensor()
+            head.skip_tensor()
+        head.check_data()
 
 
 class _Head:
@@ -48,7 +49,11 @@ class _Head:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._left = self._size = os.fstat(file.fileno()).st_size
+        self._left = os.fstat(file.fileno()).st_size
+        self._data_bytes, self._last = (
+            0,
+            "no tensor",
+        )  # how far the tensors reach behind the head, and which reaches farthest
 
     def unpack(self, format: str) -> tuple:
         size = struct.calcsize(format)
@@ -70,7 +75,7 @@ class _Head:
         else:
             self._skip(_size_of(kind))
 
-    def check_tensor(self) -> None:
+    def skip_tensor(self) -> None:
         self.skip_text(longest=_NAME_BYTES)
         (num_dimensions,) = self.unpack("<I")
         if num_dimensions > GGUF_DIMENSIONS:
@@ -78,9 +83,14 @@ class _Head:
         shape = self.unpack(f"<{num_dimensions}Q")
         kind, offset = self.unpack("<IQ")
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        num_bytes = math.prod(shape) // block * block_bytes
-        if 0 in shape or offset + num_bytes > self._size:
-            raise ValueError(f"a tensor of shape {list(shape)} at byte {offset:,}, in a file of {self._size:,} bytes")
+        end = offset + math.prod(shape) // block * block_bytes
+        if end > self._data_bytes:
+            self._data_bytes, self._last = end, f"a tensor of shape {list(shape)} at byte {offset:,}"
+
+    def check_data(self) -> None:
+        """After all tensors: whether the file holds them. (They begin at the next multiple of 32 or so.)"""
+        if self._data_bytes > self._left:
+            raise ValueError(f"{self._last} of the tensors, and only {self._left:,} bytes of them are there")
 
     def _skip_list(self) -> None:
         kind, length = self.unpack("<IQ")

@@ -121,7 +121,8 @@ def _refuse_pickles(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES and path.is_file())
     if not names or any(folder.glob("*.safetensors*")):
         return
-    code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}).save_pretrained({f'{folder}-safetensors'!r})"
+    out = f"{folder}-safetensors"
+    code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}).save_pretrained({out!r})"
     raise ModelError(
         f"{folder}: has only pickled weights ({names[0]}), which can run code when they are read, so they are not read here. Where you "
         f"trust them, convert them once with: python -c {shlex.quote(code)}  and copy the tokenizer's files beside the result"

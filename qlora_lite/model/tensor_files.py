@@ -18,11 +18,12 @@ from qlora_lite.paths import inside
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights, by name; they need not be there. Raises ModelError for an unusable index."""
     index = folder / INDEX_FILE
-    named = _named_by(index) if index.is_file() else {WEIGHTS_FILE}
+    is_sharded = index.is_file()
+    named = _named_by(index) if is_sharded else {WEIGHTS_FILE}
     try:
-        return [inside(folder, name, named_by=str(index)) for name in sorted(named)]
+        return [inside(folder, name, named_by=str(folder)) for name in sorted(named)]
     except UserError as error:
-        raise ModelError(f"{index}: no usable weight_map: {error}") from error
+        raise ModelError(f"{index}: no usable weight_map: {error}" if is_sharded else str(error)) from error
 
 
 def open_safetensors(path: Path) -> Any:

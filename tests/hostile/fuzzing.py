@@ -10,6 +10,7 @@ writing, anything in `outside/` for reading, starting programs, connecting) and 
 Surprising: the parent never runs a reader or makes a seed, because libraries start threads, which a forked process would not have.
 """
 
+import faulthandler
 import json
 import os
 import resource
@@ -37,7 +38,7 @@ from tests.hostile.reader import Reader
 READERS = {reader.name: reader for module in (text_readers, model_readers, run_readers) for reader in module.READERS}
 FAILURES = ("crash", "died", "hang", "memory", "outside", "wordless")
 CASE_SECONDS = 30.0
-GROWTH_BYTES = 768 * 2**20  # of a process's largest resident size, by one case
+GROWTH_BYTES = 768 * 2**20  # of a process's resident size, by one case
 ADDRESS_BYTES = 6 * 2**30  # of address space, above what the process has before its first case
 FILE_BYTES = 2**28
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
@@ -56,11 +57,16 @@ class Outcome:
     detail: str = ""
 
 
-def run_cases(reader: Reader, cases: Sequence[int], *, case_seconds: float = CASE_SECONDS) -> Iterator[Outcome]:
-    """The outcome of each case in order; negative numbers are the seeds as they are, -1 the first."""
+def run_cases(
+    reader: Reader, cases: Sequence[int], *, case_seconds: float = CASE_SECONDS, first_seconds: float = 90
+) -> Iterator[Outcome]:
+    """The outcome of each case in order; negative numbers are the seeds as they are, -1 the first.
+
+    A process's first case has more time, `first_seconds`, because its seeds are made before it.
+    """
     waiting = list(cases)
     while waiting:
-        for outcome in _one_process(reader, list(waiting), case_seconds):
+        for outcome in _one_process(reader, list(waiting), case_seconds, first_seconds):
             waiting.remove(outcome.case)
             yield outcome
 
@@ -73,7 +79,7 @@ def show_case(reader: Reader, case: int, folder: Path) -> None:
     _write(reader, reader.make(seeds), case, folder / "input")
 
 
-def _one_process(reader: Reader, cases: list[int], case_seconds: float) -> Iterator[Outcome]:
+def _one_process(reader: Reader, cases: list[int], case_seconds: float, first_seconds: float) -> Iterator[Outcome]:
     """Outcomes until the cases are done or one of them ends the process."""
     root = Path(tempfile.mkdtemp(prefix="qlora-lite-fuzz-"))
     receiving, sending = os.pipe()
@@ -91,7 +97,7 @@ def _one_process(reader: Reader, cases: list[int], case_seconds: float) -> Itera
     done, begun, rest = 0, time.monotonic(), b""
     try:
         while done < len(cases):
-            limit = case_seconds if done else case_seconds + 60  # the first one waits for the seeds
+            limit = case_seconds if done else first_seconds
             left = begun + limit - time.monotonic()
             ready = left > 0 and select.select([receiving], [], [], left)[0]
             if not ready:
@@ -121,6 +127,7 @@ def _work(reader: Reader, cases: list[int], root: Path, sending: int) -> None:
     log = os.open(root / "log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.enable(2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     warnings.simplefilter("ignore")
     sys.dont_write_bytecode = True
@@ -155,7 +162,7 @@ def _run_case(reader: Reader, seeds: list[Any], case: int, folder: Path, watch: 
         parsed = bool(reader.parses(folder))
     except Exception:
         parsed = False
-    largest, begun = _largest_bytes(), time.monotonic()
+    resident, begun = _resident_bytes("VmRSS", reset=True), time.monotonic()
     what, detail = "ok", ""
     with watch:
         try:
@@ -171,7 +178,7 @@ def _run_case(reader: Reader, seeds: list[Any], case: int, folder: Path, watch: 
         except BaseException as error:
             what, detail = "crash", f"{type(error).__name__}: {str(error)[:300]}\n{traceback.format_exc()[-2500:]}"
     seconds = time.monotonic() - begun
-    grown = _largest_bytes() - largest
+    grown = _resident_bytes("VmHWM") - resident
     if watch.seen:
         what, detail = "outside", "; ".join(watch.seen)
     elif grown > GROWTH_BYTES and what in ("ok", "refused"):
@@ -220,5 +227,9 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _largest_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _resident_bytes(what: str, *, reset: bool = False) -> int:
+    """VmRSS is what is resident now, VmHWM the most since the last `reset` (Linux: proc(5), clear_refs)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{what}:"))

@@ -37,6 +37,10 @@ _CONFIG_VALUES = (
     *(10**9, 10**12, 2**31 - 1, 64, 3, 1e-5, ["full_attention"] * 2, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     *({"quant_method": "gptq", "bits": 4}, {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}),
 )  # fmt: skip
+_CONFIG_KEYS = (
+    *("auto_map", "attn_implementation", "_attn_implementation", "rope_scaling", "layer_types", "head_dim"),
+    *("quantization_config", "pad_token_id", "use_kernels"),
+)
 _CONVERSATIONS = (
     Conversation("a", ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})),
     Conversation(
@@ -59,16 +63,7 @@ def _config_seeds(_: Path) -> list[dict[str, Any]]:
 def _write_config(seed: dict[str, Any], folder: Path, rng: Random | None) -> None:
     text = json.dumps(seed)
     if rng is not None and rng.random() < 0.3:
-        extra = (
-            "auto_map",
-            "attn_implementation",
-            "_attn_implementation",
-            "rope_scaling",
-            "layer_types",
-            "quantization_config",
-            "head_dim",
-        )
-        seed = {**seed, rng.choice(extra): rng.choice(_CONFIG_VALUES)}
+        seed = {**seed, rng.choice(_CONFIG_KEYS): rng.choice(_CONFIG_VALUES)}
     if rng is not None:
         text = mutate_json(seed, rng, values=_CONFIG_VALUES)
     data = text.encode("utf-8", "surrogatepass")
@@ -82,25 +77,27 @@ def _read_config(folder: Path) -> object:
 
 
 def _folder_seeds(_: Path) -> list[dict[str, bytes]]:
-    return [_files(tiny_source()), _files(tiny_artefact())]
+    return [files_of(tiny_source()), files_of(tiny_artefact())]
 
 
-def _files(folder: Path) -> dict[str, bytes]:
+def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def _write_files(seed: dict[str, bytes], folder: Path) -> None:
+def write_files(seed: dict[str, bytes], folder: Path) -> None:
     for name, data in seed.items():
         (folder / name).write_bytes(data)
 
 
 def _write_generation(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
-    _write_files(seed, folder)
-    document = {"bos_token_id": 1, "eos_token_id": [2, 3], "do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 20,
-                "transformers_version": "5.0.0"}  # fmt: skip
+    write_files(seed, folder)
+    document: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": [2, 3], "do_sample": True, "temperature": 0.7, "top_p": 0.9,
+                "max_new_tokens": 20}  # fmt: skip
     values = ({"AutoModel": "evil.Evil"}, "static", "evil/custom_generate", ["a"], {"cache_implementation": "x"})
-    extra = {rng.choice(("cache_config", "custom_generate", "watermarking_config", "compile_config", "stop_strings")): rng.choice(values)} if rng else {}  # fmt: skip
-    text = json.dumps(document) if rng is None else mutate_json({**document, **extra}, rng, values=values)
+    if rng is not None:
+        keys = ("cache_config", "custom_generate", "watermarking_config", "compile_config", "stop_strings")
+        document[rng.choice(keys)] = rng.choice(values)
+    text = json.dumps(document) if rng is None else mutate_json(document, rng, values=values)
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
 
@@ -108,7 +105,7 @@ def _tokenizer_seeds(folder: Path) -> list[dict[str, bytes]]:
     seeds = []
     for number, template in enumerate((CHATML, None)):
         make_tokenizer(template).save_pretrained(folder / f"fast-{number}")
-        seeds.append(_files(folder / f"fast-{number}"))
+        seeds.append(files_of(folder / f"fast-{number}"))
     rules = json.loads(seeds[0]["tokenizer.json"])["model"]
     merges = "\n".join(" ".join(pair) for pair in rules["merges"])
     settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>", "chat_template": CHATML}
@@ -123,7 +120,7 @@ def _tokenizer_seeds(folder: Path) -> list[dict[str, bytes]]:
 
 
 def _write_tokenizer(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
-    _write_files(seed, folder)
+    write_files(seed, folder)
     name = spread(sorted(seed), rng)
     if rng is None:
         return
@@ -161,22 +158,50 @@ def _read_tokenizer(folder: Path) -> object:
 
 _TEMPLATES = (
     CHATML,
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}"
-    "{% endif %}{% endfor %}",
-    "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}{%- set ns.n = ns.n + 1 -%}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    "{%- endfor -%}{%- if tools -%}{{ tools | tojson }}{%- endif -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}",
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% else %}"
+    " {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
+    "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}{%- set ns.n = ns.n + 1 -%}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{%- endfor -%}"
+    "{%- if tools -%}{{ tools | tojson }}{%- endif -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}",
     "{% macro show(m) %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endmacro %}{% for m in messages %}{{ show(m) }}{% endfor %}",
 )  # fmt: skip
 _TEMPLATE_WORDS = (
-    *("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "{{ 'a' * 10**10 }}", "{{ 9 ** 9 ** 9 }}"),
-    *("{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}", "{{ range(10**12) | list }}"),
-    *("{{ ''.__class__.__mro__ }}", "{{ messages.__class__ }}", "{{ cycler.__init__.__globals__ }}", "{{ lipsum.__globals__ }}", "{{ self }}"),
-    *("{{ '%1000000000d' % 1 }}", "{{ 'x' | center(10**10) }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ undefined.x }}", "{% break %}"),
-    *("{{ messages.pop() }}", "{{ messages | map('x') }}", "{% include 'x' %}", "{% import 'x' as y %}", "{{ '{0.__class__}'.format(1) }}"),
-    *("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ lipsum(n=10**7) }}", "{{ (" * 50, "{% if 1 %}" * 60, "{{ strftime_now('%Y' * 999) }}"),
-    *("messages", "content", "role", "loop.index0", "| tojson", "| join", "| reverse", "| sort", "| length", "[0]", "[-1]", "[::-1]", "or", "not"),
-    *("{% generation %}", "{% endgeneration %}", "{% raw %}", "{% endfor %}", "{% endif %}", "{% else %}", "recursive", "{{ loop(messages) }}"),
-)  # fmt: skip
+    *r"""
+{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}
+{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}
+{{ 'a' * 10**10 }}
+{{ 9 ** (9 ** 9) }}
+{{ range(10**12) | list }}
+{{ ''.__class__.__mro__ }}
+{{ messages.__class__ }}
+{{ cycler.__init__.__globals__ }}
+{{ lipsum.__globals__ }}
+{{ self }}
+{{ '%1000000000d' % 1 }}
+{{ 'x' | center(10**10) }}
+{{ raise_exception('no') }}
+{{ 1 / 0 }}
+{{ undefined.x }}
+{% break %}
+{{ messages.pop() }}
+{{ messages | map('x') }}
+{% include 'x' %}
+{% import 'x' as y %}
+{{ '{0.__class__}'.format(1) }}
+{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}
+{{ lipsum(n=10**7) }}
+{{ strftime_now('%Y' * 999) }}
+{% generation %}
+{% endgeneration %}
+{% raw %}
+{% endfor %}
+{% endif %}
+{% else %}
+{{ loop(messages) }}
+""".strip().splitlines(),
+    *("{{ (" * 50, "{% if 1 %}" * 60, "messages", "content", "role", "loop.index0", "recursive", "or", "not"),
+    *("| tojson", "| join", "| reverse", "| sort", "| length", "[0]", "[-1]", "[::-1]"),
+)
 
 
 def _write_template(seed: str, folder: Path, rng: Random | None) -> None:
@@ -208,8 +233,8 @@ def _read_template(folder: Path) -> object:
     return [template.encode(row) for row in rows]
 
 
-def _write_safetensors(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
-    _write_files(seed, folder)
+def write_safetensors(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
+    write_files(seed, folder)
     if rng is None:
         return
     path = folder / "model.safetensors"
@@ -231,9 +256,8 @@ def _write_safetensors(seed: dict[str, bytes], folder: Path, rng: Random | None)
         values=("F64", "F8_E4M3", "BOOL", "I64", "C64", "F4", [2**40, 2**40], [0], [-1]),
     )
     text = json.dumps({name: facts for name, facts in header.items() if name not in some})
-    merged = (text[:-1] + ", " + changed[1:] if changed.startswith("{") and len(changed) > 2 else changed).encode(
-        "utf-8", "surrogatepass"
-    )
+    is_object = changed.startswith("{") and len(changed) > 2
+    merged = (f"{text[:-1]}, {changed[1:]}" if is_object else changed).encode("utf-8", "surrogatepass")
     declared = len(merged) if rng.random() < 0.9 else rng.choice((0, 1, 2**31, 2**63, 2**64 - 1))
     path.write_bytes(struct.pack("<Q", declared) + merged + (data[8 + length :] if rng.random() < 0.8 else b""))
 
@@ -289,13 +313,13 @@ def _index_seeds(folder: Path) -> list[dict[str, bytes]]:
         save_file({name: tensors[name] for name in held}, out / shard)
     weight_map = {name: shard for shard, held in shards.items() for name in held}
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    files = _files(source) | _files(out) | {"model.safetensors.index.json": json.dumps(index).encode()}
+    files = files_of(source) | files_of(out) | {"model.safetensors.index.json": json.dumps(index).encode()}
     del files["model.safetensors"]
     return [files]
 
 
 def _write_index(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
-    _write_files(seed, folder)
+    write_files(seed, folder)
     if rng is None:
         return
     outside = [f"{'../' * depth}outside/secret.safetensors" for depth in (1, 2, 3)]
@@ -414,7 +438,7 @@ READERS = (
     Reader("generation_config", _folder_seeds, _write_generation, _are_json, lambda folder: load_base(folder, device="cpu")),
     Reader("tokenizer", _tokenizer_seeds, _write_tokenizer, _are_json, _read_tokenizer),
     Reader("chat_template", lambda _: list(_TEMPLATES), _write_template, _is_template, _read_template),
-    Reader("safetensors", _folder_seeds, _write_safetensors, _has_header, _read_safetensors),
+    Reader("safetensors", _folder_seeds, write_safetensors, _has_header, _read_safetensors),
     Reader("index", _index_seeds, _write_index, lambda folder: is_json(folder / "model.safetensors.index.json"), _read_index),
     Reader("gguf", _gguf_seeds, _write_gguf, _is_gguf, _read_gguf),
 )  # fmt: skip

@@ -19,13 +19,17 @@ from qlora_lite.recipe import load_recipe
 from qlora_lite.recipe.hub_names import find_fetched
 from qlora_lite.run_dir import RunDir
 from qlora_lite.show.run_files import read_run
-from tests.hostile.model_readers import _files, _write_files, _write_safetensors
+from tests.hostile.model_readers import files_of, write_files, write_safetensors
 from tests.hostile.mutations import mutate_bytes, mutate_json
-from tests.hostile.reader import Reader, is_json, spread
+from tests.hostile.reader import Reader, is_json
 from tests.show.run_files import write_run
 from tests.tiny_model import tiny_adapted, tiny_base
 
 _CONFIG, _FACTORS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER_KEYS = (
+    *("megatron_config", "megatron_core", "auto_mapping", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
+    *("loftq_config", "runtime_config", "layer_replication", "target_parameters", "modules_to_save", "corda_config"),
+)
 _ADAPTER_VALUES = (
     *("LORA", "IA3", "PROMPT_TUNING", "lora_only", "pissa", "eva", "all-linear", "(.*a)+(.*b)+$", "[", "q_proj"),
     *({"(a+)+$": 8}, {"layers.0": 0}, {"q_proj": "8"}, {"": -1}, ["lm_head"], ["q_proj", 3], {"embed_tokens": [1, 2**62]}, {"a": [-1]}),
@@ -38,21 +42,19 @@ def _adapter_seeds(folder: Path) -> list[dict[str, bytes]]:
     for r in (4, 8):
         out = folder / f"adapter-{r}"
         save_adapter(tiny_adapted(r=r), out, base_name="tiny")
-        seeds.append(_files(out))
+        seeds.append(files_of(out))
     return seeds
 
 
 def _write_adapter(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
     out = folder / "adapter"
     out.mkdir()
-    _write_files(seed, out)
+    write_files(seed, out)
     if rng is None:
         return
     document = json.loads(seed[_CONFIG])
     if rng.random() < 0.4:
-        extra = ("megatron_config", "megatron_core", "auto_mapping", "rank_pattern", "alpha_pattern", "trainable_token_indices", "loftq_config",
-                 "runtime_config", "layer_replication", "target_parameters", "modules_to_save", "corda_config", "eva_config")  # fmt: skip
-        document[rng.choice(extra)] = rng.choice(_ADAPTER_VALUES)
+        document[rng.choice(_ADAPTER_KEYS)] = rng.choice(_ADAPTER_VALUES)
     data = mutate_json(document, rng, values=_ADAPTER_VALUES).encode("utf-8", "surrogatepass")
     (out / _CONFIG).write_bytes(mutate_bytes(data, rng) if rng.random() < 0.1 else data)
 
@@ -60,8 +62,13 @@ def _write_adapter(seed: dict[str, bytes], folder: Path, rng: Random | None) -> 
 def _write_factors(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
     out = folder / "adapter"
     out.mkdir()
-    _write_safetensors({**seed, "model.safetensors": seed[_FACTORS]}, out, rng)
+    write_safetensors({**seed, "model.safetensors": seed[_FACTORS]}, out, rng)
     (out / "model.safetensors").replace(out / _FACTORS)
+
+
+def _write_either(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
+    write = _write_adapter if rng is None or rng.random() < 0.5 else _write_factors
+    write(seed, folder, rng)
 
 
 def _is_factors(folder: Path) -> bool:
@@ -93,11 +100,11 @@ def _manifest_seeds(folder: Path) -> list[dict[str, bytes]]:
     (out / "model.safetensors").write_bytes(save({"a": torch.ones(2)}))
     (out / "config.json").write_text("{}", encoding="utf-8")
     write_manifest(out, {"step": 3, "source": "tiny"})
-    return [_files(out)]
+    return [files_of(out)]
 
 
 def _write_manifest(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
-    _write_files(seed, folder)
+    write_files(seed, folder)
     if rng is None:
         return
     outside = [f"{'../' * depth}outside/secret.safetensors" for depth in (1, 2)] + [
@@ -130,11 +137,11 @@ _DOCUMENTS = (
 
 
 def _run_seeds(folder: Path) -> list[dict[str, bytes]]:
-    return [_files(write_run(folder / "run"))]
+    return [files_of(write_run(folder / "run"))]
 
 
 def _write_run(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
-    _write_files(seed, folder)
+    write_files(seed, folder)
     for name in _DOCUMENTS if rng is not None else ():
         assert rng is not None
         if rng.random() > 0.4:
@@ -154,8 +161,15 @@ def _read_run(folder: Path) -> object:
     return [run.read_json(name) for name in _DOCUMENTS[:6]], run.read_steps(), run.read_predictions()
 
 
+_REVISIONS = {"schema_version": 1, "newest": "a" * 40, "revisions": {"main": "a" * 40, "v1": "a" * 40}}
+
+
+def _revisions(folder: Path) -> Path:
+    return folder / "cache" / "hub" / "org" / "name.json"
+
+
 def _write_revisions(seed: dict[str, Any], folder: Path, rng: Random | None) -> None:
-    path = folder / "cache" / "hub" / "org" / "name.json"
+    path = _revisions(folder)
     path.parent.mkdir(parents=True)
     (path.parent / f"name@{'a' * 40}").mkdir()
     text = json.dumps(seed) if rng is None else mutate_json(seed, rng, values=["../../../outside", "a" * 40, "main"])
@@ -177,9 +191,8 @@ READERS = (
         "adapter_on_model", _adapter_seeds, _write_adapter, lambda folder: is_json(folder / "adapter" / _CONFIG),
         lambda folder: load_adapter(tiny_base().model, folder / "adapter"),
     ),
-    Reader("init_from", lambda folder: _adapter_seeds(folder)[:1], lambda seed, folder, rng: (_write_adapter if spread(["0", "1"], rng) == "0" else _write_factors)(seed, folder, rng), _is_factors, _start_from),
+    Reader("init_from", lambda folder: _adapter_seeds(folder)[:1], _write_either, _is_factors, _start_from),
     Reader("manifest", _manifest_seeds, _write_manifest, lambda folder: is_json(folder / "manifest.json"), _read_manifest),
     Reader("run_json", _run_seeds, _write_run, lambda folder: all(is_json(folder / name) for name in _DOCUMENTS[:6]), _read_run),
-    Reader("hub_revisions", lambda _: [{"schema_version": 1, "newest": "a" * 40, "revisions": {"main": "a" * 40, "v1": "a" * 40}}],
-           _write_revisions, lambda folder: is_json(folder / "cache" / "hub" / "org" / "name.json"), _find_revisions),
+    Reader("hub_revisions", lambda _: [_REVISIONS], _write_revisions, lambda folder: is_json(_revisions(folder)), _find_revisions),
 )  # fmt: skip

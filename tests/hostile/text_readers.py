@@ -63,7 +63,9 @@ merge: {dtype: bf16, proof: auto}
 def _recipes(_: Path) -> list[str]:
     mixed = "data:\n  train:\n    - {path: rows.jsonl, weight: 2}\n    - {path: rows.jsonl, weight: 0.5}\n"
     shipped = (REPOSITORY / "recipes" / "smollm2-135m_country-qa.yaml").read_text(encoding="utf-8")
-    return [_RECIPE, mixed, shipped.replace("country_qa/train.json", "rows.jsonl").replace("country_qa/test.json", "rows.jsonl")]  # fmt: skip
+    for file in ("country_qa/train.json", "country_qa/test.json"):
+        shipped = shipped.replace(file, "rows.jsonl")
+    return [_RECIPE, mixed, shipped]
 
 
 def _write_recipe(seed: str, folder: Path, rng: Random | None) -> None:
@@ -94,7 +96,7 @@ def _sets_known_key(folder: Path) -> bool:
     return any(override.partition("=")[0].strip() in known_keys() and "=" in override for override in _sets(folder))
 
 
-_SETS = ["lora.r=8", "lora.target_modules=[q_proj, v_proj]", "train.learning_rate=2e-4", 'data.no_answer_text="none"', "memory.budget=24GiB",
+_SETS = ["lora.r=8", "lora.target_modules=[q_proj, v_proj]", "train.learning_rate=2e-4", "memory.budget=24GiB", "lora.r=4",
          "data.train=[{path: rows.jsonl, weight: 2}]", "merge.proof=auto", "train.early_stop=null"]  # fmt: skip
 
 
@@ -105,9 +107,15 @@ def _inspect(name: str) -> Callable[[Path], object]:
         if not tokenizer:
             tokenizer.append(make_tokenizer())
         path = folder / name
-        return inspect_rows(path, tokenizer[0], num_rows=None, no_answer_text="none", max_seq_length=None, limit=512)
+        return inspect_rows(
+            path, tokenizer[0], num_rows=None, no_answer_text="none", max_seq_length=None, max_bad_share=0.9
+        )
 
     return read
+
+
+def _row_seeds(_: Path) -> list[list[dict[str, Any]]]:
+    return [[row] * 3 for row in _ROWS]
 
 
 def _write_json(seed: Any, folder: Path, rng: Random | None) -> None:
@@ -117,7 +125,9 @@ def _write_json(seed: Any, folder: Path, rng: Random | None) -> None:
 
 
 def _write_jsonl(seed: Any, folder: Path, rng: Random | None) -> None:
-    lines = [json.dumps(row, ensure_ascii=False) if rng is None else mutate_json(row, rng) for row in seed]
+    lines = [
+        mutate_json(row, rng) if rng and rng.random() < 0.6 else json.dumps(row, ensure_ascii=False) for row in seed
+    ]
     data = "\n".join(lines).encode("utf-8", "surrogatepass")
     (folder / "rows.jsonl").write_bytes(mutate_bytes(data, rng) if rng and rng.random() < 0.25 else data)
 
@@ -215,24 +225,12 @@ def _write_saved(seed: dict[str, bytes], folder: Path, rng: Random | None) -> No
     out.mkdir()
     for name, data in seed.items():
         (out / name).write_bytes(data)
-    name = spread(sorted(seed, key=lambda name: name.endswith(".arrow")) + ["state.json"], rng)
+    name = spread([*sorted(seed), "state.json"], rng)
     if rng is None:
         return
     if name.endswith(".json"):
         names = ["../../outside/secret.arrow", "/etc/passwd", "state.json"]
-        kinds = [
-            "Value",
-            "List",
-            "Translation",
-            "Image",
-            "Audio",
-            "Json",
-            "Sequence",
-            "ClassLabel",
-            "int32",
-            "numpy",
-            "torch",
-        ]
+        kinds = "Value List Translation Image Audio Json Sequence ClassLabel int32 numpy torch".split()
         (out / name).write_text(mutate_json(json.loads(seed[name]), rng, values=names + kinds), encoding="utf-8")
     else:
         (out / name).write_bytes(mutate_bytes(seed[name], rng))
@@ -251,8 +249,8 @@ READERS = (
         _sets_known_key,
         lambda folder: load_recipe("smollm2-135m_country-qa", overrides=_sets(folder)),
     ),
-    Reader("json", lambda _: [[row] * 3 for row in _ROWS], _write_json, lambda folder: is_json(folder / "rows.json", list), _inspect("rows.json")),
-    Reader("jsonl", lambda _: [[row] * 3 for row in _ROWS], _write_jsonl, _begins_as_json, _inspect("rows.jsonl")),
+    Reader("json", _row_seeds, _write_json, lambda folder: is_json(folder / "rows.json", list), _inspect("rows.json")),
+    Reader("jsonl", _row_seeds, _write_jsonl, _begins_as_json, _inspect("rows.jsonl")),
     Reader("csv", _csv_seeds, _write_csv, _is_csv, _inspect("rows.csv")),
     Reader("parquet", _parquet_seeds, _write_parquet, _is_parquet, _inspect("rows.parquet")),
     Reader("saved", _saved_seeds, _write_saved, _is_saved, _inspect("saved")),
