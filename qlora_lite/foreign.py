@@ -28,7 +28,6 @@ def foreign(make_error: Callable[[str], UserError]) -> Iterator[None]:
 
 
 def said_by(error: BaseException) -> str:
-    """The kind of an error and its first line, cut."""
-    lines = str(error).splitlines() or [""]
-    text = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
+    """The kind of an error and what it says, in one line and cut."""
+    text = ": ".join([type(error).__name__, *([" ".join(str(error).split())] if str(error).strip() else [])])
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

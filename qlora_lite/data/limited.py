@@ -2,7 +2,7 @@
 
 A template can loop for ever (the sandbox limits each range, not the product of two) and make text of any length ("a" * 10**10). Neither
 can be seen beforehand, nor from inside the sandbox without another template engine than transformers'. So the operating system counts:
-processor time by ITIMER_VIRTUAL, which stands still while the machine sleeps or the process is stopped, and address space by RLIMIT_AS.
+processor time by ITIMER_PROF, which stands still while the machine sleeps or the process is stopped, and address space by RLIMIT_AS.
 Both together take 3 microseconds, where the shortest rendering takes 100, so every rendering has them.
 
 Signals reach the main thread only: in another thread, and where the system has neither (Windows, macOS), nothing is limited.
@@ -63,27 +63,27 @@ class Limits:
                 resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
             _Alarm.is_set = True
             signal.setitimer(
-                signal.ITIMER_VIRTUAL, self._seconds, 0.1
+                signal.ITIMER_PROF, self._seconds, 0.1
             )  # again and again: a destructor may swallow the first
             return function()
         except _TimeIsUp as error:
             raise TooMuch(f"more than {self._seconds:g} s of processor time") from error
         finally:
             _Alarm.is_set = False
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             if is_lower:
                 resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 class _Alarm:
-    """The one handler of SIGVTALRM. It stays installed, and passes on what it did not set."""
+    """The one handler of SIGPROF. It stays installed, and passes on what it did not set."""
 
     is_installed = is_set = False
     before: Any = None
 
     @classmethod
     def install(cls) -> None:
-        cls.before = signal.signal(signal.SIGVTALRM, cls.ring)
+        cls.before = signal.signal(signal.SIGPROF, cls.ring)
         cls.is_installed = True
 
     @classmethod

@@ -76,8 +76,11 @@ def load_adapter(
     model: PreTrainedModel, folder: Path, *, trainable: bool = False, factor_dtype: torch.dtype = torch.bfloat16
 ) -> PeftModel:
     """Wrap `model` with the adapter saved in `folder` (PEFT's format). Raises ModelError when it does not belong to the model."""
-    read_adapter_config(folder)
-    open_safetensors(folder / "adapter_model.safetensors")
+    try:
+        read_adapter_config(folder)
+        open_safetensors(folder / "adapter_model.safetensors")
+    except ModelError as error:
+        raise ModelError(f"{folder}: not an adapter of this model ({error})") from error
     with (
         foreign(lambda said: ModelError(f"{folder}: not an adapter of this model ({said})")),
         warnings.catch_warnings(),

@@ -140,13 +140,13 @@ def read_quant_state(name: str, packed: torch.Tensor, parts: dict[str, torch.Ten
     with foreign(lambda said: ModelError(f"{name}: its quantization constants cannot be read ({said})")):
         state = bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device(device))
         num_weights = math.prod(state.shape)
-        blocks = [(state.absmax, -(-num_weights // state.blocksize))]
+        num_blocks, scale = -(-num_weights // state.blocksize), torch.float32
+        found = [(state.absmax, num_blocks, torch.uint8 if state.nested else scale), (state.code, 16, scale)]
         if state.nested:
-            blocks.append((state.state2.absmax, -(-blocks[0][1] // state.state2.blocksize)))
-        fits = packed.nbytes == -(-num_weights // 2) and all(scales.numel() == number for scales, number in blocks)
-        codes = (state.code, state.state2.code) if state.nested else (state.code,)
-        has_codes = [code.numel() for code in codes] == [16, 256][: len(codes)]
-        if not (fits and has_codes and num_weights > 0 and state.blocksize in _BLOCKS):
+            inner = state.state2
+            found += [(inner.absmax, -(-num_blocks // inner.blocksize), scale), (inner.code, 256, scale)]
+        fits = all((tensor.numel(), tensor.dtype) == (number, dtype) for tensor, number, dtype in found)
+        if not (fits and packed.nbytes == -(-num_weights // 2) and num_weights > 0 and state.blocksize in _BLOCKS):
             raise ValueError(f"they are not those of a weight of shape {list(state.shape)} in {packed.nbytes:,} bytes")
     return state
 

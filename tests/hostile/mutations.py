@@ -10,6 +10,7 @@ import json
 import re
 import struct
 from collections.abc import Sequence
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -79,6 +80,15 @@ def mutate_json(document: Any, rng: Random, *, values: Sequence[Any] = ()) -> st
     return _as_text(document)
 
 
+def mutate_keys(document: dict[str, Any], keys: Sequence[str], rng: Random, *, values: Sequence[Any] = ()) -> str:
+    """`mutate_json` of these keys of a document, the others as they are."""
+    changed = mutate_json({key: document[key] for key in keys}, rng, values=values)
+    rest = json.dumps({key: value for key, value in document.items() if key not in keys})
+    if not changed.startswith("{") or changed == "{}" or rest == "{}":
+        return changed
+    return f"{rest[:-1]}, {changed[1:]}"
+
+
 def _change_bytes(data: bytearray, rng: Random, words: Sequence[str]) -> bytes:
     size = len(data)
     at = rng.randrange(size + 1)
@@ -130,15 +140,15 @@ def _change_place(holder: Any, key: Any, rng: Random, values: Sequence[Any]) -> 
     elif kind == 2:
         holder[key] = [value] if rng.random() < 0.5 else {"a": value}
     elif kind == 3 and isinstance(holder, list):
-        holder.extend([value] * rng.choice((1, 50)))
+        holder.extend(deepcopy(value) for _ in range(rng.choice((1, 50))))
     elif kind == 4 and isinstance(value, int | float):
         holder[key] = rng.choice((-value, value + 1, value * 1000, value * 2**40, value - 1, value / 3, str(value), 0))
     elif kind == 4 and isinstance(value, str):
         holder[key] = mutate_text(value[:2000], rng)
     elif values and rng.random() < 0.5:
-        holder[key] = rng.choice(values)
+        holder[key] = deepcopy(rng.choice(values))
     else:
-        holder[key] = rng.choice(_VALUES)
+        holder[key] = deepcopy(rng.choice(_VALUES))
 
 
 def _as_text(document: Any) -> str:
