@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import RunError
+from qlora_lite.json_text import parse_json
 from qlora_lite.model.manifest import MANIFEST_NAME, read_sealed
 from qlora_lite.model.staging import locked_folder, make_folder
 from qlora_lite.run_manifest import LOG, refuse_changed, replace_record, seal_log
@@ -164,8 +165,8 @@ class RunDir:
             return {}
         refuse_changed(self.path, name)
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            value = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise RunError(f"{path}: damaged ({error}). Remove it and run the step that writes it again") from error
         if not isinstance(value, dict):
             raise RunError(f"{path}: damaged (not a JSON object). Remove it and run the step that writes it again")
@@ -243,7 +244,7 @@ def _whole_lines(path: Path, *, key: str, kind: type) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with suppress(ValueError):
-            found.append(json.loads(line))
+            found.append(parse_json(line))
     return [value for value in found if isinstance(value, dict) and isinstance(value.get(key), kind)]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import RunError
-from qlora_lite.model.manifest import MANIFEST_NAME, SCHEMA_VERSION, Checked, problem_of, read_sealed, seal
+from qlora_lite.model.manifest import MANIFEST_NAME, SCHEMA_VERSION, Checked, is_entry, problem_of, read_sealed, seal
 from qlora_lite.model.staging import write_text_durably
 
 LOG = "steps.jsonl"

@@ -320,7 +320,7 @@ def _read_cache(folder: Path) -> ReadCounts | None:
         note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
         counts = ReadCounts(**note["counts"])
         whole = note["sha256"] == hash_file(folder / "rows.arrow")
-    except (OSError, ValueError, TypeError, KeyError, DataError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, DataError):
         return None
     return _with_tuples(counts) if whole else None
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qlora_lite.errors import DataError
+from qlora_lite.limits import DATA_FILE_BYTES
 from qlora_lite.units import format_bytes
 
-MAX_FILE_BYTES = 16 * 2**30  # all of SQuAD v2.0 is 42 MB; above this a mistake is likelier than a data set
 EXPECTED = "Expected SQuAD JSON, or rows as json, jsonl, csv, Parquet or a folder that `datasets` saved."
 
 
@@ -47,7 +47,7 @@ def hash_file(path: Path) -> str:
 def _check_size(path: Path, num_bytes: int) -> None:
     if num_bytes == 0:
         raise DataError(f"{path}: the file is empty. {EXPECTED}")
-    if num_bytes > MAX_FILE_BYTES:
+    if num_bytes > DATA_FILE_BYTES:
         raise DataError(
-            f"{path}: {format_bytes(num_bytes)}, allowed {format_bytes(MAX_FILE_BYTES)}. Split it into smaller files."
+            f"{path}: {format_bytes(num_bytes)}, allowed {format_bytes(DATA_FILE_BYTES)}. Split it into smaller files."
         )

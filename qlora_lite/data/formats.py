@@ -17,7 +17,6 @@ An `id` column names the rows; without one the place in the file does. An assist
 TRL, LLaMA-Factory (whose alpaca `history` is a list of [instruction, answer]) and the OpenAI chat format.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 from qlora_lite.data.prompts import alpaca_text, text_with_context
 from qlora_lite.data.rows import BadRow, Conversation, Document, Message, Row, kind, problem_with_text, short
 from qlora_lite.data.squad import check_columns
+from qlora_lite.json_text import parse_json
 
 # Format -> the sets of columns it may have; the first format that has one of its sets is the one.
 _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -262,8 +262,8 @@ def _tools(given: Any) -> tuple[Any, ...]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise _Unusable(f"{where}: not JSON: {str(error)[:100]}") from error
 
 

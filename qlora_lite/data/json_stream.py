@@ -1,20 +1,20 @@
 """Stream JSON: a file's events, and values built from them, so that one row at a time is in memory.
 
 In: a path. Out: (event, value) pairs as ijson gives them, and plain values. Whatever a file holds, reading it is one clear DataError or
-ends well: no recursion, a limit on depth.
+ends well: no recursion, and limits on depth, on the values of a row and on the bytes of one value.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ijson  # type: ignore[import-untyped]
 
 from qlora_lite.data.files import EXPECTED, open_data_file
 from qlora_lite.data.rows import short
 from qlora_lite.errors import DataError
+from qlora_lite.limits import JSON_DEPTH, ROW_BYTES, ROW_VALUES
 
-MAX_DEPTH = 64  # SQuAD nests 8 deep, a tool's JSON schema rarely more than 10
 KINDS = {"start_array": "a list", "start_map": "an object", "string": "text", "number": "a number", "null": "null"}
 
 Events = Iterator[tuple[str, Any]]
@@ -26,9 +26,27 @@ def read_events(path: Path) -> Events:
         with open_data_file(path) as file:
             start = file.read(3)
             file.seek(3 if start == b"\xef\xbb\xbf" else 0)  # a byte order mark is no JSON, but editors write it
-            yield from ijson.basic_parse(file, use_float=True)
-    except (ijson.JSONError, RecursionError, UnicodeError) as error:
+            watched = _Watched(path, file)
+            for event in ijson.basic_parse(watched, use_float=True):
+                watched.num_bytes = 0
+                yield event
+    except (ijson.JSONError, ValueError, OverflowError, RecursionError) as error:
         raise not_json(path, _first_lines(error)) from error
+
+
+class _Watched:
+    """A file that refuses to be read on where ROW_BYTES have brought no event: one endless text or number would fill the memory."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self.num_bytes = 0  # since the last event
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size)
+        self.num_bytes += len(block)
+        if self.num_bytes > ROW_BYTES + 2**20:  # the parser reads ahead
+            raise DataError(f"{self._path}: a single value of more than {ROW_BYTES:,} bytes. {EXPECTED}")
+        return block
 
 
 def keys(events: Events) -> Iterator[str]:
@@ -49,10 +67,11 @@ def items(events: Events) -> Events:
 
 
 def build(path: Path, event: str, value: Any, events: Events) -> Any:
-    """The value that begins with this event. A loop, not a recursion, and at most MAX_DEPTH levels deep."""
+    """The value that begins with this event. A loop, not a recursion, and at most JSON_DEPTH levels deep and ROW_VALUES large."""
     root: list[Any] = []
     open_containers: list[Any] = [root]
     open_keys: list[str] = [""]  # per open container, the key that the next value gets
+    num_values = 0
     while True:
         if event == "map_key":
             open_keys[-1] = value
@@ -60,6 +79,9 @@ def build(path: Path, event: str, value: Any, events: Events) -> Any:
             open_containers.pop()
             open_keys.pop()
         else:
+            num_values += 1
+            if num_values > ROW_VALUES:
+                raise DataError(f"{path}: more than {ROW_VALUES:,} values in one row. {EXPECTED}")
             item = {} if event == "start_map" else [] if event == "start_array" else value
             holder = open_containers[-1]
             if isinstance(holder, dict):
@@ -69,8 +91,8 @@ def build(path: Path, event: str, value: Any, events: Events) -> Any:
             if event in ("start_map", "start_array"):
                 open_containers.append(item)
                 open_keys.append("")
-                if len(open_containers) > MAX_DEPTH:
-                    raise DataError(f"{path}: nested more than {MAX_DEPTH} levels deep. {EXPECTED}")
+                if len(open_containers) > JSON_DEPTH:
+                    raise DataError(f"{path}: nested more than {JSON_DEPTH} levels deep. {EXPECTED}")
         if len(open_containers) == 1:
             return root[0]
         event, value = next(events)

@@ -6,7 +6,7 @@ Readers make these, `fit.py` turns them into token ids. Only a `QuestionRow` may
 from dataclasses import dataclass
 from typing import Any
 
-MAX_TEXT_CHARS = 1_000_000  # of one text in a row; the longest model contexts hold about four million characters
+from qlora_lite.limits import TEXT_CHARS
 
 # {"role": ..., "content": ..., and what else a chat template reads, such as tool_calls}
 Message = dict[str, Any]
@@ -73,8 +73,8 @@ def problem_with_text(text: Any) -> str:
         return f"expected text, got {kind(text)}"
     if not text.strip():
         return "empty"
-    if len(text) > MAX_TEXT_CHARS:
-        return f"{len(text):,} characters, allowed {MAX_TEXT_CHARS:,}"
+    if len(text) > TEXT_CHARS:
+        return f"{len(text):,} characters, allowed {TEXT_CHARS:,}"
     # Half of a surrogate pair cannot be encoded, so no tokenizer takes it.
     return "holds half of a surrogate pair" if any("\ud800" <= char <= "\udfff" for char in text) else ""
 

@@ -8,7 +8,6 @@ Sources: SQuAD arXiv 1606.05250 (v1.1), arXiv 1806.03822 (v2.0: `is_impossible` 
 Surprising: an `answer_start` that points elsewhere is forgiven when the answer's text does occur in the context.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from qlora_lite.data import json_stream
 from qlora_lite.data.rows import BadRow, QuestionRow, kind, problem_with_text, short
 from qlora_lite.errors import DataError
+from qlora_lite.json_text import parse_json
 
 _HINT = " Expected SQuAD JSON (v1.1 or v2.0: data[].paragraphs[].qas[])."
 
@@ -107,8 +107,8 @@ def _from_cell(given: Any) -> Any:
     if not given.lstrip().startswith(("[", "{")):
         return given
     try:
-        parsed = json.loads(given)
-    except (ValueError, RecursionError):
+        parsed = parse_json(given)
+    except ValueError:
         return given  # an answer may begin so
     texts = parsed.get("text") if isinstance(parsed, dict) else parsed
     is_list = isinstance(texts, list) and all(isinstance(text, str | dict) for text in texts)

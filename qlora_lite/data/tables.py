@@ -5,9 +5,8 @@ What a file is, is decided by what is in it; its name only tells csv and jsonl f
 """
 
 import csv
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import TextIOWrapper
 from itertools import chain
@@ -16,13 +15,16 @@ from typing import Any, Literal
 
 from qlora_lite.data import json_stream
 from qlora_lite.data.files import EXPECTED, open_data_file
-from qlora_lite.data.rows import MAX_TEXT_CHARS, kind
+from qlora_lite.data.rows import kind
 from qlora_lite.errors import DataError
+from qlora_lite.foreign import foreign
+from qlora_lite.json_text import parse_json
+from qlora_lite.limits import COLUMNS, JSON_BYTES, JSON_DEPTH, ROW_BYTES, TEXT_CHARS
+from qlora_lite.paths import inside
 
 FileKind = Literal["squad", "json", "jsonl", "csv", "parquet", "saved"]
 
 READ_ROWS = 256  # rows of a Parquet file or a saved folder in memory at a time
-MAX_LINE_BYTES = 64 * 2**20  # of one jsonl row
 _PLAIN_TEXT = (".txt", ".text", ".md")
 _PEEK_BYTES = 2**20  # the first line of a jsonl file that is not called so must end within these
 
@@ -77,9 +79,9 @@ def _begins_with_a_row(text: bytes) -> bool:
     if not line.startswith(b"{") or not (newline or len(text) < _PEEK_BYTES):
         return False
     try:
-        values = json.loads(line)
+        values = parse_json(line)
         return bool(values) and "data" not in values
-    except (ValueError, RecursionError):
+    except ValueError:
         return False
 
 
@@ -100,10 +102,10 @@ def _table_of_objects(path: Path, rows: Iterator[tuple[str, dict[str, Any] | str
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     with open_data_file(path) as file:
         number = 0
-        while line := file.readline(MAX_LINE_BYTES):
+        while line := file.readline(ROW_BYTES):
             number += 1
-            if len(line) == MAX_LINE_BYTES:
-                raise DataError(f"{path}: line {number} is longer than {MAX_LINE_BYTES:,} bytes. Is it jsonl?")
+            if len(line) == ROW_BYTES:
+                raise DataError(f"{path}: line {number} is longer than {ROW_BYTES:,} bytes. Is it jsonl?")
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
@@ -112,8 +114,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 def _parse_line(line: bytes) -> dict[str, Any] | str:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers of many thousand digits
+        values = parse_json(line)
+    except ValueError as error:  # also bytes that are not UTF-8, and numbers of many thousand digits
         return f"not JSON: {str(error)[:100]}"
     return values if isinstance(values, dict) else _no_object(values)
 
@@ -133,7 +135,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 
 def _csv_table(path: Path) -> Table:
-    csv.field_size_limit(4 * MAX_TEXT_CHARS)  # of the whole process; the default, 131,072, is less than a text may have
+    csv.field_size_limit(4 * TEXT_CHARS)  # of the whole process; the default, 131,072, is less than a text may have
     rows = _csv_rows(path)
     _, header = next(rows)
     assert isinstance(header, dict)
@@ -144,8 +146,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """The header, as a row of its own, then every row."""
     with open_data_file(path) as file, _as_data_error(path, "csv"):
         text = TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        reader = csv.DictReader(text, strict=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        reader = csv.DictReader(_lines(path, text), strict=True, delimiter=delimiter)
         header = list(reader.fieldnames or [])
+        _check_columns(path, header)
         yield "line 1", dict.fromkeys(header)
         for number, values in enumerate(reader, start=1):
             missing = [name for name in header if values[name] is None]
@@ -157,11 +161,24 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
                 yield f"row {number}", values
 
 
+def _lines(path: Path, text: TextIOWrapper) -> Iterator[str]:
+    while line := text.readline(ROW_BYTES):
+        if len(line) == ROW_BYTES:
+            raise DataError(f"{path}: a line of more than {ROW_BYTES:,} characters. Is it csv?")
+        yield line
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    if len(columns) > COLUMNS:
+        raise DataError(f"{path}: {len(columns):,} columns, allowed {COLUMNS:,}. Leave out those that are not read.")
+
+
 def _parquet_table(path: Path) -> Table:
     import pyarrow.parquet
 
     with _as_data_error(path, "Parquet"):
         file = pyarrow.parquet.ParquetFile(path)
+        _check_columns(path, file.schema_arrow.names)
         return Table(tuple(file.schema_arrow.names), _parquet_rows(path, file))
 
 
@@ -169,6 +186,7 @@ def _parquet_rows(path: Path, file: Any) -> Iterator[tuple[str, dict[str, Any] |
     number = 0
     with _as_data_error(path, "Parquet"):
         for batch in file.iter_batches(batch_size=READ_ROWS):
+            batch.validate(full=True)
             for values in batch.to_pylist():
                 number += 1
                 yield f"row {number}", _without_nulls(values)
@@ -177,12 +195,31 @@ def _parquet_rows(path: Path, file: Any) -> Iterator[tuple[str, dict[str, Any] |
 def _saved_table(path: Path) -> Table:
     import datasets
 
+    _check_saved_names(path)
     with _as_data_error(path, "a folder that `datasets` saved"):
         found = datasets.load_from_disk(str(path), keep_in_memory=False)
         if isinstance(found, datasets.DatasetDict):
             splits = ", ".join(str(path / name) for name in found)
             raise DataError(f"{path}: holds several splits. Name one of them: {splits}")
+        found.data.table.validate(
+            full=True
+        )  # Arrow believes every offset in a file, and would read elsewhere in memory
         return Table(tuple(found.column_names), _saved_rows(path, found.with_format(None)))
+
+
+def _check_saved_names(path: Path) -> None:
+    """`datasets` opens whatever file its state.json names; only such as lie in the folder are read here."""
+    state = path / "state.json"
+    if not state.is_file():  # a folder of several splits, or none at all, is named below
+        return
+    try:
+        if state.stat().st_size > JSON_BYTES:
+            raise DataError(f"{state}: larger than {JSON_BYTES:,} bytes, which no file of this kind is.")
+        named = [file["filename"] for file in parse_json(state.read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{state}: names no files ({type(error).__name__}: {error}). {EXPECTED}") from error
+    for name in named:
+        inside(path, name, named_by=str(state))
 
 
 def _saved_rows(path: Path, dataset: Any) -> Iterator[tuple[str, dict[str, Any] | str]]:
@@ -191,20 +228,15 @@ def _saved_rows(path: Path, dataset: Any) -> Iterator[tuple[str, dict[str, Any] 
             yield f"row {number}", _without_nulls(values)
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: Any, depth: int = 0) -> Any:
     """Arrow gives every object in a column the keys of all of them; the keys that only others have come out as None."""
+    if depth > JSON_DEPTH:
+        raise ValueError(f"nested more than {JSON_DEPTH} levels deep")
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _without_nulls(inner, depth + 1) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner, depth + 1) for inner in value] if isinstance(value, list) else value
 
 
-@contextmanager
-def _as_data_error(path: Path, what: str) -> Iterator[None]:
+def _as_data_error(path: Path, what: str) -> AbstractContextManager[None]:
     """What the readers of other formats raise, as one clear error."""
-    import pyarrow
-
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, csv.Error, pyarrow.ArrowException) as error:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be read as {what}: {said}. {EXPECTED}") from error
+    return foreign(lambda said: DataError(f"{path}: cannot be read as {what}: {said}. {EXPECTED}"))

@@ -30,8 +30,11 @@ from hashlib import sha256
 from itertools import pairwise
 from typing import Any
 
-from qlora_lite.data.rows import Conversation, Message
+from qlora_lite.data.limited import Limits, TooMuch
+from qlora_lite.data.rows import Conversation, Message, short
 from qlora_lite.errors import ModelError
+from qlora_lite.foreign import foreign
+from qlora_lite.limits import RENDERED_CHARS, TEMPLATE_BYTES, TEMPLATE_CHARS, TEMPLATE_SECONDS
 
 # A tokenizer of transformers; typed as Any because its classes are only typed in part.
 Tokenizer = Any
@@ -90,6 +93,9 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.name = "the tokenizer's chat template" if tokenizer.chat_template else "plain"
         self._where = tokenizer.name_or_path or "tokenizer"
+        self._refuse_size()
+        self._stopped = ""  # why nothing is rendered any more
+        self._limits = Limits(seconds=TEMPLATE_SECONDS, num_bytes=TEMPLATE_BYTES)
         added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._special_ids = {*tokenizer.all_special_ids, *added}
         asks_for_today = "strftime_now" in (tokenizer.chat_template or "")
@@ -112,6 +118,17 @@ class ChatTemplate:
         self._space = between[len(self._before) :]  # part of the answer: tokenizers join it to the first word
         self._after, self.stop_token_id = self._split_at_stop(self._tail)
         self.has_system_role = self._prints_system(asked)
+
+    def _refuse_size(self) -> None:
+        template = self.tokenizer.chat_template or ""
+        texts = list(template.values()) if isinstance(template, dict) else [template]  # several, each with a name
+        if not all(isinstance(text, str) for text in texts):
+            raise ModelError(f"{self._where}: the chat template is no text. Mend it, or remove it (plain prompts).")
+        num_chars = sum(map(len, texts))
+        if num_chars > TEMPLATE_CHARS:
+            raise ModelError(
+                f"{self._where}: a chat template of {num_chars:,} characters, allowed {TEMPLATE_CHARS:,}. Remove it (plain prompts)."
+            )
 
     def encode(self, conversation: Conversation) -> list[EncodedTurns]:
         """Every trained turn of a conversation in as few examples as keep each turn's prefix what inference sees; never cut.
@@ -246,23 +263,32 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), *, generate: bool, **settings: Any
     ) -> str:
-        import jinja2
-
+        if self._stopped:  # not again for every row
+            raise ModelError(self._stopped)
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) or None,
-                chat_template=None if self.tokenizer.chat_template else _PLAIN_TEMPLATE,
-                tokenize=False,
-                add_generation_prompt=generate,
-                **self._settings | settings,
+            text = self._limits.run(
+                lambda: self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=list(tools) or None,
+                    chat_template=None if self.tokenizer.chat_template else _PLAIN_TEMPLATE,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **self._settings | settings,
+                )
             )
-        except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
+        except TooMuch as error:
+            self._stopped = f"{self._where}: the chat template takes {error} for one conversation. Change it, or remove it (plain prompts)."
+            raise ModelError(self._stopped) from error
+        except Exception as error:  # a template is foreign code: it can raise anything
             roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
             raise ModelError(
-                f"{self._where}: the chat template cannot render messages of the roles {roles}: {error}. "
+                f"{self._where}: the chat template cannot render messages of the roles {roles}: {short(str(error), 300)}. "
                 f"Change the data or the template, or remove it (plain prompts)."
             ) from error
+        if len(text) > RENDERED_CHARS:
+            raise ModelError(
+                f"{self._where}: the chat template makes {len(text):,} characters of one conversation, allowed {RENDERED_CHARS:,}"
+            )
         return str(text)
 
     def _tokenize_prompt(self, text: str) -> list[int]:
@@ -270,9 +296,10 @@ class ChatTemplate:
         return [*begin, *self._tokenize(text, split_special_tokens=False)]
 
     def _tokenize(self, text: str, *, split_special_tokens: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
-        )["input_ids"]
+        with foreign(lambda said: ModelError(f"{self._where}: the tokenizer cannot read a text ({said})")):
+            ids: list[int] = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
+            )["input_ids"]
         return ids
 
     def _begin_ids(self) -> list[int]:

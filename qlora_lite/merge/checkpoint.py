@@ -9,22 +9,20 @@ Surprising: bitsandbytes 0.50's AVX512 kernel reads the wrong `absmax` where the
 `kernel_misreads` names the tensors for which this machine's own forward would have computed something else.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import bitsandbytes
 from qlora_lite.model.published import published_weights
-from qlora_lite.model.quantization import SCALES, parts_of, stored_quantization
+from qlora_lite.model.quantization import SCALES, parts_of, read_quant_state, stored_quantization
 from qlora_lite.model.skeleton import empty_model
-from qlora_lite.model.source import load_config, read_config
+from qlora_lite.model.source import load_config, read_config, read_json
+from qlora_lite.model.tensor_files import open_safetensors, weight_files
 
 # Rows of a block: as many as make 16 MiB in fp32. Results do not depend on it.
 ROW_BLOCK_ELEMENTS = 4 * 2**20
@@ -154,7 +152,7 @@ class Checkpoint:
 
     def _quant_state(self, name: str) -> Any:
         parts = {part: self.stored(part) for part in self._parts[name]}
-        return bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        return read_quant_state(name, self.stored(name), parts, device="cpu")
 
 
 def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
@@ -165,39 +163,13 @@ def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, num_rows)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; ModelError where it is missing or is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _open_files(folder: Path) -> dict[str, Any]:
     """Tensor name -> open file; tensors are read from it when asked for."""
     files: dict[str, Any] = {}
-    for path in _weight_files(folder):
-        try:
-            file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+    for path in weight_files(folder):
+        file = open_safetensors(path)
         files.update(dict.fromkeys(file.keys(), file))
     return files
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        paths = [folder / "model.safetensors"]
-    else:
-        paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise ModelError(f"{folder}: no model can be read from it, {', '.join(missing)} is missing")
-    return paths
 
 
 def open_checkpoint(folder: Path | str, *, compute_dtype: torch.dtype | None = None) -> Checkpoint:

@@ -13,24 +13,15 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_lite.errors import ModelError
-from qlora_lite.merge.checkpoint import read_json
+from qlora_lite.model.adapter_config import read_adapter_config, token_ids_of
 from qlora_lite.model.dora import row_norms
+from qlora_lite.model.tensor_files import load_tensors
 
 _PREFIX, _A, _B, _M = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _ROWS = ".token_adapter.trainable_tokens_delta"
-# Settings that decide where and how factors were trained, but not what they add once they are trained.
-_INERT = {
-    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "peft_type", "bias"),
-    *("init_lora_weights", "modules_to_save", "trainable_token_indices"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "eva_config"),
-    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
-    *("megatron_core", "qalora_group_size"),  # have defaults that are not empty, and act only with other settings
-}
-_INIT_KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # PiSSA, OLoRA, LoftQ, CorDA change the base
 
 
 @dataclass(frozen=True)
@@ -91,26 +82,21 @@ def read_adapter(folder: Path | str) -> Adapter:
     lacks its partner, and every rank that is not the configured one.
     """
     folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
-    _refuse(folder, _unsupported_settings(config), "the adapter uses what a merge does not support")
+    config = read_adapter_config(folder)
     path = folder / "adapter_model.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+    tensors = load_tensors(path)
     modules = sorted({_module_name(name) for name in tensors if _is_factor(name)})
     others = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if not _is_factor(name)}
     saved = tuple(config.get("modules_to_save") or ())
     whole = {name: tensor for name, tensor in others.items() if _is_of(name, saved)}
     rows = {f"{name.removesuffix(_ROWS)}.weight": tensor for name, tensor in others.items() if name.endswith(_ROWS)}
-    token_ids = config.get("trainable_token_indices") or {}
+    token_ids = token_ids_of(config)
     known = whole.keys() | {name for name in others if name.endswith(_ROWS)}
     problems = [f"{_PREFIX}{name}: not a LoRA factor" for name in sorted(others.keys() - known)]
     problems += [
         f"{name}: rows of tokens that adapter_config.json does not name"
-        for name in rows
-        if not _ids_of(name, token_ids)
+        for name, values in rows.items()
+        if values.dim() != 2 or len(_ids_of(name, token_ids)) != values.shape[0] or not values.shape[0]
     ]
     factors: dict[str, LoraFactors] = {}
     for module in modules:
@@ -163,18 +149,6 @@ def tuned_norms(weight_rows: Tensor, factors: LoraFactors, *, start: int) -> Ten
     a_RI = factors.a_RI.float()
     b_rows = factors.scaling * factors.b_OR[start : start + weight_rows.shape[0]].float()
     return row_norms(weight_rows.square().sum(1), weight_rows @ a_RI.T, a_RI, b_rows)
-
-
-def _unsupported_settings(config: dict[str, Any]) -> list[str]:
-    problems = [f"{key}: {value!r}" for key, value in sorted(config.items()) if value and key not in _INERT]
-    if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type: {config.get('peft_type')!r} (only LORA)")
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias: {config['bias']!r} (only none)")
-    if config.get("init_lora_weights", True) not in _INIT_KEEPS_BASE:
-        problems.append(f"init_lora_weights: {config['init_lora_weights']!r} (changes the base weights)")
-    problems += [f"{key}: missing" for key in ("r", "lora_alpha") if key not in config]
-    return problems
 
 
 def _refuse(folder: Path, problems: Iterable[str], what: str) -> None:

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
+from qlora_lite.foreign import foreign
+from qlora_lite.model.adapter_config import read_adapter_config
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.new_tokens import set_up_new_tokens, token_modules
 from qlora_lite.model.products import product_in_fp32
+from qlora_lite.model.tensor_files import open_safetensors
 from qlora_lite.model.tuned_linear import TunedLinear
 
 
@@ -75,13 +77,16 @@ def load_adapter(
 ) -> PeftModel:
     """Wrap `model` with the adapter saved in `folder` (PEFT's format). Raises ModelError when it does not belong to the model."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # missing keys are an error below, not a warning
-            adapted = PeftModel.from_pretrained(
-                model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        read_adapter_config(folder)
+        open_safetensors(folder / "adapter_model.safetensors")
+    except ModelError as error:
         raise ModelError(f"{folder}: not an adapter of this model ({error})") from error
+    with (
+        foreign(lambda said: ModelError(f"{folder}: not an adapter of this model ({said})")),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # missing keys are an error below, not a warning
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
     _refuse_other_factors(adapted, folder)
     _prepare(adapted, factor_dtype, is_new=False)
     if adapted.peft_config["default"].use_dora:  # peft has read the fp32 magnitudes into its own 16-bit ones
@@ -181,8 +186,7 @@ def _replace(root: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
 def _refuse_other_factors(adapted: PeftModel, folder: Path) -> None:
     """peft leaves factors that a file lacks at their random start, and passes over those that have no place in the model."""
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
-        found = set(file.keys())
+    found = set(open_safetensors(folder / "adapter_model.safetensors").keys())
     for names, what in ((expected - found, "lacks"), (found - expected, "has, but the model has no place for,")):
         if names:
             raise ModelError(

@@ -40,6 +40,7 @@ from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.model.skeleton import empty_model
 from qlora_lite.model.source import folder_fingerprint, load_config, read_config
 from qlora_lite.model.staging import staged_folder
+from qlora_lite.paths import inside
 
 _VERSION = 3  # raise it when the artefact's bytes change
 NF4 = Quantization("nf4")
@@ -112,6 +113,7 @@ def _take_over(
 
 def _link(source: Path, out: Path) -> None:
     for path in source.glob("*.safetensors*"):
+        inside(source, path.name, named_by=str(source))
         try:
             os.link(path.resolve(), out / path.name)
         except OSError:

@@ -14,13 +14,15 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qlora_lite.errors import ModelError
+from qlora_lite.foreign import foreign
+from qlora_lite.limits import TOKENIZER_BYTES
 from qlora_lite.model.attention import PACKED, packs_rows, padded_attention
 from qlora_lite.model.bnb import keep_weights_unpacked, quantization_constants
 from qlora_lite.model.new_tokens import add_tokens, make_room
 from qlora_lite.model.published import published_weights
 from qlora_lite.model.quantization import stored_quantization
 from qlora_lite.model.skeleton import empty_model, model_class
-from qlora_lite.model.source import load_config, read_config
+from qlora_lite.model.source import load_config, read_config, read_json
 from qlora_lite.model.weights import fill_model, fill_plain
 
 _DROPOUT = (
@@ -41,11 +43,13 @@ class LoadedBase:
 
 def load_tokenizer(folder: Path, *, special_tokens: Sequence[str] = ()) -> Any:
     """The tokenizer of a model folder, `special_tokens` added. Raises ModelError when it has none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{folder}: no readable tokenizer ({type(error).__name__}: {error})") from error
-    add_tokens(tokenizer, special_tokens)
+    large = [path for path in folder.glob("*token*") if path.is_file() and path.stat().st_size > TOKENIZER_BYTES]
+    if large:
+        raise ModelError(f"{large[0]}: larger than {TOKENIZER_BYTES:,} bytes, which no tokenizer's file is")
+    with foreign(lambda said: ModelError(f"{folder}: no readable tokenizer ({said})")):
+        # False and not left out: transformers would ask on the terminal whether to run the code of the folder
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        add_tokens(tokenizer, special_tokens)
     return tokenizer
 
 
@@ -67,7 +71,7 @@ def load_base(
             else:
                 model = _plain_model(config, folder, device=device, compute=compute)
             if (folder / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+                model.generation_config = _generation_config(folder)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{folder}: does not load ({type(error).__name__}: {error})") from error
     keep_weights_unpacked(model)
@@ -77,6 +81,13 @@ def load_base(
         make_room(model, len(tokenizer))
     weights, constants = _resident_bytes(model)
     return LoadedBase(model, tokenizer, weights, constants)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    read_json(folder / "generation_config.json")
+    path, advice = folder / "generation_config.json", "Mend it, or remove it: nothing here needs it"
+    with foreign(lambda said: ModelError(f"{path}: not readable as generation settings ({said}). {advice}")):
+        return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
 
 
 def _plain_model(config: Any, folder: Path, *, device: str, compute: torch.dtype) -> PreTrainedModel:

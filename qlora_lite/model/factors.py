@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from qlora_lite.errors import ModelError
+from qlora_lite.model.tensor_files import load_tensors
 
 FACTORS_FILE = "adapter_model.safetensors"
 
@@ -19,8 +18,8 @@ FACTORS_FILE = "adapter_model.safetensors"
 def copy_factors(model: PeftModel, folder: Path) -> None:
     """Give `model` the factors saved in `folder`, rounded to its own type. Raises ModelError with all that does not fit."""
     try:
-        saved = load_file(folder / FACTORS_FILE)
-    except (OSError, SafetensorError) as error:
+        saved = load_tensors(folder / FACTORS_FILE)
+    except ModelError as error:
         raise ModelError(f"lora.init_from: {folder / FACTORS_FILE} cannot be read ({error})") from error
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = _differences(own, saved)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from qlora_lite.errors import ModelError
+from qlora_lite.foreign import foreign
+from qlora_lite.model.gguf_head import check_gguf_head
 from qlora_lite.model.manifest import MANIFEST_NAME, write_manifest
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.model.staging import staged_folder
@@ -36,15 +38,6 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_UNREADABLE = (
-    ValueError,
-    KeyError,
-    IndexError,
-    OSError,
-    OverflowError,
-    TypeError,
-    MemoryError,
-)  # what the libraries raise
 _IGNORED = ("rope_freqs.weight",)  # derived from the config
 
 
@@ -64,19 +57,17 @@ def convert_gguf(path: Path, *, cache: Path) -> Path:
 
 def _convert(path: Path, folder: Path) -> None:
     import gguf
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
+    with foreign(lambda said: ModelError(f"{path}: not a readable GGUF file ({said})")):
+        check_gguf_head(path)
         reader = gguf.GGUFReader(str(path))
         architecture = reader.fields["general.architecture"].contents()
         if architecture != "llama":
             raise ModelError(f"{path}: GGUF architecture {architecture!r} is not supported yet; supported: llama")
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         tensors = {_hf_name(path, tensor.name): tensor for tensor in reader.tensors if tensor.name not in _IGNORED}
-    except (*_UNREADABLE, StrictDataclassError) as error:
-        raise ModelError(f"{path}: not a readable GGUF file ({type(error).__name__}: {error})") from error
     config.dtype = torch.bfloat16
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
@@ -84,8 +75,15 @@ def _convert(path: Path, folder: Path) -> None:
     specs = {name: TensorSpec(tuple(int(n) for n in reversed(t.shape)), torch.bfloat16) for name, t in tensors.items()}
     with ShardedWriter(folder, specs) as writer:
         for name, tensor in tensors.items():
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            writer.write(name, [_in_hf_order(name, values, config).to(torch.bfloat16)])
+            writer.write(name, [_dequantized(path, name, tensor, config)])
+
+
+def _dequantized(path: Path, name: str, tensor: Any, config: Any) -> torch.Tensor:
+    import gguf
+
+    with foreign(lambda said: ModelError(f"{path}: not a readable GGUF file ({name}: {said})")):
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        return _in_hf_order(name, values, config).to(torch.bfloat16)
 
 
 def _hf_name(path: Path, name: str) -> str:

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_lite.errors import UserError
+from qlora_lite.json_text import parse_json
+from qlora_lite.limits import JSON_BYTES
 from qlora_lite.model.staging import write_text_durably
+from qlora_lite.paths import inside
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 2
-MAX_MANIFEST_BYTES = 64 * 2**20  # a million files
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,11 @@ def seal(document: Mapping[str, Any]) -> str:
 def read_sealed(path: Path) -> dict[str, Any] | None:
     """The document that `seal` made the text of, without its seal; None where there is none or a bit of it has changed."""
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
+        if not path.is_file() or path.stat().st_size > JSON_BYTES:
             return None
         text = path.read_bytes().decode("utf-8")
-        document = json.loads(text)
-    except (OSError, ValueError, RecursionError):
+        document = parse_json(text)
+    except (OSError, ValueError):
         return None
     if not isinstance(document, dict) or seal(document) != text:
         return None
@@ -86,11 +89,13 @@ def read_manifest(folder: Path | str) -> dict[str, Any] | None:
     manifest = read_sealed(Path(folder) / MANIFEST_NAME)
     if manifest is None or not isinstance(manifest.get("files"), dict):
         return None
-    is_well_formed = all(
-        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
-        for entry in manifest["files"].values()
-    )
-    return manifest if is_well_formed and all(map(_is_below, manifest["files"])) else None
+    is_well_formed = all(map(is_entry, manifest["files"].values()))
+    return manifest if is_well_formed and all(_is_below(Path(folder), name) for name in manifest["files"]) else None
+
+
+def is_entry(value: Any) -> bool:
+    """Whether a value is what a manifest says of a file."""
+    return isinstance(value, dict) and type(value.get("bytes")) is int and isinstance(value.get("sha256"), str)
 
 
 def weights_sha256(manifest: Mapping[str, Any]) -> str:
@@ -158,7 +163,9 @@ def _files_below(folder: Path) -> set[str]:
     return found - {MANIFEST_NAME}
 
 
-def _is_below(name: str) -> bool:
-    """Whether the name of a manifest stays in its folder, on any system."""
-    parts = name.split("/")
-    return bool(name) and not any(part in ("", ".", "..") or "\\" in part or ":" in part for part in parts)
+def _is_below(folder: Path, name: str) -> bool:
+    try:
+        inside(folder, name, named_by=MANIFEST_NAME)
+    except UserError:
+        return False
+    return True

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.quantization import parts_of
-from qlora_lite.model.source import read_json
+from qlora_lite.model.tensor_files import open_safetensors, weight_files
 
 # A multimodal checkpoint's language model, as Gemma 3 publishes it and as transformers 5 writes it: both become `model.`.
 _LANGUAGE_MODEL = re.compile(r"^(?:model\.language_model\.|language_model\.model\.)")
@@ -115,21 +114,8 @@ def _fitting(
 
 def open_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
     """(key, lazy tensor) of every tensor in the folder's safetensors files. Raises ModelError for missing or damaged files."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or any("/" in str(name) for name in weight_map.values()):
-            raise ModelError(f"{index}: no usable weight_map")
-        names = sorted(set(weight_map.values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        try:
-            file = safe_open(str(folder / name), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{folder / name}: missing or damaged safetensors file ({error}). Fetch it again"
-            ) from error
+    for path in weight_files(folder):
+        file = open_safetensors(path)
         for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
             yield key, LazyTensor(file, key)
 

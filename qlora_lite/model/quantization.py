@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qlora_lite.errors import ModelError
+from qlora_lite.foreign import foreign
 from qlora_lite.model.bnb import bitsandbytes
 from qlora_lite.model.safetensors_writer import TensorSpec
 
@@ -26,6 +27,7 @@ QUANT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *
 SCALES, FORMAT = "SCB", "weight_format"  # beside an int8 `weight` of the same module
 OUTLIERS = 6.0  # activations above this are multiplied in 16 bits (LLM.int8 section 3.2)
 _FACTS_BYTES = 256
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,25 @@ def stored_quantization(config: dict[str, Any], folder: Any) -> Quantization | N
     return Quantization(
         stored.get("bnb_4bit_quant_type", "fp4"), double_quant=stored.get("bnb_4bit_use_double_quant", False)
     )
+
+
+def read_quant_state(name: str, packed: torch.Tensor, parts: dict[str, torch.Tensor], *, device: str) -> Any:
+    """bitsandbytes' state of the packed 4-bit weight `name` from the tensors beside it (`parts` is emptied).
+
+    Raises ModelError where they do not belong together: the kernels believe the sizes, and would read behind a tensor's end.
+    """
+    with foreign(lambda said: ModelError(f"{name}: its quantization constants cannot be read ({said})")):
+        state = bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device(device))
+        num_weights = math.prod(state.shape)
+        num_blocks, scale = -(-num_weights // state.blocksize), torch.float32
+        found = [(state.absmax, num_blocks, torch.uint8 if state.nested else scale), (state.code, 16, scale)]
+        if state.nested:
+            inner = state.state2
+            found += [(inner.absmax, -(-num_blocks // inner.blocksize), scale), (inner.code, 256, scale)]
+        fits = all((tensor.numel(), tensor.dtype) == (number, dtype) for tensor, number, dtype in found)
+        if not (fits and packed.nbytes == -(-num_weights // 2) and num_weights > 0 and state.blocksize in _BLOCKS):
+            raise ValueError(f"they are not those of a weight of shape {list(state.shape)} in {packed.nbytes:,} bytes")
+    return state
 
 
 def parts_of(names: Any) -> dict[str, list[str]]:

@@ -6,9 +6,7 @@ from accelerate import init_empty_weights
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qlora_lite.errors import ModelError
-
-# What a config can say that makes no sense surfaces in many ways while the modules are built.
-_UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError)
+from qlora_lite.foreign import foreign
 
 
 def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
@@ -16,14 +14,11 @@ def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
 
     `settings` go to transformers (`dtype`, `attn_implementation`). Raises ModelError for a config that describes no model.
     """
-    try:
+    name = config.name_or_path or config.model_type
+    with foreign(lambda said: ModelError(f"{name}: config.json: describes no usable model ({said})")):
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, **settings)
         model.tie_weights()  # accelerate has put every weight on meta by itself
-    except _UNUSABLE as error:
-        raise ModelError(
-            f"{config.name_or_path or config.model_type}: config.json: describes no usable model ({type(error).__name__}: {error})"
-        ) from error
     return model
 
 

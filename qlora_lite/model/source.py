@@ -6,11 +6,15 @@ is an error that names the command which brings it.
 
 import json
 import os
+import shlex
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import ModelError
+from qlora_lite.foreign import foreign
+from qlora_lite.json_text import parse_json
+from qlora_lite.limits import JSON_BYTES, LAYERS, POSITIONS, VOCABULARY, WIDTH
 from qlora_lite.model.bring import SHIPPED, shipped_path
 from qlora_lite.model.gguf_folder import convert_gguf
 from qlora_lite.recipe.hub_names import fetch_command, find_fetched, is_hub_name
@@ -34,7 +38,23 @@ ARCHITECTURES = {
     "granite": "Granite",
     "starcoder2": "StarCoder2",
 }
-_LARGEST_JSON_BYTES = 64 * 2**20
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # weights that run code when they are read
+# What a config says about sizes -> the largest that is believed: memory is taken by it before a weight is read.
+_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), LAYERS),
+    **dict.fromkeys(("hidden_size", "n_embed", "n_embd", "word_embed_proj_dim", "head_dim"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size"), WIDTH),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads"), WIDTH),
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": POSITIONS,
+}
+# Would make transformers load somebody's code or kernel. Which attention computes is decided here.
+_FOREIGN = {
+    *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+    *("use_kernels", "kernel_config", "custom_generate"),
+}
 
 
 def find_base(base: str, *, cache: Path, revision: str | None = None) -> Path:
@@ -61,6 +81,7 @@ def find_base(base: str, *, cache: Path, revision: str | None = None) -> Path:
     if not path.is_dir():
         raise ModelError(f"{base}: no such folder, .gguf file or shipped name ({', '.join(SHIPPED)})")
     read_config(path)
+    _refuse_pickles(path)
     return path
 
 
@@ -88,25 +109,43 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), dict):
         config = _language_model(config)
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ModelError(
             f"{path}: model_type {model_type!r} is not supported{_why_not(config)}; supported: {', '.join(ARCHITECTURES)}"
         )
-    return config
+    _refuse_sizes(path, config)
+    return {key: value for key, value in config.items() if key not in _FOREIGN}
+
+
+def _refuse_pickles(folder: Path) -> None:
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES and path.is_file())
+    if not names or any(folder.glob("*.safetensors*")):
+        return
+    out = f"{folder}-safetensors"
+    code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}).save_pretrained({out!r})"
+    raise ModelError(
+        f"{folder}: has only pickled weights ({names[0]}), which can run code when they are read, so they are not read here. Where you "
+        f"trust them, convert them once with: python -c {shlex.quote(code)}  and copy the tokenizer's files beside the result"
+    )
+
+
+def _refuse_sizes(path: Path, config: dict[str, Any]) -> None:
+    problems = []
+    for key, largest in _SIZES.items():
+        value = config.get(key)
+        if value is not None and not (type(value) is int and 1 <= value <= largest):
+            problems.append(f"{key}: expected a whole number from 1 to {largest:,}, got {str(value)[:60]}")
+    if problems:
+        raise ModelError(f"{path}: describes no usable model ({'; '.join(problems)})")
 
 
 def load_config(folder: Path) -> Any:
     """The language model's config as transformers' own type. Raises ModelError as `read_config` does, and for values of a wrong kind."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     values = read_config(folder)
-    try:
+    with foreign(lambda said: ModelError(f"{folder / 'config.json'}: describes no usable model ({said})")):
         config = AutoConfig.for_model(**values)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise ModelError(
-            f"{folder / 'config.json'}: describes no usable model ({type(error).__name__}: {error})"
-        ) from error
     config.name_or_path = str(folder)
     return config
 
@@ -147,10 +186,12 @@ def _why_not(config: dict[str, Any]) -> str:
 def read_json(path: Path) -> dict:
     """One JSON object. Raises ModelError for anything else."""
     try:
-        if path.stat().st_size > _LARGEST_JSON_BYTES:
-            raise ModelError(f"{path}: larger than {_LARGEST_JSON_BYTES:,} bytes, which no file of this kind is")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise ModelError(f"{path}: not a regular file")
+        if path.stat().st_size > JSON_BYTES:
+            raise ModelError(f"{path}: larger than {JSON_BYTES:,} bytes, which no file of this kind is")
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import bitsandbytes
 from qlora_lite.model.published import open_tensors
-from qlora_lite.model.quantization import OUTLIERS, SCALES, parts_of
+from qlora_lite.model.quantization import OUTLIERS, SCALES, parts_of, read_quant_state
 
 
 class Source(Protocol):
@@ -93,6 +93,9 @@ def _put_4_bit(
         linear.in_features, linear.out_features, bias=False, compute_dtype=compute, device="meta"
     )
     layer.compute_type_is_set = True
+    read_quant_state(
+        name, tensors[name], {part: t for part, t in tensors.items() if part != name}, device="cpu"
+    )  # checks sizes
     layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(
         data=tensors.pop(name), quantized_stats=tensors, device=device, module=layer
     )
@@ -110,6 +113,7 @@ def _put_int8(
     )
     values, scales = tensors[name].to(device), tensors[f"{name.removesuffix('.weight')}.{SCALES}"].to(device)
     _check_shape(name, values.shape, linear.weight)
+    _check_shape(f"{name}'s {SCALES}", scales.shape, linear.weight[:, 0])
     layer.weight = bitsandbytes.nn.Int8Params(
         values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
     )

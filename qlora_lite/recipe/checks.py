@@ -4,12 +4,13 @@
 Both return problems as (key, sentence) and never stop at the first.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_lite.json_text import parse_json
+from qlora_lite.limits import JSON_BYTES
 from qlora_lite.recipe import hub_names, not_yet, wording
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.shipped import SHIPPED_MODELS
@@ -74,9 +75,9 @@ def adapter_differences(recipe: Recipe) -> list[KeyProblem]:
     assert recipe.lora.init_from is not None
     path = os.path.join(recipe.lora.init_from, _ADAPTER_CONFIG)
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
+        with open(path, "rb") as file:
+            config = parse_json(file.read(JSON_BYTES))
+    except (OSError, ValueError) as error:
         return [("lora.init_from", f"{wording.printable_path(path)} is not readable as JSON ({error})")]
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         return [("lora.init_from", f"{wording.printable_path(path)} describes no LoRA adapter")]

@@ -21,6 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from qlora_lite.errors import RecipeError, UserError
+from qlora_lite.limits import RECIPE_BYTES
 from qlora_lite.recipe import checks, not_yet, shipped, wording, yaml_text
 from qlora_lite.recipe.schema import Recipe, known_keys, section_types
 
@@ -129,7 +130,7 @@ def _file_entries(path: Path, problems: _Problems) -> dict[str, _Entry]:
     shown = wording.printable_path(str(path))
     try:
         with open(path, "rb") as file:
-            top = yaml_text.parse(yaml_text.decode(file.read(yaml_text.MAX_BYTES + 1)))
+            top = yaml_text.parse(yaml_text.decode(file.read(RECIPE_BYTES + 1)))
     except OSError as error:
         raise RecipeError(shown, [f"cannot be read: {error.strerror or error}"]) from error
     except yaml_text.YamlProblem as error:

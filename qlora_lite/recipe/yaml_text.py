@@ -16,9 +16,7 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 2**20
-MAX_DEPTH = 16  # a recipe needs 3: the file, a section, a list
-MAX_EVENTS = 20_000  # values and brackets; a recipe that names every layer of a 128-layer model has fewer than 2,000
+from qlora_lite.limits import RECIPE_BYTES, RECIPE_DEPTH, RECIPE_VALUES
 
 _NULL = {"", "~", "null", "Null", "NULL"}
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -58,8 +56,8 @@ class Mapping:
 
 def decode(data: bytes) -> str:
     """Bytes of a recipe -> text. Raises YamlProblem for a file that is too large, not UTF-8, or binary."""
-    if len(data) > MAX_BYTES:
-        raise YamlProblem(1, f"larger than {MAX_BYTES:,} bytes; a recipe is a few thousand. Is this the right file?")
+    if len(data) > RECIPE_BYTES:
+        raise YamlProblem(1, f"larger than {RECIPE_BYTES:,} bytes; a recipe is a few thousand. Is this the right file?")
     try:
         data = data.removeprefix(codecs.BOM_UTF8)
         text = data.decode("utf-8")
@@ -120,8 +118,8 @@ def _refuse_what_no_recipe_needs(text: str) -> None:
     depth = num_documents = 0
     for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         line = event.start_mark.line + 1 if event.start_mark else 1
-        if number > MAX_EVENTS:
-            raise YamlProblem(line, f"more than {MAX_EVENTS:,} values; a recipe has fewer than 100")
+        if number > RECIPE_VALUES:
+            raise YamlProblem(line, f"more than {RECIPE_VALUES:,} values; a recipe has fewer than 100")
         if isinstance(event, yaml.DocumentStartEvent):
             num_documents += 1
             if num_documents > 1:
@@ -136,8 +134,8 @@ def _refuse_what_no_recipe_needs(text: str) -> None:
             raise YamlProblem(line, f"tags ({event.tag}) are refused; write a plain value, or quote it if it is text")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
-            if depth > MAX_DEPTH:
-                raise YamlProblem(line, f"nested more than {MAX_DEPTH} deep; a recipe is a section and its keys")
+            if depth > RECIPE_DEPTH:
+                raise YamlProblem(line, f"nested more than {RECIPE_DEPTH} deep; a recipe is a section and its keys")
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 

@@ -6,8 +6,9 @@ import pytest
 
 from qlora_lite.data import files as module
 from qlora_lite.data.read import read_mix
-from qlora_lite.data.rows import MAX_TEXT_CHARS, QuestionRow
+from qlora_lite.data.rows import QuestionRow
 from qlora_lite.errors import DataError
+from qlora_lite.limits import TEXT_CHARS
 from tests.data.conftest import CONTEXT, question, squad
 
 
@@ -91,7 +92,7 @@ def test_a_bad_row_is_counted_and_named(write, row, reason):
     assert len(list(file)) == 99
 
 
-@pytest.mark.parametrize("context", [None, 5, "", ["The Nile"], "x" * (MAX_TEXT_CHARS + 1)])
+@pytest.mark.parametrize("context", [None, 5, "", ["The Nile"], "x" * (TEXT_CHARS + 1)])
 def test_a_bad_context_makes_its_questions_bad(write, context):
     with pytest.raises(DataError, match=r'id "a": context: '):
         read_squad(write(squad(question("a", "Which river?", "Nile"), context=context)))
@@ -183,6 +184,6 @@ def test_a_path_that_is_no_readable_file_is_one_clear_error(tmp_path, write):
 
 
 def test_a_file_above_the_limit_is_refused_with_both_sizes(write, monkeypatch):
-    monkeypatch.setattr(module, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(module, "DATA_FILE_BYTES", 100)
     with pytest.raises(DataError, match=r"KiB, allowed 100 B"):
         read_squad(write(squad(*GOOD)))

@@ -163,7 +163,7 @@ def test_rows_in_a_file_called_txt_are_still_rows(write):
 
 
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(write, monkeypatch):
-    monkeypatch.setattr(tables, "MAX_LINE_BYTES", 20)
+    monkeypatch.setattr(tables, "ROW_BYTES", 20)
     with pytest.raises(DataError, match="line 2 is longer than 20 bytes"):
         list(open_table(write('{"text": "a"}\n{"text": "a very long one"}\n', "rows.jsonl"), "jsonl").rows)
 
