@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import RunError
-from qlora_lite.model.manifest import MANIFEST_NAME, SCHEMA_VERSION, Checked, is_entry, problem_of, read_sealed, seal
+from qlora_lite.model.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Checked,
+    is_entry,
+    problem_of,
+    read_sealed,
+    seal,
+    sha256_of_file,
+)
 from qlora_lite.model.staging import write_text_durably
 
 LOG = "steps.jsonl"
@@ -70,13 +79,12 @@ def check_records(folder: Path) -> Iterator[Checked]:
 
 def _why_changed(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     """None where the file is what the entry says, or what was about to take its place."""
-    allowed = [
-        each for each in (entry, entry.get("next")) if isinstance(each, dict) and isinstance(each.get("bytes"), int)
-    ]
+    allowed: list[Any] = [each for each in (entry, entry.get("next")) if is_entry(each)]
     found = [_problem(folder / name, each) for each in allowed]
-    if None in found or (
+    was_never_there = (
         "next" in entry and "bytes" not in entry and not (folder / name).exists()
-    ):  # its first writing was cut short
+    )  # its first writing was cut short
+    if None in found or was_never_there:
         return None
     return found[0] if found else "the manifest says nothing about it"
 
@@ -103,7 +111,7 @@ def _entries_or_begin(folder: Path) -> dict[str, Any]:
             "Remove it to take them as they are"
         )
     names = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
-    return {path.name: _entry(path.read_bytes()) for path in names}
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in names}
 
 
 def _entry(data: bytes) -> dict[str, Any]:

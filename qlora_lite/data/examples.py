@@ -13,7 +13,6 @@ Surprising:
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -28,6 +27,7 @@ from qlora_lite.data.read import Source, as_pairs, file_identity, read_mix
 from qlora_lite.data.rows import Document
 from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, tokenizer_identity
 from qlora_lite.errors import DataError
+from qlora_lite.model.staging import new_staging, remove_left_over, unlock
 
 CODE_VERSION = 3  # raise it when the same file and tokenizer should give other rows
 _WRITE_ROWS = 256  # rows held in memory while writing
@@ -280,7 +280,8 @@ def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCount
         }
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    remove_left_over(folder)
+    staging, lock = new_staging(folder)
     try:
         with ArrowWriter(
             features=features,
@@ -301,6 +302,7 @@ def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCount
         _put_in_place(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        unlock(lock)
     return counts
 
 

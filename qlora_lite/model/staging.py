@@ -34,7 +34,7 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
     remove_left_over(out)
     try:
         make_folder(out.parent)
-        staging, lock = _new_staging(out)
+        staging, lock = new_staging(out)
     except OSError as error:
         raise UserError(f"{out.parent}: cannot make a folder here ({error.strerror}); name another place") from error
     try:
@@ -46,7 +46,7 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
         raise UserError(f"{out}: cannot be written ({error.strerror}); free some room or name another place") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        _unlock(lock)
+        unlock(lock)
 
 
 def publish_folder(staging: Path, out: Path) -> None:
@@ -73,7 +73,7 @@ def remove_left_over(out: Path) -> None:
             lock = _try_lock(staging)
             if lock is not None:
                 shutil.rmtree(staging, ignore_errors=True)
-                _unlock(lock)
+                unlock(lock)
 
 
 def remove_folder(folder: Path) -> None:
@@ -135,7 +135,7 @@ def _prefix(out: Path) -> str:
     return f".{out.name}." if len(name) <= 200 else f".{hashlib.sha256(name).hexdigest()[:16]}."
 
 
-def _new_staging(out: Path) -> tuple[Path, int | None]:
+def new_staging(out: Path) -> tuple[Path, int | None]:
     """A new folder and its lock. Until it is locked it looks left over, so whether it is still there is asked afterwards."""
     for _ in range(3):
         staging = _staging_name(out)
@@ -143,7 +143,7 @@ def _new_staging(out: Path) -> tuple[Path, int | None]:
         lock = _try_lock(staging)
         if lock is not None and staging.exists():
             break
-        _unlock(lock)
+        unlock(lock)
         lock = None
     return staging, lock  # without a lock where the file system has none
 
@@ -166,7 +166,7 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         held[1] -= 1
         if held[1] == 0:
             del _HELD[key]
-            _unlock(held[0])
+            unlock(held[0])
 
 
 _HELD: dict[str, list[Any]] = {}  # real path -> [descriptor, number of blocks that hold it] of this process
@@ -188,6 +188,6 @@ def _try_lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _unlock(lock: int | None) -> None:
+def unlock(lock: int | None) -> None:
     if lock is not None:
         os.close(lock)
