@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import REPOSITORY
 from tests.tiny_model import tiny_source
 from tests.tiny_run import run_cli, write_recipe
 
+# Until every reader of a model says so itself: transformers would ask on the terminal, and reads attn_implementation from a config.
 NOT_YET = pytest.mark.xfail(
-    strict=True, reason="transformers is asked without trust_remote_code=False, and reads attn_implementation"
+    "trust_remote_code=False" not in (REPOSITORY / "qlora_lite" / "model" / "base.py").read_text(encoding="utf-8"),
+    strict=True,
+    reason="model/base.py leaves trust_remote_code out, and model/source.py keeps attn_implementation",
 )
 OF_CODE = {
     "AutoConfig": "code.Config",
