@@ -157,7 +157,7 @@ def _write_run(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None
 def _read_run(folder: Path) -> object:
     run = RunDir.open(folder)
     read_run(run.path)
-    show.write_report(run.path)
+    show.render_report(run.path)
     return [run.read_json(name) for name in _DOCUMENTS[:6]], run.read_steps(), run.read_predictions()
 
 
