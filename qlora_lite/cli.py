@@ -54,6 +54,8 @@ _MENDABLE = {
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 
 

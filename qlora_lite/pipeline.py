@@ -405,7 +405,7 @@ def _refuse_finished(run: RunDir) -> None:
     if run.read_json("train.json"):
         raise RunError(
             f"{run.path}: is finished ({len(run.read_steps())} steps), so there is nothing to resume. Merge it with: "
-            f"{shlex.join(['qlora-lite', 'merge', str(run.path)])}, or train again in another --run-dir"
+            f"{shlex.join(['qlora-lite', 'merge', in_command(run.path)])}, or train again in another --run-dir"
         )
 
 
@@ -532,8 +532,8 @@ def _published(run: RunDir) -> Path:
 def _next_command(run: RunDir) -> list[str]:
     """`merge`; weights that were trained themselves are asked at once."""
     if _published(run) == run.weights:
-        return ["qlora-lite", "ask", str(run.path), "..."]
-    return ["qlora-lite", "merge", str(run.path)]
+        return ["qlora-lite", "ask", in_command(run.path), "..."]
+    return ["qlora-lite", "merge", in_command(run.path)]
 
 
 def answer(plan: Plan, loaded: api.LoadedModel, name: str, question: str, passage: str | None) -> str:
@@ -566,7 +566,12 @@ def _which(which: str) -> api.Which:
 
 def _resume_command(recipe_name: str, overrides: Sequence[str], run_dir: Path) -> str:
     sets = [word for override in overrides for word in ("--set", override)]
-    return shlex.join(["qlora-lite", "train", recipe_name, *sets, "--run-dir", str(run_dir), "--resume"])
+    return shlex.join(["qlora-lite", "train", recipe_name, *sets, "--run-dir", in_command(run_dir), "--resume"])
+
+
+def in_command(path: Path) -> str:
+    """A path as a printed command has it: one that begins with a dash would be read as options."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 @contextmanager

@@ -23,12 +23,6 @@ NAMES = {
 }
 
 
-# Printed as it is, `qlora-lite merge -rf` reads the name as options.
-DASH = pytest.param(
-    "-rf", id="dash", marks=pytest.mark.xfail(strict=True, reason="pipeline.train: print it as an absolute path")
-)
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("a recipe's folder"), max_steps=3)
@@ -57,7 +51,9 @@ def stopped_on_the_way(recipe: Path, run: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*(pytest.param(name, id=kind) for kind, name in NAMES.items()), DASH])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, id=kind) for kind, name in NAMES.items()), pytest.param("-rf", id="dash")]
+)
 def test_a_run_of_any_name_is_stopped_continued_merged_and_reported_by_the_printed_commands(
     name, recipe, tmp_path, monkeypatch
 ):
@@ -75,9 +71,6 @@ def test_a_run_of_any_name_is_stopped_continued_merged_and_reported_by_the_print
     assert finished.code == 2 and "there is nothing to resume" in finished.stderr
 
 
-@pytest.mark.xfail(
-    strict=True, raises=OSError, reason="cli: ENAMETOOLONG is not among the errors that the user can mend"
-)
 @pytest.mark.parametrize("verb", ["train", "merge", "report", "eval"])
 def test_a_name_that_no_file_system_takes_is_one_message_and_exit_code_2(verb, recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
