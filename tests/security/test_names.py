@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from qlora_lite import pipeline, show
 from qlora_lite.errors import Interrupted
+from qlora_lite.model.artefact import quantize_base
 from qlora_lite.train import StepStats
+from tests.tiny_model import tiny_source
 from tests.tiny_run import run_cli, write_recipe
 
 LONGEST = 255  # bytes of a name on the usual file systems
@@ -78,3 +81,13 @@ def test_a_name_that_no_file_system_takes_is_one_message_and_exit_code_2(verb, r
     done = run_cli("train", recipe, "--run-dir", name) if verb == "train" else run_cli(verb, name)
     assert done.code == 2, done.stderr
     assert "Traceback" not in done.stderr and name in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["m" * LONGEST, "é" * (LONGEST // 2), "-m", "two\nlines", "a:b*c?"], ids=range(5))
+def test_a_model_folder_of_any_name_is_quantized_into_the_cache(name, tmp_path):
+    model = Path(shutil.copytree(tiny_source(), tmp_path / name))
+    folder = quantize_base(model, cache=tmp_path / "cache")
+    assert quantize_base(model, cache=tmp_path / "cache") == folder
+    assert os.listdir(tmp_path / "cache" / "quantized") == [folder.name]
+    assert folder.name.startswith(name[:50])
