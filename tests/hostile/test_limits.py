@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Regex, normalizers
 
 from qlora_lite.data import json_stream, tables
 from qlora_lite.data.limited import Limits, TooMuch
@@ -285,9 +286,9 @@ def test_templates_are_rendered_in_the_immutable_sandbox(escape: str) -> None:
 
 
 def test_an_answer_with_no_token_before_it_is_a_model_error() -> None:
-    template = ChatTemplate(
-        make_tokenizer("{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}")
-    )
+    tokenizer = make_tokenizer(None)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[^b]"), "")  # of a prompt "a" nothing is left
+    template = ChatTemplate(tokenizer)
     row = Conversation("r", ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
     with pytest.raises(ModelError, match="no token stands before the answer"):
         template.encode(row)
