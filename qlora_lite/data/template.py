@@ -97,7 +97,9 @@ class ChatTemplate:
         self._stopped = ""  # why nothing is rendered any more
         self._limits = Limits(seconds=TEMPLATE_SECONDS, num_bytes=TEMPLATE_BYTES)
         added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        self._special_ids = {*tokenizer.all_special_ids, *added}
+        self._special_ids = {*tokenizer.all_special_ids, *added} - {
+            None
+        }  # a special token may be none of the vocabulary
         asks_for_today = "strftime_now" in (tokenizer.chat_template or "")
         self._settings = _TEMPLATE_SETTINGS | (_FIXED_DATE if asks_for_today else {})
         self._known_roles = {"assistant"}  # roles seen in a rendering; "" stands for tools
@@ -170,6 +172,10 @@ class ChatTemplate:
         for turn in turns:
             prompt_ids, answer_ids = self._turn_ids(messages, turn, tools)
             start = len(prompt_ids)
+            if start == 0:
+                raise ModelError(
+                    f"{self._where}: no token stands before the answer, so nothing predicts its first token"
+                )
             spans: tuple[tuple[int, int], ...] = ((start, start + len(answer_ids)),)
             if examples and prompt_ids[: len(examples[-1].encoded.input_ids)] == examples[-1].encoded.input_ids:
                 spans = examples.pop().encoded.spans + spans

@@ -5,6 +5,7 @@ is an error that names the command which brings it.
 """
 
 import json
+import math
 import os
 import shlex
 from hashlib import sha256
@@ -135,6 +136,12 @@ def _refuse_sizes(path: Path, config: dict[str, Any]) -> None:
         value = config.get(key)
         if value is not None and not (type(value) is int and 1 <= value <= largest):
             problems.append(f"{key}: expected a whole number from 1 to {largest:,}, got {str(value)[:60]}")
+    problems += [
+        f"{key}: {value}" for key, value in config.items() if isinstance(value, float) and not math.isfinite(value)
+    ]
+    heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if not problems and heads and shared and heads % shared:
+        problems.append(f"num_key_value_heads: {shared} do not divide num_attention_heads, {heads}")
     if problems:
         raise ModelError(f"{path}: describes no usable model ({'; '.join(problems)})")
 
@@ -146,6 +153,7 @@ def load_config(folder: Path) -> Any:
     values = read_config(folder)
     with foreign(lambda said: ModelError(f"{folder / 'config.json'}: describes no usable model ({said})")):
         config = AutoConfig.for_model(**values)
+        config.to_json_string(use_diff=False)  # which a plan and a merge ask for later
     config.name_or_path = str(folder)
     return config
 

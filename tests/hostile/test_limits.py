@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Regex, normalizers
 
 from qlora_lite.data import json_stream, tables
 from qlora_lite.data.limited import Limits, TooMuch
@@ -89,6 +90,24 @@ def test_a_config_says_no_sizes_that_no_model_has(tmp_path: Path, key: str, larg
     assert read_config(config_folder(tmp_path, **{key: largest}))[key] == largest
     with pytest.raises(ModelError, match=f"{key}: expected a whole number from 1 to {largest:,}, got "):
         read_config(config_folder(tmp_path, **{key: largest + 1 if wrong == "more" else wrong}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 8},
+            "num_key_value_heads: 8 do not divide num_attention_heads, 4",
+        ),
+        ({"attention_dropout": float("nan")}, "attention_dropout: nan"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps: inf"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused_before_it_is_rehearsed(
+    tmp_path: Path, wrong: Any, said: str
+) -> None:
+    with pytest.raises(ModelError, match=said):
+        read_config(config_folder(tmp_path, **wrong))
 
 
 def test_a_config_names_no_code_and_no_kernel_to_load(tmp_path: Path) -> None:
@@ -264,6 +283,15 @@ def test_a_template_or_what_it_prints_may_not_be_huge(monkeypatch: Any) -> None:
 def test_templates_are_rendered_in_the_immutable_sandbox(escape: str) -> None:
     with pytest.raises(ModelError, match="cannot render"):
         ChatTemplate(make_tokenizer(CHATML + escape))
+
+
+def test_an_answer_with_no_token_before_it_is_a_model_error() -> None:
+    tokenizer = make_tokenizer(None)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[^b]"), "")  # of a prompt "a" nothing is left
+    template = ChatTemplate(tokenizer)
+    row = Conversation("r", ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+    with pytest.raises(ModelError, match="no token stands before the answer"):
+        template.encode(row)
 
 
 def test_code_in_a_tokenizers_folder_is_neither_run_nor_asked_about(tmp_path: Path, monkeypatch: Any) -> None:
