@@ -47,6 +47,12 @@ class RunDir:
         """
         run = cls(path)
         try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise RunError(
+                f"{ascii(str(path))}: is no UTF-8, and safetensors writes no other names. Name another --run-dir"
+            ) from error
+        try:
             if run.path.exists() and not run.path.is_dir():
                 raise RunError(f"{run.path}: is a file, so it cannot hold a run. Name another --run-dir")
             if run.path.exists() and not run._is_as_good_as_empty():

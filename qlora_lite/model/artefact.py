@@ -39,11 +39,10 @@ from qlora_lite.model.quantization import Quantization, parts_of, stored_quantiz
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.model.skeleton import empty_model
 from qlora_lite.model.source import folder_fingerprint, load_config, read_config
-from qlora_lite.model.staging import staged_folder
+from qlora_lite.model.staging import short_name, staged_folder
 from qlora_lite.paths import inside
 
 _VERSION = 3  # raise it when the artefact's bytes change
-_NAME_BYTES = 120
 NF4 = Quantization("nf4")
 
 
@@ -59,7 +58,7 @@ def quantize_base(
     A folder that bitsandbytes has quantized already is used as it is: quantizing it again would lose twice.
     `progress(done, total)` is called per tensor. Raises ModelError for a model that is damaged or not supported.
     """
-    name = f"{_short_name(source)}-{quantization.file_name}-{folder_fingerprint(source)}-v{_VERSION}"
+    name = f"{short_name(source.name)}-{quantization.file_name}-{folder_fingerprint(source)}-v{_VERSION}"
     folder = cache / "quantized" / name
     if (folder / MANIFEST_NAME).is_file():
         return folder
@@ -84,11 +83,6 @@ def quantize_base(
         copy_companions(source, staging)
         write_manifest(staging, {"quantization": str(quantization), "source": source.name, **facts})
     return folder
-
-
-def _short_name(source: Path) -> str:
-    """Of the folder's name so much that with what stands behind it, here and while it is staged, it is still a name (255 bytes)."""
-    return os.fsencode(source.name)[:_NAME_BYTES].decode("utf-8", "ignore")
 
 
 def _take_over(

@@ -21,7 +21,7 @@ from qlora_lite.foreign import foreign
 from qlora_lite.model.gguf_head import check_gguf_head
 from qlora_lite.model.manifest import MANIFEST_NAME, write_manifest
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
-from qlora_lite.model.staging import staged_folder
+from qlora_lite.model.staging import short_name, staged_folder
 
 _VERSION = 2  # raise it when the converted folder changes
 _NAMES = {
@@ -45,7 +45,7 @@ def convert_gguf(path: Path, *, cache: Path) -> Path:
     """The converted folder for the GGUF file `path`; made on the first call. Raises ModelError for an unusable file."""
     stat = path.stat()
     key = sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {_VERSION}".encode()).hexdigest()[:16]
-    folder = cache / "converted" / f"{path.stem}-{key}"
+    folder = cache / "converted" / f"{short_name(path.stem)}-{key}"
     if (folder / MANIFEST_NAME).is_file():
         return folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -86,6 +86,11 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def short_name(name: str) -> str:
+    """So much of a name that with what stands behind it, in a cache and while it is staged, it is still one (255 bytes)."""
+    return os.fsencode(name)[:120].decode("utf-8", "ignore")
+
+
 def write_text_durably(path: Path, text: str) -> None:
     """Replace `path` in one step: a reader sees the old file or the whole new one, also after a power cut."""
     staging = path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
@@ -116,13 +121,20 @@ def _sync_files(folder: Path) -> None:
         if path.is_dir():
             fsync_folder(path)
         elif path.is_file():
-            path.chmod(0o644)  # safetensors creates files that only their owner may read
+            path.chmod(_usual_mode())  # safetensors creates files that only their owner may read
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
     fsync_folder(folder)
+
+
+def _usual_mode() -> int:
+    """Of a new file, as the user's umask has it."""
+    umask = os.umask(0o077)  # there is no other way to read it
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _staging_name(out: Path) -> Path:

@@ -7,6 +7,7 @@ out of the environment, and the hub is not asked who the user is. Their packages
 """
 
 import json
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ def open_trackers(
         PartialState(cpu=device == "cpu")  # accelerate's logging asks for it; the loop's Accelerator finds the same one
     with ExitStack() as opened:
         for tracker in trackers:
-            with redirect_stdout(sys.stderr):  # trackio prints; stdout is for --json
+            with redirect_stdout(io.StringIO()):  # trackio prints the folder's name as it is, escapes and all
                 tracker.start()
             opened.callback(_finish, tracker)
         yield lambda stats: _log(trackers, stats)
@@ -87,7 +88,7 @@ def _log(trackers: Sequence[GeneralTracker], stats: StepStats) -> None:
 
 
 def _finish(tracker: GeneralTracker) -> None:
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(io.StringIO()):
         tracker.finish()
 
 
