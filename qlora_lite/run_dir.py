@@ -50,7 +50,7 @@ class RunDir:
             str(path).encode()
         except UnicodeEncodeError as error:
             raise RunError(
-                f"{ascii(str(path))}: is no UTF-8, and safetensors writes no other names. Name another --run-dir"
+                f"{str(path)!a}: is no UTF-8, and safetensors writes no other names. Name another --run-dir"
             ) from error
         try:
             if run.path.exists() and not run.path.is_dir():

@@ -6,8 +6,8 @@ Nothing leaves this machine: W&B runs offline and reports no errors home, what c
 out of the environment, and the hub is not asked who the user is. Their packages are imported only when a run asks for them.
 """
 
-import json
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -57,8 +57,10 @@ def test_known_answers_get_the_official_scores(model, tmp_path, monkeypatch):
     assert result.predictions[0].gold == ("The Nile", "Nile") and result.predictions[2].gold == ()
     assert result.loss == validation_loss(model, examples, device="cpu", micro_batch_tokens=512)
     assert result.to_json_dict() == {
-        "exact_match": result.exact_match, "f1": result.f1, "loss": result.loss, "num_examples": 3
+        "exact_match": result.exact_match, "f1": result.f1, "loss": result.loss, "num_examples": 3,
+        "answers_s": result.answers_s,
     }  # fmt: skip
+    assert 0 < result.answers_s < 60
     template = ChatTemplate(tokenizer)
     asked = [question_prompt(template, each["question"], CONTEXT, format="squad")[0] for each in QUESTIONS]
     assert seen["prompts"] == asked

@@ -118,7 +118,7 @@ def test_a_manifest_notices_a_flipped_byte_a_missing_and_a_cut_file(tmp_path):
     folder = tmp_path / "out"
     manifest = write_manifest(folder, {"base": {"name": "tiny"}})
     assert manifest["files"] == sha256_manifest(folder)
-    assert json.loads((folder / "manifest.json").read_text()) == manifest
+    assert {**json.loads((folder / "manifest.json").read_text()), "sha256": None} == {**manifest, "sha256": None}
     assert verify_manifest(folder) == []
     first, second, third = sorted(folder.glob("*.safetensors"))[:3]
     data = bytearray(first.read_bytes())
