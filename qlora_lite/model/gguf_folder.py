@@ -78,12 +78,13 @@ def _convert(path: Path, folder: Path) -> None:
             writer.write(name, [_dequantized(path, name, tensor, config)])
 
 
-def _dequantized(path: Path, name: str, tensor: Any, config: Any) -> torch.Tensor:
+def _dequantized(path: Path, name: str, stored: Any, config: Any) -> torch.Tensor:
     import gguf
 
     with foreign(lambda said: ModelError(f"{path}: not a readable GGUF file ({name}: {said})")):
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        return _in_hf_order(name, values, config).to(torch.bfloat16)
+        values = gguf.dequantize(stored.data, stored.tensor_type)
+        tensor = _in_hf_order(name, values, config).to(torch.bfloat16)
+        return tensor.clone(memory_format=torch.contiguous_format)  # one of a single value may have a stride of 0
 
 
 def _hf_name(path: Path, name: str) -> str:
