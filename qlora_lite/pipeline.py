@@ -427,7 +427,12 @@ def _scores_before(
     """What eval.json and predictions.jsonl hold before training: how well it starts; from there when the run is resumed."""
     scores = {key: value for key, value in run.read_json("eval.json").items() if key != "schema_version"}
     if scores or plan.recipe.data.eval is None:
-        return scores or {"before": None, "after": None, "groups": {}}, run.read_predictions()
+        scores = {"before": None, "after": None, "groups": {}} | scores
+        if not all(isinstance(scores[key], dict | None) for key in ("before", "after", "groups")):
+            raise RunError(
+                f"{run.path / 'eval.json'}: damaged (not scores). Remove it and run the step that writes it again"
+            )
+        return scores, run.read_predictions()
     start = "base model" if plan.recipe.lora.init_from is None else "adapter that training starts from"
     result = _score(plan, loaded, f"scoring the {start}", spent=spent)
     groups = {name: {"before": group, "after": {}} for name, group in by_phrasing(result.predictions).items()}

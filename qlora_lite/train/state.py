@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from qlora_lite.errors import RunError
+from qlora_lite.foreign import foreign
+from qlora_lite.json_text import parse_json
 from qlora_lite.model.trained import load_trained, save_trained, trained_parameters
 from qlora_lite.train.best import Best
 from qlora_lite.train.footprint import Footprint
@@ -96,14 +97,12 @@ class TrainState:
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote. Raises RunError when the files are damaged or of another run."""
-        try:
+        with foreign(lambda what: RunError(f"{folder}: not a checkpoint of this run ({what})")):
             trained = load_trained(self.model, folder)
             tensors = load_file(folder / _TENSORS)
-            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            facts = parse_json((folder / _FACTS).read_bytes())
             tensors |= {f"trained/{name}": tensor for name, tensor in trained.items()}
             self.restore(Snapshot(tensors, facts))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise RunError(f"{folder}: not a checkpoint of this run ({type(error).__name__}: {error})") from error
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = dict(self.random_numbers().tensors)
