@@ -1,6 +1,7 @@
 """Readers of what training leaves: adapters, manifests, the JSON of a run, and the hub's list of revisions."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +15,7 @@ from qlora_lite.merge.lora import read_adapter
 from qlora_lite.model.adapter import load_adapter, save_adapter
 from qlora_lite.model.artefact import verify_artefact
 from qlora_lite.model.factors import copy_factors
-from qlora_lite.model.manifest import read_manifest, verify_manifest, weights_sha256, write_manifest
+from qlora_lite.model.manifest import read_manifest, seal, verify_manifest, weights_sha256, write_manifest
 from qlora_lite.recipe import load_recipe
 from qlora_lite.recipe.hub_names import find_fetched
 from qlora_lite.run_dir import RunDir
@@ -114,6 +115,9 @@ def _write_manifest(seed: dict[str, bytes], folder: Path, rng: Random | None) ->
     if rng.random() < 0.4:
         document["files"][rng.choice([*outside, "pipe", ".", ""])] = document["files"]["config.json"]
     text = mutate_json(document, rng, values=[*outside, {"bytes": "x"}, {"sha256": 1}])
+    if rng.random() < 0.7:  # whoever writes a hostile manifest can seal it
+        with suppress(ValueError, RecursionError, AttributeError):
+            text = seal(json.loads(text))
     (folder / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
 
 
