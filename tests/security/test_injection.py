@@ -142,7 +142,7 @@ def test_a_run_folder_of_a_stranger_makes_a_page_that_does_nothing(tmp_path, cap
         documents = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("\n".join(json.dumps(poisoned(each, hostile, numbers=numbers)) for each in documents))
     (run / "recipe.yaml").write_text(f"method: {json.dumps(f'qlora{hostile}')}\n{json.dumps(hostile)}: 1\n")
-    source = show.write_report(run).read_text(encoding="utf-8")
+    source = show.render_report(run)
     show.show_run(run)
     acts_nowhere(source)
     assert ACTS.search(capsys.readouterr().err) is None

@@ -53,7 +53,8 @@ def test_the_score_before_is_that_of_the_adapter_it_starts_from(tmp_path: Path) 
     after = train_cli(recipe, tmp_path / "first", "--json").json["eval"]["after"]
     start = ("--set", f"lora.init_from={tmp_path / 'first' / 'adapter'}")
     done = train_cli(recipe, tmp_path / "second", *start, "--json")
-    assert done.json["eval"]["before"] == after
+    before = done.json["eval"]["before"]
+    assert before | {"answers_s": 0} == after | {"answers_s": 0}  # but for the seconds that answering took
     assert "scoring the adapter that training starts from" in done.stderr
 
 

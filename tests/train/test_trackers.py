@@ -169,7 +169,8 @@ def test_trackers_are_finished_when_training_fails_and_a_name_given_twice_is_one
 def test_a_run_with_trackers_logs_each_step_and_keeps_stdout_for_json(fakes: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, trackers=["tensorboard", "wandb", "trackio"], eval_every_steps=2, max_steps=2)
     done = train_cli(recipe, tmp_path / "run", "--json")
-    assert done.json["num_steps"] == 2 and "started" in done.stderr
+    assert done.json["num_steps"] == 2
+    assert "started" not in done.stderr  # what a tracker prints is not ours to show: names in it may hold escapes
     for name in ("wandb", "trackio"):
         logged = [call[1:] for call in calls(name) if call[0] == "log"]
         assert [step for step, _ in logged] == [1, 2]
