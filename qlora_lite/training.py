@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from qlora_lite.data.batches import StepSampler, largest_step, sampler_of
 from qlora_lite.data.examples import Examples
+from qlora_lite.data.files import hash_file
 from qlora_lite.data.read import as_pairs, file_identity
 from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped, UserError
 from qlora_lite.evaluate import validation_loss
@@ -234,10 +235,14 @@ def refuse_other_base(run: RunDir, now: str) -> None:
 
 
 def data_hashes(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of each file that rows are read from, by its path; of a folder one for all its files."""
+    """SHA-256 of each file that rows are read from, by its path; of a folder one over the hashes of all its files."""
     files = [str(path) for path, _ in as_pairs(recipe.data.train_files)]
     files += [] if recipe.data.eval is None else [recipe.data.eval]
-    return {file: sha256("\n".join(file_identity(Path(file))).encode()).hexdigest() for file in files}
+    return {file: _data_hash(Path(file)) for file in files}
+
+
+def _data_hash(path: Path) -> str:
+    return sha256("\n".join(file_identity(path)).encode()).hexdigest() if path.is_dir() else hash_file(path)
 
 
 def refuse_other_data(run: RunDir, now: Mapping[str, str]) -> None:

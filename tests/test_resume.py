@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lite import api
-from qlora_lite.model.manifest import read_manifest, write_manifest
+from qlora_lite.model.manifest import read_manifest, sha256_of_file, write_manifest
 from qlora_lite.recipe import load_recipe
 from qlora_lite.run_dir import RunDir
 from tests.tiny_run import run_cli, train_cli, write_recipe
@@ -32,7 +32,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(stopped: Path, tmp_path: Path) -> Path:
-    """A copy to go on with; the data stay where the recipe found them, so they are put back afterwards."""
+    """A folder with a copy of the run, to go on with; recipe and data stay in `stopped`."""
     shutil.copytree(stopped / "run", tmp_path / "run")
     return tmp_path
 
@@ -46,6 +46,11 @@ def test_a_checkpoint_says_what_it_was_computed_with(stopped: Path) -> None:
     assert manifest is not None and manifest["step"] == 2
     assert len(manifest["recipe_sha256"]) == 64 and manifest["num_threads"] >= 1
     assert {"torch", "bitsandbytes", "qlora-lite"} <= manifest["versions"].keys()
+
+
+def test_the_run_keeps_the_sha_256_of_its_data_files(stopped: Path) -> None:
+    kept = json.loads((stopped / "run" / "env.json").read_text())["data_sha256"]
+    assert kept == {str(stopped / name): sha256_of_file(stopped / name) for name in ("train.json", "test.json")}
 
 
 def test_what_changes_nothing_that_is_trained_may_differ_is_said_and_becomes_the_runs(
