@@ -92,9 +92,12 @@ def rank_report(source: Source, other: Source | None = None) -> dict[str, Any]:
 
 
 def truncate(
-    source: Source, out: Path, *, rank: int | None = None, num_parameters: int | None = None
+    source: Source, out: Path, *, rank: int | None = None, num_parameters: int | None = None, dtype: str = "fp32"
 ) -> dict[str, Any]:
-    """Write the best approximation of the adapter by `rank` a module, or by so many parameters in all; says what it loses."""
+    """Write the best approximation of the adapter by `rank` a module, or by so many parameters in all; says what it loses.
+
+    `dtype` is that of the factors on disk: fp32, bf16 or int8. Raises RunError, ModelError, UserError.
+    """
     if (rank is None) == (num_parameters is None) or (rank or num_parameters or 0) < 1:
         raise UserError("rank: give either --to R or --parameters N, above 0")
     adapter = source.read()
@@ -108,11 +111,13 @@ def truncate(
         )
     made_of = {"adapter_sha256": folder_weights_sha256(source.folder), "ranks": ranks}
     shortened = truncated_adapter(adapter, ranks)
-    write_adapter(shortened, out, base_name=_base_name(source), made_of=made_of, texts=source.texts)
+    write_adapter(shortened, out, base_name=_base_name(source), made_of=made_of, dtype=dtype, texts=source.texts)
     return {
         "out": str(out),
         "ranks": ranks,
         "lost_share": lost_share(found, ranks),
+        "dtype": dtype,
+        "adapter_bytes": {"before": factor_bytes(source.folder), "after": factor_bytes(out)},
         "num_parameters": {
             "before": _num_parameters(found, {each.module: each.r for each in found}),
             "after": _num_parameters(found, ranks),
@@ -157,8 +162,11 @@ def parts_of(asked: Sequence[Asked]) -> tuple[list[Part], list[Source]]:
     return parts, sources
 
 
-def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None) -> dict[str, Any]:
-    """Write the weighted sum of adapters as one: exact, or the best of `rank`. Raises RunError, ModelError, UserError."""
+def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None, dtype: str = "fp32") -> dict[str, Any]:
+    """Write the weighted sum of adapters as one: exact, or the best of `rank`; factors as `dtype` (fp32, bf16 or int8).
+
+    Raises RunError, ModelError, UserError.
+    """
     if rank is not None and rank < 1:
         raise UserError(f"--rank: expected a whole number above 0, got {rank}")
     parts, sources = parts_of(asked)
@@ -168,14 +176,23 @@ def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None) -> dict[s
         {"adapter_sha256": folder_weights_sha256(source.folder), "weight": each.weight, "weights": each.weights}
         for each, source in zip(asked, sources, strict=True)
     ]
-    write_adapter(mixed.adapter, out, base_name=_base_name(first), made_of={"mix": made_of}, texts=first.texts)
+    write_adapter(
+        mixed.adapter, out, base_name=_base_name(first), made_of={"mix": made_of}, dtype=dtype, texts=first.texts
+    )
     return {
         "out": str(out),
         "r": mixed.r,
         "lost_share": mixed.lost_share,
+        "dtype": dtype,
+        "adapter_bytes": factor_bytes(out),
         "num_modules": len(mixed.adapter.factors),
         "parts": [{"path": str(each.path), "weight": each.weight, "weights": each.weights} for each in asked],
     }
+
+
+def factor_bytes(folder: Path) -> int:
+    """What an adapter's tensors take on disk."""
+    return sum(path.stat().st_size for path in folder.glob("adapter_model*.safetensors"))
 
 
 class Blend:

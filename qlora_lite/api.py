@@ -26,6 +26,8 @@ from qlora_lite.loading import (
 )
 from qlora_lite.merge import MergeResult
 from qlora_lite.merge import merge as merge_files
+from qlora_lite.merge.adapter_proof import EffectLost
+from qlora_lite.merge.adapter_proof import effect_lost as adapters_effect_lost
 from qlora_lite.merge.proof import PROOF_TOKENS
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.quantization import stored_quantization
@@ -40,7 +42,9 @@ from qlora_lite.verify import refuse_damaged
 Which = Literal["base", "adapter", "merged"]
 
 __all__ = [
+    "EffectLost",
     "LoadedModel",
+    "effect_lost",
     "evaluate",
     "go_on_with",
     "load_model",
@@ -108,6 +112,19 @@ def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None) -> Mer
         scale=recipe.merge.scale,
         seed=purpose_seed(recipe.train.seed, "rounding"),
         compute_dtype=None if is_original else plan.types.name,
+        device=plan.device,
+    )
+
+
+def effect_lost(plan: Plan, run: RunDir, adapter: Path, other: Path) -> EffectLost:
+    """How much of an adapter's effect on the run's held-out rows `other`, a folder of the same kind, loses. Raises ModelError, RunError."""
+    folder = run_base(plan, run)
+    return adapters_effect_lost(
+        folder,
+        adapter,
+        other,
+        _proof_rows(plan, load_tokenizer(folder, special_tokens=plan.recipe.data.special_tokens)),
+        compute_dtype=plan.types.name,
         device=plan.device,
     )
 

@@ -5,12 +5,13 @@ Like pipeline.py: each function puts in order what adapters.py and api.py comput
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qlora_lite import api, show
-from qlora_lite.adapters import Blend, Source, mix, open_source, parse_part, parts_of, rank_report, truncate
+from qlora_lite.adapters import Asked, Blend, Source, mix, open_source, parse_part, parts_of, rank_report, truncate
 from qlora_lite.errors import RunError, UserError
 from qlora_lite.evaluate import EvalResult
 from qlora_lite.merge.mix import mix_adapters
@@ -30,9 +31,13 @@ def rank(
     to: int | None = None,
     num_parameters: int | None = None,
     out: Path | None = None,
+    dtype: str = "fp32",
     score: bool = True,
 ) -> dict[str, Any]:
-    """The spectrum of a run's change, and the advice; with `to` or `num_parameters` a shorter adapter at `out`, and what it costs."""
+    """The spectrum of a run's change, and the advice; with `to` or `num_parameters` a shorter adapter at `out`, and what it costs.
+
+    `dtype` is what the shorter adapter's factors are stored in.
+    """
     source = open_source(run_dir)
     with show.phase("singular values of every change"):
         report = rank_report(source, None if other is None else open_source(other))
@@ -40,7 +45,7 @@ def rank(
     if to is not None or num_parameters is not None:
         if out is None:
             raise UserError("rank: --to and --parameters write a shorter adapter; say where with --out DIR")
-        report["truncated"] = _truncate(source, out, to, num_parameters, score=score)
+        report["truncated"] = _truncate(source, out, to, num_parameters, dtype=dtype, score=score)
     elif source.run is not None:
         with source.run.locked():
             source.run.write_json("rank.json", report)
@@ -74,12 +79,22 @@ def try_ranks(recipe_name: str, overrides: Sequence[str], *, ranks: Sequence[int
     return found
 
 
-def mix_runs(parts: Sequence[str], out: Path, *, rank: int | None) -> dict[str, Any]:
-    """Write the weighted sum of several adapters as one."""
+def mix_runs(
+    parts: Sequence[str], out: Path, *, rank: int | None, dtype: str = "fp32", score: bool = True
+) -> dict[str, Any]:
+    """Write the weighted sum of several adapters as one; where a rank or `dtype` loses something, say how much of the effect."""
+    asked = [parse_part(part) for part in parts]
     with show.phase("adding the changes up"):
-        found = mix([parse_part(part) for part in parts], out, rank=rank)
+        found = mix(asked, out, rank=rank, dtype=dtype)
     lost = f", {found['lost_share']:.2%} of the sum lost" if rank is not None else ", exact"
-    show.say(f"written: {out} (rank {found['r']}{lost}). Next: qlora-lite eval {out}, or merge it")
+    show.say(
+        f"written: {out} (rank {found['r']}{lost}, {format_bytes(found['adapter_bytes'])}). Next: qlora-lite eval {out}, or merge it"
+    )
+    if score and (rank is not None or dtype != "fp32"):
+        with tempfile.TemporaryDirectory(prefix="qlora-lite-") as folder:
+            exact = Path(folder) / "mix"
+            mix(asked, exact)
+            found["proof"] = _effect_lost(out, exact)
     return found
 
 
@@ -106,6 +121,54 @@ def ask_mix(run_dir: Path, question: str, parts: Sequence[str], *, passage: str 
     return {"answers": {"mix": answer(plan, loaded, "mix", question, passage)}}
 
 
+def ask_many(run_dir: Path, lines: Iterable[str], parts: Sequence[str], *, passage: str | None) -> dict[str, Any]:
+    """Answer each line with one loaded base. A line `/use NAME:WEIGHT ...` weighs the adapters from there on, by their folders' names.
+
+    Without `parts` the run's own adapter is the only one; at first each counts as `parts` says. A `/use` that cannot be understood is
+    said and changes nothing. Raises UserError, ModelError, RunError.
+    """
+    _, plan = api.open_run(run_dir)
+    asked = [parse_part(part) for part in parts] or [Asked(run_dir, 1.0, {})]
+    if any(each.weights for each in asked):
+        raise UserError(
+            "ask: weights of single modules go with one question; for several, write the sum first: qlora-lite mix"
+        )
+    found, _ = parts_of(asked)
+    names = _short_names([each.path for each in asked])
+    with show.phase("loading the base and the adapters"):
+        blend = Blend(plan, {name: part.adapter for name, part in zip(names, found, strict=True)})
+    weights = {name: each.weight for name, each in zip(names, asked, strict=True)}
+    show.say(
+        f"a line is a question; /use {' '.join(f'{name}:1' for name in names)} weighs the adapters (those not named count 0)"
+    )
+    answers: list[dict[str, Any]] = []
+    for line in map(str.strip, lines):
+        if line.startswith("/use"):
+            try:
+                weights = _weights_of(line, names)
+            except UserError as error:
+                show.say_warning(str(error))
+        elif line:
+            loaded = blend.use(weights)
+            title = " ".join(f"{name}:{weight:g}" for name, weight in weights.items())
+            answers.append({"question": line, "weights": weights, "answer": answer(plan, loaded, title, line, passage)})
+    return {"answers": answers}
+
+
+def _weights_of(line: str, names: Sequence[str]) -> dict[str, float]:
+    given = [parse_part(word) for word in line.split()[1:]]
+    unknown = [str(each.path) for each in given if str(each.path) not in names or each.weights]
+    if unknown or not given:
+        raise UserError(f"{line!r}: expected /use NAME:WEIGHT ..., with names of {', '.join(names)}")
+    return {str(each.path): each.weight for each in given}
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The folders' last names, or their whole paths where two are called the same."""
+    last = [path.resolve().name for path in paths]
+    return last if len(set(last)) == len(last) else [str(path) for path in paths]
+
+
 def sweep_scale(run_dir: Path, scales: Sequence[float], *, data: Path | None) -> dict[str, Any]:
     """Loss, exact match and F1 with the change at each scale: 0 is the base, 1 as it was trained."""
     if not scales or not all(map(math.isfinite, scales)):
@@ -126,15 +189,19 @@ def sweep_scale(run_dir: Path, scales: Sequence[float], *, data: Path | None) ->
     return {"scales": lines, "best_scale": best["scale"]}
 
 
-def _truncate(source: Source, out: Path, to: int | None, num_parameters: int | None, *, score: bool) -> dict[str, Any]:
-    found = truncate(source, out, rank=to, num_parameters=num_parameters)
+def _truncate(
+    source: Source, out: Path, to: int | None, num_parameters: int | None, *, dtype: str, score: bool
+) -> dict[str, Any]:
+    found = truncate(source, out, rank=to, num_parameters=num_parameters, dtype=dtype)
+    size = found["adapter_bytes"]
     show.say(
-        f"written: {out}: {found['num_parameters']['after']:,} of {found['num_parameters']['before']:,} parameters; "
-        f"{found['lost_share']:.2%} of the change lost"
+        f"written: {out}: {found['num_parameters']['after']:,} of {found['num_parameters']['before']:,} parameters, "
+        f"{format_bytes(size['after'])} of {format_bytes(size['before'])}; {found['lost_share']:.2%} of the change lost"
     )
     if score and source.run is not None:
         _, plan = api.open_run(source.run.path)
-        if plan.recipe.data.eval is not None and Path(plan.recipe.data.eval).exists():
+        if _has_held_out_rows(plan):
+            found["proof"] = _effect_lost(out, source.folder)
             before, after = (
                 _scored(plan, api.load_model(plan, adapter=folder), name, None).to_json_dict()
                 for folder, name in ((source.folder, "scoring the adapter"), (out, "scoring the shorter one"))
@@ -142,6 +209,23 @@ def _truncate(source: Source, out: Path, to: int | None, num_parameters: int | N
             found["eval"] = {"before": before, "after": after}
             show.show_scores(before, after, title="adapter (before) and shorter one (after)")
     return found
+
+
+def _effect_lost(out: Path, exact: Path) -> dict[str, Any] | None:
+    """What the adapter at `out` loses of the effect of the one at `exact`; None where no run says what to compare them on."""
+    if not RunDir(out).has_begun:
+        return None
+    run, plan = api.open_run(out)
+    if not _has_held_out_rows(plan):
+        return None
+    with show.phase("comparing the two on held-out rows") as phase:
+        lost = api.effect_lost(plan, run, exact, out)
+        phase.note(f"{lost.lost_share:.2%} of the adapter's effect lost, {lost.num_label_tokens} label tokens")
+    return asdict(lost)
+
+
+def _has_held_out_rows(plan: Plan) -> bool:
+    return plan.recipe.data.eval is not None and Path(plan.recipe.data.eval).exists()
 
 
 def _try_rank(plan: Plan, r: int) -> dict[str, Any]:

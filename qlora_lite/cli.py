@@ -43,6 +43,9 @@ MixOption = Annotated[
     list[str],
     typer.Option("--mix", metavar="RUN_DIR:WEIGHT", help="The weighted sum of several adapters instead; repeated."),
 ]
+DtypeOption = Annotated[
+    str, typer.Option(metavar="TYPE", help="Of the factors that are written: fp32, bf16, or int8 (not for plain peft).")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 # Full disks, unwritable and missing places: the user's to mend, wherever in the program they are met.
 _MENDABLE = {
@@ -171,15 +174,22 @@ def merge(
 @app.command()
 def ask(
     run_dir: RunArgument,
-    question: Annotated[str, typer.Argument(help="What to ask.")],
+    question: Annotated[str, typer.Argument(help="What to ask; - reads one question a line from stdin.")],
     context: Annotated[Path | None, typer.Option(help="A text file with the passage to answer from.")] = None,
     which: Annotated[str, typer.Option(help="base, adapter, merged or all.")] = "adapter",
     mix: MixOption = [],  # noqa: B006
     json: JsonOption = False,
 ) -> None:
-    """A streamed answer, with the template of training."""
+    """A streamed answer, with the template of training. With --mix the adapters' sum; with - a line `/use NAME:WEIGHT ...` switches."""
     from qlora_lite import pipeline
 
+    if question == "-":
+        from qlora_lite import change
+
+        if which != "adapter":
+            raise UserError("ask: --which goes with one question; for several, /use NAME:0 asks the base")
+        _print(change.ask_many(run_dir, sys.stdin, mix, passage=pipeline.read_context(context)), json)
+        return
     if mix:
         from qlora_lite import change
 
@@ -207,6 +217,7 @@ def rank(
         int | None, typer.Option(metavar="N", help="Write the best adapter of so many parameters.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write it.")] = None,
+    dtype: DtypeOption = "fp32",
     score: Annotated[bool, typer.Option(help="Say what a shorter adapter costs on held-out rows.")] = True,
     try_: Annotated[
         str | None, typer.Option("--try", metavar="R,R,...", help="Train the recipe with each rank and compare.")
@@ -226,7 +237,9 @@ def rank(
     if try_ is not None:
         found = change.try_ranks(what, set_, ranks=ranks, share=share)
     else:
-        found = change.rank(Path(what), other=other, to=to, num_parameters=parameters, out=out, score=score)
+        found = change.rank(
+            Path(what), other=other, to=to, num_parameters=parameters, out=out, dtype=dtype, score=score
+        )
     _print(found, json)
 
 
@@ -237,12 +250,16 @@ def mix(
     rank: Annotated[
         int | None, typer.Option(metavar="R", help="Of the sum; by default it is exact and ranks add up.")
     ] = None,
+    dtype: DtypeOption = "fp32",
+    score: Annotated[
+        bool, typer.Option(help="Say how much of the effect a rank or a dtype loses on held-out rows.")
+    ] = True,
     json: JsonOption = False,
 ) -> None:
     """Add adapters up: 0.7 of one and 0.3 of another, or one less another. Exact, or the best of a rank."""
     from qlora_lite import change
 
-    _print(change.mix_runs(parts, out, rank=rank), json)
+    _print(change.mix_runs(parts, out, rank=rank, dtype=dtype, score=score), json)
 
 
 @app.command()

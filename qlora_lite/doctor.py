@@ -373,6 +373,10 @@ def measured_findings(measured: Facts | None, *, versions: dict[str, Facts]) -> 
         yield Finding(
             "measured", OK, f"the allocator reserves {measured['fragmentation_ratio']:.3f} times what it gives"
         )
+    written = measured.get("disk_write_bytes_per_s")
+    if isinstance(written, dict):
+        words = _spread_in_words(written, lambda rate: f"{format_bytes(int(rate))}/s")
+        yield Finding("measured", OK, f"the cache's disk is written with {words}, until it is durable")
     price = measured.get("dequantize", {}).get("dequantize_tokens")
     if isinstance(price, dict):
         words = _spread_in_words(price, lambda tokens: f"{tokens:.0f}")

@@ -1,4 +1,7 @@
-"""What `doctor --measure` kept: sizes of this machine that a plan's ledger cannot see. doctor writes and shows it, plan uses it."""
+"""What `doctor --measure` kept: sizes of this machine that a plan's ledger cannot see, and its disk.
+
+doctor writes and shows it, plan uses it.
+"""
 
 import json
 from pathlib import Path
@@ -14,3 +17,9 @@ def kept_measurement(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("versions"), dict) else None
+
+
+def disk_speed(cache: Path) -> dict[str, float | None]:
+    """`disk_write_bytes_per_s` as a plan has it; None where it was not measured."""
+    found = ((kept_measurement(cache / KEPT) or {}).get("disk_write_bytes_per_s") or {}).get("median")
+    return {"disk_write_bytes_per_s": found if isinstance(found, float) and found > 0 else None}

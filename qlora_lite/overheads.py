@@ -23,6 +23,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,6 +40,7 @@ from qlora_lite.errors import UserError
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.base import checkpoint_activations
 from qlora_lite.model.bnb import bitsandbytes
+from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import choose_types
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.known import known_config
@@ -54,6 +56,7 @@ MODEL, NUM_LAYERS = (
 )  # its shape; on the CPU as few layers as tell a step from noise
 LENGTH, NUM_EXAMPLES, LABEL_SHARE = 512, {"cpu": 2, "cuda": 8}, 0.1
 NUM_STEPS = 5
+NUM_WRITES = 3
 WEIGHT = (1536, 4096)  # out, in: a layer of a 7B model
 NUM_TOKENS = (64, 128, 256, 512, 1024, 2048)
 NUM_ROUNDS = {"cpu": 9, "cuda": 30}
@@ -76,9 +79,23 @@ def measure(device: str) -> dict[str, Any]:
         raise UserError(f"--measure: the measuring process ended with exit code {process.returncode}, and no result")
     found: dict[str, Any] = json.loads(line)
     del found["schema_version"]  # of a document on stdout; this becomes a part of one
+    found["disk_write_bytes_per_s"] = disk_write_rate(default_cache())
     if device == "cuda":
         found["context_bytes"] = held - found.pop("reserved_bytes")
     return found
+
+
+def disk_write_rate(folder: Path, *, num_bytes: int = 64 * 2**20) -> dict[str, float]:
+    """Bytes a second that a file in `folder` is written with until it is durable, as a checkpoint is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, rates = os.urandom(num_bytes), []
+    for _ in range(NUM_WRITES):
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            begin = time.perf_counter()
+            file.write(data)
+            os.fsync(file.fileno())
+            rates.append(num_bytes / (time.perf_counter() - begin))
+    return spread(rates)
 
 
 def _path() -> list[str]:

@@ -21,6 +21,7 @@ from qlora_lite.data.read import find_format, format_of_held_out
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import Interrupted, RunError, UserError
 from qlora_lite.evaluate import EvalResult, by_phrasing, stream_answer
+from qlora_lite.measured import disk_speed
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import SHIPPED, bring_shipped, default_cache
 from qlora_lite.model.hub import fetch_files, look_up, open_hub
@@ -89,6 +90,7 @@ def plan(what: str, overrides: Sequence[str], *, budget: str | None, html: Path 
         "reasons": list(request.reasons),
         "sharing": request.sharing and request.sharing.to_json_dict(),
         **found.to_json_dict(),
+        **disk_speed(default_cache()),
     }
     show.show_plan(document)
     if html is not None:

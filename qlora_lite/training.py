@@ -22,7 +22,9 @@ from qlora_lite.data.read import as_pairs, file_identity
 from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped, UserError
 from qlora_lite.evaluate import validation_loss
 from qlora_lite.loading import LoadedModel, held_out_examples, training_examples
-from qlora_lite.model.factors import FACTORS_FILE
+from qlora_lite.measured import disk_speed
+from qlora_lite.model.bring import default_cache
+from qlora_lite.model.factors import factors_file
 from qlora_lite.model.manifest import read_manifest, sha256_of_file, write_manifest
 from qlora_lite.model.staging import remove_folder, staged_folder
 from qlora_lite.model.trained import folder_name
@@ -262,7 +264,7 @@ def refuse_other_data(run: RunDir, now: Mapping[str, str]) -> None:
 
 def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel, data: Mapping[str, str]) -> None:
     """The first records; recipe.yaml, which makes the folder a run, comes last."""
-    run.write_json("plan.json", plan.to_json_dict())
+    run.write_json("plan.json", plan.to_json_dict() | disk_speed(default_cache()))
     run.write_json(
         "env.json",
         {
@@ -305,7 +307,7 @@ def fixed_sha256(recipe: Recipe) -> str:
 def _start_of(recipe: Recipe) -> dict[str, str] | None:
     """Where the factors came from, and what they were."""
     folder = recipe.lora.init_from
-    return None if folder is None else {"path": folder, "sha256": sha256_of_file(Path(folder) / FACTORS_FILE)}
+    return None if folder is None else {"path": folder, "sha256": sha256_of_file(factors_file(Path(folder)))}
 
 
 def _preflight(

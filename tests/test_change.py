@@ -1,5 +1,6 @@
 """The verbs about the change itself, by the command line: rank, mix, merge --mix, ask --mix, eval --scales, rank --try."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -206,3 +207,34 @@ def test_what_cannot_be_is_one_clear_message(
     done = run_cli(*(word.replace("{a}", str(runs[0])) for word in words))
     assert done.code == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_questions_from_stdin_are_answered_with_adapters_switched_between_them_on_one_loaded_base(
+    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "Why?\n/use b:1\nWhy?\n\n/use c:1\n/use a:0.5 b:0.5\nWhy?\n/use a:0\nWhy?\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    done = run_cli("ask", runs[0], "-", "--mix", f"{runs[0]}:1", "--mix", f"{runs[1]}:0", "--json")
+    answers = done.json["answers"]
+    assert [each["weights"] for each in answers] == [{"a": 1, "b": 0}, {"b": 1}, {"a": 0.5, "b": 0.5}, {"a": 0}]
+    assert "expected /use NAME:WEIGHT ..., with names of a, b" in done.stderr.replace("\n", " ")
+    assert done.stderr.count("loading the base and the adapters ...") == 1
+    alone = [
+        run_cli("ask", runs[0], "Why?", "--json").json["answers"]["adapter"],
+        run_cli("ask", runs[1], "Why?", "--json").json["answers"]["adapter"],
+        run_cli("ask", runs[0], "Why?", "--mix", f"{runs[0]}:0.5", "--mix", f"{runs[1]}:0.5", "--json").json["answers"][
+            "mix"
+        ],
+        run_cli("ask", runs[0], "Why?", "--which", "base", "--json").json["answers"]["base"],
+    ]
+    assert [each["answer"] for each in answers] == alone
+
+
+def test_questions_from_stdin_go_to_the_runs_own_adapter_without_a_mix(
+    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n"))
+    done = run_cli("ask", runs[0], "-", "--json")
+    assert done.json["answers"][0]["weights"] == {"a": 1}
+    wrong = run_cli("ask", runs[0], "-", "--which", "base")
+    assert wrong.code == 2 and "--which goes with one question" in wrong.stderr

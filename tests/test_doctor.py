@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 from qlora_lite import doctor, overheads
 from qlora_lite.doctor import OK, PROBLEM, WARNING
+from qlora_lite.measured import disk_speed
 from qlora_lite.model.bnb import native_library, runs_downloaded_kernel
 from tests.conftest import REPOSITORY
 from tests.tiny_run import run_cli
@@ -171,6 +172,15 @@ def test_a_damaged_kept_file_is_none(text, tmp_path):
     assert doctor.kept_measurement(tmp_path / doctor.KEPT) is None
 
 
+def test_how_fast_the_disk_is_written_is_measured_and_told_to_plans(tmp_path):
+    rate = overheads.disk_write_rate(tmp_path, num_bytes=2**20)
+    assert rate["num"] == 3 and 0 < rate["low"] <= rate["median"] <= rate["high"]
+    assert not list(tmp_path.iterdir())
+    assert disk_speed(tmp_path) == {"disk_write_bytes_per_s": None}
+    (tmp_path / doctor.KEPT).write_text(json.dumps({"versions": {}, "disk_write_bytes_per_s": rate}))
+    assert disk_speed(tmp_path) == {"disk_write_bytes_per_s": rate["median"]}
+
+
 @pytest.mark.slow
 def test_what_is_measured_is_kept_and_shown_again():
     done = run_doctor("--measure", "--json")
@@ -179,6 +189,7 @@ def test_what_is_measured_is_kept_and_shown_again():
     kept = json.loads((Path(os.environ["QLORA_LITE_HOME"]) / doctor.KEPT).read_text())
     assert measured == kept and kept["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert kept["dequantize"]["dequantize_tokens"]["low"] > 0
+    assert kept["disk_write_bytes_per_s"]["low"] > 2**20
     if kept["device"] == "cpu":
         assert kept["imports_rss_bytes"] > 100 * 2**20
         assert kept["step_peak_bytes"] > 50 * 2**20

@@ -18,7 +18,7 @@ from torch import Tensor
 from qlora_lite.errors import ModelError
 from qlora_lite.model.adapter_config import read_adapter_config, token_ids_of
 from qlora_lite.model.dora import row_norms
-from qlora_lite.model.tensor_files import load_tensors
+from qlora_lite.model.factors import saved_factors
 
 _PREFIX, _A, _B, _M = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _ROWS = ".token_adapter.trainable_tokens_delta"
@@ -83,8 +83,7 @@ def read_adapter(folder: Path | str) -> Adapter:
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
-    path = folder / "adapter_model.safetensors"
-    tensors = load_tensors(path)
+    tensors = saved_factors(folder)
     modules = sorted({_module_name(name) for name in tensors if _is_factor(name)})
     others = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if not _is_factor(name)}
     saved = tuple(config.get("modules_to_save") or ())
@@ -116,7 +115,7 @@ def read_adapter(folder: Path | str) -> Adapter:
         factors[module] = LoraFactors(a_RI, b_OR, scaling, magnitude_O)
     _refuse(folder, problems, "the adapter does not fit together")
     if not factors and not whole:
-        raise ModelError(f"{path}: holds no LoRA factors")
+        raise ModelError(f"{folder}: holds no LoRA factors")
     return Adapter(
         factors,
         whole,

@@ -23,12 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, UserError
 from qlora_lite.merge.lora import Adapter, LoraFactors
 from qlora_lite.merge.spectrum import lost_share, ranks_of_equal, spectra, truncated_adapter
+from qlora_lite.model.factors import FACTORS_FILE
+from qlora_lite.model.int8_factors import INT8_FILE, to_int8
 from qlora_lite.model.manifest import write_manifest
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.model.staging import staged_folder
+
+FACTOR_DTYPES = ("fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -113,17 +117,23 @@ def write_adapter(
     *,
     base_name: str,
     made_of: Mapping[str, Any],
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "fp32",
     texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write an adapter of factors alone in PEFT's format, with a manifest; `texts` are further files. `out` must be free.
 
-    Ranks may differ between modules (`rank_pattern`). Factors are fp32 by default, so that what is written is what was computed.
+    Ranks may differ between modules (`rank_pattern`). Factors are fp32 by default, so that what is written is what was computed; `dtype`
+    may also be "bf16", or "int8" (model/int8_factors.py: read by this program, not by plain peft). Raises UserError for another one.
     """
+    if dtype not in FACTOR_DTYPES:
+        raise UserError(f"--dtype: expected one of {', '.join(FACTOR_DTYPES)}, got {dtype!r}")
     with staged_folder(out) as folder:
-        tensors = dict(_named_tensors(adapter, dtype))
+        tensors = _named_tensors(adapter, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        file = FACTORS_FILE
+        if dtype == "int8":
+            tensors, file = to_int8(tensors), INT8_FILE
         specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        with ShardedWriter(folder, specs, stem="adapter_model", max_shard_bytes=2**62) as writer:
+        with ShardedWriter(folder, specs, stem=file.removesuffix(".safetensors"), max_shard_bytes=2**62) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, [tensor])
         text = json.dumps(_config(adapter, base_name), indent=2, sort_keys=True) + "\n"

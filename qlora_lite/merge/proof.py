@@ -50,7 +50,7 @@ PROOF_TOKENS = 2500  # held-out rows of a proof by default: as many as have toge
 # Two fp32 forwards that sum in another order differ by about 1e-6 a log-probability; differences up to this (RMS over
 # all log-probabilities) are no evidence of a wrong merge.
 _FP32_NOISE = 1e-5
-_LOG_PROB_BYTES = 256 * 2**20  # log-probabilities held at once, all models together
+LOG_PROB_BYTES = 256 * 2**20  # log-probabilities held at once, all models together
 _FP16_MAX = 65504.0
 
 
@@ -87,9 +87,9 @@ def prove_merge(
     """
     if not encoded_rows:
         raise UserError(f"{merged_dir}: a merge is proved on held-out rows, and there are none")
-    with HostMemoryMeter() as meter, torch.no_grad(), _full_fp32():
+    with HostMemoryMeter() as meter, torch.no_grad(), full_fp32():
         base, adapter = open_pair(base_dir, adapter_dir, compute_dtype=compute_dtype)
-        models = Models(base, adapter, Checkpoint(merged_dir), config=_plain_config(base), scale=scale, device=device)
+        models = Models(base, adapter, Checkpoint(merged_dir), config=plain_config(base), scale=scale, device=device)
         sums = models.distances(encoded_rows)
     num_label_tokens = sum(row.num_label_tokens for row in encoded_rows)
     return _judge(
@@ -134,6 +134,11 @@ class Models:
         """Squared distances between the models' log-probabilities at the labels of `rows`, and counts; see `compare`."""
         return self.compare({variant: self.predictors(variant, rows) for variant in VARIANTS})
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the head knows, new ones included."""
+        return self._shape(self.head)[0]
+
     def predictors(self, variant: str, rows: "Sequence[Encoded]") -> Tensor:
         """Last hidden states [N, D] of one model at the positions that predict a label: the one before each label."""
         with contextlib.ExitStack() as hooks:
@@ -143,22 +148,22 @@ class Models:
                 hooks.enter_context(self._fp16_range())
             states = self.decoder.last_hidden_states([row.input_ids for row in rows], _Variant(self, variant))
         final = torch.cat([state[list(row.predictors)] for state, row in zip(states, rows, strict=True)])
-        _require_finite(final, variant, "the last hidden states")
+        require_finite(final, variant, "the last hidden states")
         return final
 
     def compare(self, final: dict[str, Tensor]) -> dict[str, float]:
         """Squared distances between log-probabilities, summed over [N, V], and counts; a few positions at a time."""
-        vocabulary = self._shape(self.head)[0]
+        vocabulary = self.vocabulary
         num = final["base"].shape[0]
-        step = max(1, _LOG_PROB_BYTES // (4 * vocabulary * len(final)))
+        step = max(1, LOG_PROB_BYTES // (4 * vocabulary * len(final)))
         pairs = {"effect": ("adapter", "base"), "arithmetic": ("merged", "adapter"), "storage": ("stored", "merged")}
         pairs |= {"nearest": ("nearest", "merged"), "total": ("stored", "adapter")}
         sums = dict.fromkeys([*pairs, "equal_greedy"], 0.0)
         for start in range(0, num, step):
             some = {variant: states[start : start + step] for variant, states in final.items()}
-            logits = self._logits(some, vocabulary)
+            logits = self.logits(some, vocabulary)
             for variant, values in logits.items():
-                _require_finite(values, variant, "the head")
+                require_finite(values, variant, "the head")
             log_probs = {variant: values.log_softmax(-1) for variant, values in logits.items()}
             del logits
             for key, (left, right) in pairs.items():
@@ -167,18 +172,18 @@ class Models:
             sums["equal_greedy"] += float(same.sum())
         return sums | {"values": float(num * vocabulary), "positions": float(num)}
 
-    def _logits(self, hidden: dict[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
+    def logits(self, hidden: dict[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
         """[n, V] of every model, the head's rows (tokens) read block by block."""
         count = next(iter(hidden.values())).shape[0]
         logits = {variant: torch.empty(count, vocabulary, device=self.device) for variant in hidden}
         start = 0
-        for blocks in zip(*(self.row_blocks(self.head, variant) for variant in VARIANTS), strict=True):
+        for blocks in zip(*(self.row_blocks(self.head, variant) for variant in hidden), strict=True):
             stop = start + blocks[0].shape[0]
-            for variant, block in zip(VARIANTS, blocks, strict=True):
+            for variant, block in zip(hidden, blocks, strict=True):
                 logits[variant][:, start:stop] = hidden[variant] @ block.to(self.device).T
             start = stop
         factors = self.adapter.of_weight(self.head)
-        if factors is not None:
+        if factors is not None and "adapter" in hidden:
             share_O = self._length_shares(self.decoder.head)
             logits["adapter"] = _adapted(logits["adapter"], hidden["adapter"], factors, share_O, self.scale)
         config = self.decoder.model.config
@@ -371,7 +376,7 @@ def _judge(
     )
 
 
-def _plain_config(base: Checkpoint) -> PreTrainedConfig:
+def plain_config(base: Checkpoint) -> PreTrainedConfig:
     """The model's config without quantization, its head tied or not as the files have it."""
     config = load_config(base.folder)
     config.tie_word_embeddings = base.config.get("tie_word_embeddings", config.tie_word_embeddings)
@@ -392,13 +397,13 @@ def _low_rank(x: Tensor, factors: LoraFactors, scale: float) -> Tensor:
     return (x @ a_RI.T) @ b_OR.T * (scale * factors.scaling)
 
 
-def _require_finite(values: Tensor, variant: str, where: str) -> None:
+def require_finite(values: Tensor, variant: str, where: str) -> None:
     if not bool(torch.isfinite(values).all()):
         raise ProofFailed(f"{where}: {variant} model's values are not finite on the held-out rows")
 
 
 @contextlib.contextmanager
-def _full_fp32() -> Iterator[None]:
+def full_fp32() -> Iterator[None]:
     """fp32 products without TF32 or bf16 inside, whatever training set; put back afterwards."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

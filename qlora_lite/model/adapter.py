@@ -9,14 +9,13 @@ of a step no longer shows. And the layers compute base and change in one product
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
@@ -24,9 +23,9 @@ from qlora_lite.foreign import foreign
 from qlora_lite.model.adapter_config import read_adapter_config
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.model.dora import Dora
+from qlora_lite.model.factors import in_pefts_file, saved_factors
 from qlora_lite.model.new_tokens import set_up_new_tokens, token_modules
 from qlora_lite.model.products import product_in_fp32
-from qlora_lite.model.tensor_files import open_safetensors
 from qlora_lite.model.tuned_linear import TunedLinear
 
 
@@ -78,19 +77,20 @@ def load_adapter(
     """Wrap `model` with the adapter saved in `folder` (PEFT's format). Raises ModelError when it does not belong to the model."""
     try:
         read_adapter_config(folder)
-        open_safetensors(folder / "adapter_model.safetensors")
+        saved = saved_factors(folder)
     except ModelError as error:
         raise ModelError(f"{folder}: not an adapter of this model ({error})") from error
     with (
+        in_pefts_file(folder) as plain,
         foreign(lambda said: ModelError(f"{folder}: not an adapter of this model ({said})")),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # missing keys are an error below, not a warning
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
-    _refuse_other_factors(adapted, folder)
+        adapted = PeftModel.from_pretrained(model, str(plain), is_trainable=trainable, autocast_adapter_dtype=False)
+    _refuse_other_factors(adapted, saved.keys(), folder)
     _prepare(adapted, factor_dtype, is_new=False)
     if adapted.peft_config["default"].use_dora:  # peft has read the fp32 magnitudes into its own 16-bit ones
-        set_peft_model_state_dict(adapted, load_file(folder / "adapter_model.safetensors"))
+        set_peft_model_state_dict(adapted, saved)
     return adapted
 
 
@@ -183,11 +183,10 @@ def _replace(root: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
     root.get_submodule(parent)._modules[child] = module
 
 
-def _refuse_other_factors(adapted: PeftModel, folder: Path) -> None:
+def _refuse_other_factors(adapted: PeftModel, saved: Set[str], folder: Path) -> None:
     """peft leaves factors that a file lacks at their random start, and passes over those that have no place in the model."""
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    found = set(open_safetensors(folder / "adapter_model.safetensors").keys())
-    for names, what in ((expected - found, "lacks"), (found - expected, "has, but the model has no place for,")):
+    for names, what in ((expected - saved, "lacks"), (saved - expected, "has, but the model has no place for,")):
         if names:
             raise ModelError(
                 f"{folder}: not an adapter of this model (it {what} {len(names)} factors, first {min(names)})"

@@ -1,24 +1,62 @@
-"""Start training from saved factors: an adapter folder in PEFT's format -> the factors of an adapter that is there already.
+"""The saved factors of an adapter folder: read, be they in PEFT's file or in 8 bits, and given to an adapter that is there already.
 
-The model says what the adapter is (layers, rank, scaling, dropout), the folder only gives its values. So both must agree:
-every factor of the model is in the file with its shape, and nothing else is.
+Starting from them, the model says what the adapter is (layers, rank, scaling, dropout), the folder only gives its values. So both must
+agree: every factor of the model is in the file with its shape, and nothing else is.
 """
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 
 from qlora_lite.errors import ModelError
+from qlora_lite.model.adapter_config import ADAPTER_CONFIG
+from qlora_lite.model.int8_factors import INT8_FILE, from_int8
 from qlora_lite.model.tensor_files import load_tensors
 
 FACTORS_FILE = "adapter_model.safetensors"
 
 
+def saved_factors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the adapter in `folder`, by PEFT's names; memory-mapped, but for those in 8 bits. Raises ModelError."""
+    file = factors_file(folder)
+    tensors = load_tensors(file)
+    if file.name == FACTORS_FILE:
+        return tensors
+    try:
+        return from_int8(tensors)
+    except ValueError as error:
+        raise ModelError(f"{file}: {error}") from error
+
+
+@contextmanager
+def in_pefts_file(folder: Path) -> Iterator[Path]:
+    """A folder with this adapter that plain peft reads: `folder` itself, or a temporary one for factors in 8 bits. Raises ModelError."""
+    if factors_file(folder).name == FACTORS_FILE:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="qlora-lite-") as name:
+        plain = Path(name)
+        shutil.copyfile(folder / ADAPTER_CONFIG, plain / ADAPTER_CONFIG)
+        save_file(saved_factors(folder), plain / FACTORS_FILE)
+        yield plain
+
+
+def factors_file(folder: Path) -> Path:
+    """PEFT's file, or that of factors in 8 bits where only that is there."""
+    is_in_8_bits = (folder / INT8_FILE).is_file() and not (folder / FACTORS_FILE).is_file()
+    return folder / (INT8_FILE if is_in_8_bits else FACTORS_FILE)
+
+
 def copy_factors(model: PeftModel, folder: Path) -> None:
     """Give `model` the factors saved in `folder`, rounded to its own type. Raises ModelError with all that does not fit."""
     try:
-        saved = load_tensors(folder / FACTORS_FILE)
+        saved = saved_factors(folder)
     except ModelError as error:
         raise ModelError(f"lora.init_from: {folder / FACTORS_FILE} cannot be read ({error})") from error
     own = get_peft_model_state_dict(model, save_embedding_layers=False)

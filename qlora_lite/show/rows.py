@@ -166,8 +166,13 @@ def memory_map(grid: Any) -> tuple[list[int], list[tuple[int, list[dict[str, Any
     return batches, [(length, [found.get((length, batch)) for batch in batches]) for length in lengths]
 
 
+def checkpoint_columns(plan: Mapping[str, Any]) -> list[str]:
+    """Of `checkpoint_rows`."""
+    return ["checkpoint", "one", "ten"] + (["to write one", "to write ten"] if _disk_speed(plan) else [])
+
+
 def checkpoint_rows(plan: Mapping[str, Any]) -> list[Row]:
-    """Kind of checkpoint, what one takes on disk, what ten take; then adapters of other ranks."""
+    """Kind of checkpoint, what one and ten take on disk, and how long by the disk's measured speed; then adapters of other ranks."""
     sizes = numbers(mapping(plan.get("checkpoint_bytes")))
     named = [(_CHECKPOINTS.get(key, words(key)), sizes[key]) for key in in_order(sizes, _CHECKPOINTS)]
     ranks = numbers(mapping(plan.get("adapter_bytes")))
@@ -176,7 +181,24 @@ def checkpoint_rows(plan: Mapping[str, Any]) -> list[Row]:
         for r, num_bytes in ranks.items()
         if num_bytes != sizes.get("adapter")
     ]
-    return [(name, size(num_bytes), size(10 * num_bytes)) for name, num_bytes in named]
+    speed = _disk_speed(plan)
+    return [
+        (
+            name,
+            *(size(count * num_bytes) for count in (1, 10)),
+            *(_writing(count * num_bytes / speed) for count in (1, 10) if speed),
+        )
+        for name, num_bytes in named
+    ]
+
+
+def _writing(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 1 else format_seconds(seconds)
+
+
+def _disk_speed(plan: Mapping[str, Any]) -> float | None:
+    speed = number(plan.get("disk_write_bytes_per_s"))
+    return speed if speed and speed > 0 else None
 
 
 def time_rows(phases_s: Mapping[str, Any], wall_s: float | None) -> list[Row]:

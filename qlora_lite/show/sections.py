@@ -104,8 +104,9 @@ def checkpoints(plan: Mapping[str, Any]) -> Html:
         else ""
     )
     meaning = "A checkpoint is a saved state. To use the model, the weights are enough; to train on, the optimizer's memory is saved too."
-    caption, columns = "Planned size of checkpoints on disk", ["checkpoint", "one", "ten"]
-    return join([paragraph(words, meaning), table(caption, columns, rows.checkpoint_rows(plan))]) if sizes else Html()
+    caption = "Planned size of checkpoints on disk"
+    found = table(caption, rows.checkpoint_columns(plan), rows.checkpoint_rows(plan))
+    return join([paragraph(words, meaning), found]) if sizes else Html()
 
 
 def decisions(plan: Mapping[str, Any]) -> Html:

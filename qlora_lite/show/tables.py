@@ -58,7 +58,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         ["", "longest sequence in tokens", "largest model"],
         rows.longest_rows(plan["methods"]),
     )
-    show_table("on disk", ["", "one checkpoint", "ten"], rows.checkpoint_rows(plan))
+    show_table("on disk", rows.checkpoint_columns(plan), rows.checkpoint_rows(plan))
     show_table("memory of the machine, merging", ["", "peak"], rows.merge_rows(plan.get("merge") or {}))
     show_table("what would help it fit", ["", "saves", "peak then"], rows.concession_rows(plan.get("concessions")))
     show_memory_map(plan["grid"], budget_bytes=plan["budget_bytes"])

@@ -4,6 +4,7 @@ import pytest
 
 from qlora_lite import show
 from qlora_lite.errors import RunError
+from qlora_lite.show import rows
 from qlora_lite.show.plan_page import render_plan
 from tests.show.parsed import Parsed
 from tests.show.run_files import GIB, MIB, make_plan
@@ -63,3 +64,12 @@ def test_a_failed_write_leaves_the_old_page_and_nothing_else(tmp_path):
     with pytest.raises(RunError, match="cannot be written"):
         show.write_plan_page(make_plan(), tmp_path / "plan.html")
     assert [file.name for file in tmp_path.iterdir()] == ["plan.html"]
+
+
+def test_a_measured_disk_adds_how_long_one_and_ten_checkpoints_take_to_write():
+    plan = {"checkpoint_bytes": {"full": 2 * 10**9, "adapter": 10**6}, "disk_write_bytes_per_s": 2e8}
+    assert rows.checkpoint_columns(plan)[-2:] == ["to write one", "to write ten"]
+    assert [row[-2:] for row in rows.checkpoint_rows(plan)] == [("0.01 s", "0.05 s"), ("10 s", "1 min 40 s")]
+    unknown = plan | {"disk_write_bytes_per_s": None}
+    assert rows.checkpoint_columns(unknown) == ["checkpoint", "one", "ten"]
+    assert all(len(row) == 3 for row in rows.checkpoint_rows(unknown))
