@@ -15,10 +15,11 @@ Attention on meta would be decomposed; here it is the operator that the planned 
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_lite.data.batches import Batch
+from qlora_lite.errors import ModelError
+from qlora_lite.foreign import foreign
 from qlora_lite.ledger import PAGED, PHASES, Ledger, count_as_after, counted_as
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.base import checkpoint_activations
@@ -136,7 +139,7 @@ class Stage:
     """Where steps of one model with one choice of settings are rehearsed, any number of them.
 
     `bodies` gives the model of a config and settings, where another stage may have made it. Raises ModelError for a config that is
-    no model.
+    no model, or one whose model does not run: somebody else wrote the config, and transformers looks at many of its values only then.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class Stage:
         settings: Settings,
         bodies: "Callable[[PreTrainedConfig, Settings], Body] | None" = None,
     ) -> None:
+        self._name = Path(config.name_or_path).name or str(config.model_type)
         depth, period = config.num_hidden_layers, lcm(layer_period(config), settings.checkpoint_every or 1)
         shallow, deep = (count * period + depth % period for count in ((1, 2) if period > 1 else (2, 3)))
         self._times = (depth - shallow) // period if depth > deep else 0
@@ -154,17 +158,25 @@ class Stage:
 
     def rehearse(self, batch: MicroBatch) -> Rehearsal:
         """One optimizer step whose largest micro-batch is `batch`."""
-        found = [scene.rehearse(batch) for scene in self._scenes]
+        with self._running():
+            found = [scene.rehearse(batch) for scene in self._scenes]
         return _continued(*found, times=self._times) if self._times else found[0]
 
     def rehearse_shallow(self, batch: MicroBatch) -> Rehearsal:
         """The same of few layers: for differences that the depth does not matter to."""
-        return self._scenes[0].rehearse(batch)
+        with self._running():
+            return self._scenes[0].rehearse(batch)
 
     def rehearse_phases(self, act: "Callable[[Scene], Phases]") -> Phases:
         """Anything else that a scene can show; the whole depth's phases."""
-        found = [act(scene) for scene in self._scenes]
+        with self._running():
+            found = [act(scene) for scene in self._scenes]
         return _phases_continued(*found, times=self._times) if self._times else found[0]
+
+    def _running(self) -> AbstractContextManager[None]:
+        return foreign(
+            lambda said: ModelError(f"{self._name}: config.json: a model of these values does not run ({said})")
+        )
 
 
 class Body:

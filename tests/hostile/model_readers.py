@@ -24,6 +24,7 @@ from qlora_lite.model.published import open_tensors
 from qlora_lite.model.quantization import stored_quantization
 from qlora_lite.model.skeleton import empty_model
 from qlora_lite.model.source import context_window, find_base, load_config, read_config
+from qlora_lite.plan import forecast, read_request
 from tests.architectures import PUBLISHED
 from tests.data.tiny_tokenizer import CHATML, make_tokenizer
 from tests.hostile.mutations import mutate_bytes, mutate_json, mutate_keys, mutate_text
@@ -74,6 +75,13 @@ def _read_config(folder: Path) -> object:
     find_base(str(folder), cache=folder / "cache")
     config = load_config(folder)
     return context_window(config), empty_model(config), stored_quantization(read_config(folder), folder)
+
+
+def _plan(folder: Path) -> object:
+    found = read_request(str(folder))
+    return forecast(
+        found.rehearsals, found.chosen, found.leanest, found.room, method=found.method, merging=found.merging
+    )
 
 
 def _folder_seeds(_: Path) -> list[dict[str, bytes]]:
@@ -428,6 +436,7 @@ def _read_gguf(folder: Path) -> object:
 
 READERS = (
     Reader("config", _config_seeds, _write_config, lambda folder: is_json(folder / "config.json"), _read_config),
+    Reader("plan", _config_seeds, _write_config, lambda folder: is_json(folder / "config.json"), _plan),
     Reader("generation_config", _folder_seeds, _write_generation, _are_json, lambda folder: load_base(folder, device="cpu")),
     Reader("tokenizer", _tokenizer_seeds, _write_tokenizer, _are_json, _read_tokenizer),
     Reader("chat_template", lambda _: list(_TEMPLATES), _write_template, _is_template, _read_template),

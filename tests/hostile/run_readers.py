@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from qlora_lite import show
 from qlora_lite.errors import ModelError
@@ -15,6 +15,7 @@ from qlora_lite.merge.lora import read_adapter
 from qlora_lite.model.adapter import load_adapter, save_adapter
 from qlora_lite.model.artefact import verify_artefact
 from qlora_lite.model.factors import copy_factors
+from qlora_lite.model.int8_factors import INT8_FILE, to_int8
 from qlora_lite.model.manifest import read_manifest, seal, verify_manifest, weights_sha256, write_manifest
 from qlora_lite.recipe import load_recipe
 from qlora_lite.recipe.hub_names import find_fetched
@@ -67,13 +68,34 @@ def _write_factors(seed: dict[str, bytes], folder: Path, rng: Random | None) -> 
     (out / "model.safetensors").replace(out / _FACTORS)
 
 
+def _int8_seeds(folder: Path) -> list[dict[str, bytes]]:
+    found = []
+    for seed in _adapter_seeds(folder)[:1]:
+        data = save(to_int8(load(seed[_FACTORS])))
+        found.append({_CONFIG: seed[_CONFIG], INT8_FILE: data})
+    return found
+
+
+def _write_int8(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
+    _write_factors({**seed, _FACTORS: seed[INT8_FILE]}, folder, rng)
+    (folder / "adapter" / _FACTORS).replace(folder / "adapter" / INT8_FILE)
+
+
+def _is_int8(folder: Path) -> bool:
+    return _has_head(folder / "adapter" / INT8_FILE)
+
+
 def _write_either(seed: dict[str, bytes], folder: Path, rng: Random | None) -> None:
     write = _write_adapter if rng is None or rng.random() < 0.5 else _write_factors
     write(seed, folder, rng)
 
 
 def _is_factors(folder: Path) -> bool:
-    data = (folder / "adapter" / _FACTORS).read_bytes()
+    return _has_head(folder / "adapter" / _FACTORS)
+
+
+def _has_head(path: Path) -> bool:
+    data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     return length <= len(data) - 8 and isinstance(json.loads(data[8 : 8 + length]), dict)
 
@@ -191,6 +213,7 @@ def _find_revisions(folder: Path) -> object:
 READERS = (
     Reader("adapter_config", _adapter_seeds, _write_adapter, lambda folder: is_json(folder / "adapter" / _CONFIG), _read_for_merge),
     Reader("adapter_factors", _adapter_seeds, _write_factors, _is_factors, _read_for_merge),
+    Reader("adapter_int8", _int8_seeds, _write_int8, _is_int8, _read_for_merge),
     Reader(
         "adapter_on_model", _adapter_seeds, _write_adapter, lambda folder: is_json(folder / "adapter" / _CONFIG),
         lambda folder: load_adapter(tiny_base().model, folder / "adapter"),
