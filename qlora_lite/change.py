@@ -13,12 +13,13 @@ from typing import Any
 from qlora_lite import api, show
 from qlora_lite.adapters import Asked, Blend, Source, mix, open_source, parse_part, parts_of, rank_report, truncate
 from qlora_lite.errors import RunError, UserError
-from qlora_lite.evaluate import EvalResult
 from qlora_lite.merge.mix import mix_adapters
-from qlora_lite.pipeline import answer, merge, write_report
+from qlora_lite.pipeline import answer, merge
 from qlora_lite.plan import Plan
 from qlora_lite.recipe import load_recipe
 from qlora_lite.run_dir import RunDir
+from qlora_lite.running import score as score_model
+from qlora_lite.running import write_report
 from qlora_lite.units import format_bytes
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -178,7 +179,7 @@ def sweep_scale(run_dir: Path, scales: Sequence[float], *, data: Path | None) ->
         blend = Blend(plan, {"adapter": open_source(run_dir).read()})
     lines: list[dict[str, Any]] = []
     for scale in scales:
-        result = _scored(plan, blend.use({"adapter": scale}), f"scale {scale:g}", data)
+        result = score_model(plan, blend.use({"adapter": scale}), f"scale {scale:g}", data=data)
         lines.append({"scale": scale, **result.to_json_dict()})
     best = min(lines, key=lambda line: line["loss"])
     show.show_scales(lines)
@@ -203,7 +204,7 @@ def _truncate(
         if _has_held_out_rows(plan):
             found["proof"] = _effect_lost(out, source.folder)
             before, after = (
-                _scored(plan, api.load_model(plan, adapter=folder), name, None).to_json_dict()
+                score_model(plan, api.load_model(plan, adapter=folder), name).to_json_dict()
                 for folder, name in ((source.folder, "scoring the adapter"), (out, "scoring the shorter one"))
             )
             found["eval"] = {"before": before, "after": after}
@@ -236,7 +237,7 @@ def _try_rank(plan: Plan, r: int) -> dict[str, Any]:
             loaded = api.load_model(plan)
             steps = list(api.train(plan, loaded, run.path))
         adapter_bytes = sum(path.stat().st_size for path in run.adapter.glob("*.safetensors"))
-    result = _scored(plan, loaded, f"r={r}: scoring", None)
+    result = score_model(plan, loaded, f"r={r}: scoring")
     return {
         "r": r,
         "planned_peak_bytes": plan.peak_bytes,
@@ -245,13 +246,6 @@ def _try_rank(plan: Plan, r: int) -> dict[str, Any]:
         "train_s": sum(step.step_s for step in steps),
         **result.to_json_dict(),
     }
-
-
-def _scored(plan: Plan, loaded: api.LoadedModel, title: str, data: Path | None) -> EvalResult:
-    with show.phase(title) as phase:
-        result = api.evaluate(plan, loaded, data=data, progress=phase.progress)
-        phase.note(f"loss {result.loss:.3f}" + ("" if result.f1 is None else f", F1 {result.f1:.1f}"))
-    return result
 
 
 def _advice_of_curve(curve: Sequence[dict[str, Any]]) -> str:

@@ -1,7 +1,8 @@
 """The import rule, and what no file of the package may do, read from the source without running it.
 
 A stage imports only stages before it in STAGES and leaf modules; `cli` -> `pipeline` -> `api` -> `training` -> `loading` -> stages, and
-`cli` -> `change` -> `adapters` -> `loading` for the verbs about adapters. Of these only those between `cli` and the stages import `plan`;
+`cli` -> `change` -> `adapters` -> `loading` for the verbs about adapters; what `pipeline` puts in order is in `checking`, `running` and
+`stopping`. Of these only those between `cli` and the stages import `plan`;
 only they, `recipe` and `plan` (and the package's front page) know a
 Recipe; only `show` knows rich. `doctor` must work where a library is missing, so `cli` calls it by itself, and it imports none of them
 when it is imported.
@@ -27,10 +28,12 @@ MAY_SEE_RECIPE = (
     "api",
     "adapters",
     "pipeline",
+    "checking",
+    "running",
     "change",
     "",
 )  # "" is qlora_lite/__init__.py
-MAY_IMPORT_PLAN = ("plan", "loading", "training", "api", "adapters", "pipeline", "change", "")
+MAY_IMPORT_PLAN = ("plan", "loading", "training", "api", "adapters", "pipeline", "checking", "running", "change", "")
 CLI_IMPORTS = ("pipeline", "change", "doctor", "recipe", "show", *LEAVES)
 NO_TORCH = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"}
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from qlora_lite.pipeline import _resume_command
 from qlora_lite.recipe import load_recipe
 from qlora_lite.run_dir import RunDir
+from qlora_lite.stopping import resume_command
 from qlora_lite.train import newest_valid, state, update
 from tests.tiny_model import tiny_source
 from tests.tiny_run import NUM_STEPS, Done, run_cli, train_cli, write_recipe
@@ -317,7 +317,7 @@ def test_a_signal_ends_training_with_a_checkpoint_and_the_command_that_continues
     assert checkpoint is not None and checkpoint.name == f"step-{len(steps):06d}" and problems == []
     assert f"stopped after step {len(steps)} of {SIGNAL_STEPS}" in done.stderr and "Traceback" not in done.stderr
     command = done.last_line.strip()
-    assert command == _resume_command(str(recipe), [f"train.max_steps={SIGNAL_STEPS}"], run) and f"'{run}'" in command
+    assert command == resume_command(str(recipe), [f"train.max_steps={SIGNAL_STEPS}"], run) and f"'{run}'" in command
 
     continued = run_cli(*shlex.split(command)[1:], "--json")
     assert continued.json["num_steps"] == SIGNAL_STEPS
