@@ -13,6 +13,7 @@ from typing import Any
 from qlora_lite import api, show
 from qlora_lite.adapters import Asked, Blend, Source, mix, open_source, parse_part, parts_of, rank_report, truncate
 from qlora_lite.errors import RunError, UserError
+from qlora_lite.merge.advice import advice_of_curve
 from qlora_lite.merge.mix import mix_adapters
 from qlora_lite.pipeline import answer, merge
 from qlora_lite.plan import Plan
@@ -74,7 +75,7 @@ def try_ranks(recipe_name: str, overrides: Sequence[str], *, ranks: Sequence[int
         plan = api.make_plan(load_recipe(recipe_name, overrides=[*overrides, *own]))
         plan.refuse_what_does_not_fit()
         curve.append(_try_rank(plan, r))
-    found = {"curve": curve, "share": share, "advice": _advice_of_curve(curve)}
+    found = {"curve": curve, "share": share, "advice": advice_of_curve(curve)}
     show.show_rank_curve(curve)
     show.say(found["advice"])
     return found
@@ -246,22 +247,3 @@ def _try_rank(plan: Plan, r: int) -> dict[str, Any]:
         "train_s": sum(step.step_s for step in steps),
         **result.to_json_dict(),
     }
-
-
-def _advice_of_curve(curve: Sequence[dict[str, Any]]) -> str:
-    """The smallest rank that is not clearly worse than the best one."""
-    if curve[0]["exact_match"] is None:
-        best = min(curve, key=lambda line: line["loss"])
-        enough = next(line for line in curve if line["loss"] <= 1.02 * best["loss"])
-        how = f"its loss ({enough['loss']:.3f}) is within 2% of the lowest, {best['loss']:.3f} at r={best['r']}"
-    else:
-        best = max(curve, key=lambda line: line["exact_match"])
-        share = best["exact_match"] / 100
-        error = 100 * math.sqrt(max(share * (1 - share), 0.25 / best["num_examples"]) / best["num_examples"])
-        enough = next(line for line in curve if line["exact_match"] >= best["exact_match"] - error)
-        how = (
-            f"its exact match ({enough['exact_match']:.1f}) is within one standard error ({error:.1f} points, "
-            f"{best['num_examples']} questions) of the best, {best['exact_match']:.1f} at r={best['r']}"
-        )
-    more = "" if enough["r"] < curve[-1]["r"] else ". It is the largest that was tried: a larger one may be better"
-    return f"take r={enough['r']}: {how}; {format_bytes(enough['planned_peak_bytes'])} planned{more}"

@@ -7,10 +7,12 @@ is not quality: a direction that holds little of it may still carry an answer. `
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_lite.merge.spectrum import ENERGY_SHARES, Spectrum
+from qlora_lite.units import format_bytes
 
 _NEARLY_ALL = 0.8  # of the trained rank: the spectrum has not fallen off
 
@@ -53,6 +55,34 @@ def advice(kinds: Sequence[KindOfModule]) -> str:
             f"`qlora-lite rank RUN_DIR --to {recommended}`"
         )
     return f"r={r} fits: its directions are used, and the last ones carry little"
+
+
+def advice_of_curve(curve: Sequence[Mapping[str, Any]]) -> str:
+    """Which of the ranks that were trained to take: the smallest that is not clearly worse than the best. By rank, as `--try` prints them.
+
+    Clearly is more than one standard error of an exact match, or 2% of the loss where there are no answers. Beside it stands how far one
+    direction alone came, since rank one is said to do surprisingly well.
+    """
+    key = "loss" if curve[0]["exact_match"] is None else "exact_match"
+    if key == "loss":
+        best = min(curve, key=lambda line: line["loss"])
+        enough = next(line for line in curve if line["loss"] <= 1.02 * best["loss"])
+        how = f"its loss ({enough['loss']:.3f}) is within 2% of the lowest, {best['loss']:.3f} at r={best['r']}"
+    else:
+        best = max(curve, key=lambda line: line["exact_match"])
+        share = best["exact_match"] / 100
+        error = 100 * math.sqrt(max(share * (1 - share), 0.25 / best["num_examples"]) / best["num_examples"])
+        enough = next(line for line in curve if line["exact_match"] >= best["exact_match"] - error)
+        how = (
+            f"its exact match ({enough['exact_match']:.1f}) is within one standard error ({error:.1f} points, "
+            f"{best['num_examples']} questions) of the best, {best['exact_match']:.1f} at r={best['r']}"
+        )
+    more = "" if enough["r"] < curve[-1]["r"] else ". It is the largest that was tried: a larger one may be better"
+    first = curve[0]
+    alone = (
+        f". r=1 came to {first[key]:.{3 if key == 'loss' else 1}f}" if first["r"] == 1 and enough is not first else ""
+    )
+    return f"take r={enough['r']}: {how}; {format_bytes(enough['planned_peak_bytes'])} planned{more}{alone}"
 
 
 def _kind(kind: str, members: Sequence[Spectrum]) -> KindOfModule:
