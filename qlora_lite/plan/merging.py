@@ -34,7 +34,7 @@ from qlora_lite.model.artefact import linear_weights
 from qlora_lite.model.meta import four_bit_state
 from qlora_lite.model.quantization import Quantization
 from qlora_lite.model.skeleton import empty_model
-from qlora_lite.plan.rehearsal import Body, Settings, attention_on, layer_period, with_depth
+from qlora_lite.plan.rehearsal import Body, Settings, attention_on, layer_period, running, with_depth
 from qlora_lite.plan.workspace import workspace_of
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -68,7 +68,7 @@ def proof_peak_host_bytes(config: PreTrainedConfig, merging: Merging, rows: Sequ
     encoded = [Encoded([0] * length, ((length - labels, length),)) for length, labels in rows]
     merged = _ShapeCheckpoint(stored, quantization=None, compute=None)
     models = Models(base, adapter, merged, config=shallow, scale=1.0, device="meta")
-    with ledger, attention_on("cpu"), torch.no_grad():
+    with running(config), ledger, attention_on("cpu"), torch.no_grad():
         models.distances(encoded)
     return ledger.peak_bytes
 

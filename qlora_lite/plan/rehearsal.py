@@ -148,7 +148,7 @@ class Stage:
         settings: Settings,
         bodies: "Callable[[PreTrainedConfig, Settings], Body] | None" = None,
     ) -> None:
-        self._name = Path(config.name_or_path).name or str(config.model_type)
+        self._config = config
         depth, period = config.num_hidden_layers, lcm(layer_period(config), settings.checkpoint_every or 1)
         shallow, deep = (count * period + depth % period for count in ((1, 2) if period > 1 else (2, 3)))
         self._times = (depth - shallow) // period if depth > deep else 0
@@ -158,25 +158,26 @@ class Stage:
 
     def rehearse(self, batch: MicroBatch) -> Rehearsal:
         """One optimizer step whose largest micro-batch is `batch`."""
-        with self._running():
+        with running(self._config):
             found = [scene.rehearse(batch) for scene in self._scenes]
         return _continued(*found, times=self._times) if self._times else found[0]
 
     def rehearse_shallow(self, batch: MicroBatch) -> Rehearsal:
         """The same of few layers: for differences that the depth does not matter to."""
-        with self._running():
+        with running(self._config):
             return self._scenes[0].rehearse(batch)
 
     def rehearse_phases(self, act: "Callable[[Scene], Phases]") -> Phases:
         """Anything else that a scene can show; the whole depth's phases."""
-        with self._running():
+        with running(self._config):
             found = [act(scene) for scene in self._scenes]
         return _phases_continued(*found, times=self._times) if self._times else found[0]
 
-    def _running(self) -> AbstractContextManager[None]:
-        return foreign(
-            lambda said: ModelError(f"{self._name}: config.json: a model of these values does not run ({said})")
-        )
+
+def running(config: PreTrainedConfig) -> AbstractContextManager[None]:
+    """Raises ModelError for whatever a model of `config` raises inside, where it is run."""
+    name = Path(config.name_or_path).name or str(config.model_type)
+    return foreign(lambda said: ModelError(f"{name}: config.json: a model of these values does not run ({said})"))
 
 
 class Body:
