@@ -34,9 +34,10 @@ from qlora_lite.model.quantization import stored_quantization
 from qlora_lite.model.source import read_config
 from qlora_lite.plan import Plan, make_plan
 from qlora_lite.recipe import load_recipe, load_run_recipe
+from qlora_lite.resuming import go_on_with, refuse_other_base, refuse_other_recipe
 from qlora_lite.run_dir import RunDir
 from qlora_lite.train.seeds import purpose_seed
-from qlora_lite.training import go_on_with, refuse_other_base, refuse_other_recipe, train
+from qlora_lite.training import train
 from qlora_lite.verify import refuse_damaged
 
 Which = Literal["base", "adapter", "merged"]

@@ -1,14 +1,11 @@
 """A training run: the steps of the loop, and everything that they leave in the run's folder. All of it goes through `RunDir`."""
 
-import json
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +14,27 @@ from safetensors import SafetensorError
 
 from qlora_lite.data.batches import StepSampler, largest_step, sampler_of
 from qlora_lite.data.examples import Examples
-from qlora_lite.data.files import hash_file
-from qlora_lite.data.read import as_pairs, file_identity
 from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped, UserError
 from qlora_lite.evaluate import validation_loss
 from qlora_lite.loading import LoadedModel, held_out_examples, training_examples
 from qlora_lite.measured import disk_speed
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.factors import factors_file
-from qlora_lite.model.manifest import read_manifest, sha256_of_file, write_manifest
+from qlora_lite.model.manifest import sha256_of_file, write_manifest
 from qlora_lite.model.staging import remove_folder, staged_folder
 from qlora_lite.model.trained import folder_name
 from qlora_lite.plan import Plan, as_json
-from qlora_lite.recipe import Recipe, dump_recipe, load_run_recipe
+from qlora_lite.recipe import Recipe, dump_recipe
+from qlora_lite.resuming import (
+    computed_otherwise,
+    computed_with,
+    data_hashes,
+    fixed_sha256,
+    go_on_with,
+    refuse_other_base,
+    refuse_other_data,
+    versions,
+)
 from qlora_lite.run_dir import RunDir
 from qlora_lite.run_memory import compared, memory_of_run
 from qlora_lite.train import (
@@ -49,10 +54,6 @@ from qlora_lite.train import (
     try_largest_batch,
 )
 from qlora_lite.train.seeds import purpose_seed
-
-PACKAGES = ("qlora-lite", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
-# Keys, besides those of merge, that change nothing that is trained.
-MAY_DIFFER = frozenset({"train.save_every_steps", "train.keep_checkpoints", "train.trackers"})
 
 
 def train(
@@ -196,72 +197,6 @@ def _train(
     _publish(state, run, loaded.tokenizer if recipe.data.special_tokens else None, say)
 
 
-def refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
-    """Raise RunError for a resolved `recipe` that is not the run's, but for what may differ: it would silently mix two runs."""
-    changed = _differences(load_run_recipe(run.recipe), recipe)
-    refused = [f"{key} was {was}, is {now}" for key, was, now in changed if not _may_differ(key)]
-    if refused:
-        raise RunError(f"{run.path}: cannot resume with another recipe: {'; '.join(refused)}. Start a new run instead")
-
-
-def go_on_with(run: RunDir, recipe: Recipe) -> list[str]:
-    """Make what may differ in a resolved `recipe` the run's; -> a sentence for each key. Raises RunError for anything else."""
-    refuse_other_recipe(run, recipe)
-    changed = list(_differences(load_run_recipe(run.recipe), recipe))
-    if changed:
-        run.write_text(run.recipe.name, dump_recipe(recipe))
-    return [f"{key} was {was}, is {now} from here on: it changes nothing that is trained" for key, was, now in changed]
-
-
-def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value before, value now) of every key that differs."""
-    old, new = (recipe.model_dump(mode="json") for recipe in (before, now))
-    for section, values in new.items():
-        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-            was = old[section][key] if key else old[section]
-            if was != value:
-                yield f"{section}.{key}" if key else section, was, value
-
-
-def _may_differ(key: str) -> bool:
-    return key.startswith("merge.") or key in MAY_DIFFER
-
-
-def refuse_other_base(run: RunDir, now: str) -> None:
-    then = run.read_json("env.json").get("base_sha256")
-    if then is not None and now != then:
-        raise RunError(
-            f"{run.path}: was trained on another quantized base (SHA-256 {then[:12]}..., now {now[:12]}...). "
-            "Quantizing again may round differently; put the original cache back, or train again"
-        )
-
-
-def data_hashes(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of each file that rows are read from, by its path; of a folder one over the hashes of all its files."""
-    files = [str(path) for path, _ in as_pairs(recipe.data.train_files)]
-    files += [] if recipe.data.eval is None else [recipe.data.eval]
-    return {file: _data_hash(Path(file)) for file in files}
-
-
-def _data_hash(path: Path) -> str:
-    return sha256("\n".join(file_identity(path)).encode()).hexdigest() if path.is_dir() else hash_file(path)
-
-
-def refuse_other_data(run: RunDir, now: Mapping[str, str]) -> None:
-    """Raise RunError where a file holds other bytes than when the run began."""
-    then = run.read_json("env.json").get("data_sha256", now)
-    changed = [
-        f"{file} (SHA-256 {then[file][:12]}..., now {digest[:12]}...)"
-        for file, digest in now.items()
-        if then.get(file, digest) != digest
-    ]
-    if changed:
-        raise RunError(
-            f"{run.path}: cannot resume, the data have changed since the run began: {', '.join(changed)}. Put the file back as it "
-            "was, or start a new run"
-        )
-
-
 def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel, data: Mapping[str, str]) -> None:
     """The first records; recipe.yaml, which makes the folder a run, comes last."""
     run.write_json("plan.json", plan.to_json_dict() | disk_speed(default_cache()))
@@ -276,32 +211,11 @@ def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel, data: Mapping[str
             "python": platform.python_version(),
             "platform": platform.platform(),
             "data_sha256": dict(data),
-            "versions": _versions(),
+            "versions": versions(),
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
     )
     run.write_text(run.recipe.name, dump_recipe(plan.recipe))
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
-
-
-def _computed_with(recipe: Recipe) -> dict[str, Any]:
-    """What a checkpoint's manifest says of how it came about."""
-    return {"recipe_sha256": fixed_sha256(recipe), "num_threads": torch.get_num_threads(), "versions": _versions()}
-
-
-def fixed_sha256(recipe: Recipe) -> str:
-    """Of the resolved recipe without what may differ when the run is resumed."""
-    values = recipe.model_dump(mode="json")
-    kept = {
-        f"{section}.{key}": value
-        for section, entries in values.items()
-        for key, value in (entries.items() if isinstance(entries, dict) else [("", entries)])
-        if not _may_differ(f"{section}.{key}")
-    }
-    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _start_of(recipe: Recipe) -> dict[str, str] | None:
@@ -358,7 +272,7 @@ def _trackers(plan: Plan, run: RunDir, *, first_step: int) -> AbstractContextMan
 
 def _save(state: TrainState, run: RunDir, recipe: Recipe, base: Path) -> None:
     """A checkpoint, after the log up to its step is durable. Raises RunError when either cannot be written."""
-    facts = _computed_with(recipe)
+    facts = computed_with(recipe)
     try:
         run.seal_steps()
         save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base=base, facts=facts)
@@ -389,24 +303,8 @@ def _resume(state: TrainState, run: RunDir, recipe: Recipe, device: str, say: Ca
     state.load(checkpoint)
     run.cut_steps(state.step)
     say(f"continues after step {state.step}, from {checkpoint}")
-    for sentence in _computed_otherwise(checkpoint, recipe, device):
+    for sentence in computed_otherwise(checkpoint, recipe, device):
         say(sentence)
-
-
-def _computed_otherwise(checkpoint: Path, recipe: Recipe, device: str) -> Iterator[str]:
-    """Why going on from `checkpoint` may not be bit-identical to never having stopped."""
-    then, now = read_manifest(checkpoint) or {}, _computed_with(recipe)
-    if device == "cpu" and then.get("num_threads", now["num_threads"]) != now["num_threads"]:
-        yield (
-            f"before it was {then['num_threads']} threads, now it is {now['num_threads']}: sums are formed in another order, so "
-            f"the last bits may differ. OMP_NUM_THREADS={then['num_threads']} keeps them"
-        )
-    versions = then.get("versions", {})
-    changed = [
-        f"{name} {versions[name]} -> {new}" for name, new in now["versions"].items() if versions.get(name, new) != new
-    ]
-    if changed:
-        yield f"other versions than before, so the last bits may differ: {', '.join(changed)}"
 
 
 def _publish(state: TrainState, run: RunDir, tokenizer: Any | None, say: Callable[[str], None]) -> None:

@@ -2,10 +2,9 @@
 
 A stage imports only stages before it in STAGES and leaf modules; `cli` -> `pipeline` -> `api` -> `training` -> `loading` -> stages, and
 `cli` -> `change` -> `adapters` -> `loading` for the verbs about adapters; what `pipeline` puts in order is in `checking`, `running` and
-`stopping`. Of these only those between `cli` and the stages import `plan`;
-only they, `recipe` and `plan` (and the package's front page) know a
-Recipe; only `show` knows rich. `doctor` must work where a library is missing, so `cli` calls it by itself, and it imports none of them
-when it is imported.
+`stopping`, when `training` may go on in `resuming`. Of these only those between `cli` and the stages import `plan`; only they, `recipe` and
+`plan` (and the package's front page) know a Recipe; only `show` knows rich. `doctor` must work where a library is missing, so `cli` calls
+it by itself, and it imports none of them when it is imported.
 """
 
 import ast
@@ -24,6 +23,7 @@ MAY_SEE_RECIPE = (
     "recipe",
     "plan",
     "loading",
+    "resuming",
     "training",
     "api",
     "adapters",
