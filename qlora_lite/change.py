@@ -88,15 +88,16 @@ def mix_runs(
     asked = [parse_part(part) for part in parts]
     with show.phase("adding the changes up"):
         found = mix(asked, out, rank=rank, dtype=dtype)
-    lost = f", {found['lost_share']:.2%} of the sum lost" if rank is not None else ", exact"
+    exact = "exact" if dtype == "fp32" else f"exact but for storing it as {dtype}"
+    lost = f", {found['lost_share']:.2%} of the sum lost" if rank is not None else f", {exact}"
     show.say(
         f"written: {out} (rank {found['r']}{lost}, {format_bytes(found['adapter_bytes'])}). Next: qlora-lite eval {out}, or merge it"
     )
     if score and (rank is not None or dtype != "fp32"):
         with tempfile.TemporaryDirectory(prefix="qlora-lite-") as folder:
-            exact = Path(folder) / "mix"
-            mix(asked, exact)
-            found["proof"] = _effect_lost(out, exact)
+            whole = Path(folder) / "mix"
+            mix(asked, whole)
+            found["proof"] = _effect_lost(out, whole)
     return found
 
 
