@@ -229,6 +229,8 @@ def rank(
     """How much a run has learned, in how many directions, and what rank to take."""
     if try_ is None and set_:
         raise UserError("rank: --set changes a recipe, so it goes with --try; a run was trained as it was")
+    if dtype != "fp32" and to is None and parameters is None:
+        raise UserError("rank: --dtype says how a shorter adapter is stored, so it goes with --to R or --parameters N")
     if try_ is not None:
         ranks = [int(number) for number in _numbers(try_, "--try")]
         _recipe_first(what, set_)

@@ -21,5 +21,6 @@ def kept_measurement(path: Path) -> dict[str, Any] | None:
 
 def disk_speed(cache: Path) -> dict[str, float | None]:
     """`disk_write_bytes_per_s` as a plan has it; None where it was not measured."""
-    found = ((kept_measurement(cache / KEPT) or {}).get("disk_write_bytes_per_s") or {}).get("median")
+    spread = (kept_measurement(cache / KEPT) or {}).get("disk_write_bytes_per_s")
+    found = spread.get("median") if isinstance(spread, dict) else None
     return {"disk_write_bytes_per_s": found if isinstance(found, float) and found > 0 else None}

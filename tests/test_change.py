@@ -195,6 +195,7 @@ def test_trying_ranks_trains_each_and_says_which_to_take(tmp_path: Path) -> None
         (("rank", "{a}", "--to", "2"), "--out DIR"),
         (("rank", "{a}", "--to", "0", "--out", "x"), "above 0"),
         (("rank", "{a}", "--set", "lora.r=2"), "goes with --try"),
+        (("rank", "{a}", "--dtype", "int8"), "goes with --to R or --parameters N"),
         (("mix", "{a}:0", "--out", "x"), "every weight is 0"),
         (("mix", "{a}:1", "--out", "{a}"), "already exists"),
         (("mix", "{a}:1", "--rank", "0", "--out", "x"), "--rank: expected"),

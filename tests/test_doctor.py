@@ -179,6 +179,9 @@ def test_how_fast_the_disk_is_written_is_measured_and_told_to_plans(tmp_path):
     assert disk_speed(tmp_path) == {"disk_write_bytes_per_s": None}
     (tmp_path / doctor.KEPT).write_text(json.dumps({"versions": {}, "disk_write_bytes_per_s": rate}))
     assert disk_speed(tmp_path) == {"disk_write_bytes_per_s": rate["median"]}
+    for damaged in (7, [1], {"median": "fast"}, {"median": -1.0}):
+        (tmp_path / doctor.KEPT).write_text(json.dumps({"versions": {}, "disk_write_bytes_per_s": damaged}))
+        assert disk_speed(tmp_path) == {"disk_write_bytes_per_s": None}
 
 
 @pytest.mark.slow

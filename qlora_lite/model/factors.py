@@ -58,7 +58,7 @@ def copy_factors(model: PeftModel, folder: Path) -> None:
     try:
         saved = saved_factors(folder)
     except ModelError as error:
-        raise ModelError(f"lora.init_from: {folder / FACTORS_FILE} cannot be read ({error})") from error
+        raise ModelError(f"lora.init_from: {factors_file(folder)} cannot be read ({error})") from error
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = _differences(own, saved)
     if problems:
