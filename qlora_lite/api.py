@@ -141,7 +141,7 @@ def open_run(run_dir: Path | str, *, overrides: Sequence[str] = ()) -> tuple[Run
         raise RunError(
             f"{run.path}: was trained with its own recipe, so {trained_with[0]} cannot be set any more; only merge.* and eval.* can"
         )
-    return run, make_plan(load_run_recipe(run.recipe, overrides=overrides))
+    return run, make_plan(load_run_recipe(run.recipe, overrides=overrides), is_record=True)
 
 
 def run_models(plan: Plan, run: RunDir, wanted: Sequence[Which]) -> Iterator[LoadedModel]:

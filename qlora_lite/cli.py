@@ -93,20 +93,31 @@ def plan(
     what: Annotated[
         str | None, typer.Argument(metavar="[RECIPE_OR_MODEL]", help="A recipe, a model's name or a model folder.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help='Memory of the card, such as "24GiB".')] = None,
+    budget: Annotated[str | None, typer.Option(help='Memory to stay within, such as "24GiB" or 24.')] = None,
+    card: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Plan for this card, such as rtx-4090 or t4.")
+    ] = None,
+    cards: Annotated[bool, typer.Option("--cards", help="List the cards that --card knows.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="F", help="Write it as one page too.")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Every known model on every usual card instead.")] = False,
     set_: SetOption = [],  # noqa: B006
     json: JsonOption = False,
 ) -> None:
-    """What a training needs, by every method, and what would fit. Needs a config only; nothing is loaded."""
+    """What a training needs, by every method, and what would fit, on this machine or on a card that is not here. Needs a config only."""
     from qlora_lite import pipeline
 
+    if cards:
+        _print(pipeline.cards(), json)
+        return
     if sweep == (what is not None):
         raise UserError("plan: give a recipe or a model's name, or --sweep for all known models")
     if sweep and html is not None:
         raise UserError("plan: --html is the page of one recipe or model; --sweep has none")
-    found = pipeline.plan_all(set_) if what is None else pipeline.plan(what, set_, budget=budget, html=html)
+    if sweep and card is not None:
+        raise UserError(
+            "plan: --sweep goes through cards by their memory; --card plans one recipe or model for one card"
+        )
+    found = pipeline.plan_all(set_) if what is None else pipeline.plan(what, set_, budget=budget, card=card, html=html)
     _print(found, json)
     if what is not None and not found["fits"]:
         raise typer.Exit(3)
@@ -322,6 +333,7 @@ def recipes_schema() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (`arguments`, or those of the process) and exit with its code."""
+    _let_segments_grow()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that half-made folders are removed
     try:
         app(arguments, standalone_mode=True)
@@ -341,6 +353,14 @@ def main(arguments: list[str] | None = None) -> None:
             f"{where}: {error.strerror}. Free some room there, or name another place; what was written before is whole",
             2,
         )
+
+
+def _let_segments_grow() -> None:
+    """Have torch's allocator map memory page by page, before torch is imported: then a block is never larger than was asked for, which
+    plans rely on, and rows of many lengths leave no holes behind. What the user has set stays; Windows has no such memory.
+    """
+    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _numbers(text: str, option: str) -> list[float]:

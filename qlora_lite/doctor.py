@@ -28,6 +28,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from qlora_lite import OFFLINE_ASKED, show
+from qlora_lite.device.tested import CARDS, on_cards
 from qlora_lite.measured import KEPT, kept_measurement
 from qlora_lite.recipe.hub_names import default_cache
 from qlora_lite.units import format_bytes
@@ -234,21 +235,29 @@ def look_at_cards(findings: list[Finding]) -> list[Facts]:
         findings.append(card_finding(facts[-1], archs=torch.cuda.get_arch_list()))
     if not facts:
         findings.append(no_card_finding(torch.version.cuda))
+    findings += [Finding("tested", *tested_on(card["name"])) for card in facts]
     return facts
+
+
+def tested_on(name: str) -> tuple[str, str, str]:
+    """-> (level, what is known, advice) of this program on such a card."""
+    if name in CARDS:
+        return OK, f"the checks of tools/gpu_check passed on {name}: {CARDS[name]}", ""
+    return WARNING, f"not run on {name} yet; {on_cards()}", "From a clone, `tools/gpu_check --here` says what works"
 
 
 def card_facts(index: int) -> Facts:
     """One card, as torch sees it; asking for its free memory makes a context on it."""
-    import torch
+    from qlora_lite.device.accelerator import card_at_index, free_memory
 
-    free, total = torch.cuda.mem_get_info(index)
-    major, minor = torch.cuda.get_device_capability(index)
+    card, (free, total) = card_at_index(index), free_memory(index)
+    assert card.capability is not None
     return {
-        "name": torch.cuda.get_device_name(index),
-        "compute_capability": f"{major}.{minor}",
+        "name": card.name,
+        "compute_capability": "{}.{}".format(*card.capability),
         "total_bytes": total,
         "free_bytes": free,
-        "has_bf16": major >= 8,  # as model/dtypes.py has it
+        "has_bf16": card.has_bf16,
     }
 
 
@@ -291,7 +300,7 @@ def no_card_finding(built_for: str | None) -> Finding:
     if has_driver:
         advice = f"Its driver may be too old for CUDA {built_for}, or CUDA_VISIBLE_DEVICES hides the card"
         return Finding("card", WARNING, "an NVIDIA driver is here, and torch finds no card it can use", advice)
-    advice = "The processor trains small models (the quickstart's); plans for a card work: --budget 24GiB"
+    advice = "The processor trains small models (the quickstart's); plans for a card work: plan --card rtx-4090"
     return Finding("card", WARNING, "none", advice)
 
 
@@ -326,17 +335,17 @@ def measure_and_keep(path: Path) -> Facts:
     """Measure the device that training would take, and replace `path` with the result in one step."""
     import torch
 
-    from qlora_lite.model.dtypes import choose_device
+    from qlora_lite.device.accelerator import choose_device
     from qlora_lite.model.staging import write_text_durably
     from qlora_lite.overheads import measure
 
-    device, _ = choose_device("auto")
+    card, _ = choose_device("auto")
     measured = {
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "load_average": os.getloadavg()[0],  # of the minute before
         "num_threads": torch.get_num_threads(),
         "versions": {name: metadata.version(name) for name in LIBRARIES},
-        **measure(device),
+        **measure(card.device),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_durably(path, json.dumps(measured, indent=2) + "\n")
@@ -369,10 +378,9 @@ def measured_findings(measured: Facts | None, *, versions: dict[str, Facts]) -> 
     if isinstance(overhead, dict):
         peak, more = format_bytes(measured["step_peak_bytes"]), _spread_in_words(overhead, format_bytes)
         yield Finding("measured", OK, f"a step of {peak} by the allocator takes of the system in addition {more}")
-    if isinstance(measured.get("fragmentation_ratio"), float):
-        yield Finding(
-            "measured", OK, f"the allocator reserves {measured['fragmentation_ratio']:.3f} times what it gives"
-        )
+    if isinstance(measured.get("fragmentation_bytes"), int):
+        words = f"the allocator holds {format_bytes(measured['fragmentation_bytes'])} more than it gives, after rows of many lengths"
+        yield Finding("measured", OK, words)
     written = measured.get("disk_write_bytes_per_s")
     if isinstance(written, dict):
         words = _spread_in_words(written, lambda rate: f"{format_bytes(int(rate))}/s")

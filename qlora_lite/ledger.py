@@ -1,6 +1,6 @@
 """Who holds how many bytes, storage by storage, while tensor code runs: on meta tensors (nothing is computed) or on real ones.
 
-    with Ledger(round_to=512) as ledger:      # what the CUDA allocator rounds to; 1 on the CPU
+    with Ledger(card=card) as ledger:         # its allocator rounds to 512 bytes; the CPU's to 1
         ledger.hold("weights", *model.parameters())
         loss = model(x)                       # storages that are made count as activations until they are freed
         with counted_as("workspace"):         # and as workspace here
@@ -29,6 +29,8 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qlora_lite.device.accelerator import card_at
+from qlora_lite.device.card import CPU, Card
 from qlora_lite.meta_ops import result_of
 
 # The phase of a step in which a category is made.
@@ -58,23 +60,23 @@ class Moment:
 class Ledger(TorchDispatchMode):
     """Bytes by category, now and at the peaks: one peak for each category that new storages have counted as.
 
-    `device` is what meta tensors stand for; an allocation there takes a multiple of `round_to` bytes. Code that asks a meta tensor
+    `card` is what meta tensors stand for; an allocation there takes a multiple of its `round_to` bytes. Code that asks a meta tensor
     for its value (`.item()`, `if`) is told `answer(operator)`, of the operator that ran before it asked.
     """
 
-    def __init__(self, *, device: str = "cpu", round_to: int = 1, workspace: Workspace | None = None) -> None:
+    def __init__(self, *, card: Card = CPU, workspace: Workspace | None = None) -> None:
         super().__init__()
         _holders_of_one()  # while nothing is computed
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, dict[str, int]] = {}
         self.current = "activations"
-        self.device = device
+        self.card = card
         self.moments: list[Moment] = []
         self.answer: Answer = lambda operator: 1.0
         self._last: Any = None
         self._total = self._since_mark = 0
         self._highest: dict[str, int] = {}  # by category
-        self._round_to = round_to
+        self._round_to = card.round_to
         self._workspace = workspace
         self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}  # by the storage's address
 
@@ -126,7 +128,7 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self.answer(self._last)
         self._last = func
-        is_sum = func is _ADD and sys._getframe(1).f_code is _ENGINE and is_added_in_place(args[0])
+        is_sum = func is _ADD and _is_called_by_autograd() and is_added_in_place(args[0])
         out = args[0].add_(args[1]) if is_sum else result_of(func, args, kwargs)
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -169,6 +171,15 @@ class Ledger(TorchDispatchMode):
 
 
 _open: list[Book] = []
+
+
+def _is_called_by_autograd() -> bool:
+    """Whether no function of Python's called the operator: the engine does, below its own frame or, in a device's thread, below none."""
+    try:
+        caller = sys._getframe(2).f_code  # 1 is the dispatch mode
+    except ValueError:
+        return True
+    return caller is _ENGINE
 
 
 def is_added_in_place(gradient: torch.Tensor) -> bool:
@@ -238,7 +249,9 @@ def count_as_after(tensor: torch.Tensor, category: str) -> None:
         tensor.register_hook(lambda _: count_as(category))
 
 
-def device_type(tensor: torch.Tensor) -> str:
-    """Where `tensor` is, or, of a meta tensor, what the open ledger says it stands for."""
+def card_of(tensor: torch.Tensor) -> Card:
+    """The card that `tensor` is on, or, of a meta tensor, the one that the open ledger says it stands for."""
+    if not tensor.is_meta:
+        return card_at(tensor.device)
     ledgers = [book for book in _open if isinstance(book, Ledger)]
-    return ledgers[-1].device if tensor.is_meta and ledgers else tensor.device.type
+    return ledgers[-1].card if ledgers else CPU

@@ -9,16 +9,17 @@
            step_rss_growth_bytes     of the same step, by the system (None where Linux does not tell), and what it is more:
            allocator_overhead_bytes
     CUDA   context_bytes             on the card beside what torch's allocator holds: the context, and the kernels that training loads
-           cublas_workspace_bytes    in the allocator since the first bf16 product
-           step_allocated_bytes, step_reserved_bytes    the highest in some steps of training, and fragmentation_ratio:
-                                     reserved / allocated
-    both   dequantize                one dequantization of an NF4 weight of 1,536 x 4,096 against products with it
+           cublas_workspace_bytes    in the allocator since the first bf16 product, for one handle
+           step_allocated_bytes, step_reserved_bytes    the highest in steps of training on rows of many lengths, and
+           fragmentation_bytes       by which the allocator holds more than it gives
+    both   dequantize                NF4 weights of 1,536 x 4,096 dequantized, more than the cache holds, against products with them
 
 It runs in a process of its own that has imported and allocated nothing before; the context is seen from outside, by the process that asks.
 The CUDA half has not met a card yet.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -31,11 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from qlora_lite import show
 from qlora_lite.data.batches import pack_batch
 from qlora_lite.data.template import Encoded
+from qlora_lite.device.accelerator import card_at, free_memory, is_accelerator, synchronize, torch_module
 from qlora_lite.errors import UserError
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.base import checkpoint_activations
@@ -50,16 +51,19 @@ from qlora_lite.train.measure import measure_allocations, rss_bytes
 from qlora_lite.train.optimizer import make_optimizer
 from qlora_lite.train.update import update
 
-MODEL, NUM_LAYERS = (
-    "smollm2-135m",
-    {"cpu": 4, "cuda": 30},
-)  # its shape; on the CPU as few layers as tell a step from noise
-LENGTH, NUM_EXAMPLES, LABEL_SHARE = 512, {"cpu": 2, "cuda": 8}, 0.1
+# Shapes: on the CPU as few layers as tell a step from noise; on a card layers as wide as people tune there, if it holds a few of them.
+CPU_MODEL, CARD_MODEL, SMALL_CARD_MODEL = ("smollm2-135m", 4), ("llama-3.1-8b", 4), ("smollm2-135m", 30)
+LARGE_CARD = 12 * 2**30  # bytes
+LENGTH, LABEL_SHARE = 512, 0.1
+CARD_LENGTHS = tuple(
+    range(256, 2817, 128)
+)  # tokens of a micro-batch, in an order that leaves holes: see `measure_card`
 NUM_STEPS = 5
 NUM_WRITES = 3
 WEIGHT = (1536, 4096)  # out, in: a layer of a 7B model
 NUM_TOKENS = (64, 128, 256, 512, 1024, 2048)
-NUM_ROUNDS = {"cpu": 9, "cuda": 30}
+NUM_ROUNDS = 9
+CACHES = 4  # times the card's cache that the weights of a round fill; without that they would be read from it
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -80,7 +84,7 @@ def measure(device: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(line)
     del found["schema_version"]  # of a document on stdout; this becomes a part of one
     found["disk_write_bytes_per_s"] = disk_write_rate(default_cache())
-    if device == "cuda":
+    if is_accelerator(device):
         found["context_bytes"] = held - found.pop("reserved_bytes")
     return found
 
@@ -103,16 +107,16 @@ def _path() -> list[str]:
 
 
 def _free_bytes(device: str) -> int:
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else 0
+    return free_memory()[0] if is_accelerator(device) else 0
 
 
 def main(device: str) -> None:
     """The measuring process: prints one JSON document, then waits to be let go, so that what it holds can be seen."""
-    found = measure_cpu() if device == "cpu" else measure_card()
+    found = measure_card(device) if is_accelerator(device) else measure_cpu()
     with show.phase("measuring what dequantizing a weight costs"):
-        found["dequantize"] = dequantize_price(device, num_rounds=NUM_ROUNDS[device])
-    if device == "cuda":
-        found["reserved_bytes"] = torch.cuda.memory_reserved()
+        found["dequantize"] = dequantize_price(device, num_rounds=NUM_ROUNDS)
+    if is_accelerator(device):
+        found["reserved_bytes"] = torch_module().memory_reserved()
     show.print_json({"device": device, **found})
     sys.stdin.read()
 
@@ -121,7 +125,7 @@ def measure_cpu() -> dict[str, Any]:
     """The process and its allocator."""
     imports = rss_bytes()
     with show.phase("measuring steps of training, by the system and by the allocator"):
-        step = training("cpu")
+        step = partial(training("cpu", *CPU_MODEL), [LENGTH] * 2)
         step()  # what is made once is there
         growths = [growth for growth in (rss_growth(step) for _ in range(NUM_STEPS)) if growth is not None]
         with measure_allocations("cpu") as allocations:
@@ -134,53 +138,54 @@ def measure_cpu() -> dict[str, Any]:
     }
 
 
-def measure_card() -> dict[str, Any]:
-    """cuBLAS and the caching allocator."""
+def measure_card(device: str) -> dict[str, Any]:
+    """cuBLAS and the caching allocator, which rows of many lengths leave with holes: long and short ones in turn."""
+    card, torch_cuda = card_at(device), torch_module()
     with show.phase("measuring steps of training on the card"):
-        workspace = cublas_workspace_bytes()
-        step = training("cuda")
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(NUM_STEPS):
-            step()
-        torch.cuda.synchronize()
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        workspace = cublas_workspace_bytes(device)
+        step = training(device, *(CARD_MODEL if card.memory_bytes >= LARGE_CARD else SMALL_CARD_MODEL))
+        torch_cuda.reset_peak_memory_stats()
+        half = len(CARD_LENGTHS) // 2
+        for short, long in zip(CARD_LENGTHS[:half], reversed(CARD_LENGTHS[half:]), strict=False):
+            step([long])
+            step([short])
+        synchronize(device)
+        allocated, reserved = torch_cuda.max_memory_allocated(), torch_cuda.max_memory_reserved()
     return {
-        "card": torch.cuda.get_device_name(),
+        "card": card.name,
         "cublas_workspace_bytes": workspace,
         "step_allocated_bytes": allocated,
         "step_reserved_bytes": reserved,
-        "fragmentation_ratio": reserved / allocated,
+        "fragmentation_bytes": reserved - allocated,
     }
 
 
-def cublas_workspace_bytes() -> int:
+def cublas_workspace_bytes(device: str) -> int:
     """What the first product leaves in the allocator, in a process that has made none."""
-    dtype = choose_types("auto", "cuda").compute
-    left, right = (torch.ones(512, 512, dtype=dtype, device="cuda") for _ in range(2))
-    before = torch.cuda.memory_allocated()
+    dtype = choose_types("auto", card_at(device)).compute
+    left, right = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
+    before = torch_module().memory_allocated()
     product = left @ right
-    torch.cuda.synchronize()
-    return torch.cuda.memory_allocated() - before - product.nbytes  # 512 KiB, a multiple of the allocator's blocks
+    synchronize(device)
+    return torch_module().memory_allocated() - before - product.nbytes  # 512 KiB, a multiple of the allocator's blocks
 
 
-def training(device: str) -> Callable[[], None]:
-    """-> a function that runs one optimizer step of QLoRA, by training's own code."""
-    types = choose_types("auto", device)
-    config = known_config(MODEL)
-    config.num_hidden_layers = NUM_LAYERS[device]
+def training(device: str, model_name: str, num_layers: int) -> Callable[[Sequence[int]], None]:
+    """-> a function that runs one optimizer step of QLoRA on rows of so many tokens each, by training's own code."""
+    types = choose_types("auto", card_at(device))
+    config = known_config(model_name)
+    config.num_hidden_layers = num_layers
     base = random_model(config, quantization=Quantization("nf4"), device=device, compute=types.compute)
     model = attach_adapter(base, r=16, lora_alpha=32, factor_dtype=types.factors)
     checkpoint_activations(causal_lm(model), every=1)
     optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=1e-4, weight_decay=0.0)
-    labels = round(LABEL_SHARE * LENGTH)
-    examples = [Encoded([0] * LENGTH, ((LENGTH - labels, LENGTH),))] * NUM_EXAMPLES[device]
-    batch = pack_batch(examples, range(len(examples))).to(device)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
     scaler = torch.amp.GradScaler(device, enabled=types.scale_loss)
     model.train()
 
-    def step() -> None:
-        update(model, optimizer, [batch], accelerator=accelerator, scaler=scaler, max_grad_norm=1.0)
+    def step(lengths: Sequence[int]) -> None:
+        examples = [Encoded([0] * length, ((length - round(LABEL_SHARE * length), length),)) for length in lengths]
+        batch = pack_batch(examples, range(len(examples))).to(device)
+        update(model, optimizer, [batch], scaler=scaler, max_grad_norm=1.0)
         optimizer.zero_grad(set_to_none=True)
 
     return step
@@ -202,19 +207,30 @@ def rss_growth(work: Callable[[], object]) -> int | None:
 def dequantize_price(
     device: str, *, num_rounds: int, shape: tuple[int, int] = WEIGHT, num_tokens: Sequence[int] = NUM_TOKENS
 ) -> dict[str, Any]:
-    """Seconds of dequantizing a weight [out, in], in tokens of a product with it: in every round both, so that a busy moment meets both."""
-    dtype = choose_types("auto", device).compute
+    """Seconds of dequantizing a weight [out, in], in tokens of a product with it: in every round both, so that a busy moment meets both.
+
+    Each time is that of as many weights as fill the device's cache several times, one after the other without waiting between them: so
+    neither the cache nor the launch of a kernel is what is measured.
+    """
+    card = card_at(device)
+    dtype = choose_types("auto", card).compute
     weight_OI = torch.randn(shape, device=device).to(dtype)
     packed, state = bitsandbytes.functional.quantize_4bit(
         weight_OI, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
     )
+    num_weights = 1 if card.is_cpu else max(1, math.ceil(CACHES * card.l2_bytes / packed.nbytes))
+    stored = [packed.clone() for _ in range(num_weights)]
+    plain = [
+        weight_OI.clone() for _ in range(min(num_weights, math.ceil(CACHES * card.l2_bytes / weight_OI.nbytes) or 1))
+    ]
     inputs_TI = {tokens: torch.randn(tokens, shape[1], device=device).to(dtype) for tokens in num_tokens}
     dequantize_s: list[float] = []
     product_s: dict[int, list[float]] = {tokens: [] for tokens in num_tokens}
     for _ in range(1 + num_rounds):
-        dequantize_s.append(_seconds(device, partial(bitsandbytes.functional.dequantize_4bit, packed, state)))
+        dequantize = [partial(bitsandbytes.functional.dequantize_4bit, each, state) for each in stored]
+        dequantize_s.append(_seconds(device, dequantize))
         for tokens, x_TI in inputs_TI.items():
-            product_s[tokens].append(_seconds(device, partial(torch.matmul, x_TI, weight_OI.T)))
+            product_s[tokens].append(_seconds(device, [partial(torch.matmul, x_TI, each.T) for each in plain]))
     dequantize_s, product_s = dequantize_s[1:], {tokens: found[1:] for tokens, found in product_s.items()}  # warm now
     price = {
         tokens: [tokens * one / other for one, other in zip(dequantize_s, found, strict=True)]
@@ -236,14 +252,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "num": len(values)}
 
 
-def _seconds(device: str, work: Callable[[], object]) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _seconds(device: str, work: Sequence[Callable[[], object]]) -> float:
+    """Of one piece of `work`, on average."""
+    synchronize(device)
     begin = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    for piece in work:
+        piece()
+    synchronize(device)
+    return (time.perf_counter() - begin) / len(work)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_lite import OFFLINE_ASKED, api, show
 from qlora_lite.checking import check_recipe
 from qlora_lite.data.prompts import question_prompt
 from qlora_lite.data.template import ChatTemplate
+from qlora_lite.device.card import Card, card_of_row, name_of
+from qlora_lite.device.known_cards import KNOWN_CARDS
 from qlora_lite.errors import RunError, UserError
 from qlora_lite.evaluate import by_phrasing, stream_answer
 from qlora_lite.measured import disk_speed
@@ -43,7 +47,7 @@ from qlora_lite.running import (
 )
 from qlora_lite.stopping import resume_command, told_how_to_fetch_on, told_how_to_go_on
 from qlora_lite.train import refuse_missing_trackers
-from qlora_lite.units import format_bytes, parse_bytes
+from qlora_lite.units import format_bytes, parse_budget
 from qlora_lite.verify import verify_folder
 
 WHICH: tuple[api.Which, ...] = ("base", "adapter", "merged")
@@ -81,10 +85,12 @@ def check(recipes: Sequence[str], overrides: Sequence[str]) -> list[dict[str, An
     return [check_recipe(load_recipe(name, overrides=overrides)) for name in recipes]
 
 
-def plan(what: str, overrides: Sequence[str], *, budget: str | None, html: Path | None = None) -> dict[str, Any]:
+def plan(
+    what: str, overrides: Sequence[str], *, budget: str | None, card: str | None = None, html: Path | None = None
+) -> dict[str, Any]:
     """The memory budget report of a model or a recipe: what it needs by every method, and what would fit; as a page too."""
     with show.phase(f"rehearsing {what} on the meta device"):
-        request = read_request(what, overrides=overrides, budget_bytes=_budget(budget))
+        request = read_request(what, overrides=overrides, budget_bytes=_budget(budget), card_name=card)
         found = forecast(
             request.rehearsals,
             request.chosen,
@@ -95,6 +101,7 @@ def plan(what: str, overrides: Sequence[str], *, budget: str | None, html: Path 
         )
     document = {
         "model": request.model,
+        "card": name_of(request.card),
         "settings": request.recipe,
         "reasons": list(request.reasons),
         "sharing": request.sharing and request.sharing.to_json_dict(),
@@ -107,6 +114,29 @@ def plan(what: str, overrides: Sequence[str], *, budget: str | None, html: Path 
     if not found.fits:
         show.say_warning(found.shortage())
     return document
+
+
+def cards() -> dict[str, Any]:
+    """The cards that a plan can be made for without having one."""
+    rows = [card_row(name, card_of_row(row)) for name, row in KNOWN_CARDS.items()]
+    show.show_cards(rows)
+    return {"cards": rows}
+
+
+def card_row(name: str, card: Card) -> dict[str, Any]:
+    """One of `plan --cards`."""
+    assert card.capability is not None
+    return {
+        "name": name,
+        "full_name": card.name,
+        "memory_bytes": card.memory_bytes,
+        "compute_capability": "{}.{}".format(*card.capability),
+        "dtype": "bf16" if card.has_bf16 else "fp16",
+        "attention": card.attention_kernel(torch.bfloat16 if card.has_bf16 else torch.float16, 128),
+        "operations_per_s": card.flops,
+        "memory_bytes_per_s": card.bytes_per_s,
+        "power_w": card.power_w,
+    }
 
 
 def plan_all(overrides: Sequence[str]) -> dict[str, Any]:
@@ -270,7 +300,7 @@ def _bring(name: str) -> dict[str, Any]:
 
 def _budget(text: str | None) -> int | None:
     try:
-        return None if text is None else parse_bytes(text)
+        return None if text is None else parse_budget(text)
     except ValueError as error:
         raise UserError(f"--budget: {error}") from error
 

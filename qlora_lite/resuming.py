@@ -14,6 +14,7 @@ import torch
 
 from qlora_lite.data.files import hash_file
 from qlora_lite.data.read import as_pairs, file_identity
+from qlora_lite.device.card import Card
 from qlora_lite.errors import RunError
 from qlora_lite.model.manifest import read_manifest
 from qlora_lite.recipe import Recipe, dump_recipe, load_run_recipe
@@ -96,9 +97,14 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def computed_with(recipe: Recipe) -> dict[str, Any]:
+def computed_with(recipe: Recipe, card: Card) -> dict[str, Any]:
     """What a checkpoint's manifest says of how it came about."""
-    return {"recipe_sha256": fixed_sha256(recipe), "num_threads": torch.get_num_threads(), "versions": versions()}
+    return {
+        "recipe_sha256": fixed_sha256(recipe),
+        "device": card.in_words,
+        "num_threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
 
 
 def fixed_sha256(recipe: Recipe) -> str:
@@ -113,10 +119,15 @@ def fixed_sha256(recipe: Recipe) -> str:
     return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def computed_otherwise(checkpoint: Path, recipe: Recipe, device: str) -> Iterator[str]:
+def computed_otherwise(checkpoint: Path, recipe: Recipe, card: Card) -> Iterator[str]:
     """Why going on from `checkpoint` may not be bit-identical to never having stopped."""
-    then, now = read_manifest(checkpoint) or {}, computed_with(recipe)
-    if device == "cpu" and then.get("num_threads", now["num_threads"]) != now["num_threads"]:
+    then, now = read_manifest(checkpoint) or {}, computed_with(recipe, card)
+    if then.get("device", now["device"]) != now["device"]:
+        yield (
+            f"before it was {then['device']}, now it is {now['device']}: sums are formed in another order, so the last bits differ, and "
+            "dropout draws other random numbers"
+        )
+    if card.is_cpu and then.get("num_threads", now["num_threads"]) != now["num_threads"]:
         yield (
             f"before it was {then['num_threads']} threads, now it is {now['num_threads']}: sums are formed in another order, so "
             f"the last bits may differ. OMP_NUM_THREADS={then['num_threads']} keeps them"

@@ -128,7 +128,7 @@ def _train(
     state = TrainState(loaded.model, optimizer, scaler)
     torch.manual_seed(purpose_seed(recipe.train.seed, "dropout"))
     if resume:
-        _resume(state, run, recipe, plan.device, say)
+        _resume(state, run, plan, say)
     else:
         _write_start(run, plan, loaded, data)
     state.footprint = state.footprint or plan.chosen.footprint
@@ -167,15 +167,15 @@ def _train(
                 is_best = state.best is not None and state.best.step == stats.step
                 with _clocked(spent, "checkpoints"):
                     if is_last or is_stopped:
-                        _save(state, run, recipe, loaded.base)
+                        _save(state, run, plan, loaded.base)
                     elif is_best or stats.step % recipe.train.save_every_steps == 0:
-                        _try_to_save(state, run, recipe, loaded.base, say)
+                        _try_to_save(state, run, plan, loaded.base, say)
                 yield stats
                 if is_stopped and not is_last:
                     return
     except TrainingStopped as error:
         if error.state_is_good and state.step > 0:
-            _save(state, run, recipe, loaded.base)
+            _save(state, run, plan, loaded.base)
         raise
     except DoesNotFit as error:
         newest, _ = newest_valid(run.checkpoints)
@@ -206,7 +206,8 @@ def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel, data: Mapping[str
             "base": str(loaded.base),
             "base_sha256": loaded.base_sha256,
             "init_from": _start_of(plan.recipe),
-            "device": plan.device,
+            "device": plan.recipe.device,
+            "card": plan.card.in_words,
             "num_threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -266,16 +267,15 @@ def _trackers(plan: Plan, run: RunDir, *, first_step: int) -> AbstractContextMan
         run_name=run.path.resolve().name,
         first_step=first_step,
         settings=plan.recipe.model_dump(mode="json"),
-        device=plan.device,
     )
 
 
-def _save(state: TrainState, run: RunDir, recipe: Recipe, base: Path) -> None:
+def _save(state: TrainState, run: RunDir, plan: Plan, base: Path) -> None:
     """A checkpoint, after the log up to its step is durable. Raises RunError when either cannot be written."""
-    facts = computed_with(recipe)
+    facts, keep = computed_with(plan.recipe, plan.card), plan.recipe.train.keep_checkpoints
     try:
         run.seal_steps()
-        save_checkpoint(state, run.checkpoints, keep=recipe.train.keep_checkpoints, base=base, facts=facts)
+        save_checkpoint(state, run.checkpoints, keep=keep, base=base, facts=facts)
     except (OSError, UserError, SafetensorError) as error:  # SafetensorError: what a full disk is called by save_file
         what = str(error).partition(". ")[0] if isinstance(error, UserError) else f"{run.checkpoints}: {error}"
         raise RunError(
@@ -284,16 +284,16 @@ def _save(state: TrainState, run: RunDir, recipe: Recipe, base: Path) -> None:
         ) from error
 
 
-def _try_to_save(state: TrainState, run: RunDir, recipe: Recipe, base: Path, say: Callable[[str], None]) -> None:
+def _try_to_save(state: TrainState, run: RunDir, plan: Plan, base: Path, say: Callable[[str], None]) -> None:
     """A failure costs this checkpoint only."""
     try:
-        _save(state, run, recipe, base)
+        _save(state, run, plan, base)
     except RunError as error:
         say(f"{str(error).partition('. ')[0]}. Training goes on; the next one is tried when it is due")
 
 
-def _resume(state: TrainState, run: RunDir, recipe: Recipe, device: str, say: Callable[[str], None]) -> None:
-    checkpoint, problems = newest_valid(run.checkpoints, recipe_sha256=fixed_sha256(recipe))
+def _resume(state: TrainState, run: RunDir, plan: Plan, say: Callable[[str], None]) -> None:
+    checkpoint, problems = newest_valid(run.checkpoints, recipe_sha256=fixed_sha256(plan.recipe))
     for problem in problems:
         say(problem)
     if checkpoint is None:
@@ -303,7 +303,7 @@ def _resume(state: TrainState, run: RunDir, recipe: Recipe, device: str, say: Ca
     state.load(checkpoint)
     run.cut_steps(state.step)
     say(f"continues after step {state.step}, from {checkpoint}")
-    for sentence in computed_otherwise(checkpoint, recipe, device):
+    for sentence in computed_otherwise(checkpoint, plan.recipe, plan.card):
         say(sentence)
 
 

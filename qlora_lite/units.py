@@ -3,6 +3,7 @@
 import re
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_LEAST_BYTES = 2**20  # of a memory budget: a smaller plain number is meant as GiB
 _DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -24,6 +25,12 @@ def parse_bytes(text: str) -> int:
     if match is None or scale is None:
         raise ValueError(f'expected a size such as "24GiB", "512MiB" or a number of bytes, got "{text}"')
     return int(float(match.group(1)) * scale)
+
+
+def parse_budget(text: str) -> int:
+    """As `parse_bytes`, but a small plain number is GiB, as cards are sold: `16` -> 16 GiB. Raises ValueError."""
+    is_gib = re.fullmatch(r"\s*\d+(\.\d+)?\s*", text) is not None and float(text) < _LEAST_BYTES
+    return parse_bytes(f"{text}GiB" if is_gib else text)
 
 
 def format_seconds(seconds: float) -> str:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.data.batches import pack_trees
+from qlora_lite.device.card import CPU
 from qlora_lite.evaluate.generate import generate_answers
 from qlora_lite.merge import merge
 from qlora_lite.model.adapter import attach_adapter, save_adapter
@@ -179,7 +180,7 @@ def test_from_published_files_to_a_proved_merge_and_an_answer(name, tmp_path):
     prompts = [encoded[i].input_ids[: encoded[i].spans[0][0]] for i in (0, 1)]
     batched = generate_answers(ours.model, ours.tokenizer, prompts, stop_token=2, max_new_tokens=6)
     assert batched == [plain_answer(merged, ours.tokenizer, prompt) for prompt in prompts]
-    settings = Settings(device="cpu", r=8, optimizer="adamw")
+    settings = Settings(card=CPU, r=8, optimizer="adamw")
     planned = Stage(load_config(artefact(name)), settings).rehearse(MicroBatch(32, 2))
     assert planned.num_trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert planned.parts["weights"] == loaded.weights_bytes

@@ -18,7 +18,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qlora_lite"
 STAGES = ("recipe", "model", "data", "train", "evaluate", "merge", "plan", "show")
-LEAVES = ("errors", "foreign", "units", "ledger", "limits", "measured", "meta_ops", "paths", "json_text")
+LEAVES = ("device", "errors", "foreign", "units", "ledger", "limits", "measured", "meta_ops", "paths", "json_text")
 MAY_SEE_RECIPE = (
     "recipe",
     "plan",

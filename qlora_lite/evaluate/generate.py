@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 from qlora_lite.data.batches import Batch, pack_trees
 from qlora_lite.data.template import Encoded
 from qlora_lite.data.trees import grow
+from qlora_lite.device.numerics import exact_sums
 from qlora_lite.model.attention import attention_for_generation, attention_on_packed_rows
 from qlora_lite.model.forward import causal_lm, may_share
 from qlora_lite.train.measure import give_back_free_memory
@@ -129,7 +130,7 @@ def generate_batch(
 ) -> torch.Tensor:
     """Token ids [B, T + new] from prompts that are padded left; `cache` has the keys and values of their first tokens."""
     device = causal_lm(model).device
-    with warnings.catch_warnings():
+    with exact_sums(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on sampling settings of the model's own generation config
         return causal_lm(model).generate(
             input_ids=ids_BT.to(device),
@@ -165,7 +166,7 @@ def read_prompts(model: PreTrainedModel | PeftModel, tree: Batch) -> Cache:
     row = DynamicCache()  # all of it: a window would keep its end only
     cache = DynamicCache(config=config)
     tree = tree.to(base.device)
-    with attention_on_packed_rows(base):
+    with exact_sums(), attention_on_packed_rows(base):
         base.get_decoder()(
             input_ids=tree.input_ids_1T, position_ids=tree.position_ids_1T, lengths=tree.lengths, parents=tree.parents,
             past_key_values=row, use_cache=True,

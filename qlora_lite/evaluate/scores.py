@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from qlora_lite.data.batches import make_batches
 from qlora_lite.data.examples import Examples
 from qlora_lite.data.template import ChatTemplate
+from qlora_lite.device.numerics import exact_sums
 from qlora_lite.evaluate.generate import BATCH_TOKENS, generate_answers
 from qlora_lite.evaluate.squad_score import aggregate, score
 from qlora_lite.model.forward import may_share
@@ -103,7 +104,8 @@ def validation_loss(
     model.eval()
     try:
         batches = make_batches(examples, range(len(examples)), micro_batch_tokens=micro_batch_tokens, share=share)
-        total = sum(batch_loss(model, batch.to(device)).item() for batch in batches)
+        with exact_sums():
+            total = sum(batch_loss(model, batch.to(device)).item() for batch in batches)
     finally:
         model.train(was_training)
     return total / sum(len(batch.target_N) for batch in batches)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from qlora_lite.device.numerics import exact_sums
 from qlora_lite.errors import ModelError, ProofFailed, UserError
 from qlora_lite.merge.checkpoint import Checkpoint, row_ranges, rows_and_width
 from qlora_lite.merge.lora import Adapter, LoraFactors, tuned_norms
@@ -408,6 +409,7 @@ def full_fp32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with exact_sums():
+            yield
     finally:
         torch.set_float32_matmul_precision(before)

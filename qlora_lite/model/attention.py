@@ -1,10 +1,9 @@
 """Attention over one packed row: several examples one after the other, each attending to itself only.
 
 A padded batch computes attention, norms and matrix products on padding; a packed row has none, and its linear layers see one
-long [T, D] input. Here each example's slice goes through `scaled_dot_product_attention` with `is_causal` (on CPUs through the same
-kernel as tree_attention.py calls it, whose backward pass is faster), so that no mask is built and every example is computed exactly as it
-would be alone, whatever shares the row: the split of a step into micro-batches cannot change a gradient
-(tests/promises/test_promise_01_split.py).
+long [T, D] input. Here each example's slice goes through a causal kernel (tree_attention.py, of which a row without sharing is the
+simplest case), so that no mask is built and every example is computed exactly as it would be alone, whatever shares the row: the split of
+a step into micro-batches cannot change a gradient (tests/promises/test_promise_01_split.py).
 
 A sliding window (Mistral, Gemma, ...) or a soft cap on the scores (Gemma 2, arXiv 2408.00118) needs a mask or the scores
 themselves; then queries go in blocks, so that memory grows with the length and not with its square. Capped scores, which the backward
@@ -12,7 +11,9 @@ pass needs, are computed again there, block by block.
 
 Registered through transformers' `AttentionInterface`. No mask function is registered under its name, so transformers builds
 no mask. BLOOM and Falcon compute attention in their own modules: `packs_rows` is false for them and forward.py runs their
-examples one at a time. Generation pads and keeps a cache: `attention_for_generation` switches to transformers' own and back.
+examples one at a time. Generation pads and keeps a cache: `attention_for_generation` switches to transformers' own and back. There and
+under a mask, a card whose kernels take no grouped heads is given keys and values for every head: left to itself, torch would take
+plain products then, whose memory grows with the square of the length.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,12 +23,14 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from qlora_lite.ledger import device_type
+from qlora_lite.ledger import card_of
 from qlora_lite.model.tree_attention import NO_PARENT, longest_path, parts_of, tree_attention
 
-PACKED = "qlora_lite_packed"
+PACKED, PADDED = "qlora_lite_packed", "qlora_lite_padded"
 QUERY_BLOCK = 512  # queries at once where scores or a mask are needed
 
 
@@ -58,7 +61,7 @@ def packed_attention(
     is_shared = any(parent != NO_PARENT for parent in parents)
     if is_shared and not is_plain:
         raise ValueError("segments that continue others need plain attention: no dropout, window or soft cap")
-    if is_shared or (is_plain and device_type(query) == "cpu" and value.shape[-1] == query.shape[-1]):
+    if is_shared or (is_plain and _kernel(query, value) != "plain"):
         parts = parts_of(lengths, parents)
         return tree_attention(query, key, value, parts, scaling=scaling).transpose(1, 2).contiguous(), None
     outputs = [
@@ -117,7 +120,39 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 def padded_attention(kind: type[PreTrainedModel]) -> str:
     """transformers' name of the attention that a padded batch takes: "eager" where sdpa cannot compute it (soft caps, BLOOM)."""
-    return "sdpa" if kind._supports_sdpa else "eager"
+    if not kind._supports_sdpa:
+        return "eager"
+    return PADDED if packs_rows(kind) else "sdpa"
+
+
+def padded_rows_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' sdpa attention [B, H, T, d] -> [B, T, H, d], its keys and values repeated first where a card's kernel needs that."""
+    if _kernel(query, value, has_mask=attention_mask is not None) != "efficient":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    is_causal = attention_mask is None and query.shape[2] > 1
+    key, value = _for_every_head(key, query), _for_every_head(value, query)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=settings.get("scaling"), is_causal=is_causal
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _kernel(query: torch.Tensor, value: torch.Tensor, *, has_mask: bool = False) -> str:
+    return card_of(query).attention_kernel(
+        query.dtype, query.shape[-1], value.shape[-1], has_mask=has_mask, trains=query.requires_grad
+    )
+
+
+def _for_every_head(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, H_kv, L, d] for every query head."""
+    return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
 
 
 def _one_example(
@@ -132,6 +167,8 @@ def _one_example(
 ) -> torch.Tensor:
     """[1, H, L, d] of one example of L tokens."""
     length = query.shape[2]
+    if softcap is None and not dropout and _kernel(query, value) != "plain" and (window is None or length <= window):
+        return tree_attention(query, key, value, parts_of((length,), (NO_PARENT,)), scaling=scaling)
     if softcap is None and (window is None or length <= window):
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True
@@ -150,6 +187,8 @@ def _one_example(
             visible_qk &= positions_k > positions_q - window
         some = query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], visible_qk
         if softcap is None:
+            if not card_of(query).is_cpu:
+                some = some[0], _for_every_head(some[1], query), _for_every_head(some[2], query), some[3]
             blocks.append(
                 torch.nn.functional.scaled_dot_product_attention(
                     *some, dropout_p=dropout, scale=scaling, enable_gqa=True
@@ -171,8 +210,7 @@ def _soft_capped(
     softcap: float,
 ) -> torch.Tensor:
     """Scores in the compute type and their softmax in fp32, as transformers' eager attention has it."""
-    num_groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(num_groups, dim=1), value.repeat_interleave(num_groups, dim=1)
+    key, value = _for_every_head(key, query), _for_every_head(value, query)
     scores_qk = torch.tanh((query @ key.mT) * scaling / softcap) * softcap
     scores_qk = scores_qk.masked_fill(~visible_qk, torch.finfo(scores_qk.dtype).min)
     weights_qk = torch.softmax(scores_qk, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -180,3 +218,5 @@ def _soft_capped(
 
 
 AttentionInterface.register(PACKED, packed_attention)
+AttentionInterface.register(PADDED, padded_rows_attention)
+AttentionMaskInterface.register(PADDED, sdpa_mask)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qlora_lite.device.card import Card
 from qlora_lite.errors import UserError
 
 BY_NAME = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -33,44 +34,28 @@ class NumberTypes:
         return next(name for name, dtype in BY_NAME.items() if dtype is self.compute)
 
 
-def choose_device(asked: str) -> tuple[str, str]:
-    """`auto | cpu | cuda` -> (device, reason). Raises UserError for cuda where there is none."""
-    if asked == "cpu":
-        return "cpu", "cpu: asked for"
-    if torch.cuda.is_available():
-        return "cuda", f"cuda: {torch.cuda.get_device_name()}" if asked == "auto" else "cuda: asked for"
-    if asked == "cuda":
-        raise UserError("device: cuda was asked for, and torch finds no CUDA device. Use device: cpu or auto")
-    return "cpu", "cpu: torch finds no CUDA device"
-
-
-def planned_types(asked: str) -> NumberTypes:
-    """The row for a card that is not here: bf16 unless the recipe says otherwise."""
-    if asked in ("auto", "bf16"):
-        return NumberTypes(
-            torch.bfloat16, torch.bfloat16, scale_loss=False, reason="bf16: cards since 2020 compute in it"
-        )
-    return NumberTypes(BY_NAME[asked], torch.float32, scale_loss=asked == "fp16", reason=f"{asked}: asked for")
-
-
-def choose_types(asked: str, device: str) -> NumberTypes:
-    """`auto | bf16 | fp16 | fp32` -> the row of the table for `device`. Raises UserError for a type the device lacks."""
-    if device == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        has_bf16, name = major >= 8, f"card (SM {major}.{minor})"
-    else:
-        has_bf16, name = True, "CPU"
+def choose_types(asked: str, card: Card) -> NumberTypes:
+    """`auto | bf16 | fp16 | fp32` -> the row of the table for `card`. Raises UserError for a type that it lacks."""
+    name = "CPU" if card.is_cpu else f"card ({card.in_words})"
     if asked == "auto":
-        asked = "bf16" if has_bf16 else "fp16"
-        reason = f"{asked}: the {name} {'computes in' if has_bf16 else 'has no'} bf16"
+        asked = "bf16" if card.has_bf16 else "fp16"
+        reason = f"{asked}: the {name} {'computes in' if card.has_bf16 else 'has no'} bf16"
     else:
         reason = f"{asked}: asked for"
-    if asked == "fp16" and device == "cpu":
+    if asked == "fp16" and card.is_cpu:
         raise UserError(
             "model.dtype: fp16 is for cards without bf16; CPUs compute in bf16. Use model.dtype: auto, bf16 or fp32"
         )
     if asked == "bf16":
-        if not has_bf16:
+        if not card.has_bf16:
             raise UserError(f"model.dtype: the {name} has no bf16. Use model.dtype: auto, fp16 or fp32")
         return NumberTypes(torch.bfloat16, torch.bfloat16, scale_loss=False, reason=reason)
     return NumberTypes(BY_NAME[asked], torch.float32, scale_loss=asked == "fp16", reason=reason)
+
+
+def types_of_run(name: str) -> NumberTypes:
+    """The row that a run was trained with, wherever it is opened: what its adapter is merged with must not depend on the machine."""
+    reason = f"{name}: as the run was trained"
+    if name == "bf16":
+        return NumberTypes(torch.bfloat16, torch.bfloat16, scale_loss=False, reason=reason)
+    return NumberTypes(BY_NAME[name], torch.float32, scale_loss=name == "fp16", reason=reason)

@@ -2,12 +2,12 @@
 
 import torch
 
-from qlora_lite.ledger import device_type
+from qlora_lite.ledger import card_of
 
 
 def product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left [n, k] @ right [k, m] with fp32 accumulation and an fp32 result; CUDA does it without widening the inputs."""
-    if device_type(left) == "cuda" and left.dtype != torch.float32:
+    if not card_of(left).is_cpu and left.dtype != torch.float32:
         if left.is_meta:
             return torch.empty(left.shape[0], right.shape[1], dtype=torch.float32, device="meta")
         return torch.mm(left, right, out_dtype=torch.float32)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from qlora_lite.device.accelerator import fastest_device
 from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign
 from qlora_lite.model.bnb import bitsandbytes
@@ -88,8 +89,8 @@ class Quantization:
         return specs
 
     def quantize(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors that stand for the 16-bit `weight` [out, in] in a file; computed on the GPU where there is one."""
-        weight = weight.cuda() if torch.cuda.is_available() else weight
+        """The tensors that stand for the 16-bit `weight` [out, in] in a file; computed on the accelerator where there is one."""
+        weight = weight.to(fastest_device())
         parts = self._int8(name, weight) if self.kind == "int8" else self._four_bit(name, weight)
         return {part: tensor.cpu() for part, tensor in parts.items()}
 

@@ -10,7 +10,10 @@ arXiv 2205.14135, section 3): with m = log(sum of exp of all scores), each part'
 The backward pass is the kernels' own: given the whole output and the whole log-sum-exp, FlashAttention's backward of a part gives that
 part's share of the gradients (dS = P * (dP - sum(dO * O)), where P and O are of the whole row of scores).
 
-Kernels: on the CPU PyTorch's flash attention, which takes any type; on CUDA FlashAttention-2 for 16 bits; elsewhere plain products.
+Kernels: on the CPU PyTorch's flash attention, which takes any type; on a card FlashAttention-2 for 16 bits and the memory-efficient one
+for what that does not take (fp32, cards before Ampere, wide heads), as `Card.attention_kernel` says; plain products where there is none.
+The operators are called by name, so that no other kernel takes their place. On a card FlashAttention's backward pass adds up dQ with
+atomic operations, so its last bits may differ from one time to the next.
 """
 
 import math
@@ -21,7 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qlora_lite.ledger import device_type
+from qlora_lite.ledger import card_of
 
 _aten: Any = torch.ops.aten
 NO_PARENT = -1
@@ -82,18 +85,22 @@ def _is_inside(index: int, parents: Sequence[int], starts: Sequence[int], last: 
 def tree_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part], *, scaling: float
 ) -> torch.Tensor:
-    """query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, H, T, d]. `parts` as `parts_of` has them: own ones first."""
-    output: torch.Tensor = _TreeAttention.apply(query, key, value, tuple(parts), scaling)  # type: ignore[no-untyped-call]
-    return output
+    """query and key [1, H or H_kv, T, d], value [1, H_kv, T, d_v] -> [1, H, T, d_v]. `parts` as `parts_of` has them: own ones first."""
+    kernel, width = _kernel_for(query, value), value.shape[-1]
+    query, key, value = (kernel.aligned(tensor) for tensor in (query, key, value))
+    output: torch.Tensor = _TreeAttention.apply(query, key, value, tuple(parts), scaling, kernel)  # type: ignore[no-untyped-call]
+    return output if output.shape[-1] == width else output[..., :width]
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: tuple[Part, ...], scaling: float
-    ) -> torch.Tensor:
-        kernel = _kernel_of(query)
-        output, total = torch.empty_like(query), None
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: tuple[Part, ...], scaling: float,
+        kernel: "_Kernel",
+    ) -> torch.Tensor:  # fmt: skip
+        is_one_width = value.shape[-1] == query.shape[-1]
+        output = torch.empty_like(query) if is_one_width else query.new_empty(*query.shape[:-1], value.shape[-1])
+        total = None
         for part in parts:
             q, k, v = query[:, :, part.queries], key[:, :, part.keys], value[:, :, part.keys]
             mine, weight = kernel.forward(q, k, v, part.is_causal, scaling)
@@ -108,13 +115,13 @@ class _TreeAttention(torch.autograd.Function):
             before.copy_(both)
         assert total is not None, "a row has at least one segment"
         ctx.save_for_backward(query, key, value, output, total)
-        ctx.parts, ctx.scaling = parts, scaling
+        ctx.parts, ctx.scaling, ctx.kernel = parts, scaling, kernel
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         *saved, total = ctx.saved_tensors
-        kernel, dtype = _kernel_of(saved[0]), saved[0].dtype
+        kernel, dtype = ctx.kernel, saved[0].dtype
         query, key, value, output, grad_output = (kernel.widened(tensor) for tensor in (*saved, grad_output))
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         for part in ctx.parts:
@@ -126,7 +133,7 @@ class _TreeAttention(torch.autograd.Function):
             )  # fmt: skip
             for place, grad in zip(places, mine, strict=True):
                 place.copy_(grad) if part.is_causal else place.add_(grad)
-        return (*(grad.to(dtype) for grad in grads), None, None)
+        return (*(grad.to(dtype) for grad in grads), None, None, None)
 
 
 class _Kernel(Protocol):
@@ -145,6 +152,10 @@ class _Kernel(Protocol):
         """In the type that the backward pass computes in."""
         return tensor
 
+    def aligned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """With heads as wide as the kernel takes them, filled up with zeros, which change no score."""
+        return tensor
+
 
 class _FlashOnCpu(_Kernel):
     def widened(self, tensor):  # type: ignore[no-untyped-def]
@@ -160,8 +171,16 @@ class _FlashOnCpu(_Kernel):
         )
 
 
-class _FlashOnCuda(_Kernel):
-    """FlashAttention-2. Not run on a card yet."""
+def _filled_up(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
+    missing = -tensor.shape[-1] % multiple
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+
+
+class _Flash(_Kernel):
+    """FlashAttention-2, which takes grouped heads as they are."""
+
+    def aligned(self, tensor):  # type: ignore[no-untyped-def]
+        return _filled_up(tensor, 8)
 
     def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
         return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scaling)[:2]
@@ -174,8 +193,32 @@ class _FlashOnCuda(_Kernel):
         )  # fmt: skip
 
 
+class _Efficient(_Kernel):
+    """The memory-efficient kernel (arXiv 2112.05682), which wants keys and values for every query head."""
+
+    def aligned(self, tensor):  # type: ignore[no-untyped-def]
+        return _filled_up(tensor, 4 if tensor.dtype == torch.float32 else 8)
+
+    def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
+        output, total, *_ = _aten._scaled_dot_product_efficient_attention(
+            q, _expanded(k, q), _expanded(v, q), None, True, 0.0, is_causal, scale=scaling
+        )
+        return output, total[:, :, : q.shape[2]]
+
+    def backward(self, grad, q, k, v, output, total, is_causal, scaling):  # type: ignore[no-untyped-def]
+        rows = torch.nn.functional.pad(
+            total, (0, -q.shape[2] % 32), value=math.inf
+        )  # as many as the forward pass gives
+        nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # no dropout: no random state
+        grad_q, grad_k, grad_v, _ = _aten._scaled_dot_product_efficient_attention_backward(
+            grad, q, _expanded(k, q), _expanded(v, q), None, output, rows.contiguous(), nothing, nothing, 0.0,
+            [True, True, True, False], is_causal, scale=scaling,
+        )  # fmt: skip
+        return grad_q, _summed(grad_k, k), _summed(grad_v, v)
+
+
 class _Plain(_Kernel):
-    """Products and a softmax, where no kernel tells the log-sum-exp: fp32 on CUDA, cards before Ampere."""
+    """Products and a softmax, where no kernel tells the log-sum-exp: its memory grows with the square of the length."""
 
     def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
         scores, v = self._scores(q, k, is_causal, scaling), _expanded(v, q)
@@ -198,12 +241,17 @@ class _Plain(_Kernel):
         return scores
 
 
-def _kernel_of(query: torch.Tensor) -> _Kernel:
-    if device_type(query) == "cpu":
-        return _FlashOnCpu()
-    if query.dtype != torch.float32 and (query.is_meta or torch.cuda.get_device_capability(query.device) >= (8, 0)):
-        return _FlashOnCuda()
-    return _Plain()
+_KERNELS: dict[str, _Kernel] = {
+    "cpu flash": _FlashOnCpu(),
+    "flash": _Flash(),
+    "efficient": _Efficient(),
+    "plain": _Plain(),
+}
+
+
+def _kernel_for(query: torch.Tensor, value: torch.Tensor) -> _Kernel:
+    name = card_of(query).attention_kernel(query.dtype, query.shape[-1], value.shape[-1], trains=query.requires_grad)
+    return _KERNELS[name]
 
 
 def _expanded(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -15,12 +15,14 @@ from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
 from qlora_lite.data.read import find_format, format_of_held_out
 from qlora_lite.data.trees import Sharing, sharing
+from qlora_lite.device.accelerator import choose_device, recipe_word
+from qlora_lite.device.card import Card, name_of
 from qlora_lite.errors import DataError, DoesNotFit, ModelError
 from qlora_lite.evaluate.generate import BATCH_TOKENS
 from qlora_lite.model.attention import why_not_shared
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
-from qlora_lite.model.dtypes import NumberTypes, choose_device, choose_types
+from qlora_lite.model.dtypes import NumberTypes, choose_types, types_of_run
 from qlora_lite.model.quantization import Quantization, stored_quantization
 from qlora_lite.model.skeleton import model_class
 from qlora_lite.model.source import context_window, find_base, load_config, read_config
@@ -44,7 +46,7 @@ class Plan:
     recipe: Recipe
     source: Path  # 16-bit model folder
     cache: Path
-    device: str
+    card: Card  # the device that computes here; `recipe.device` says where a run that goes on was begun
     types: NumberTypes
     budget_bytes: int
     rehearsals: Rehearsals  # rehearse when they are asked
@@ -52,6 +54,11 @@ class Plan:
     leaner: Callable[[Footprint], Footprint | None]  # for a run that has no memory left
     reasons: tuple[str, ...]
     sharing: Sharing | None = None  # what the data share; None where every row is computed by itself
+
+    @property
+    def device(self) -> str:
+        """torch's word for where tensors lie."""
+        return self.card.device
 
     @property
     def shares(self) -> bool:
@@ -108,6 +115,7 @@ class Plan:
         full = self.rehearsal("full").peak_bytes
         return {
             "model": self.recipe.model.base,
+            "card": name_of(self.card),
             "budget_bytes": self.budget_bytes,
             "fits": self.fits,
             "slowdown": self.chosen.slowdown,
@@ -121,16 +129,23 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, *, cache: Path | None = None, like: Recipe | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, *, cache: Path | None = None, like: Recipe | None = None, is_record: bool = False
+) -> Plan:
     """Resolve `recipe` for this machine. Reads config, tokenizer and data, no weights (a GGUF is converted on first use).
 
-    With `like`, a recipe that was resolved before, everything that `recipe` leaves to auto is as it was then. Whether it fits is the
+    With `like`, a recipe that was resolved before, everything that `recipe` leaves to auto is as it was then, but for the device, which
+    is that of this machine. `is_record`: `recipe` is that of a finished run, opened on any machine: it says what was trained, and with
+    which types; we compute on what is here. Whether it fits is the
     plan's own word (`fits`). Raises UserError subclasses for a model, a device or data that cannot be used.
     """
     cache = cache or default_cache()
+    card, device_reason = choose_device("auto" if is_record else recipe.device)
     may_change, recipe = free_of(recipe), recipe if like is None else _settled(recipe, like)
-    device, device_reason = choose_device(recipe.device)
-    types = choose_types(recipe.model.dtype, device)
+    begun_on = recipe.device if is_record else recipe_word(card) if like is None else like.device
+    if begun_on != recipe_word(card):
+        device_reason += f"; the run was begun on {begun_on}"
+    types = types_of_run(recipe.model.dtype) if is_record else choose_types(recipe.model.dtype, card)
     source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
     commit = commit_of(source) if is_hub_name(recipe.model.base) else None
     config = load_config(source)
@@ -138,19 +153,19 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None, like: Recipe | None 
     data_format, format_reason = _choose_format(recipe)
     needs = needs_of(recipe, source, cache, limit=context_window(config))
     needs, sharing_reason = choose_sharing(recipe, needs, config)
-    _refuse_without_bf16(recipe, types)
+    refuse_without_bf16(recipe, types)
     resolved = recipe.model_copy(
         update={
-            "device": device,
+            "device": begun_on,
             "model": recipe.model.model_copy(
                 update={"revision": commit, "dtype": types.name, "attention": "sdpa", **quantization}
             ),
             "data": recipe.data.model_copy(update={"format": data_format, "share_prefixes": needs.sharing is not None}),
         }
     )
-    measured = measured_here(device, cache=cache)
-    budget, budget_reason = budget_of(recipe.memory.budget, device, measured=measured)
-    rehearsals, settings = Rehearsals(config), settings_of(resolved, device=device, types=types, measured=measured)
+    measured = measured_here(card, cache=cache)
+    budget, budget_reason = budget_of(recipe.memory.budget, card, measured=measured)
+    rehearsals, settings = Rehearsals(config), settings_of(resolved, card=card, types=types, measured=measured)
     chosen = fit(rehearsals, settings, free_of(recipe), needs, budget_bytes=budget)
     reasons = [
         *recipe.notes,
@@ -164,7 +179,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None, like: Recipe | None 
         f"memory.budget: {budget_reason}{chosen.slowdown_in_words}",
         *(f"{key}: {reason}" for key, reason in chosen.reasons.items()),
     ]
-    if device == "cpu" and chosen.settings.optimizer.startswith("paged"):
+    if card.is_cpu and chosen.settings.optimizer.startswith("paged"):
         reasons.append(
             f"train.optimizer: {chosen.settings.optimizer} pages on CUDA only; on the CPU its state stays where it is"
         )
@@ -172,7 +187,7 @@ def make_plan(recipe: Recipe, *, cache: Path | None = None, like: Recipe | None 
         recipe=with_choices(resolved, chosen),
         source=source,
         cache=cache,
-        device=device,
+        card=card,
         types=types,
         budget_bytes=budget,
         rehearsals=rehearsals,
@@ -230,14 +245,17 @@ def _settled(recipe: Recipe, like: Recipe) -> Recipe:
     return merged
 
 
-def settings_of(recipe: Recipe, *, device: str, types: NumberTypes, measured: Mapping[str, Any]) -> Settings:
+def settings_of(recipe: Recipe, *, card: Card, types: NumberTypes, measured: Mapping[str, Any]) -> Settings:
     """What a rehearsal must know of a recipe and, `measured`, of this machine's card; `fit` says the rest."""
+    workspace = measured.get(
+        "cublas_workspace_bytes"
+    )  # of one handle: the program's thread and autograd's have one each
     lora, targets = recipe.lora, recipe.lora.target_modules
     model = recipe.model
     return Settings(
         method=recipe.method,
         quantization=NF4 if model.quantization == "none" else Quantization(model.quantization, model.double_quant),
-        device=device,
+        card=card,
         compute=types.compute,
         factors=types.factors,
         r=lora.r,
@@ -246,11 +264,11 @@ def settings_of(recipe: Recipe, *, device: str, types: NumberTypes, measured: Ma
         modules_to_save=tuple(lora.modules_to_save),
         optimizer=OPTIMIZERS[-1] if recipe.train.optimizer == "auto" else recipe.train.optimizer,
         num_threads=torch.get_num_threads(),
-        runtime_bytes=measured.get("cublas_workspace_bytes"),
+        runtime_bytes=2 * workspace if isinstance(workspace, int) else None,
     )
 
 
-def _refuse_without_bf16(recipe: Recipe, types: NumberTypes) -> None:
+def refuse_without_bf16(recipe: Recipe, types: NumberTypes) -> None:
     """fp16 factors have fp32 masters of their own kind; whole weights and new rows have none."""
     asked = {
         "method: full": recipe.method == "full",

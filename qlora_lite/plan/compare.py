@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from qlora_lite.plan.rehearsal import Body, MicroBatch, Rehearsal, Settings, Stage, of_body
@@ -98,9 +99,13 @@ class Comparison:
 
 
 def as_method(settings: Settings, method: str) -> Settings:
-    """The same choices for another method."""
+    """The same choices for another method. Weights that are trained themselves are fp32 on a card without bf16: fp16 loses their updates."""
     if method in _FULL_OPTIMIZER:
-        return replace(settings, method="full", optimizer=_FULL_OPTIMIZER[method], use_dora=False, modules_to_save=())
+        settings = replace(
+            settings, method="full", optimizer=_FULL_OPTIMIZER[method], use_dora=False, modules_to_save=()
+        )
+        is_fp16 = settings.compute is torch.float16
+        return replace(settings, compute=torch.float32, factors=torch.float32) if is_fp16 else settings
     return replace(settings, method=method)
 
 

@@ -24,6 +24,7 @@ from peft import PeftModel
 from transformers import PreTrainedConfig
 
 from qlora_lite.data.template import Encoded
+from qlora_lite.device.card import CPU
 from qlora_lite.ledger import PAGED, Ledger
 from qlora_lite.merge.checkpoint import Checkpoint
 from qlora_lite.merge.lora import Adapter, LoraFactors
@@ -68,7 +69,7 @@ def proof_peak_host_bytes(config: PreTrainedConfig, merging: Merging, rows: Sequ
     encoded = [Encoded([0] * length, ((length - labels, length),)) for length, labels in rows]
     merged = _ShapeCheckpoint(stored, quantization=None, compute=None)
     models = Models(base, adapter, merged, config=shallow, scale=1.0, device="meta")
-    with running(config), ledger, attention_on("cpu"), torch.no_grad():
+    with running(config), ledger, attention_on(CPU), torch.no_grad():
         models.distances(encoded)
     return ledger.peak_bytes
 
@@ -142,7 +143,7 @@ def _files(config: PreTrainedConfig, merging: Merging) -> tuple[Checkpoint, Adap
             tensors[name] = _empty(shape, torch.bfloat16)
     base = _ShapeCheckpoint(tensors, quantization=quantization, compute=settings.compute, shapes=shapes)
     adapter = _adapter(Body(shallow, settings).model)
-    ledger = Ledger(workspace=workspace_of("cpu", num_threads=settings.num_threads))
+    ledger = Ledger(workspace=workspace_of(CPU, num_threads=settings.num_threads))
     ledger.answer = lambda operator: float(operator is torch.ops.aten.all.default)  # all is finite, nothing is wrong
     parts = [part for each in adapter.factors.values() for part in (each.a_RI, each.b_OR, each.magnitude_O)]
     ledger.hold(PAGED, *tensors.values(), *adapter.whole.values(), *(part for part in parts if part is not None))

@@ -165,7 +165,7 @@ def _choose(
     def choice_for(needs: Needs) -> Choice:
         ways = strategies(
             free,
-            device=settings.device,
+            card=settings.card,
             method=settings.method,
             length=needs.length,
             repeated=needs.repeated,

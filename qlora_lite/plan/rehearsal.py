@@ -17,17 +17,17 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import lcm
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_lite.data.batches import Batch
+from qlora_lite.device.card import COMMON_CARD, Card
 from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign
 from qlora_lite.ledger import PAGED, PHASES, Ledger, count_as_after, counted_as
@@ -48,11 +48,6 @@ from qlora_lite.train.update import accumulate, update
 
 PARTS = ("weights", "quant_constants", "adapter", "gradients", "optimizer", "activations", "recompute", "logits",
          "workspace", "runtime")  # fmt: skip
-ROUND_TO = {"cpu": 1, "cuda": 512}  # bytes; the CUDA caching allocator's smallest block
-# cuBLAS's workspace in the caching allocator, by torch's default of 2 x 4,096 KiB + 8 x 16 KiB (CUBLAS_WORKSPACE_CONFIG).
-RUNTIME = {"cpu": 0, "cuda": (2 * 4096 + 8 * 16) * 1024}
-
-
 NF4 = Quantization("nf4")
 _EMBEDDING = "embedding"  # what is made once the gradient of the embeddings is there, of weights that are trained
 _STRETCHES = {**PHASES, _EMBEDDING: "end of backward"}
@@ -67,7 +62,7 @@ class Settings:
 
     method: str = "qlora"  # qlora, lora or full
     quantization: Quantization = NF4  # of qlora
-    device: str = "cuda"
+    card: Card = COMMON_CARD
     compute: torch.dtype = torch.bfloat16
     factors: torch.dtype = torch.bfloat16
     r: int = 16
@@ -78,7 +73,7 @@ class Settings:
     checkpoint_every: int = 1  # layers; 0: none
     head_chunk: int = CHUNK
     num_threads: int = 1  # of the CPU; attention there takes a block of scores for each
-    runtime_bytes: int | None = None  # what the device's libraries take of the allocator; None: RUNTIME
+    runtime_bytes: int | None = None  # what the device's libraries take of the allocator; None: the card's
 
 
 @dataclass(frozen=True)
@@ -212,7 +207,7 @@ def of_body(settings: Settings) -> Settings:
     default = Settings()
     return replace(
         settings,
-        device=default.device,
+        card=default.card,
         optimizer=default.optimizer,
         checkpoint_every=default.checkpoint_every,
         head_chunk=default.head_chunk,
@@ -229,11 +224,10 @@ class Scene:
         self._body = body or Body(config, settings)
         self.model = self._body.model
         self.ledger = ledger = Ledger(
-            device=settings.device,
-            round_to=ROUND_TO[settings.device],
-            workspace=workspace_of(settings.device, num_threads=settings.num_threads),
+            card=settings.card,
+            workspace=workspace_of(settings.card, num_threads=settings.num_threads),
         )
-        runtime = RUNTIME[settings.device] if settings.runtime_bytes is None else settings.runtime_bytes
+        runtime = settings.card.runtime_bytes if settings.runtime_bytes is None else settings.runtime_bytes
         self._runtime = torch.empty(runtime, dtype=torch.uint8, device="meta")
         ledger.hold("runtime", self._runtime)
         for category, tensors in residents(self.model).items():
@@ -255,7 +249,7 @@ class Scene:
             for parameter in self._body.trained:
                 parameter.grad = torch.empty(parameter.shape, dtype=parameter.grad_dtype, device="meta")
                 ledger.hold("gradients", parameter.grad)
-        with ledger, counted_as("activations"), attention_on(ledger.device):
+        with ledger, counted_as("activations"), attention_on(ledger.card):
             self._step(batch)
         self._optimizer.zero_grad(set_to_none=True)
         totals = {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
@@ -271,8 +265,8 @@ class Scene:
 
     def _step(self, batch: Batch) -> None:
         """What the update needs on top of what is held before it depends on no batch, so it is gone through once."""
-        ledger, accelerator, scaler = self.ledger, Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False)
-        step = {"accelerator": accelerator, "scaler": scaler, "head_chunk": self._settings.head_chunk}
+        ledger, scaler = self.ledger, torch.amp.GradScaler("cpu", enabled=False)
+        step: dict[str, Any] = {"scaler": scaler, "head_chunk": self._settings.head_chunk}
         if self._added_by_update is not None:
             accumulate(self.model.train(), [batch], **step)
             held = {part: size for part, size in ledger.live.items() if part != PAGED}
@@ -415,11 +409,11 @@ def meta_batch(micro_batch: MicroBatch) -> Batch:
 
 
 @contextmanager
-def attention_on(device: str) -> Iterator[None]:
-    """`scaled_dot_product_attention` of meta tensors is the operator that `device` would choose, not its decomposition."""
-    kernels: dict[str, Callable[..., Any]] = {"cpu": _attention_on_cpu, "cuda": _attention_on_cuda}
+def attention_on(card: Card) -> Iterator[None]:
+    """`scaled_dot_product_attention` of meta tensors is the operator that torch would choose on `card`, not its decomposition."""
+    kernel: Callable[..., Any] = _attention_on_cpu if card.is_cpu else partial(_attention_on_card, card)
     with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("scaled_dot_product_attention", kernels[device], "AutogradMeta")
+        library.impl("scaled_dot_product_attention", kernel, "AutogradMeta")
         yield
 
 
@@ -435,23 +429,46 @@ def _attention_on_cpu(
     return output
 
 
-def _attention_on_cuda(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+def _attention_on_card(
+    card: Card, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """FlashAttention-2 where there is no mask and 16 bits, else the memory-efficient kernel, which takes no grouped keys."""
-    if attn_mask is None and query.dtype != torch.float32:
+    """Who calls it has repeated grouped keys where the kernel needs that; else torch falls back to plain products, and so does this."""
+    trains = query.requires_grad and torch.is_grad_enabled()
+    kernel = card.attention_kernel(
+        query.dtype, query.shape[-1], value.shape[-1], has_mask=attn_mask is not None, trains=trains
+    )
+    if kernel == "flash":
+        padded = (_filled_up(tensor, 8) for tensor in (query, key, value))
         flash: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, scale=scale
+            *padded, dropout_p, is_causal, scale=scale if scale is not None else query.shape[-1] ** -0.5
         )[0]
-        return flash
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return flash[..., : value.shape[-1]]
     bias = None
     if attn_mask is not None:
         bias = torch.zeros_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
+        bias = _filled_up(bias, 8)[..., : key.shape[2]]  # its kernel reads 8 values at once
         bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    output: torch.Tensor = kernel(query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
+    alignment = 4 if query.dtype == torch.float32 else 8
+    is_efficient = kernel == "efficient" and query.shape[1] == key.shape[1]
+    if not is_efficient or query.shape[-1] % alignment or value.shape[-1] % alignment:
+        return _plain_attention(query, key, value, bias, scale)
+    operator = torch.ops.aten._scaled_dot_product_efficient_attention
+    output: torch.Tensor = operator(query, key, value, bias, trains, dropout_p, is_causal, scale=scale)[0]
     return output
+
+
+def _plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """Products and a softmax, as torch's MATH kernel, which computes in fp32: scores of every pair of tokens."""
+    groups, dtype = query.shape[1] // key.shape[1], query.dtype
+    query, key, value = (tensor.float() for tensor in (query, key, value))
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return (torch.softmax(scores if bias is None else scores + bias, dim=-1) @ value).to(dtype)
+
+
+def _filled_up(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
+    missing = -tensor.shape[-1] % multiple
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor

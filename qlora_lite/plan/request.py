@@ -3,7 +3,7 @@
 In: `llama-3.1-8b`, `meta-llama/Llama-3.1-8B`, a folder, or a recipe's path or name. Out: `Request`, with a reason for every guess.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,13 +11,23 @@ from typing import Any, NoReturn
 from transformers import PreTrainedConfig
 
 from qlora_lite.data.trees import Sharing
+from qlora_lite.device.accelerator import card_here, choose_device
+from qlora_lite.device.card import COMMON_CARD, Card, card_named
 from qlora_lite.errors import ModelError, UserError
 from qlora_lite.model.bring import default_cache
-from qlora_lite.model.dtypes import choose_device, choose_types, planned_types
+from qlora_lite.model.dtypes import choose_types
 from qlora_lite.model.known import KNOWN, known_config, known_name, known_shape
 from qlora_lite.model.source import context_window, find_base, load_config
 from qlora_lite.plan.budget import budget_of, measured_here
-from qlora_lite.plan.choose import choose_sharing, free_of, needs_of, num_scored, settings_of, with_choices
+from qlora_lite.plan.choose import (
+    choose_sharing,
+    free_of,
+    needs_of,
+    num_scored,
+    refuse_without_bf16,
+    settings_of,
+    with_choices,
+)
 from qlora_lite.plan.compare import Rehearsals, own_method
 from qlora_lite.plan.fits import Room
 from qlora_lite.plan.merging import Merging
@@ -25,9 +35,7 @@ from qlora_lite.plan.planner import Fit, Needs, fit, leanest_settings
 from qlora_lite.plan.rehearsal import Settings
 from qlora_lite.recipe import DEFAULT_RECIPE, Recipe, list_recipes, load_recipe
 from qlora_lite.recipe.hub_names import fetch_command, find_fetched, is_hub_name
-from qlora_lite.units import format_bytes
 
-COMMON_CARD = 24 * 2**30  # bytes: planned for where neither a budget is given nor a card is here
 _ASSUMED_LENGTH, _ASSUMED_LABEL_SHARE = 1024, 0.1
 
 
@@ -36,6 +44,7 @@ class Request:
     """All that a forecast takes, and why."""
 
     model: str
+    card: Card
     rehearsals: Rehearsals
     chosen: Fit
     leanest: Settings  # what the longest sequences are trained with
@@ -47,8 +56,11 @@ class Request:
     sharing: Sharing | None  # what the data share; None where every row is computed by itself
 
 
-def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int | None = None) -> Request:
-    """Raises RecipeError for a recipe, UserError for anything that is neither a model nor a recipe."""
+def read_request(
+    what: str, *, overrides: Sequence[str] = (), budget_bytes: int | None = None, card_name: str | None = None
+) -> Request:
+    """`card_name` is a row of the table of cards. Raises RecipeError for a recipe, UserError for anything else that is not known."""
+    named = None if card_name is None else card_named(card_name)
     is_model = _is_model(what)
     if (
         not is_model
@@ -63,20 +75,24 @@ def read_request(what: str, *, overrides: Sequence[str] = (), budget_bytes: int 
     if is_model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": what})})
     config, source, config_reason = _find_config(recipe)
-    device, device_reason = _choose_device(recipe, is_for_a_card=is_model or budget_bytes is not None)
-    measured = measured_here(device, cache=default_cache())
-    budget, budget_reason = _choose_budget(budget_bytes or recipe.memory.budget, device, measured)
-    is_here = device_reason.startswith(choose_device("auto")[0])
-    types = choose_types(recipe.model.dtype, device) if is_here else planned_types(recipe.model.dtype)
+    card, device_reason = _choose_card(recipe, named, is_for_a_card=is_model or budget_bytes is not None)
+    measured = measured_here(card, cache=default_cache())
+    asked = (
+        "auto" if named is not None else recipe.memory.budget
+    )  # a recipe's budget is for the machine that it was written for
+    budget, budget_reason = budget_of(budget_bytes or asked, card, measured=measured)
+    types = choose_types(recipe.model.dtype, card)
+    refuse_without_bf16(recipe, types)
     positions = context_window(config)
     needs = _needs(recipe, source, positions, has_data=not is_model)
     needs, sharing_reason = choose_sharing(recipe, needs, config)
     rehearsals, free = Rehearsals(config), free_of(recipe)
-    settings = settings_of(recipe, device=device, types=types, measured=measured)
+    settings = settings_of(recipe, card=card, types=types, measured=measured)
     chosen = fit(rehearsals, settings, free, needs, budget_bytes=budget)
     resolved = with_choices(recipe, chosen)
     return Request(
         model=what,
+        card=card,
         rehearsals=rehearsals,
         chosen=chosen,
         leanest=leanest_settings(chosen.settings, free),
@@ -137,21 +153,17 @@ def _find_config(recipe: Recipe) -> tuple[PreTrainedConfig, Path | None, str]:
     return load_config(source), source, f"the config of {source}"
 
 
-def _choose_device(recipe: Recipe, *, is_for_a_card: bool) -> tuple[str, str]:
-    if recipe.device != "auto":
-        return recipe.device, f"{recipe.device}: asked for"
-    here, reason = choose_device("auto")
-    if here == "cuda" or not is_for_a_card:
-        return here, reason
-    return "cuda", "a card, though none is here; --set device=cpu plans for the processor"
-
-
-def _choose_budget(asked: int | str, device: str, measured: Mapping[str, Any]) -> tuple[int, str]:
-    if asked != "auto" or device == choose_device("auto")[0]:
-        return budget_of(asked, device, measured=measured)
-    return (
-        COMMON_CARD,
-        f"{format_bytes(COMMON_CARD)}: a common card; no card is here to ask, so give --budget for yours",
+def _choose_card(recipe: Recipe, named: Card | None, *, is_for_a_card: bool) -> tuple[Card, str]:
+    if named is not None:
+        if recipe.device == "cpu":
+            raise UserError("--card plans for a card, and the recipe says device: cpu. Leave one of them out")
+        return named, f"{named.in_words}: asked for"
+    card, reason = (card_here(), "cuda: asked for") if recipe.device == "cuda" else choose_device(recipe.device)
+    if card is not None and not (card.is_cpu and recipe.device == "auto" and is_for_a_card):
+        return card, reason
+    return COMMON_CARD, (
+        f"{COMMON_CARD.in_words}, a common card, though none is here; --card NAME plans for yours (plan --cards lists them), "
+        "--set device=cpu for the processor"
     )
 
 

@@ -81,7 +81,7 @@ def _validation(scene: Scene, micro_batch: MicroBatch) -> dict[str, int]:
     batch, model = meta_batch(micro_batch), scene.model.eval()
     scene.ledger.forget_peaks()
     scene.ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
-    with scene.ledger, attention_on(scene.ledger.device), torch.no_grad():
+    with scene.ledger, attention_on(scene.ledger.card), torch.no_grad():
         batch_loss(model, batch).item()
     return scene.ledger.peak
 
@@ -112,7 +112,7 @@ def _read(scene: Scene, num_prompts: int, length: int) -> tuple[Cache, dict[str,
     tree = meta_batch(MicroBatch(length, num_prompts, 0.0))
     scene.ledger.forget_peaks()
     scene.ledger.hold("activations", tree.input_ids_1T, tree.position_ids_1T, tree.predictor_N, tree.target_N)
-    with scene.ledger, attention_on(scene.ledger.device), generating(scene.model):
+    with scene.ledger, attention_on(scene.ledger.card), generating(scene.model):
         cache = read_prompts(scene.model, tree)
     return cache, {part: size for part, size in scene.ledger.peak.items() if part != "optimizer"}
 
@@ -123,7 +123,7 @@ def _generate(
     """Parts at the peak of so many forward passes; what is in the cache are the first tokens of the rows."""
     ledger, model = scene.ledger, scene.model
     ledger.forget_peaks()
-    with ledger, attention_on(ledger.device), generating(model), _answering(scene, len(ids_BT) > 1, num_tokens):
+    with ledger, attention_on(ledger.card), generating(model), _answering(scene, len(ids_BT) > 1, num_tokens):
         config = greedy(stop_token=0, max_new_tokens=num_tokens + 1)
         generate_batch(model, ids_BT, mask_BT, config=config, cache=cache)
     return {part: size for part, size in ledger.peak.items() if part != "optimizer"}

@@ -6,25 +6,32 @@ In: what the recipe leaves free, and a function that rehearses one way. Out: `Ch
 
 F is the operations a weight and token of a step without recomputation, in pairs: forward, gradient of the input and, where the weight is
 trained, of the weight (2 or 3); R = 1 the forward pass again, in one layer of k. C is what making a 16-bit weight of a 4-bit one costs,
-in tokens of its matrix product: on a card 4.5 bytes moved a weight against 2 operations a token (165 TFLOP/s and 1 TB/s, an RTX 4090's
-data sheet: 370), on a CPU 115, which tools/bench_ways found with the small shipped model: nine ways, whose times scatter by 6% about the
-formula (tools/results/bench_ways.json). A card's is not measured yet. S is how many times as many tokens are computed where
+in tokens of its matrix product: on a card 4.5 bytes moved a weight against 2 operations a token, by the card's rates (an RTX 4090's
+165 TFLOP/s and 1 TB/s: 370); on a CPU 115, which tools/bench_ways found with the small shipped model: nine ways, whose times scatter by
+6% about the formula (tools/results/bench_ways.json). A card's is not measured yet. S is how many times as many tokens are computed where
 prefix trees must be cut to fit such micro-batches, counted on the data (1 where nothing is shared).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from qlora_lite.device.card import Card
 from qlora_lite.evaluate.generate import BATCH_TOKENS
 from qlora_lite.model.head import CHUNK
 from qlora_lite.train.footprint import Footprint
 
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}  # enough to hide dequantizing the weights behind the matrix products
+CPU_MICRO_BATCH_TOKENS, CARD_MICRO_BATCH_TOKENS = (
+    2048,
+    4096,
+)  # enough to hide dequantizing the weights behind the products
 CHECKPOINTING = (0, 2, 1)  # every so many-th layer, from fastest to leanest
 HEAD_CHUNKS = (CHUNK, 64, 16)
 EVAL_BATCH_TOKENS = (BATCH_TOKENS, 2048, 1024, 512, 256)
 OPTIMIZERS = ("adamw", "paged_adamw_32bit", "paged_adamw_8bit")
-_DEQUANTIZING_TOKENS = {"cpu": 115, "cuda": 370}
+_CPU_DEQUANTIZING_TOKENS, _DEQUANTIZING_BYTES = (
+    115,
+    4.5,
+)  # bytes moved a weight: half a byte read, two written, two read again
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,10 @@ class Choice:
 
 
 def strategies(
-    free: Free, *, device: str, method: str, length: int, repeated: Callable[[int], float] = lambda tokens: 1.0
+    free: Free, *, card: Card, method: str, length: int, repeated: Callable[[int], float] = lambda tokens: 1.0
 ) -> tuple[Strategy, ...]:
     """All that the recipe allows, from fastest to leanest. `length` is the longest example in tokens; `repeated` is S of the formula."""
-    tokens, cost = _token_choices(free, device, length), dequantizing_tokens(device, method)
+    tokens, cost = _token_choices(free, card, length), dequantizing_tokens(card, method)
     repeats = {t: repeated(t) for t in tokens}
     found = [
         Strategy(
@@ -144,10 +151,11 @@ def _choices(asked: "int | str | None", all_of_them: tuple) -> tuple:  # type: i
     return all_of_them if asked is None else (asked,)
 
 
-def _token_choices(free: Free, device: str, length: int) -> tuple[int, ...]:
+def _token_choices(free: Free, card: Card, length: int) -> tuple[int, ...]:
     if free.micro_batch_tokens is not None:
         return (free.micro_batch_tokens,)
-    return tuple(_halves(max(MICRO_BATCH_TOKENS[device], length), length))
+    most = CPU_MICRO_BATCH_TOKENS if card.is_cpu else CARD_MICRO_BATCH_TOKENS
+    return tuple(_halves(max(most, length), length))
 
 
 def _halves(most: int, least: int) -> Iterator[int]:
@@ -169,6 +177,8 @@ def slowdown(every: int, tokens: int, most_tokens: int, *, cost: float, method: 
     return recomputing * (1 + cost / tokens) / (1 + cost / most_tokens)
 
 
-def dequantizing_tokens(device: str, method: str) -> float:
+def dequantizing_tokens(card: Card, method: str) -> float:
     """C of the formula; nothing is dequantized where the weights have 16 bits."""
-    return _DEQUANTIZING_TOKENS[device] if method == "qlora" else 0
+    if method != "qlora":
+        return 0
+    return _CPU_DEQUANTIZING_TOKENS if card.is_cpu else _DEQUANTIZING_BYTES * card.flops / (2 * card.bytes_per_s)

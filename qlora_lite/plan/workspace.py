@@ -5,31 +5,32 @@
            flash attention: score blocks a thread, forward 6 bytes a score and its rows, backward 12 (PyTorch, FlashAttentionKernel.cpp),
            and what its 16-bit matrix products pack for themselves, which is measured where the plan is made
            16-bit matrix products: buffers of oneDNN, a few hundred KB however large the matrices; measured too
-    CUDA   FlashAttention-2's backward pass sums dQ in fp32 over 128-row blocks and, for grouped heads, makes dK and dV for every query
-           head first (flash_attn, flash_bwd); not measured yet, for want of a card
+    cards  card_workspace.py
 
 A block of scores is 256 x 512, 64 x 512 or 32 x 512, the fewer rows the shorter the sequence.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 
+from qlora_lite.device.card import Card
+from qlora_lite.plan.card_workspace import card_workspace
 from qlora_lite.train.measure import measure_allocations
 
 _ops: Any = torch.ops
 Count = Callable[[Sequence[Any], int], int]
 
 
-def workspace_of(device: str, *, num_threads: int) -> Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]:
+def workspace_of(card: Card, *, num_threads: int) -> Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]:
     """-> bytes inside a call of an operator, for a `Ledger`."""
-    table = _CPU if device == "cpu" else _CUDA
+    if not card.is_cpu:
+        return card_workspace(card)
 
     def workspace(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
-        count = table.get(func)
+        count = _CPU.get(func)
         return count(args, num_threads) if count is not None else 0
 
     return workspace
@@ -95,15 +96,6 @@ def _score_block(num_queries: int, num_keys: int) -> tuple[int, int]:
     return min(rows, num_queries), min(512, num_keys)
 
 
-def _flash_backward_on_cuda(args: Sequence[Any], _: int) -> int:
-    query, key = args[1], args[2]
-    batch, heads, num_queries, width = query.shape
-    rounded = 128 * math.ceil(num_queries / 128)
-    sums = 4 * batch * heads * rounded * (32 * math.ceil(width / 32) + 1)
-    expanded = 2 * query.element_size() * batch * heads * key.shape[2] * width if heads != key.shape[1] else 0
-    return sums + expanded
-
-
 _CPU: dict[Any, Count] = {
     _ops.aten.mm.default: lambda args, _: _product_on_cpu(args[0], args[1]),
     _ops.aten.addmm.default: lambda args, _: _product_on_cpu(args[1], args[2]),  # args: bias, left, right
@@ -112,4 +104,3 @@ _CPU: dict[Any, Count] = {
     _ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward_on_cpu,
     _ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward_on_cpu,
 }
-_CUDA: dict[Any, Count] = {_ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_on_cuda}

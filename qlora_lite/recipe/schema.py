@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, WithJsonSchema
 
-from qlora_lite.units import parse_bytes
+from qlora_lite.units import parse_budget
 
 LARGEST_COUNT = 2**31 - 1  # no count in a recipe is larger; keeps every number exact in JSON and in int32 tensors
 
@@ -23,10 +23,10 @@ def _list_to_tuple(value: object) -> object:
 
 
 def _size_to_bytes(value: object) -> object:
-    if not isinstance(value, str):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return value
     try:
-        return parse_bytes(value)
+        return parse_budget(str(value))
     except OverflowError as error:
         raise ValueError("too large") from error
 
@@ -266,7 +266,7 @@ class MemorySection(Section):
 
     budget: Auto | Size = Field(
         "auto",
-        description='Memory to stay within, such as "24GiB"; what this section and train leave to auto is chosen so that it '
+        description='Memory to stay within, such as "24GiB" or 24; what this section and train leave to auto is chosen so that it '
         "fits, the fastest way first. auto: what the device has free, less a margin.",
     )
     gradient_checkpointing: Auto | bool | Annotated[int, Field(ge=2, le=1000)] = Field(

@@ -24,6 +24,7 @@ from qlora_lite.show.screen import TrainScreen
 from qlora_lite.show.spectra import show_rank_curve, show_scales, show_spectra
 from qlora_lite.show.tables import (
     show_answers,
+    show_cards,
     show_findings,
     show_memory,
     show_memory_map,
@@ -53,6 +54,7 @@ __all__ = [
     "say_error",
     "say_warning",
     "show_answers",
+    "show_cards",
     "show_findings",
     "show_memory",
     "show_memory_map",

@@ -103,6 +103,19 @@ def show_sweep(models: Sequence[Mapping[str, Any]]) -> None:
     show_table("longest sequence in tokens, QLoRA, one example a micro-batch", heads, shown)
 
 
+def show_cards(cards: Sequence[Mapping[str, Any]]) -> None:
+    """One line a card: what plans ask of it."""
+    shown = [
+        [
+            card["name"], rows.size(card["memory_bytes"]), card["compute_capability"], card["dtype"], card["attention"],
+            f"{card['operations_per_s'] / 1e12:.0f}", f"{card['memory_bytes_per_s'] / 1e9:,.0f}", card["power_w"],
+        ]
+        for card in cards
+    ]  # fmt: skip
+    heads = ["--card", "memory", "capability", "computes in", "attention", "TFLOP/s", "GB/s", "W"]
+    show_table("cards that a plan can be made for, by published figures", heads, shown)
+
+
 def show_scores(
     before: Mapping[str, float | None] | None,
     after: Mapping[str, float | None] | None,

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 
 from qlora_lite.data.batches import Batch, StepSampler, make_batches, step_with_largest_batch
 from qlora_lite.data.examples import Examples
+from qlora_lite.device.accelerator import card_here, is_accelerator
 from qlora_lite.errors import DoesNotFit, TrainingStopped
 from qlora_lite.ledger import PHASES
 from qlora_lite.train.best import best_after
@@ -94,10 +95,12 @@ def train_steps(
 
     `evaluate` gives the validation loss; it is called after every `eval_every_steps` steps and after the last, and must
     leave model and random numbers as they were. Training ends early when that loss has not fallen for `early_stop` calls.
-    The step with the largest micro-batch is measured with the allocator, in its last micro-batch; on CUDA all are. `trace`
+    The step with the largest micro-batch is measured with the allocator, in its last micro-batch; on an accelerator all are. `trace`
     records a few others.
     """
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+    accelerator = Accelerator(
+        cpu=card_here() is None, mixed_precision="no"
+    )  # it knows the machine; where we compute is our own choice
     model = accelerator.prepare_model(state.model, device_placement=False)
     state.footprint = state.footprint or footprint
     apply_footprint(state.model, state.footprint)
@@ -112,7 +115,7 @@ def train_steps(
             step, num_steps=len(sampler), peak=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio
         )
         set_learning_rate(state.optimizer, rate)
-        is_measured = device == "cuda" or step == measured_step
+        is_measured = is_accelerator(device) or step == measured_step
 
         def work(now: Footprint, rows: list[int] = rows, step: int = step, is_measured: bool = is_measured) -> _Done:
             batches = make_batches(examples, rows, micro_batch_tokens=now.micro_batch_tokens, share=sampler.shares)
@@ -122,7 +125,8 @@ def train_steps(
                 model,
                 state.optimizer,
                 [batch.to(device) for batch in batches],
-                accelerator=accelerator,
+                backward=accelerator.backward,
+                clip=accelerator.clip_grad_norm_,
                 scaler=state.scaler,
                 max_grad_norm=max_grad_norm,
                 on_batch=partial(_check_loss, step + 1, examples),

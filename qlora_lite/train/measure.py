@@ -12,8 +12,20 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from qlora_lite.device.accelerator import is_accelerator, torch_module
 from qlora_lite.ledger import opened
 
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "alloc_cpu",
+    "status_alloc_failed",
+    "allocation_failed",
+    "cublascreate",
+    "hipblascreate",
+    "failed to cuda calloc",
+)
 _FIRST = "activations"  # what is made until something else is said
 _MARK = "qlora_lite makes "  # begins the name of an event that separates phases
 
@@ -33,22 +45,22 @@ def measure_allocations(device: str, into: Allocations | None = None) -> Iterato
     On the CPU the profiler keeps about 1.5 KB an event until the block is over: measure a micro-batch, not a step.
     """
     result = into if into is not None else Allocations()
-    with (_cuda_peaks if device == "cuda" else _cpu_peaks)(result):
+    with (_accelerators_peaks if is_accelerator(device) else _cpu_peaks)(result):
         yield result
     result.peak_bytes = max(result.peaks.values(), default=0)
 
 
 @contextmanager
-def _cuda_peaks(result: Allocations) -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    phases = _CudaPhases(result.peaks, before=torch.cuda.memory_allocated())
+def _accelerators_peaks(result: Allocations) -> Iterator[None]:
+    """The caching allocator counts on the host, in the order of the calls: nothing need be waited for."""
+    torch_module().reset_peak_memory_stats()
+    phases = _AllocatorPhases(result.peaks, before=torch_module().memory_allocated())
     with opened(phases):
         yield
     phases.end()
 
 
-class _CudaPhases:
+class _AllocatorPhases:
     """A book whose every entry asks the allocator for its peak since the entry before."""
 
     def __init__(self, peaks: dict[str, int], *, before: int) -> None:
@@ -64,9 +76,9 @@ class _CudaPhases:
         self._current = category
 
     def end(self) -> None:
-        peak = torch.cuda.max_memory_allocated() - self._before
+        peak = torch_module().max_memory_allocated() - self._before
         self._peaks[self._current] = max(self._peaks.get(self._current, 0), peak)
-        torch.cuda.reset_peak_memory_stats()
+        torch_module().reset_peak_memory_stats()
 
 
 @contextmanager
@@ -100,10 +112,10 @@ def allocator_statistics(device: str) -> dict[str, int] | None:
 
     A retry gave back what was cached and asked the card again; there is no such allocator on the CPU (None).
     """
-    if device != "cuda":
+    if not is_accelerator(device):
         return None
-    stats = torch.cuda.memory_stats()
-    blocks = [block for segment in torch.cuda.memory_snapshot() for block in segment["blocks"]]
+    stats = torch_module().memory_stats()
+    blocks = [block for segment in torch_module().memory_snapshot() for block in segment["blocks"]]
     return {
         "reserved_bytes": stats["reserved_bytes.all.current"],
         "largest_free_bytes": max((block["size"] for block in blocks if block["state"] == "inactive"), default=0),
@@ -119,10 +131,13 @@ def rss_bytes() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device or the machine has no memory left: torch has no one class for it."""
-    words = ("out of memory", "can't allocate memory", "alloc_cpu")
+    """Whether `error` says that the device or the machine has no memory left: torch has no one class for it.
+
+    CUDA's and its driver's own errors say "out of memory"; cuBLAS, cuSOLVER, cuSPARSE and cuDNN name a status instead. A cuBLAS handle
+    that cannot be made is a lack of memory for its workspace, whichever status it names.
+    """
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OUT_OF_MEMORY)
     )
 
 

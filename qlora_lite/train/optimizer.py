@@ -17,8 +17,12 @@ from typing import Any
 
 import torch
 
-from qlora_lite.ledger import PAGED, counted_as, device_type
+from qlora_lite.device.accelerator import free_memory
+from qlora_lite.device.host import host_memory
+from qlora_lite.errors import DoesNotFit
+from qlora_lite.ledger import PAGED, card_of, counted_as
 from qlora_lite.model.bnb import bitsandbytes
+from qlora_lite.units import format_bytes
 
 _bnb_optim: Any = bitsandbytes.optim  # typed in part only
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw")
@@ -31,7 +35,8 @@ class _ExactUpdates:
     """Mixin for bitsandbytes' two-state optimizers: fp32 updates of bf16 parameters by way of their lower 16 bits."""
 
     def init_states(self: Any) -> None:
-        """Make the state of every parameter now."""
+        """Make the state of every parameter now. Raises DoesNotFit where managed memory has no room for what may page."""
+        _refuse_too_much_to_page(self)
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="Paged optimizers are not supported on CPU"
@@ -47,7 +52,7 @@ class _ExactUpdates:
         if not p.is_meta:
             buffer: torch.Tensor = super().get_state_buffer(p, dtype=dtype)  # type: ignore[misc]
             return buffer
-        is_paged = self.is_paged and device_type(p) == "cuda" and p.numel() >= _PAGED_FROM
+        is_paged = self.is_paged and card_of(p).pages and p.numel() >= _PAGED_FROM
         with counted_as(PAGED if is_paged else "optimizer"):
             return torch.empty_like(p, dtype=dtype)
 
@@ -67,6 +72,21 @@ class _ExactUpdates:
         p.copy_(high)
         state["low_bits"].copy_(low)
         p.grad = None  # used; with every weight trained, the next one's fp32 copy takes its room
+
+
+def _refuse_too_much_to_page(optimizer: Any) -> None:
+    """bitsandbytes ends the process when managed memory cannot be had, so it is counted before it is asked for."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if not p.is_meta]
+    if not optimizer.is_paged or not any(card_of(p).pages for p in parameters):
+        return
+    state_bytes_a_weight = 2 if isinstance(optimizer, PagedAdamW8bit) else 8
+    needed = state_bytes_a_weight * sum(p.numel() for p in parameters if p.numel() >= _PAGED_FROM)
+    room = host_memory()[0] + free_memory()[0]
+    if needed > room:
+        raise DoesNotFit(
+            f"train.optimizer: its state takes {format_bytes(needed)} of managed memory; card and host together have "
+            f"{format_bytes(room)} free. Use train.optimizer=paged_adamw_8bit, a smaller lora.r or a smaller model"
+        )
 
 
 def split(exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.data.batches import Batch
+from qlora_lite.device.accelerator import card_at, give_back_cache, same_random_numbers
 from qlora_lite.errors import DoesNotFit
 from qlora_lite.ledger import PAGED, PHASES, Ledger, Moment
 from qlora_lite.model.forward import causal_lm
@@ -85,7 +86,7 @@ def try_largest_batch(
     was_training = state.model.training
     state.model.train()
     try:
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+        with same_random_numbers(device):
             return within_memory(
                 state, lambda footprint: _try(state, make_batches(footprint), footprint, device), leaner=leaner, say=say,
                 what="trying the largest micro-batch",
@@ -123,7 +124,7 @@ def _try(state: TrainState, batches: Sequence[Batch], footprint: Footprint, devi
 
 def _ledger(state: TrainState, batch: Batch) -> Ledger:
     """With all that is there already."""
-    ledger = Ledger(round_to=512 if batch.input_ids_1T.is_cuda else 1)
+    ledger = Ledger(card=card_at(batch.input_ids_1T.device))
     for category, tensors in residents(state.model).items():
         ledger.hold(category, *tensors)
     for value in (value for of_parameter in state.optimizer.state.values() for value in of_parameter.values()):
@@ -168,5 +169,4 @@ def _mark_layer(ledger: Ledger, name: str) -> Callable[[Any, Any, Any], None]:
 
 def _give_back() -> None:
     give_back_free_memory()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_back_cache()

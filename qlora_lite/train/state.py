@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from qlora_lite.device.accelerator import random_state, set_random_state
 from qlora_lite.errors import RunError
 from qlora_lite.foreign import foreign
 from qlora_lite.json_text import parse_json
@@ -27,6 +28,7 @@ from qlora_lite.train.footprint import Footprint
 from qlora_lite.train.optimizer import STATE_TENSORS
 
 _TENSORS, _FACTS = "state.safetensors", "state.json"
+_ACCELERATORS = "random/cuda"  # there where a card is: checkpoints go from machines with one to machines without
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,23 @@ class TrainState:
     def random_numbers(self) -> Snapshot:
         """Of a snapshot, all that a forward or backward pass changes: cheap enough for every step."""
         tensors = {"random/cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        of_accelerator = random_state()
+        if of_accelerator is not None:
+            tensors[_ACCELERATORS] = of_accelerator
         return Snapshot(tensors, {})
 
     def restore_random_numbers(self, snapshot: Snapshot) -> None:
-        """As they were in `snapshot`."""
+        """As they were in `snapshot`. An accelerator's generator that only one of the two machines has stays as it is."""
         torch.set_rng_state(snapshot.tensors["random/cpu"])
-        if "random/cuda" in snapshot.tensors:
-            torch.cuda.set_rng_state(snapshot.tensors["random/cuda"])
+        if _ACCELERATORS in snapshot.tensors and random_state() is not None:
+            set_random_state(snapshot.tensors[_ACCELERATORS])
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to `snapshot`, in place. Raises ValueError when it is of another run."""
         own = self._tensors()
-        if own.keys() != snapshot.tensors.keys():
-            raise ValueError(f"state of another run: {sorted(own.keys() ^ snapshot.tensors.keys())[:3]}")
+        differing = {name for name in own.keys() ^ snapshot.tensors.keys() if name != _ACCELERATORS}
+        if differing:
+            raise ValueError(f"state of another run: {sorted(differing)[:3]}")
         with torch.no_grad():
             for name, tensor in own.items():
                 if not name.startswith("random/"):

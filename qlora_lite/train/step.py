@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from qlora_lite.data.batches import Batch
+from qlora_lite.device.numerics import exact_sums
 from qlora_lite.ledger import count_as, counted_as
 from qlora_lite.model.forward import causal_lm, predicting_states
 from qlora_lite.model.head import CHUNK, summed_loss
@@ -50,13 +51,15 @@ def forward_backward(
     total = 0.0
     for index, batch in enumerate(batches):
         is_last = index == len(batches) - 1
-        with around_last if is_last and around_last is not None else nullcontext(), counted_as("activations"):
+        measured = around_last if is_last and around_last is not None else nullcontext()
+        with measured, exact_sums(), counted_as("activations"):
             loss = batch_loss(model, batch, head_chunk=head_chunk)
             summed = loss.item()
             on_batch(batch, summed / len(batch.target_N))
             count_as("logits")  # until the gradient of the hidden states is there
             backward(loss / num_label_tokens)
             del loss
-        give_back_free_memory()
+        if batch.input_ids_1T.is_cpu:
+            give_back_free_memory()
         total += summed
     return total / num_label_tokens

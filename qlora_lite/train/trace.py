@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile, supported_activities
+
+from qlora_lite.device.accelerator import is_accelerator, torch_module
 
 NUM_STEPS = 2
 _MAX_ALLOCATIONS = 200_000  # that the memory viewer's file holds
@@ -27,7 +28,7 @@ class Trace:
     def __init__(self, folder: Path, *, device: str, num_steps: int = NUM_STEPS) -> None:
         self.files: list[Path] = []
         self._folder = folder
-        self._is_cuda = device == "cuda"
+        self._has_allocator = is_accelerator(device)
         self._num_left = num_steps
         self._is_first = True
         self._running: profile | None = None
@@ -35,7 +36,7 @@ class Trace:
 
     def around(self, step: int, *, is_measured: bool) -> tuple[Context, Context]:
         """-> contexts for the last micro-batch of a step and for its update: recorded from the start of one to the end of the other."""
-        is_due = self._num_left > 0 and not self._is_first and (self._is_cuda or not is_measured)
+        is_due = self._num_left > 0 and not self._is_first and (self._has_allocator or not is_measured)
         self._is_first = False
         return (self._begun(), self._ended(f"step-{step:06d}")) if is_due else (nullcontext(), nullcontext())
 
@@ -49,10 +50,10 @@ class Trace:
         path = self._folder / f"{name}.json.gz"
         recorded.export_chrome_trace(str(path))
         self.files.append(path)
-        if self._is_cuda:
+        if self._has_allocator:
             snapshot = self._folder / f"{name}.pickle"
-            torch.cuda.memory._dump_snapshot(str(snapshot))  # the documented way, underscore and all
-            torch.cuda.memory._record_memory_history(enabled=None)
+            torch_module().memory._dump_snapshot(str(snapshot))  # the documented way, underscore and all
+            torch_module().memory._record_memory_history(enabled=None)
             self.files.append(snapshot)
 
     def drop(self) -> None:
@@ -62,10 +63,9 @@ class Trace:
 
     @contextmanager
     def _begun(self) -> Iterator[None]:
-        if self._is_cuda:
-            torch.cuda.memory._record_memory_history(max_entries=_MAX_ALLOCATIONS)
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._is_cuda else [])]
-        self._running = profile(activities=activities, with_modules=True)
+        if self._has_allocator:
+            torch_module().memory._record_memory_history(max_entries=_MAX_ALLOCATIONS)
+        self._running = profile(activities=supported_activities(), with_modules=True)
         self._running.start()
         try:
             yield
@@ -84,7 +84,7 @@ class Trace:
     def _stop(self) -> profile:
         assert self._running is not None
         stopped, self._running = self._running, None
-        if self._is_cuda:
-            torch.cuda.synchronize()
+        if self._has_allocator:
+            torch_module().synchronize()
         stopped.stop()
         return stopped

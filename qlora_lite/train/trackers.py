@@ -20,6 +20,7 @@ import huggingface_hub.constants
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
+from qlora_lite.device.accelerator import card_here
 from qlora_lite.errors import UserError
 from qlora_lite.train.loop import StepStats
 
@@ -40,7 +41,7 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def open_trackers(
-    names: Sequence[str], folder: Path, *, run_name: str, first_step: int, settings: Mapping[str, Any], device: str
+    names: Sequence[str], folder: Path, *, run_name: str, first_step: int, settings: Mapping[str, Any]
 ) -> Iterator[Callable[[StepStats], None]]:
     """Inside, a function that logs a step to each of `names`; files go below `folder`, `settings` are shown with the run.
 
@@ -54,7 +55,9 @@ def open_trackers(
     ]
     if trackers:
         folder.mkdir(parents=True, exist_ok=True)
-        PartialState(cpu=device == "cpu")  # accelerate's logging asks for it; the loop's Accelerator finds the same one
+        PartialState(
+            cpu=card_here() is None
+        )  # accelerate's logging asks for it; the loop's Accelerator finds the same one
     with ExitStack() as opened:
         for tracker in trackers:
             with redirect_stdout(io.StringIO()):  # trackio prints the folder's name as it is, escapes and all

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from accelerate import Accelerator
 
 from qlora_lite.data.batches import Batch
 from qlora_lite.ledger import counted_as
 from qlora_lite.model.head import CHUNK
 from qlora_lite.train.measure import is_out_of_memory
 from qlora_lite.train.step import forward_backward
+
+Clip = Callable[[Sequence[torch.nn.Parameter], float], torch.Tensor]  # (parameters, greatest norm) -> norm before
 
 
 class NotFinite(Exception):
@@ -27,9 +28,10 @@ def update(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
     *,
-    accelerator: Accelerator,
     scaler: torch.amp.GradScaler,
     max_grad_norm: float,
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+    clip: Clip = torch.nn.utils.clip_grad_norm_,
     on_batch: Callable[[Batch, float], None] = lambda batch, loss: None,
     around_last: AbstractContextManager[object] | None = None,
     around_update: AbstractContextManager[object] | None = None,
@@ -37,14 +39,15 @@ def update(
 ) -> tuple[float, float]:
     """-> (loss, gradient norm before clipping). Raises NotFinite before it updates; with loss scaling such a step is skipped instead.
 
-    `on_batch`, `around_last` and `head_chunk` are forward_backward's; `around_update` is entered around AdamW. Memory that runs
-    out before the first weight is changed raises whatever torch raises; afterwards, OutOfMemoryInUpdate.
+    `on_batch`, `around_last` and `head_chunk` are forward_backward's; `around_update` is entered around AdamW; `backward` and `clip` may
+    be accelerate's, which know of other processes. Memory that runs out before the first weight is changed raises whatever torch raises;
+    afterwards, OutOfMemoryInUpdate.
     """
     loss = accumulate(
         model,
         batches,
-        accelerator=accelerator,
         scaler=scaler,
+        backward=backward,
         on_batch=on_batch,
         around_last=around_last,
         head_chunk=head_chunk,
@@ -52,7 +55,7 @@ def update(
     with counted_as("workspace"), _no_way_back():
         scaler.unscale_(optimizer)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        norm = float(accelerator.clip_grad_norm_(trained, max_grad_norm))
+        norm = float(clip(trained, max_grad_norm))
         if not math.isfinite(norm) and not scaler.is_enabled():
             raise NotFinite(f"the gradient is {norm}")
         with around_update or nullcontext():
@@ -65,8 +68,8 @@ def accumulate(
     model: torch.nn.Module,
     batches: Sequence[Batch],
     *,
-    accelerator: Accelerator,
     scaler: torch.amp.GradScaler,
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
     on_batch: Callable[[Batch, float], None] = lambda batch, loss: None,
     around_last: AbstractContextManager[object] | None = None,
     head_chunk: int = CHUNK,
@@ -75,7 +78,7 @@ def accumulate(
     return forward_backward(
         model,  # type: ignore[arg-type]
         batches,
-        backward=lambda loss: accelerator.backward(scaler.scale(loss)),
+        backward=lambda loss: backward(scaler.scale(loss)),
         on_batch=on_batch,
         around_last=around_last,
         head_chunk=head_chunk,

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from qlora_lite.data.batches import pack_batch
 from qlora_lite.ledger import Ledger
 from qlora_lite.model import attention
-from qlora_lite.model.attention import PACKED, attention_for_generation, packed_attention
+from qlora_lite.model.attention import PACKED, PADDED, attention_for_generation, packed_attention
 from qlora_lite.model.forward import causal_lm, predicting_states
 from tests.tiny_model import random_rows, split_batches, tiny_adapted
 
@@ -118,6 +118,6 @@ def test_tokens_do_not_see_other_examples_of_their_row(model):
 def test_attention_for_generation_switches_and_comes_back_also_after_an_error(model):
     base = causal_lm(model)
     with pytest.raises(ZeroDivisionError), attention_for_generation(base):
-        assert base.config._attn_implementation == "sdpa"
+        assert base.config._attn_implementation == PADDED
         raise ZeroDivisionError
     assert base.config._attn_implementation == PACKED

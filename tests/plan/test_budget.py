@@ -4,10 +4,11 @@ import json
 
 import psutil
 import pytest
-import torch
 
+from qlora_lite.device import accelerator, host
+from qlora_lite.device.card import CPU, Card, card_named
 from qlora_lite.measured import KEPT
-from qlora_lite.model.dtypes import planned_types
+from qlora_lite.model.dtypes import choose_types
 from qlora_lite.plan import budget
 from qlora_lite.plan.budget import budget_of, measured_here
 from qlora_lite.plan.choose import settings_of
@@ -17,12 +18,12 @@ GIB = 2**30
 
 
 def test_a_size_that_was_asked_for_is_taken_as_it_is():
-    assert budget_of(24 * GIB, "cuda") == (24 * GIB, "24 GiB: asked for")
+    assert budget_of(24 * GIB, SOME) == (24 * GIB, "24 GiB: asked for")
 
 
 def test_auto_leaves_a_margin_and_says_so(monkeypatch):
-    monkeypatch.setattr(budget, "_CGROUPS", ())
-    found, reason = budget_of("auto", "cpu")
+    monkeypatch.setattr(host, "_CGROUPS", ())
+    found, reason = budget_of("auto", CPU)
     memory = psutil.virtual_memory()
     assert 0 < found < memory.total and found == pytest.approx(
         memory.available - max(GIB, 0.05 * memory.total), rel=0.2
@@ -33,47 +34,56 @@ def test_auto_leaves_a_margin_and_says_so(monkeypatch):
 def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path):
     (tmp_path / "max").write_text(f"{3 * GIB}\n")
     (tmp_path / "now").write_text(f"{GIB // 2}\n")
-    monkeypatch.setattr(budget, "_CGROUPS", ((tmp_path / "max", tmp_path / "now"),))
-    found, reason = budget_of("auto", "cpu")
+    monkeypatch.setattr(host, "_CGROUPS", ((tmp_path / "max", tmp_path / "now"),))
+    found, reason = budget_of("auto", CPU)
     assert found == 5 * GIB // 2 - GIB and "of this machine's 3 GiB, 2.5 GiB are free" in reason
 
 
 def test_a_limit_of_none_is_no_limit(monkeypatch, tmp_path):
     (tmp_path / "max").write_text("max\n")
     (tmp_path / "now").write_text("5\n")
-    monkeypatch.setattr(budget, "_CGROUPS", ((tmp_path / "max", tmp_path / "now"),))
-    assert budget_of("auto", "cpu")[0] > GIB // 4
+    monkeypatch.setattr(host, "_CGROUPS", ((tmp_path / "max", tmp_path / "now"),))
+    assert budget_of("auto", CPU)[0] > GIB // 4
 
 
 def test_little_memory_is_halved_rather_than_used_up_by_the_margin(monkeypatch, tmp_path):
     (tmp_path / "max").write_text(f"{GIB}\n")
     (tmp_path / "now").write_text("0\n")
-    monkeypatch.setattr(budget, "_CGROUPS", ((tmp_path / "max", tmp_path / "now"),))
-    assert budget_of("auto", "cpu")[0] == GIB // 2
+    monkeypatch.setattr(host, "_CGROUPS", ((tmp_path / "max", tmp_path / "now"),))
+    assert budget_of("auto", CPU)[0] == GIB // 2
 
 
-MEASURED = {"card": "Some Card", "fragmentation_ratio": 1.25, "cublas_workspace_bytes": 32 * 2**20, "versions": {}}
+SOME = Card("Some Card", "cuda", 20 * GIB, (8, 6))
+MEASURED = {"card": "Some Card", "fragmentation_bytes": GIB, "cublas_workspace_bytes": 32 * 2**20, "versions": {}}
 
 
 @pytest.fixture
 def card(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some Card")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16 * GIB, 20 * GIB))
+    for module in (accelerator, budget):
+        monkeypatch.setattr(module, "card_here", lambda: SOME)
+    monkeypatch.setattr(budget, "free_memory", lambda: (16 * GIB, 20 * GIB))
 
 
 def test_what_doctor_measured_on_the_card_that_is_here_is_used(card, tmp_path):
     (tmp_path / KEPT).write_text(json.dumps(MEASURED))
-    measured = measured_here("cuda", cache=tmp_path)
+    measured = measured_here(SOME, cache=tmp_path)
     assert measured == MEASURED
-    found, reason = budget_of("auto", "cuda", measured=measured)
-    assert found == 11 * GIB and reason.endswith("less a margin for the allocator's holes, which doctor measured")
-    settings = settings_of(load_recipe(DEFAULT_RECIPE), device="cuda", types=planned_types("auto"), measured=measured)
-    assert settings.runtime_bytes == 32 * 2**20
+    found, reason = budget_of("auto", SOME, measured=measured)
+    assert found == 15 * GIB and reason.endswith("less a margin for the allocator's holes, which doctor measured")
+    settings = settings_of(load_recipe(DEFAULT_RECIPE), card=SOME, types=choose_types("auto", SOME), measured=measured)
+    assert settings.runtime_bytes == 2 * 32 * 2**20  # the program's thread and autograd's have a handle each
 
 
 def test_what_was_measured_on_another_card_or_not_at_all_is_not(card, tmp_path):
-    assert measured_here("cuda", cache=tmp_path) == {}
+    assert measured_here(SOME, cache=tmp_path) == {}
     (tmp_path / KEPT).write_text(json.dumps(MEASURED | {"card": "Another Card"}))
-    assert measured_here("cuda", cache=tmp_path) == {} == measured_here("cpu", cache=tmp_path)
-    assert budget_of("auto", "cuda")[0] == 16 * GIB - int(0.03 * 20 * GIB)
+    assert measured_here(SOME, cache=tmp_path) == {} == measured_here(CPU, cache=tmp_path)
+    (tmp_path / KEPT).write_text(json.dumps(MEASURED))
+    assert measured_here(card_named("t4"), cache=tmp_path) == {}  # planned for, and not the one that is here
+    assert budget_of("auto", SOME)[0] == 16 * GIB - int(0.03 * 20 * GIB)
+
+
+def test_a_card_that_is_not_here_has_what_it_is_sold_with_less_context_and_margin():
+    found, reason = budget_of("auto", card_named("t4"))
+    assert found == 16 * GIB - 500 * 2**20 - int(0.03 * 16 * GIB)
+    assert "Tesla T4 has 16 GiB, less 500 MiB for the CUDA context" in reason and "both assumed" in reason

@@ -60,7 +60,7 @@ def test_generating_on_meta_holds_what_generating_does_to_the_byte(name, lengths
     width, num = max(lengths), len(lengths)
     ids_BT, mask_BT = torch.ones(num, width, dtype=torch.int64), torch.ones(num, width, dtype=torch.int64)
     mask_BT[1:, :10] = 0
-    ledger = Ledger(workspace=workspace_of("cpu", num_threads=CPU.num_threads))
+    ledger = Ledger(workspace=workspace_of(CPU.card, num_threads=CPU.num_threads))
     for category, tensors in residents(model).items():
         ledger.hold(category, *tensors)
     ledger.hold("activations", ids_BT, mask_BT)

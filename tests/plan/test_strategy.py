@@ -5,12 +5,13 @@ from itertools import pairwise
 
 import pytest
 
+from qlora_lite.device.card import COMMON_CARD, CPU
 from qlora_lite.plan.strategy import CHECKPOINTING, Free, Strategy, choose, next_leaner, strategies
 from qlora_lite.train.footprint import Footprint
 
 
 def ways(free: Free = Free(), **changes) -> tuple[Strategy, ...]:  # noqa: B008  # frozen
-    settings = {"device": "cuda", "method": "qlora", "length": 1000}
+    settings = {"card": COMMON_CARD, "method": "qlora", "length": 1000}
     return strategies(free, **settings | changes)
 
 
@@ -57,7 +58,7 @@ def test_recomputing_is_rather_chosen_than_cutting_trees():
     budget = 1000 + 9 * 1000 + 300  # whole layers kept at 1,000 tokens, or recomputed at 4,096
     fitting = {True: Footprint(4096, 1), False: Footprint(1000, 0)}
     for cuts_trees, footprint in fitting.items():
-        found = ways(repeated=repeated) if cuts_trees else ways(Free(), device="cpu", method="lora")
+        found = ways(repeated=repeated) if cuts_trees else ways(Free(), card=CPU, method="lora")
         assert choose(found, made_up_peak, budget_bytes=budget).strategy.footprint == footprint
 
 

@@ -51,7 +51,7 @@ def test_reading_prompts_on_meta_holds_what_reading_does_to_the_byte():
     scene = Scene(causal_lm(model).config, CPU)
     _, planned = _read(scene, 4, 50)
     tree = pack_trees(_Prompts([[10 * i + 3] * 50 for i in range(4)]), range(4))
-    ledger = Ledger(workspace=workspace_of("cpu", num_threads=CPU.num_threads))
+    ledger = Ledger(workspace=workspace_of(CPU.card, num_threads=CPU.num_threads))
     for category, tensors in residents(model).items():
         ledger.hold(category, *tensors)
     ledger.hold("activations", tree.input_ids_1T, tree.position_ids_1T, tree.predictor_N, tree.target_N)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qlora_lite.device.card import CPU
 from qlora_lite.model.bnb import bitsandbytes
 from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.train.measure import measure_allocations
@@ -12,7 +13,7 @@ aten, bnb = torch.ops.aten, torch.ops.bitsandbytes
 
 
 def counted(operator, *args) -> int:
-    return workspace_of("cpu", num_threads=THREADS)(operator, args, {}, None)
+    return workspace_of(CPU, num_threads=THREADS)(operator, args, {}, None)
 
 
 @pytest.mark.parametrize("num", [4096, 300_000])

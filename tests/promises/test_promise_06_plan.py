@@ -9,10 +9,10 @@ from importlib.util import module_from_spec, spec_from_loader
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from qlora_lite.data.batches import Batch, pack_batch, pack_trees
 from qlora_lite.data.template import Encoded
+from qlora_lite.device.card import CPU as cpu_card
 from qlora_lite.ledger import Ledger, counted_as
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.artefact import quantize_base
@@ -40,7 +40,7 @@ from tests.architectures import artefact, published
 from tests.conftest import REPOSITORY
 from tests.tiny_model import Rows, tiny_artefact, tiny_source
 
-CPU = Settings(device="cpu", r=4, optimizer="adamw", num_threads=torch.get_num_threads())
+CPU = Settings(card=cpu_card, r=4, optimizer="adamw", num_threads=torch.get_num_threads())
 EXACT, NEARLY = ["gemma2", "qwen3"], ["bloom", "falcon_new", "falcon_alibi", "opt", "phi3"]
 
 
@@ -76,7 +76,7 @@ def real_step(model, settings: Settings, micro_batch: MicroBatch):
 
     def step() -> None:
         update(
-            model, optimizer, [batch], accelerator=Accelerator(cpu=True), scaler=torch.amp.GradScaler("cpu", enabled=False),
+            model, optimizer, [batch], scaler=torch.amp.GradScaler("cpu", enabled=False),
             max_grad_norm=1.0, head_chunk=settings.head_chunk,
         )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
@@ -88,7 +88,7 @@ def real_ledger(model, settings: Settings, micro_batch: MicroBatch) -> dict[str,
     """Bytes at each phase's peak of a real step on the CPU, by the same ledger."""
     step, optimizer, batch = real_step(model, settings, micro_batch)
     step()  # lazily made tables are there
-    ledger = Ledger(workspace=workspace_of("cpu", num_threads=settings.num_threads))
+    ledger = Ledger(workspace=workspace_of(settings.card, num_threads=settings.num_threads))
     for category, tensors in residents(model).items():
         ledger.hold(category, *tensors)
     for state in optimizer.state.values():

@@ -109,7 +109,7 @@ def step_stats(step: int, eval_loss: float | None = None) -> StepStats:
 
 
 def track(names: tuple[str, ...], folder: Path, *stats: StepStats) -> None:
-    opened = open_trackers(names, folder, run_name="run-1", first_step=stats[0].step, settings=SETTINGS, device="cpu")
+    opened = open_trackers(names, folder, run_name="run-1", first_step=stats[0].step, settings=SETTINGS)
     with opened as log:
         for one in stats:
             log(one)
@@ -160,7 +160,7 @@ def test_wandb_is_offline_and_trackio_local_whatever_the_environment_says(fakes:
 
 
 def test_trackers_are_finished_when_training_fails_and_a_name_given_twice_is_one(fakes: Path, tmp_path: Path) -> None:
-    opened = open_trackers(("wandb", "wandb"), tmp_path, run_name="run", first_step=1, settings={}, device="cpu")
+    opened = open_trackers(("wandb", "wandb"), tmp_path, run_name="run", first_step=1, settings={})
     with pytest.raises(ZeroDivisionError), opened:
         raise ZeroDivisionError
     assert [call[0] for call in calls("wandb")] == ["init", "finish"]

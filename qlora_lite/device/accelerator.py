@@ -1,0 +1,120 @@
+"""The accelerator that is here: what it is, its memory, its random numbers. The one place that asks torch about a device by name.
+
+`ACCELERATOR` is torch's word for the one kind of accelerator that the program's libraries support: "cuda", which AMD's builds of torch
+answer to as well. Everything else asks a `Card` what it can do. Tests put a stand-in device in its place (tests/standin).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+from qlora_lite.device.card import CPU, Card, with_rates
+from qlora_lite.errors import UserError
+
+ACCELERATOR = "cuda"
+
+
+def choose_device(asked: str) -> tuple[Card, str]:
+    """`auto | cpu | cuda` -> (device, reason). Raises UserError for cuda where there is none."""
+    if asked == "cpu":
+        return CPU, "cpu: asked for"
+    card = card_here()
+    if card is not None:
+        return card, f"cuda: {card.in_words}" if asked == "auto" else "cuda: asked for"
+    if asked == "cuda":
+        raise UserError("device: cuda was asked for, and torch finds no CUDA device. Use device: cpu or auto")
+    return CPU, "cpu: torch finds no CUDA device"
+
+
+def torch_module() -> Any:
+    """torch.cuda."""
+    return torch.get_device_module(ACCELERATOR)
+
+
+def is_accelerator(device: str | torch.device) -> bool:
+    """Whether tensors of `device` lie on the accelerator."""
+    return torch.device(device).type == ACCELERATOR
+
+
+@cache
+def card_here() -> Card | None:
+    """The accelerator that tensors go to by default; None where there is none."""
+    module = torch_module()
+    return card_at_index(module.current_device()) if module.is_available() else None
+
+
+def card_at_index(index: int) -> Card:
+    """One of several, by torch's number."""
+    found = torch_module().get_device_properties(index)
+    return with_rates(
+        Card(
+            name=found.name,
+            device=ACCELERATOR,
+            memory_bytes=int(found.total_memory),
+            capability=(found.major, found.minor),
+            num_sms=found.multi_processor_count,
+            l2_bytes=int(getattr(found, "L2_cache_size", 0)),  # torch's name for it; older builds have none
+        )
+    )
+
+
+def forget_cards() -> None:
+    """Ask anew: the device has changed under a test."""
+    card_here.cache_clear()
+
+
+def card_at(device: str | torch.device) -> Card:
+    """The card of a torch device that is here."""
+    if not is_accelerator(device):
+        return CPU
+    card = card_here()
+    assert card is not None, f"tensors on {device} without such a device"
+    return card
+
+
+def recipe_word(card: Card) -> str:
+    """How a recipe's `device` says it."""
+    return "cpu" if card.is_cpu else "cuda"
+
+
+def fastest_device() -> str:
+    """Where work goes that any device may do: the accelerator where there is one."""
+    return "cpu" if card_here() is None else ACCELERATOR
+
+
+def free_memory(index: int | None = None) -> tuple[int, int]:
+    """-> (free, all) bytes of the accelerator, by the driver."""
+    free, total = torch_module().mem_get_info(index)
+    return int(free), int(total)
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was told."""
+    if is_accelerator(device):
+        torch_module().synchronize()
+
+
+def give_back_cache() -> None:
+    """Return what the caching allocator holds and nobody uses."""
+    if card_here() is not None:
+        torch_module().empty_cache()
+
+
+def random_state() -> torch.Tensor | None:
+    """Of the accelerator's generator; None where there is none."""
+    return None if card_here() is None else torch_module().get_rng_state()
+
+
+def set_random_state(state: torch.Tensor) -> None:
+    torch_module().set_rng_state(state)
+
+
+@contextmanager
+def same_random_numbers(device: str) -> Iterator[None]:
+    """The generators of the CPU and of `device` stand after the block where they stood before."""
+    devices = [torch_module().current_device()] if is_accelerator(device) else []
+    with torch.random.fork_rng(devices=devices, device_type=ACCELERATOR):
+        yield

@@ -1,0 +1,175 @@
+"""`Card`: what the program knows of the device that computes, in one value. Types, kernels, rehearsal and strategy ask it.
+
+    made from   the device that is here (accelerator.py), the processor (`CPU`), or a row of known_cards.py (`card_named`)
+    capability  NVIDIA's compute capability, (8, 9) for an RTX 4090; None for the processor
+
+Which attention kernel a card has for a type and a head width is PyTorch's rule for CUDA (sdp_utils.cpp): FlashAttention-2 from
+capability 8.0 on, for 16 bits, head widths up to 256 and no mask; else the memory-efficient kernel, whose memory grows with the length
+too. cuDNN's attention, which PyTorch prefers on 9.0 and 10.0, is switched off (numerics.py): it plans anew for each shape.
+"""
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from qlora_lite.device.known_cards import KNOWN_CARDS, KnownCard
+from qlora_lite.errors import UserError
+from qlora_lite.units import format_bytes
+
+Kernel = Literal["flash", "efficient", "cpu flash", "plain"]
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+_WITH_BF16 = _WITH_FLASH = (8, 0)
+_FLASH_WIDTH = 256  # the widest head that FlashAttention-2 takes
+_SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # capabilities whose backward pass leaves out the widths:
+_NOT_THERE = range(193, 225)
+# A CUDA context with the kernels that training loads, outside torch's allocator: assumed until `doctor --measure` has looked.
+CONTEXT_BYTES = 500 * 2**20
+# Left to the allocator's rounding and holes, of a card's memory: assumed too.
+MARGIN_SHARE, MARGIN_BYTES = 0.03, 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device. Rates are of dense 16-bit products with fp32 sums and of its own memory; 0 where they are not known."""
+
+    name: str
+    device: str  # torch's word for where tensors lie: "cpu", "cuda"
+    memory_bytes: int
+    capability: tuple[int, int] | None = None
+    num_sms: int = 0
+    flops: float = 0.0  # a second
+    bytes_per_s: float = 0.0
+    l2_bytes: int = 0
+    link_bytes_per_s: float = 0.0  # to host memory, one direction
+    power_w: int = 0
+    source: str = ""  # of the rates
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.capability is None
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it computes in bf16 (emulated before capability 8.0, and slow)."""
+        return self.capability is None or self.capability >= _WITH_BF16
+
+    @property
+    def pages(self) -> bool:
+        """Whether optimizer state may lie in managed memory, which moves to the host when the card is full."""
+        return not self.is_cpu
+
+    @property
+    def round_to(self) -> int:
+        """Bytes that an allocation is a multiple of: the smallest block of CUDA's caching allocator."""
+        return 1 if self.is_cpu else 512
+
+    @property
+    def cublas_workspace_bytes(self) -> int:
+        """Of one handle: 32 MiB from capability 9.0 on, else 2 x 4,096 KiB + 8 x 16 KiB (CublasHandlePool.cpp of torch 2.12 and later)."""
+        if self.capability is None:
+            return 0
+        return 32 * 2**20 if self.capability >= (9, 0) else (2 * 4096 + 8 * 16) * 2**10
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What CUDA's libraries take of the allocator: a handle and its workspace for the program's thread and one for autograd's."""
+        return 2 * self.cublas_workspace_bytes
+
+    @property
+    def in_words(self) -> str:
+        """`NVIDIA GeForce RTX 4090 (SM 8.9)`."""
+        return self.name if self.capability is None else f"{self.name} (SM {self.capability[0]}.{self.capability[1]})"
+
+    def attention_kernel(
+        self,
+        dtype: torch.dtype,
+        width: int,
+        value_width: int | None = None,
+        *,
+        has_mask: bool = False,
+        trains: bool = True,
+    ) -> Kernel:
+        """The kernel for heads `width` wide (values `value_width`); `trains`: a backward pass follows."""
+        same_width = value_width in (None, width)
+        if self.capability is None:
+            return "cpu flash" if same_width else "plain"
+        is_left_out = trains and self.capability in _SMALL_SHARED_MEMORY and width in _NOT_THERE
+        has_flash = self.capability >= _WITH_FLASH and dtype in _HALF_TYPES and not is_left_out
+        if has_flash and same_width and width <= _FLASH_WIDTH and not has_mask:
+            return "flash"
+        return "efficient" if dtype != torch.bfloat16 or self.has_bf16 else "plain"
+
+
+CPU = Card("CPU", "cpu", 0)
+
+
+def card_named(name: str) -> Card:
+    """A row of the table, by its name as `plan --cards` lists it or as the driver has it. Raises UserError with the nearest names."""
+    key = _key(name)
+    by_full_name = {_key(card.full_name.removeprefix("NVIDIA ")): short for short, card in KNOWN_CARDS.items()}
+    short = key if key in KNOWN_CARDS else by_full_name.get(key.removeprefix("nvidia-"))
+    if short is None:
+        near = difflib.get_close_matches(key, KNOWN_CARDS, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise UserError(
+            f"--card: {name!r} is not in the table of cards; {hint}`plan --cards` lists all {len(KNOWN_CARDS)}"
+        )
+    return card_of_row(KNOWN_CARDS[short])
+
+
+def name_of(card: Card) -> str:
+    """As `--card` takes it, where the table has the card; else the driver's name for it."""
+    return next((short for short, row in KNOWN_CARDS.items() if row.full_name == card.name), card.name)
+
+
+def card_of_row(row: KnownCard, *, device: str = "cuda") -> Card:
+    """A table's row as a value."""
+    return Card(
+        name=row.full_name,
+        device=device,
+        memory_bytes=int(row.memory_gib * 2**30),
+        capability=row.capability,
+        num_sms=row.num_sms,
+        flops=row.tflops_16 * 1e12,
+        bytes_per_s=row.bandwidth_gb_s * 1e9,
+        l2_bytes=int(row.l2_mib * 2**20),
+        link_bytes_per_s=row.link_gb_s * 1e9,
+        power_w=row.power_w,
+        source="published figures",
+    )
+
+
+COMMON_CARD = card_of_row(KNOWN_CARDS["rtx-4090"])  # planned for where no card is here and none is named
+
+
+def with_rates(card: Card) -> Card:
+    """A card that is here with the table's rates; those of the slowest row of its capability where its name is not in the table."""
+    rows = list(KNOWN_CARDS.values())
+    own = [row for row in rows if row.full_name.lower() == card.name.lower()]
+    alike = [row for row in rows if row.capability == card.capability] or rows
+    row = card_of_row(own[0] if own else min(alike, key=lambda row: row.bandwidth_gb_s))
+    source = row.source if own else f"assumed, those of {row.name}: {card.name} is not in the table"
+    return replace(
+        card,
+        flops=row.flops,
+        bytes_per_s=row.bytes_per_s,
+        link_bytes_per_s=row.link_bytes_per_s,
+        power_w=row.power_w,
+        source=source,
+    )
+
+
+def usable_memory(card: Card) -> tuple[int, str]:
+    """-> (bytes that a run may take of a card that is not here, why): its memory less the CUDA context and a margin."""
+    margin = max(MARGIN_BYTES, int(MARGIN_SHARE * card.memory_bytes))
+    usable = card.memory_bytes - CONTEXT_BYTES - margin
+    return usable, (
+        f"{format_bytes(usable)}: {card.name} has {format_bytes(card.memory_bytes)}, less {format_bytes(CONTEXT_BYTES)} for the CUDA "
+        f"context and {format_bytes(margin)} for the allocator's holes, both assumed"
+    )
+
+
+def _key(name: str) -> str:
+    return "-".join(name.lower().replace("_", " ").replace("-", " ").split())

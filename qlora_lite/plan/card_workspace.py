@@ -1,0 +1,131 @@
+"""What operators allocate inside themselves on a card, by reading their sources: nothing here was measured yet (tools/gpu_check does).
+
+    FlashAttention-2 forward     short rows leave multiprocessors idle, so keys are split among them: fp32 sums of every split
+                                 (flash_api.cpp, set_params_splitkv)
+    FlashAttention-2 backward    dQ in fp32 over blocks of 128 rows, the row sums, and for grouped heads dK and dV of every query head
+                                 (flash_api.cpp, mha_bwd)
+    memory-efficient forward     fp32 sums of the output for 16 bits and heads wider than 128 (kernel_forward.h)
+    memory-efficient backward    dQ's blocks, for wide heads on small cards dK's and dV's too, and in fp32 the product of dO and O
+                                 (attention_backward.cu, kernel_backward.h)
+    gemm_4bit                    the whole 16-bit weight and its scales, twice, unless the fused kernel is taken (bitsandbytes
+                                 backends/cuda/ops.py); it is for up to 4 rows, and for more on some cards, so this is an upper end
+
+B is the batch, H the query heads, S tokens, D a head's width. Heads wider than 128 are rounded to 64, others to 32.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qlora_lite.device.card import Card
+
+_ops: Any = torch.ops
+Workspace = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
+_MOST_SPLITS = 128
+_FUSED_ROWS = 4  # of gemm_4bit, on any card
+_SMALL_SHARED_MEMORY = (
+    (8, 6),
+    (8, 9),
+    (12, 0),
+    (12, 1),
+)  # whose efficient backward takes 64 x 64 blocks for heads wider than 64
+
+
+def card_workspace(card: Card) -> Workspace:
+    """-> bytes inside a call of an operator on `card`."""
+
+    def workspace(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+        count = _COUNTS.get(func)
+        return count(card, args) if count is not None else 0
+
+    return workspace
+
+
+def _flash_forward(card: Card, args: Sequence[Any]) -> int:
+    query, key = args[0], args[1]
+    batch, heads, num_queries, width = query.shape
+    if num_queries == 1 and heads > key.shape[1]:  # query heads of a group become rows
+        num_queries, heads = heads // key.shape[1], key.shape[1]
+    block = 256 if width <= 64 else 128 if width <= 128 else 64
+    rows = batch * heads * math.ceil(num_queries / 64)
+    splits = num_splits(rows, 2 * card.num_sms, math.ceil(key.shape[2] / block))
+    return 4 * splits * batch * heads * num_queries * (_rounded(width) + 1) if splits > 1 else 0
+
+
+def num_splits(num_row_blocks: int, num_sms: int, num_key_blocks: int) -> int:
+    """In how many parts FlashAttention-2 splits the keys: the fewest that keep 85% of the best use of the multiprocessors."""
+    if num_row_blocks >= 0.8 * num_sms:
+        return 1
+    most = min(_MOST_SPLITS, num_sms, num_key_blocks)
+    differing = [
+        splits
+        for splits in range(1, most + 1)
+        if splits == 1 or math.ceil(num_key_blocks / splits) != math.ceil(num_key_blocks / (splits - 1))
+    ]
+    waves = {splits: num_row_blocks * splits / num_sms for splits in differing}
+    use = {splits: wave / math.ceil(wave) for splits, wave in waves.items()}
+    return next((splits for splits in differing if use[splits] >= 0.85 * max(use.values())), 1)
+
+
+def _flash_backward(card: Card, args: Sequence[Any]) -> int:
+    grad, query, key, output = args[0], args[1], args[2], args[4]
+    batch, heads, num_queries, width = query.shape
+    padded = batch * heads * 128 * math.ceil(num_queries / 128)
+    sums = 4 * padded * (_rounded(width) + 1)
+    expanded = 2 * query.element_size() * batch * heads * key.shape[2] * width if heads != key.shape[1] else 0
+    return sums + expanded + _copied(grad) + _copied(output)
+
+
+def _efficient_forward(card: Card, args: Sequence[Any]) -> int:
+    query, value = args[0], args[2]
+    is_wide = max(query.shape[-1], value.shape[-1]) > 128 and query.dtype != torch.float32
+    return 4 * math.prod(query.shape[:-1]) * value.shape[-1] if is_wide else 0
+
+
+def _efficient_backward(card: Card, args: Sequence[Any]) -> int:
+    grad, query, key, value = args[:4]
+    batch, heads, num_queries, width = query.shape
+    num_keys, value_width, widest = key.shape[2], value.shape[-1], max(width, value.shape[-1])
+    is_half = query.dtype != torch.float32
+    has_room = card.capability is not None and card.capability >= (8, 0) and card.capability not in _SMALL_SHARED_MEMORY
+    rows, columns = (128, 128) if is_half and has_room and 64 < widest <= 128 else (64, 64)
+    in_registers = is_half and widest <= rows
+    splits = math.ceil(num_keys / columns)
+    if not in_registers and is_half:
+        splits = max(1, min(splits, 200 // (batch * heads)))
+    of_keys = splits * columns * rows * (math.ceil(width / rows) + math.ceil(value_width / rows))
+    floats = of_keys if is_half and not in_registers else 0
+    floats += math.ceil(num_queries / rows) * math.ceil(width / columns) * (4 + rows * columns)
+    delta = batch * heads * num_queries
+    products = batch * heads * num_queries * value_width + delta if not is_half else 0
+    return 4 * (batch * heads * (4 * math.ceil(floats / 4)) + delta + products) + _copied(grad)
+
+
+def _gemm_4bit(card: Card, args: Sequence[Any]) -> int:
+    inputs, shape, blocksize = args[0], args[2], args[4]
+    num_weights = math.prod(shape)
+    if inputs.numel() // inputs.shape[-1] <= _FUSED_ROWS and inputs.shape[-1] % blocksize == 0:
+        return 0
+    return inputs.element_size() * num_weights + 8 * math.ceil(num_weights / blocksize)
+
+
+def _copied(tensor: torch.Tensor) -> int:
+    """Bytes of the copy that a kernel makes of [B, H, S, D] unless it lies as [B, S, H, D]."""
+    is_as_wanted = tensor.transpose(1, 2).is_contiguous()
+    return 0 if is_as_wanted else tensor.numel() * tensor.element_size()
+
+
+def _rounded(width: int) -> int:
+    multiple = 32 if width <= 128 else 64
+    return multiple * math.ceil(width / multiple)
+
+
+_COUNTS: dict[Any, Callable[[Card, Sequence[Any]], int]] = {
+    _ops.aten._scaled_dot_product_flash_attention.default: _flash_forward,
+    _ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    _ops.aten._scaled_dot_product_efficient_attention.default: _efficient_forward,
+    _ops.aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    _ops.bitsandbytes.gemm_4bit.default: _gemm_4bit,
+}
