@@ -99,7 +99,7 @@ class Comparison:
 
 
 def as_method(settings: Settings, method: str) -> Settings:
-    """The same choices for another method. Weights that are trained themselves are fp32 on a card without bf16: fp16 loses their updates."""
+    """The same choices for another method. On a card without bf16 trained weights are fp32: fp16 would lose updates."""
     if method in _FULL_OPTIMIZER:
         settings = replace(
             settings, method="full", optimizer=_FULL_OPTIMIZER[method], use_dora=False, modules_to_save=()

@@ -29,7 +29,7 @@ from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, num_labels
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16)
-KNOTS = (2048, 32768)  # tokens in a row: what the lines go through
+KNOTS = (2048, 8192, 32768)  # tokens in a row: what the lines go through, one between each two
 FEW = 16  # label tokens: the least that the head's matrix products take (model/head.py)
 FAR = 4096  # tokens: the longest that is rehearsed of a model with masks, whose every block of queries takes its time; or four windows
 STEP = 64  # tokens; lengths are given in multiples of it
@@ -118,7 +118,10 @@ class Growth:
 
     def _row(self, tokens: int) -> Bytes:
         """With FEW labels, of one row, whoever's the tokens are."""
-        return _line(KNOTS, [self._bare(knot, 1) for knot in KNOTS], tokens)
+        knots = (
+            KNOTS[:2] if tokens <= KNOTS[1] else KNOTS[1:]
+        )  # a stretch's highest instant may be another one for longer rows
+        return _line(knots, [self._bare(knot, 1) for knot in knots], tokens)
 
     def _examples(self, length: int, batch: int) -> Bytes:
         """With FEW labels, of `batch` examples that do not share a row, or whose masks differ from one long example's."""

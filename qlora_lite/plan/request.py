@@ -77,9 +77,9 @@ def read_request(
     config, source, config_reason = _find_config(recipe)
     card, device_reason = _choose_card(recipe, named, is_for_a_card=is_model or budget_bytes is not None)
     measured = measured_here(card, cache=default_cache())
-    asked = (
-        "auto" if named is not None else recipe.memory.budget
-    )  # a recipe's budget is for the machine that it was written for
+    is_set = any(override.startswith("memory.budget=") for override in overrides)
+    # A recipe's own budget is for the machine that it was written for.
+    asked = recipe.memory.budget if named is None or is_set else "auto"
     budget, budget_reason = budget_of(budget_bytes or asked, card, measured=measured)
     types = choose_types(recipe.model.dtype, card)
     refuse_without_bf16(recipe, types)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qlora_lite.data.batches import StepSampler
+from qlora_lite.device.accelerator import card_at
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.base import checkpoint_activations, load_base
 from qlora_lite.model.dtypes import choose_types
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw"])
 def test_twenty_steps_on_the_card_lower_the_loss_and_measure_the_allocator(optimizer: str) -> None:
-    types = choose_types("auto", "cuda")
+    types = choose_types("auto", card_at("cuda"))
     base = load_base(tiny_model.tiny_artefact(), device="cuda", compute=types.compute)
     model = attach_adapter(base.model, r=8, lora_alpha=16, factor_dtype=types.factors)
     checkpoint_activations(causal_lm(model), every=1)

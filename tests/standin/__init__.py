@@ -160,7 +160,11 @@ class _Module(types.ModuleType):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.generator = torch.Generator()
-        self.memory = types.SimpleNamespace(set_per_process_memory_fraction=self.set_per_process_memory_fraction)
+        self.memory = types.SimpleNamespace(
+            set_per_process_memory_fraction=self.set_per_process_memory_fraction,
+            _record_memory_history=lambda *_, **__: None,
+            _dump_snapshot=lambda path: Path(path).write_bytes(b""),
+        )
 
     @staticmethod
     def _is_in_bad_fork() -> bool:

@@ -157,7 +157,7 @@ def test_three_updates_are_those_of_the_cpu_to_the_bit_and_large_states_page(opt
     expected, _ = updated("cpu")
     with standin.card("rtx-4090"):
         found, made = updated(standin.NAME)
-        on_device, paged = state_bytes(made)
+        _, paged = state_bytes(made)
         assert bool(paged) == optimizer.startswith("paged")
         if paged:
             (state,) = made.state.values()

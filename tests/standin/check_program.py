@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_lite import api
+from qlora_lite import api, overheads
 from qlora_lite.device.accelerator import card_here
+from qlora_lite.measured import KEPT
+from qlora_lite.model.bring import default_cache
 from qlora_lite.recipe import load_recipe
 from qlora_lite.run_dir import RunDir
 from tests import standin
@@ -215,7 +217,9 @@ def test_memory_that_runs_out_in_the_whole_program_makes_it_leaner_and_the_run_s
 
 def test_a_step_waits_for_the_device_once_a_micro_batch_and_once_for_the_norm(recipe: Path, tmp_path: Path) -> None:
     with standin.card(AMPERE):
-        plan = api.make_plan(load_recipe(recipe, overrides=["train.eval_every_steps=null", "train.save_every_steps=50"]))
+        plan = api.make_plan(
+            load_recipe(recipe, overrides=["train.eval_every_steps=null", "train.save_every_steps=50"])
+        )
         steps = api.train(plan, api.load_model(plan), tmp_path / "run")
         first, before = next(steps), standin.num_synchronized()
         second = next(steps)
@@ -247,3 +251,29 @@ def test_two_cards_in_one_process_and_the_cpu_after_them(recipe: Path, tmp_path:
         with standin.card(card) if card else contextlib.nullcontext():
             done = train_cli(recipe, tmp_path / f"run-{index}", "--json", "--set", "train.max_steps=1")
         assert done.code == 0, done.stderr
+
+
+def test_a_timeline_is_recorded_on_the_device(recipe: Path, tmp_path: Path) -> None:
+    with standin.card(AMPERE):
+        done = train_cli(recipe, tmp_path / "run", "--json", "--profile")
+    assert done.code == 0, done.stderr
+    kinds = {path.suffix for path in (tmp_path / "run" / "profile").iterdir()}
+    assert kinds == {".gz", ".pickle"}
+
+
+def test_what_doctor_measures_on_a_card_is_taken_by_plans_for_it(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holes by bytes and not by a share of the card; rows of many lengths; weights that do not all lie in the card's cache."""
+    monkeypatch.setattr(overheads, "SMALL_CARD_MODEL", ("smollm2-135m", 1))
+    monkeypatch.setattr(overheads, "CARD_LENGTHS", (16, 32, 48, 64))
+    with standin.card("rtx-3080"):
+        measured = overheads.measure_card(standin.NAME)
+        assert measured["card"] == card_here().name and measured["fragmentation_bytes"] >= 0
+        assert measured["step_allocated_bytes"] > 2**20
+        price = overheads.dequantize_price(standin.NAME, num_rounds=1, shape=(512, 1024), num_tokens=(4,))
+        assert price["dequantize_s"]["median"] > 0
+        kept = {**measured, "fragmentation_bytes": 2**30, "cublas_workspace_bytes": 2**20, "versions": {}}
+        default_cache().mkdir(parents=True, exist_ok=True)
+        (default_cache() / KEPT).write_text(json.dumps(kept))
+        plan = api.make_plan(load_recipe(recipe))
+        assert plan.budget_bytes == torch.standin.mem_get_info()[0] - 2**30
+        assert plan.chosen.settings.runtime_bytes == 2 * 2**20
