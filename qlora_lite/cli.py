@@ -345,6 +345,15 @@ def main(arguments: list[str] | None = None) -> None:
         if end.code in (130, 143):  # typer makes 130 of Ctrl-C
             _leave("stopped", end.code)
         raise
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        said = (str(error).splitlines() or [""])[0] or "the machine has no memory left"
+        _leave(
+            f"out of memory ({said}). Close other programs that use the device, or take less at once: "
+            "--set memory.eval_batch_tokens=1024, a smaller memory.budget, data.max_seq_length or model",
+            3,
+        )
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise
@@ -353,6 +362,15 @@ def main(arguments: list[str] | None = None) -> None:
             f"{where}: {error.strerror}. Free some room there, or name another place; what was written before is whole",
             2,
         )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch, if it was imported at all, says so. Training answers it itself; scoring, merging and asking do not."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from qlora_lite.device.out_of_memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _let_segments_grow() -> None:

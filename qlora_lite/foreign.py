@@ -12,17 +12,19 @@ from contextlib import contextmanager
 from qlora_lite.errors import UserError
 
 _LONGEST = 300
+_NO_MEMORY = ("MemoryError", "OutOfMemoryError")  # torch's by name: this module is there without torch
 
 
 @contextmanager
 def foreign(make_error: Callable[[str], UserError]) -> Iterator[None]:
-    """Raises `make_error(what the library said)` for whatever a library raises inside; errors for users pass as they are."""
+    """Raises `make_error(what the library said)` for whatever a library raises inside; errors for users, and a lack of memory, pass."""
     try:
         yield
     except UserError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        kind = type(error).__name__
+        if kind in _NO_MEMORY or (not isinstance(error, Exception) and kind != "PanicException"):
             raise
         raise make_error(said_by(error)) from error
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from qlora_lite.device.out_of_memory import is_out_of_memory
 from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign
 from qlora_lite.limits import TOKENIZER_BYTES
@@ -73,6 +74,8 @@ def load_base(
             if (folder / "generation_config.json").is_file():
                 model.generation_config = _generation_config(folder)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ModelError(f"{folder}: does not load ({type(error).__name__}: {error})") from error
     keep_weights_unpacked(model)
     model.requires_grad_(False).eval()

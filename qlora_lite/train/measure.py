@@ -9,23 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from qlora_lite.device.accelerator import is_accelerator, torch_module
 from qlora_lite.ledger import opened
 
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "alloc_cpu",
-    "status_alloc_failed",
-    "allocation_failed",
-    "cublascreate",
-    "hipblascreate",
-    "failed to cuda calloc",
-)
 _FIRST = "activations"  # what is made until something else is said
 _MARK = "qlora_lite makes "  # begins the name of an event that separates phases
 
@@ -128,17 +116,6 @@ def rss_bytes() -> int:
     """Resident memory of this process: all of it, imports and page cache of mapped files included. 0 outside Linux."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device or the machine has no memory left: torch has no one class for it.
-
-    CUDA's and its driver's own errors say "out of memory"; cuBLAS, cuSOLVER, cuSPARSE and cuDNN name a status instead. A cuBLAS handle
-    that cannot be made is a lack of memory for its workspace, whichever status it names.
-    """
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OUT_OF_MEMORY)
-    )
 
 
 def give_back_free_memory() -> None:

@@ -17,12 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.data.batches import Batch
 from qlora_lite.device.accelerator import card_at, give_back_cache, same_random_numbers
+from qlora_lite.device.out_of_memory import is_out_of_memory
 from qlora_lite.errors import DoesNotFit
 from qlora_lite.ledger import PAGED, PHASES, Ledger, Moment
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.resident import residents
 from qlora_lite.train.footprint import Footprint, apply_footprint
-from qlora_lite.train.measure import give_back_free_memory, is_out_of_memory
+from qlora_lite.train.measure import give_back_free_memory
 from qlora_lite.train.optimizer import is_paged
 from qlora_lite.train.state import TrainState
 from qlora_lite.train.step import forward_backward

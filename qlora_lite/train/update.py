@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from qlora_lite.data.batches import Batch
+from qlora_lite.device.out_of_memory import is_out_of_memory
 from qlora_lite.ledger import counted_as
 from qlora_lite.model.head import CHUNK
-from qlora_lite.train.measure import is_out_of_memory
 from qlora_lite.train.step import forward_backward
 
 Clip = Callable[[Sequence[torch.nn.Parameter], float], torch.Tensor]  # (parameters, greatest norm) -> norm before

@@ -9,6 +9,7 @@ import torch
 from qlora_lite.data.batches import pack_batch, pack_trees
 from qlora_lite.data.template import Encoded
 from qlora_lite.device.accelerator import card_here
+from qlora_lite.device.out_of_memory import is_out_of_memory
 from qlora_lite.errors import DoesNotFit
 from qlora_lite.ledger import Ledger
 from qlora_lite.model.adapter import attach_adapter
@@ -19,7 +20,7 @@ from qlora_lite.plan import rehearsal
 from qlora_lite.plan.rehearsal import MicroBatch, Settings, Stage, num_labels
 from qlora_lite.train import Footprint, TrainState, make_optimizer, optimizer, try_largest_batch
 from qlora_lite.train.loop import StepStats, train_steps
-from qlora_lite.train.measure import is_out_of_memory, measure_allocations
+from qlora_lite.train.measure import measure_allocations
 from qlora_lite.train.update import update
 from tests import standin, tiny_model
 from tests.train.test_loop import sampler_of

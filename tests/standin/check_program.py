@@ -277,3 +277,14 @@ def test_what_doctor_measures_on_a_card_is_taken_by_plans_for_it(recipe: Path, m
         plan = api.make_plan(load_recipe(recipe))
         assert plan.budget_bytes == torch.standin.mem_get_info()[0] - 2**30
         assert plan.chosen.settings.runtime_bytes == 2 * 2**20
+
+
+def test_memory_that_runs_out_elsewhere_is_one_message_and_exit_code_3(recipe: Path, tmp_path: Path) -> None:
+    with standin.card(AMPERE):
+        assert train_cli(recipe, tmp_path / "run", "--json", "--set", "train.max_steps=1").code == 0
+    for words in (("ask", tmp_path / "run", "What is it?"), ("eval", tmp_path / "run"), ("merge", tmp_path / "run")):
+        with standin.card(AMPERE, memory_bytes=torch.standin.memory_allocated() + 100_000):
+            done = run_cli(*words)
+        assert done.code == 3 and "Traceback" not in done.stderr, done.stderr
+        assert "out of memory (CUDA out of memory. Tried to allocate" in done.last_line, done.last_line
+    assert not (tmp_path / "run" / "merged").exists()
