@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from qlora_lite import show
+from qlora_lite.device.out_of_memory import is_out_of_memory
 from qlora_lite.errors import QloraLiteError, UserError
 from qlora_lite.recipe import (
     SHIPPED_MODELS,
@@ -346,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
             _leave("stopped", end.code)
         raise
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):  # training answers it itself; scoring, merging and asking do not
             raise
         said = (str(error).splitlines() or [""])[0] or "the machine has no memory left"
         _leave(
@@ -362,15 +363,6 @@ def main(arguments: list[str] | None = None) -> None:
             f"{where}: {error.strerror}. Free some room there, or name another place; what was written before is whole",
             2,
         )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether torch, if it was imported at all, says so. Training answers it itself; scoring, merging and asking do not."""
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from qlora_lite.device.out_of_memory import is_out_of_memory
-
-    return is_out_of_memory(error)
 
 
 def _let_segments_grow() -> None:

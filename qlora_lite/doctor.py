@@ -39,6 +39,7 @@ ENOUGH_MEMORY, ENOUGH_DISK = (
     3 * 2**30,
     10 * 2**30,
 )  # bytes: the quickstart's process takes 1.4 GiB; an 8B base in NF4 5.6 GiB
+LOOK_S = 0.5  # at other programs
 BUSY = 0.3  # load average a core, above which times are not to be trusted
 Facts = dict[str, Any]
 
@@ -80,6 +81,7 @@ def examine() -> tuple[list[Finding], Facts]:
         ("bitsandbytes", look_at_bitsandbytes, "bitsandbytes"),
         ("kernels", look_at_kernels, "bitsandbytes"),
         ("cpu", look_at_cpu, "torch"),
+        ("other_work", look_at_other_work, None),
         ("memory", look_at_memory, None),
         ("cards", look_at_cards, "torch"),
         ("cache", look_at_cache, None),
@@ -206,6 +208,24 @@ def look_at_cpu(findings: list[Finding]) -> Facts:
         fast = "in hardware" if facts["has_avx512_bf16"] or facts["has_amx"] else "by way of fp32"
         findings.append(Finding("processor", OK, f"{found}; computes in bf16 {fast}"))
     return facts
+
+
+def look_at_other_work(findings: list[Finding]) -> Facts | None:
+    """For half a second: threads that wait for one another at every product lose more than the share that others take."""
+    if _import_error("psutil") is not None:  # named above
+        return None
+    from qlora_lite.device import host
+
+    work = host.OtherWork()
+    time.sleep(LOOK_S)
+    cores = work.cores()
+    remark = host.in_words(cores)
+    if remark is None:
+        findings.append(Finding("other programs", OK, f"they take {cores:.1f} cores"))
+    else:
+        advice = "Steps take longer, and measured times are not this machine's own: wait, or close them"
+        findings.append(Finding("other programs", WARNING, remark, advice))
+    return {"cores": cores}
 
 
 def look_at_memory(findings: list[Finding]) -> Facts:

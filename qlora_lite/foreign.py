@@ -9,10 +9,10 @@ Surprising: a panic of a library in Rust is no Exception in Python (pyo3's Panic
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from qlora_lite.device.out_of_memory import is_out_of_memory
 from qlora_lite.errors import UserError
 
 _LONGEST = 300
-_NO_MEMORY = ("MemoryError", "OutOfMemoryError")  # torch's by name: this module is there without torch
 
 
 @contextmanager
@@ -23,8 +23,7 @@ def foreign(make_error: Callable[[str], UserError]) -> Iterator[None]:
     except UserError:
         raise
     except BaseException as error:
-        kind = type(error).__name__
-        if kind in _NO_MEMORY or (not isinstance(error, Exception) and kind != "PanicException"):
+        if is_out_of_memory(error) or (not isinstance(error, Exception) and type(error).__name__ != "PanicException"):
             raise
         raise make_error(said_by(error)) from error
 

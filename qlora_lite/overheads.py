@@ -171,7 +171,7 @@ def cublas_workspace_bytes(device: str) -> int:
 
 
 def training(device: str, model_name: str, num_layers: int) -> Callable[[Sequence[int]], None]:
-    """-> a function that runs one optimizer step of QLoRA on rows of so many tokens each, by training's own code."""
+    """-> a function that runs one optimizer step of QLoRA on rows of the given lengths, by training's own code."""
     types = choose_types("auto", card_at(device))
     config = known_config(model_name)
     config.num_hidden_layers = num_layers

@@ -16,7 +16,7 @@ from qlora_lite import OFFLINE_ASKED, api, show
 from qlora_lite.checking import check_recipe
 from qlora_lite.data.prompts import question_prompt
 from qlora_lite.data.template import ChatTemplate
-from qlora_lite.device.card import Card, card_of_row, name_of
+from qlora_lite.device.card import Card, card_in_table, card_named, name_of
 from qlora_lite.device.known_cards import KNOWN_CARDS
 from qlora_lite.errors import RunError, UserError
 from qlora_lite.evaluate import by_phrasing, stream_answer
@@ -89,8 +89,9 @@ def plan(
     what: str, overrides: Sequence[str], *, budget: str | None, card: str | None = None, html: Path | None = None
 ) -> dict[str, Any]:
     """The memory budget report of a model or a recipe: what it needs by every method, and what would fit; as a page too."""
+    named, budget_bytes = None if card is None else card_named(card), _budget(budget)
     with show.phase(f"rehearsing {what} on the meta device"):
-        request = read_request(what, overrides=overrides, budget_bytes=_budget(budget), card_name=card)
+        request = read_request(what, overrides=overrides, budget_bytes=budget_bytes, named=named)
         found = forecast(
             request.rehearsals,
             request.chosen,
@@ -118,7 +119,7 @@ def plan(
 
 def cards() -> dict[str, Any]:
     """The cards that a plan can be made for without having one."""
-    rows = [card_row(name, card_of_row(row)) for name, row in KNOWN_CARDS.items()]
+    rows = [card_row(name, card_in_table(name)) for name in KNOWN_CARDS]
     show.show_cards(rows)
     return {"cards": rows}
 
@@ -300,9 +301,12 @@ def _bring(name: str) -> dict[str, Any]:
 
 def _budget(text: str | None) -> int | None:
     try:
-        return None if text is None else parse_budget(text)
+        num_bytes = None if text is None else parse_budget(text)
     except ValueError as error:
         raise UserError(f"--budget: {error}") from error
+    if num_bytes == 0:
+        raise UserError("--budget: 0 is no memory at all; give a size such as 24GiB, or leave it out")
+    return num_bytes
 
 
 def _in_mib(phase: show.Phase) -> Callable[[int, int], None]:

@@ -1,4 +1,4 @@
-"""The items of tools/gpu_check: each a function that returns what it saw as plain values and raises AssertionError where it does not hold.
+"""The items of tools/gpu_check: each a function that returns the values it saw, and names under "wrong" those that do not hold.
 
     1 versions       what is installed, and how torch's libraries are set          6 gradients   card against CPU, trees, splits
     2 operators      against fp64, and against the CPU to the bit                  7 peaks       an 8B shape against its plan
@@ -66,6 +66,7 @@ LARGEST_FIRST = (
     "llama-3.2-3b",
     "llama-3.2-1b",
 )
+LARGE_ERROR = 2.0  # percent, of a plan against the allocator
 Found = dict[str, Any]
 
 
@@ -102,6 +103,7 @@ def run(item: Item) -> Found:
     found: Found = {"item": item.number, "name": item.name, "ok": True}
     try:
         found["found"] = item.work()
+        found["ok"] = not found["found"].get("wrong")
     except Exception as error:  # each item stands alone
         found |= {
             "ok": False,
@@ -172,10 +174,37 @@ def _cublas_workspace() -> int:
 
 def operators() -> Found:
     """The arithmetic that only a card runs."""
-    found: Found = {"dequantize": _dequantized(), "products": _products(), "optimizers": _optimizers()}
-    found["attention"] = _attention()
-    found["lora_product"] = _lora_products()
+    return _each(
+        {
+            "dequantize": _dequantized,
+            "products": _products,
+            "optimizers": _optimizers,
+            "attention": _attention,
+            "lora_product": _lora_products,
+        }
+    )
+
+
+def _each(parts: dict[str, Callable[[], Any]]) -> Found:
+    """All of `parts`, whatever one of them raises; "wrong" names those that do not hold."""
+    found: Found = {"wrong": []}
+    for name, work in parts.items():
+        try:
+            found[name] = work()
+            found["wrong"] += [f"{name}: {each}" for each in _wrong_of(found[name])]
+        except Exception as error:  # the others may still tell something
+            found[name] = {"error": f"{type(error).__name__}: {error}"[:1500]}
+            found["wrong"].append(f"{name}: {type(error).__name__}")
+        gc.collect()
+        with contextlib.suppress(Exception):
+            torch_module().empty_cache()
     return found
+
+
+def _wrong_of(part: Any) -> list[str]:
+    """The cases of a part that it found wrong itself."""
+    cases = part if isinstance(part, list) else [part]
+    return [str(case["wrong"]) for case in cases if isinstance(case, dict) and case.get("wrong")]
 
 
 def _dequantized() -> Found:
@@ -242,39 +271,44 @@ def _attention() -> list[Found]:
     for dtype in (half, torch.float32):
         for lengths, parents in (TREE, ROWS):
             for heads, key_heads, width in ((8, 2, 64), (4, 4, 128), (4, 2, 256), (4, 2, 60)):
-                errors = _attention_errors(dtype, heads, key_heads, width, lengths, parents)
-                kernel = card.attention_kernel(dtype, width)
-                found.append(
-                    {
-                        "dtype": str(dtype),
-                        "kernel": kernel,
-                        "heads": [heads, key_heads],
-                        "width": width,
-                        "errors": errors,
-                    }
-                )
-                assert max(errors.values()) < PRECISION[dtype], found[-1]
+                errors, bounds = _attention_errors(dtype, heads, key_heads, width, lengths, parents)
+                wrong = [name for name in errors if not errors[name] <= bounds[name]]
+                case = {"dtype": str(dtype), "kernel": card.attention_kernel(dtype, width), "heads": [heads, key_heads]}
+                found.append(case | {"width": width, "errors": errors, "bounds": bounds, "wrong": wrong})
     return found
 
 
 def _attention_errors(
     dtype: torch.dtype, heads: int, key_heads: int, width: int, lengths: tuple[int, ...], parents: tuple[int, ...]
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, float]]:
+    """-> (errors of output and gradients against fp64; what they may be: twice those of plain attention in the same type)."""
     rows = [torch.randn(1, sum(lengths), count, width).to(dtype) for count in (heads, key_heads, key_heads)]
     there = [row.to(device()).transpose(1, 2).requires_grad_() for row in rows]
     with exact_sums():
         output = tree_attention(*there, parts_of(lengths, parents), scaling=width**-0.5)
         grad = torch.randn(output.shape).to(dtype)
         (output * grad.to(device())).sum().backward()
-    query, key, value = (row.double().transpose(1, 2).requires_grad_() for row in rows)
-    groups = heads // key_heads
-    scores = query @ key.repeat_interleave(groups, 1).mT * width**-0.5
-    exact = scores.masked_fill(~_mask(lengths, parents), -math.inf).softmax(-1) @ value.repeat_interleave(groups, 1)
-    (exact * grad.double()).sum().backward()
-    pairs = {"output": (output, exact)} | {
-        name: (mine.grad, theirs.grad) for name, mine, theirs in zip("qkv", there, (query, key, value), strict=True)
-    }
-    return {name: _distance(mine, theirs.detach()) for name, (mine, theirs) in pairs.items()}
+    found = [output, *(tensor.grad for tensor in there)]
+    exact, plain = (_plain_attention(rows, grad, _mask(lengths, parents), to) for to in (torch.float64, dtype))
+    names = ("output", "q", "k", "v")
+    errors = {name: _distance(mine, right) for name, mine, right in zip(names, found, exact, strict=True)}
+    rounding = {name: _distance(rough, right) for name, rough, right in zip(names, plain, exact, strict=True)}
+    return errors, {name: max(2 * rounding[name], PRECISION[dtype]) for name in names}
+
+
+def _plain_attention(
+    rows: list[torch.Tensor], grad: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Output and gradients on the CPU; weights and products are rounded to `dtype`, as a kernel's are."""
+    query, key, value = (row.to(dtype).transpose(1, 2).requires_grad_() for row in rows)
+    groups = query.shape[1] // key.shape[1]
+    scores = (query @ key.repeat_interleave(groups, 1).mT).to(torch.promote_types(dtype, torch.float32)) * query.shape[
+        -1
+    ] ** -0.5
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1).to(dtype)
+    output = weights @ value.repeat_interleave(groups, 1)
+    (output * grad.to(dtype)).sum().backward()
+    return [output.detach(), query.grad, key.grad, value.grad]
 
 
 def _mask(lengths: tuple[int, ...], parents: tuple[int, ...]) -> torch.Tensor:
@@ -424,13 +458,17 @@ def memory() -> Found:
     expected, least = _trained(lean, None)
     _, most = _trained(wide, None)
     assert least < most, (least, most)
-    found, _ = _trained(wide, (least + most) // 2)
-    assert found == expected, {"leaner from the start": expected, "after running out of memory": found}
-    return {"losses": found, "peak_bytes": {"wide": most, "lean": least}}
+    losses, _ = _trained(wide, (least + most) // 2)
+    # Kernels add with atomic operations, so the last bits may differ; other random numbers would show in the first digits.
+    is_close = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(losses, expected, strict=True))
+    return {
+        "after running out of memory": losses, "leaner from the start": expected, "reserved_bytes": {"wide": most, "lean": least},
+        "wrong": [] if is_close else ["the losses differ"],
+    }  # fmt: skip
 
 
 def _trained(footprint: Footprint, limit_bytes: int | None) -> tuple[list[float], int]:
-    """-> (losses of three steps with dropout, the allocator's highest sum)."""
+    """-> (losses of three steps with dropout, bytes that the allocator has reserved at their end, which a limit is held against)."""
     config = known_config("smollm2-135m")
     config.num_hidden_layers = 6
     torch.manual_seed(0)
@@ -446,7 +484,7 @@ def _trained(footprint: Footprint, limit_bytes: int | None) -> tuple[list[float]
     sampler = StepSampler(8, examples_per_step=8, epochs=1, max_steps=3, seed=0)
     gc.collect()
     torch_module().empty_cache()
-    before, total = torch_module().memory_allocated(), torch_module().mem_get_info()[1]
+    total = torch_module().mem_get_info()[1]
     if limit_bytes is not None:
         torch_module().set_per_process_memory_fraction(limit_bytes / total)
     try:
@@ -460,7 +498,7 @@ def _trained(footprint: Footprint, limit_bytes: int | None) -> tuple[list[float]
         )  # fmt: skip
     finally:
         torch_module().set_per_process_memory_fraction(1.0)
-    return [step.loss for step in steps], before + max(step.peak_bytes or 0 for step in steps)
+    return [step.loss for step in steps], torch_module().memory_reserved()
 
 
 # 6 ---------------------------------------------------------------------------------------------------------------------------------------
@@ -512,14 +550,16 @@ def _gradients_of(place: str, batches: Sequence[Batch], compute: torch.dtype) ->
 
 def peaks() -> Found:
     """Llama-3.1-8B's shape, random weights: the plan against the allocator, phase by phase; then what varied lengths leave reserved."""
-    found: Found = {"cells": [cell(EIGHT_B, tokens, every) for tokens in (1024, 4096) for every in (0, 1)]}
-    found["reserved_after_varied_lengths"] = {
-        "expandable segments": _varied_in_a_process("expandable_segments:True"),
-        "default": _varied_in_a_process("expandable_segments:False"),
+    cells = {
+        f"{tokens} tokens, every {every}": partial(cell, EIGHT_B, tokens, every)
+        for tokens in (1024, 4096)
+        for every in (1, 0)
     }
-    worst = max(abs(each["error_percent"]) for each in found["cells"])
-    assert worst <= 2.0, json.dumps(found)
-    return found
+    varied = {
+        f"reserved after varied lengths, {setting}": partial(_varied_in_a_process, setting)
+        for setting in ("expandable_segments:True", "expandable_segments:False")
+    }
+    return _each(cells | varied)
 
 
 def cell(name: str, tokens: int, every: int, *, r: int = 16) -> Found:
@@ -528,6 +568,14 @@ def cell(name: str, tokens: int, every: int, *, r: int = 16) -> Found:
     assert card is not None
     micro_batch = MicroBatch(tokens, 1, 0.1)
     planned = Stage(known_config(name), Settings(card=card, r=r, checkpoint_every=every)).rehearse(micro_batch)
+    free = torch_module().mem_get_info()[0]
+    if planned.peak_bytes > free:
+        return {
+            "model": name,
+            "tokens": tokens,
+            "checkpoint_every": every,
+            "left_out": f"planned {planned.peak_bytes:,} of {free:,} bytes",
+        }
     gc.collect()
     torch_module().empty_cache()
     before = torch_module().memory_allocated()
@@ -537,11 +585,15 @@ def cell(name: str, tokens: int, every: int, *, r: int = 16) -> Found:
     held = torch_module().memory_allocated()
     phases = step(measured=True)
     measured = held + max(phases.values())
-    stats = torch_module().memory_stats() if hasattr(torch_module(), "memory_stats") else {}
+    torch_module().reset_peak_memory_stats()
+    step(measured=False)  # the same once more, with the peaks of all counters left alone
+    stats = torch_module().memory_stats()
     del model, step
+    error = 100 * (planned.peak_bytes / measured - 1)
     return {
+        "wrong": [f"{error:+.2f}%"] if abs(error) > LARGE_ERROR else [],
         "model": name, "tokens": tokens, "checkpoint_every": every, "planned_bytes": planned.peak_bytes, "measured_bytes": measured,
-        "before_bytes": before, "error_percent": round(100 * (planned.peak_bytes / measured - 1), 3),
+        "before_bytes": before, "error_percent": round(error, 3),
         "planned_phases": {phase: sum(parts.values()) for phase, parts in planned.phases.items()},
         "planned_parts": planned.parts,
         "measured_phases": {phase: held + size for phase, size in phases.items()},
@@ -648,7 +700,12 @@ def _launches(work: Callable[[], object]) -> Found:
     with profile(activities=supported_activities()) as profiler:
         elapsed = _timed(work)
     kernels = [
-        event for event in profiler.events() if "cuda" in str(event.device_type).lower() and event.device_time > 0
+        event
+        for event in profiler.events()
+        if "cuda" in str(event.device_type).lower()
+        and event.device_time > 0
+        and not getattr(event, "is_user_annotation", False)  # a span over kernels
+        and not event.name.startswith(("Memcpy", "Memset"))
     ]
     busy_s = sum(event.device_time for event in kernels) / 1e6
     by_name: dict[str, float] = {}
@@ -726,7 +783,7 @@ def shapes() -> Found:
 
 
 def paged() -> Found:
-    """Three updates with state in managed memory, small: it is freed again."""
+    """Three updates with state in managed memory, small: bitsandbytes keeps it as long as the process lives."""
     weight = torch.nn.Parameter(torch.randn(2000, 500, device=device(), dtype=torch.bfloat16))
     weight.grad_dtype = torch.float32
     optimizer = make_optimizer([("weight", weight)], name="paged_adamw_8bit", learning_rate=1e-3, weight_decay=0.0)

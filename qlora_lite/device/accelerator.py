@@ -62,7 +62,7 @@ def card_at_index(index: int) -> Card:
 
 
 def forget_cards() -> None:
-    """Ask anew: the device has changed under a test."""
+    """Ask the device again: a test has changed it."""
     card_here.cache_clear()
 
 

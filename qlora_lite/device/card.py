@@ -4,8 +4,8 @@
     capability  NVIDIA's compute capability, (8, 9) for an RTX 4090; None for the processor
 
 Which attention kernel a card has for a type and a head width is PyTorch's rule for CUDA (sdp_utils.cpp): FlashAttention-2 from
-capability 8.0 on, for 16 bits, head widths up to 256 and no mask; else the memory-efficient kernel, whose memory grows with the length
-too. cuDNN's attention, which PyTorch prefers on 9.0 and 10.0, is switched off (numerics.py): it plans anew for each shape.
+capability 8.0 on, for 16 bits, head widths up to 256 and no mask; else the memory-efficient kernel, whose memory also grows linearly with
+the length. cuDNN's attention, which PyTorch prefers on 9.0 and 10.0, is switched off (numerics.py): it makes a new plan for each shape.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from qlora_lite.device.known_cards import KNOWN_CARDS, KnownCard
+from qlora_lite.device.known_cards import KNOWN_CARDS, REPORTED_GIB, REPORTED_SHARE
 from qlora_lite.errors import UserError
 from qlora_lite.units import format_bytes
 
@@ -108,15 +108,22 @@ CPU = Card("CPU", "cpu", 0)
 def card_named(name: str) -> Card:
     """A row of the table, by its name as `plan --cards` lists it or as the driver has it. Raises UserError with the nearest names."""
     key = _key(name)
-    by_full_name = {_key(card.full_name.removeprefix("NVIDIA ")): short for short, card in KNOWN_CARDS.items()}
-    short = key if key in KNOWN_CARDS else by_full_name.get(key.removeprefix("nvidia-"))
-    if short is None:
-        near = difflib.get_close_matches(key, KNOWN_CARDS, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        raise UserError(
-            f"--card: {name!r} is not in the table of cards; {hint}`plan --cards` lists all {len(KNOWN_CARDS)}"
-        )
-    return card_of_row(KNOWN_CARDS[short])
+    if key in KNOWN_CARDS:
+        return card_in_table(key)
+    plain = {short: _plain(short) for short in KNOWN_CARDS}
+    full = {short: _plain(row.full_name) for short, row in KNOWN_CARDS.items()}
+    asked = _plain(name)
+    exact = [short for short in KNOWN_CARDS if asked and asked in (plain[short], full[short])]
+    parts = [
+        short for short in KNOWN_CARDS if asked and (plain[short].endswith(asked) or plain[short].startswith(asked))
+    ]
+    if len(exact or parts) == 1:
+        return card_in_table((exact or parts)[0])
+    near = parts or difflib.get_close_matches(key, KNOWN_CARDS, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise UserError(
+        f"--card: {name!r} is not the name of one card in the table; {hint}`plan --cards` lists all {len(KNOWN_CARDS)}"
+    )
 
 
 def name_of(card: Card) -> str:
@@ -124,12 +131,13 @@ def name_of(card: Card) -> str:
     return next((short for short, row in KNOWN_CARDS.items() if row.full_name == card.name), card.name)
 
 
-def card_of_row(row: KnownCard, *, device: str = "cuda") -> Card:
-    """A table's row as a value."""
+def card_in_table(short: str) -> Card:
+    """A row of the table as a value; its memory is what CUDA reports."""
+    row = KNOWN_CARDS[short]
     return Card(
         name=row.full_name,
-        device=device,
-        memory_bytes=int(row.memory_gib * 2**30),
+        device="cuda",
+        memory_bytes=int(REPORTED_GIB.get(short, REPORTED_SHARE * row.memory_gib) * 2**30),
         capability=row.capability,
         num_sms=row.num_sms,
         flops=row.tflops_16 * 1e12,
@@ -141,15 +149,18 @@ def card_of_row(row: KnownCard, *, device: str = "cuda") -> Card:
     )
 
 
-COMMON_CARD = card_of_row(KNOWN_CARDS["rtx-4090"])  # planned for where no card is here and none is named
+COMMON_CARD = card_in_table("rtx-4090")  # planned for where no card is here and none is named
 
 
 def with_rates(card: Card) -> Card:
-    """A card that is here with the table's rates; those of the slowest row of its capability where its name is not in the table."""
-    rows = list(KNOWN_CARDS.values())
-    own = [row for row in rows if row.full_name.lower() == card.name.lower()]
-    alike = [row for row in rows if row.capability == card.capability] or rows
-    row = card_of_row(own[0] if own else min(alike, key=lambda row: row.bandwidth_gb_s))
+    """A card that is here with the table's rates; where its name is not in it, those of the slowest row of the nearest capability."""
+    assert card.capability is not None
+    rows = [card_in_table(short) for short in KNOWN_CARDS]
+    own = [row for row in rows if row.name.lower() == card.name.lower()]
+    versions = {row.capability for row in rows if row.capability is not None}
+    nearest = min(versions, key=lambda version: abs(_number(version) - _number(card.capability or version)))
+    alike = [row for row in rows if row.capability == nearest]
+    row = own[0] if own else min(alike, key=lambda row: row.bytes_per_s)
     source = row.source if own else f"assumed, those of {row.name}: {card.name} is not in the table"
     return replace(
         card,
@@ -166,9 +177,19 @@ def usable_memory(card: Card) -> tuple[int, str]:
     margin = max(MARGIN_BYTES, int(MARGIN_SHARE * card.memory_bytes))
     usable = card.memory_bytes - CONTEXT_BYTES - margin
     return usable, (
-        f"{format_bytes(usable)}: {card.name} has {format_bytes(card.memory_bytes)}, less {format_bytes(CONTEXT_BYTES)} for the CUDA "
-        f"context and {format_bytes(margin)} for the allocator's holes, both assumed"
+        f"{format_bytes(usable)}: CUDA reports about {format_bytes(card.memory_bytes)} on {card.name}, less {format_bytes(CONTEXT_BYTES)} "
+        f"for its context and {format_bytes(margin)} for the allocator's holes, both assumed"
     )
+
+
+def _number(capability: tuple[int, int]) -> int:
+    return 10 * capability[0] + capability[1]
+
+
+def _plain(name: str) -> str:
+    """`NVIDIA GeForce RTX 4090` and `rtx-4090` are `rtx4090`."""
+    words = name.lower().replace("nvidia", "").replace("geforce", "").replace("tesla", "")
+    return "".join(character for character in words if character.isalnum())
 
 
 def _key(name: str) -> str:

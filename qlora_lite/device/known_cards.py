@@ -6,8 +6,7 @@ for a bandwidth. No card reaches all of them at once. The columns:
 - full_name: what `torch.cuda.get_device_name` returns with a driver of 2021 or later. Older drivers leave "NVIDIA "
   out. A name does not always tell the memory: the RTX 2060, 3050, 3060, 3080, 4060 Ti and 5060 Ti exist with another
   size too, and the other 2060, 3050 and 3080 have another number of SMs.
-- memory_gib: nominal memory in GiB. CUDA reports a little less. Where ECC is on in GDDR6 (T4, A10, A10G, L4, L40S),
-  seven to nine percent are missing.
+- memory_gib: nominal memory in GiB, as the card is sold.
 - capability: the CUDA compute capability. Tensor cores multiply bfloat16 from 8.0 on; below it `tflops_16` holds for
   float16 alone.
 - num_sms: the streaming multiprocessors that CUDA sees.
@@ -26,6 +25,11 @@ The sources are NVIDIA's architecture whitepapers (Pascal GP100, Volta GV100, Tu
 Hopper, RTX Blackwell) and the data sheet or product page of each card. GeForce figures are those of reference cards,
 not of Founders Editions with a higher clock. AWS publishes the A10G's data sheet; its SMs and the H200's cache are
 what CUDA reports.
+
+`REPORTED_GIB` is the memory that CUDA reports where it is far below the nominal one: with ECC in GDDR6 seven to nine
+percent are missing. The T4's, L40S's and A10G's stand in error messages that users made public ("total capacity of
+14.56 GiB"); the A10's and L4's are taken to be the A10G's. Of all other cards `REPORTED_SHARE` is taken, a little
+below what they report.
 """
 
 from dataclasses import dataclass
@@ -97,3 +101,6 @@ KNOWN_CARDS: dict[str, KnownCard] = {
     "rtx-5080": KnownCard("NVIDIA GeForce RTX 5080", 16.0, (12, 0), 84, 112.6, 960.0, 64.0, 360, 63.0),
     "rtx-5090": KnownCard("NVIDIA GeForce RTX 5090", 32.0, (12, 0), 170, 209.5, 1792.0, 96.0, 575, 63.0),
 }
+
+REPORTED_GIB = {"t4": 14.56, "a10": 22.0, "a10g": 22.0, "l4": 22.0, "l40s": 44.4}
+REPORTED_SHARE = 0.98  # an RTX 4090 reports 23.6 of 24 GiB, an A100 79.2 of 80

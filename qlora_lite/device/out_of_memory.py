@@ -1,6 +1,4 @@
-"""How a lack of memory is told: by torch's allocator, the driver, and each of CUDA's libraries in its own words."""
-
-import torch
+"""Errors that mean a lack of memory: torch's allocator, the driver and each of CUDA's libraries have their own words. Needs no torch."""
 
 _OUT_OF_MEMORY = (
     "out of memory",
@@ -21,6 +19,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     CUDA's and its driver's own errors say "out of memory"; cuBLAS, cuSOLVER, cuSPARSE and cuDNN name a status instead. A cuBLAS handle
     that cannot be made is a lack of memory for its workspace, whichever status it names.
     """
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+    return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OUT_OF_MEMORY)
     )

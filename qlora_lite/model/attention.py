@@ -133,21 +133,21 @@ def padded_rows_attention(
     attention_mask: torch.Tensor | None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' sdpa attention [B, H, T, d] -> [B, T, H, d], its keys and values repeated first where a card's kernel needs that."""
-    if _kernel(query, value, has_mask=attention_mask is not None) != "efficient":
+    """transformers' sdpa attention [B, H, T, d] -> [B, T, H, d]; a prompt without a mask has its keys and values repeated first where the
+    card's kernel takes no grouped ones. (Under a mask transformers repeats them, and one query needs no memory to speak of.)"""
+    is_prompt = attention_mask is None and query.shape[2] > 1
+    if not is_prompt or _kernel(query, value) != "efficient":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    is_causal = attention_mask is None and query.shape[2] > 1
     key, value = _for_every_head(key, query), _for_every_head(value, query)
     output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=settings.get("scaling"), is_causal=is_causal
+        query, key, value, scale=settings.get("scaling"), is_causal=settings.get("is_causal", True) is not False
     )
     return output.transpose(1, 2).contiguous(), None
 
 
-def _kernel(query: torch.Tensor, value: torch.Tensor, *, has_mask: bool = False) -> str:
-    return card_of(query).attention_kernel(
-        query.dtype, query.shape[-1], value.shape[-1], has_mask=has_mask, trains=query.requires_grad
-    )
+def _kernel(query: torch.Tensor, value: torch.Tensor) -> str:
+    card = card_of(query)
+    return card.attention_kernel(query.dtype, query.shape[-1], value.shape[-1], trains=query.requires_grad)
 
 
 def _for_every_head(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

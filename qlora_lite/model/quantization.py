@@ -96,7 +96,7 @@ class Quantization:
 
     def _int8(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         module = name.removesuffix(".weight")
-        values, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.to(torch.float16))
+        values, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         return {name: values, f"{module}.{SCALES}": scales, f"{module}.{FORMAT}": torch.tensor(0, dtype=torch.uint8)}
 
     def _four_bit(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

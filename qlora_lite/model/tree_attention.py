@@ -98,9 +98,9 @@ class _TreeAttention(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: tuple[Part, ...], scaling: float,
         kernel: "_Kernel",
     ) -> torch.Tensor:  # fmt: skip
-        is_one_width = value.shape[-1] == query.shape[-1]
-        output = torch.empty_like(query) if is_one_width else query.new_empty(*query.shape[:-1], value.shape[-1])
-        total = None
+        batch, heads, tokens, _ = query.shape
+        # Laid out as [1, T, H, d], whatever the query's layout: the kernels' backward passes take no other, or copy it.
+        output, total = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2), None
         for part in parts:
             q, k, v = query[:, :, part.queries], key[:, :, part.keys], value[:, :, part.keys]
             mine, weight = kernel.forward(q, k, v, part.is_causal, scaling)

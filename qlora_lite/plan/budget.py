@@ -27,8 +27,8 @@ def measured_here(card: Card, *, cache: Path) -> Mapping[str, Any]:
 
 
 def budget_of(asked: int | str, card: Card, *, measured: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """-> (bytes, reason). `asked` is bytes, or "auto": of a device that is here what it has free now, of another card what it is sold
-    with, each less a margin.
+    """-> (bytes, reason). `asked` is bytes, or "auto": of a device that is here what it has free now, of another card what CUDA
+    reports on it, each less a margin.
 
     `measured` is what `measured_here` says of the device.
     """

@@ -85,22 +85,58 @@ def _efficient_forward(card: Card, args: Sequence[Any]) -> int:
 
 
 def _efficient_backward(card: Card, args: Sequence[Any]) -> int:
+    """The largest of the kernels that may be taken: which one fits a card's shared memory is not in torch's headers."""
     grad, query, key, value = args[:4]
-    batch, heads, num_queries, width = query.shape
-    num_keys, value_width, widest = key.shape[2], value.shape[-1], max(width, value.shape[-1])
     is_half = query.dtype != torch.float32
-    has_room = card.capability is not None and card.capability >= (8, 0) and card.capability not in _SMALL_SHARED_MEMORY
-    rows, columns = (128, 128) if is_half and has_room and 64 < widest <= 128 else (64, 64)
-    in_registers = is_half and widest <= rows
-    splits = math.ceil(num_keys / columns)
-    if not in_registers and is_half:
-        splits = max(1, min(splits, 200 // (batch * heads)))
-    of_keys = splits * columns * rows * (math.ceil(width / rows) + math.ceil(value_width / rows))
-    floats = of_keys if is_half and not in_registers else 0
-    floats += math.ceil(num_queries / rows) * math.ceil(width / columns) * (4 + rows * columns)
-    delta = batch * heads * num_queries
-    products = batch * heads * num_queries * value_width + delta if not is_half else 0
-    return 4 * (batch * heads * (4 * math.ceil(floats / 4)) + delta + products) + _copied(grad)
+    rows_BH, num_queries = query.shape[0] * query.shape[1], query.shape[2]
+    blocks = _efficient_blocks(card, max(query.shape[-1], value.shape[-1]), is_half=is_half)
+    workspace = max(_efficient_sums(card, query, key, value, block, is_half=is_half) for block in blocks)
+    delta = 4 * rows_BH * num_queries
+    # In fp32 delta comes from a product of its own, before the kernel's sums are there.
+    product = 0 if is_half else 4 * rows_BH * num_queries * value.shape[-1] + delta
+    return max(workspace, product) + delta + _copied(grad)
+
+
+def _efficient_blocks(card: Card, widest: int, *, is_half: bool) -> list[tuple[int, int, bool]]:
+    """(rows, columns, whether dK and dV stay in registers) of the kernels that may be taken for heads so wide."""
+    capability = card.capability or (0, 0)
+    has_room = capability >= (8, 0) and capability not in _SMALL_SHARED_MEMORY
+    if widest <= 64 or capability < (7, 0):
+        return [(64, 64, is_half and widest <= 64)]
+    if not is_half:
+        return [(128, 64, False), (64, 64, False)]
+    if capability < (8, 0):
+        return [(128, 64, widest <= 128), (64, 64, False)]
+    if widest <= 96 and capability in ((8, 6), (8, 9)):
+        return [(128, 64, True)]
+    return [(128, 128, widest <= 128)] if has_room else [(64, 64, False)]
+
+
+def _efficient_sums(
+    card: Card,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block: tuple[int, int, bool],
+    *,
+    is_half: bool,
+) -> int:
+    """Bytes of the gradients that one kernel adds up in fp32: dQ's blocks, and dK's and dV's where registers do not hold them."""
+    rows, columns, in_registers = block
+    rows_BH, num_queries, width = query.shape[0] * query.shape[1], query.shape[2], query.shape[3]
+    num_keys, has_splits = key.shape[2], (card.capability or (0, 0)) >= (7, 0)
+    splits = math.ceil(num_keys / columns) if has_splits else 1
+    if rows_BH >= 256 and num_keys <= 2 * columns:
+        splits = 1
+    adds_keys = is_half and not in_registers
+    if adds_keys:
+        splits = max(1, min(splits, 200 // rows_BH))
+    of_keys = (
+        splits * columns * rows * (math.ceil(width / rows) + math.ceil(value.shape[-1] / rows)) if adds_keys else 0
+    )
+    of_queries = math.ceil(num_queries / rows) * math.ceil(width / columns) * (4 + rows * columns)
+    floats = of_keys + (of_queries if has_splits or is_half else 0)
+    return 4 * rows_BH * 4 * math.ceil(floats / 4)
 
 
 def _gemm_4bit(card: Card, args: Sequence[Any]) -> int:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from qlora_lite.data.trees import Sharing
 from qlora_lite.device.accelerator import card_here, choose_device
-from qlora_lite.device.card import COMMON_CARD, Card, card_named
+from qlora_lite.device.card import COMMON_CARD, Card
 from qlora_lite.errors import ModelError, UserError
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import choose_types
@@ -35,6 +35,7 @@ from qlora_lite.plan.planner import Fit, Needs, fit, leanest_settings
 from qlora_lite.plan.rehearsal import Settings
 from qlora_lite.recipe import DEFAULT_RECIPE, Recipe, list_recipes, load_recipe
 from qlora_lite.recipe.hub_names import fetch_command, find_fetched, is_hub_name
+from qlora_lite.units import format_bytes
 
 _ASSUMED_LENGTH, _ASSUMED_LABEL_SHARE = 1024, 0.1
 
@@ -57,10 +58,9 @@ class Request:
 
 
 def read_request(
-    what: str, *, overrides: Sequence[str] = (), budget_bytes: int | None = None, card_name: str | None = None
+    what: str, *, overrides: Sequence[str] = (), budget_bytes: int | None = None, named: Card | None = None
 ) -> Request:
-    """`card_name` is a row of the table of cards. Raises RecipeError for a recipe, UserError for anything else that is not known."""
-    named = None if card_name is None else card_named(card_name)
+    """`named` is a card to plan for that need not be here. Raises RecipeError for a recipe, UserError for anything that is not known."""
     is_model = _is_model(what)
     if (
         not is_model
@@ -78,9 +78,12 @@ def read_request(
     card, device_reason = _choose_card(recipe, named, is_for_a_card=is_model or budget_bytes is not None)
     measured = measured_here(card, cache=default_cache())
     is_set = any(override.startswith("memory.budget=") for override in overrides)
-    # A recipe's own budget is for the machine that it was written for.
-    asked = recipe.memory.budget if named is None or is_set else "auto"
-    budget, budget_reason = budget_of(budget_bytes or asked, card, measured=measured)
+    is_for_another = named is not None and not is_set and budget_bytes is None and recipe.memory.budget != "auto"
+    asked = "auto" if is_for_another else recipe.memory.budget
+    budget, budget_reason = budget_of(asked if budget_bytes is None else budget_bytes, card, measured=measured)
+    if is_for_another:
+        assert isinstance(recipe.memory.budget, int)
+        budget_reason += f"; the recipe's own {format_bytes(recipe.memory.budget)} is left aside for --card"
     types = choose_types(recipe.model.dtype, card)
     refuse_without_bf16(recipe, types)
     positions = context_window(config)
@@ -161,8 +164,9 @@ def _choose_card(recipe: Recipe, named: Card | None, *, is_for_a_card: bool) -> 
     card, reason = (card_here(), "cuda: asked for") if recipe.device == "cuda" else choose_device(recipe.device)
     if card is not None and not (card.is_cpu and recipe.device == "auto" and is_for_a_card):
         return card, reason
+    asked = "cuda was asked for and is not here, so this plans for " if recipe.device == "cuda" else ""
     return COMMON_CARD, (
-        f"{COMMON_CARD.in_words}, a common card, though none is here; --card NAME plans for yours (plan --cards lists them), "
+        f"{asked}{COMMON_CARD.in_words}, a common card, though none is here; --card NAME plans for yours (plan --cards lists them), "
         "--set device=cpu for the processor"
     )
 

@@ -6,7 +6,8 @@
 
 Losses and speeds are means over the last `WINDOW` steps, the loss weighted by label tokens: a single step of a few
 questions jumps too much to read. Time left is the remaining steps at the mean pace of that window, evaluations not counted.
-A step with a validation loss always gets its line.
+A step with a validation loss always gets its line. Where other programs take a good part of the processor, the line says how much: a step
+is then slower than the machine could do it.
 """
 
 import time
@@ -16,6 +17,7 @@ from typing import Protocol
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from qlora_lite.device.host import in_words
 from qlora_lite.show.text import console, say
 from qlora_lite.units import format_bytes, format_seconds
 
@@ -50,6 +52,8 @@ class StepLike(Protocol):
     def peak_bytes(self) -> int | None: ...
     @property
     def eval_loss(self) -> float | None: ...
+    @property
+    def other_cores(self) -> float | None: ...
 
 
 class TrainScreen:
@@ -104,6 +108,7 @@ class TrainScreen:
             memory = f"{format_bytes(stats.rss_bytes)}, peak {format_bytes(self._highest_rss_bytes)}"
         else:  # two different meters, so both are named
             memory = f"process {format_bytes(stats.rss_bytes)}, allocator peak {format_bytes(stats.peak_bytes)}"
+        remark = in_words(sum((step.other_cores or 0.0) * step.step_s for step in self._recent) / busy_s)
         return "  ".join(
             (
                 f"loss {loss:.3f}",
@@ -111,6 +116,7 @@ class TrainScreen:
                 f"{examples / busy_s:.2f} examples/s",
                 f"{format_seconds(left_s)} left",
                 memory,
+                *([f"busy: {remark}"] if remark else []),
             )
         )
 

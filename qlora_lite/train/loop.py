@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from qlora_lite.data.batches import Batch, StepSampler, make_batches, step_with_largest_batch
 from qlora_lite.data.examples import Examples
 from qlora_lite.device.accelerator import card_here, is_accelerator
+from qlora_lite.device.host import OtherWork
 from qlora_lite.errors import DoesNotFit, TrainingStopped
 from qlora_lite.ledger import PHASES
 from qlora_lite.train.best import best_after
@@ -67,6 +68,7 @@ class StepStats:
     peak_bytes: int | None  # of this step above its start, by the allocator; None where it was not measured
     eval_loss: float | None = None  # on held-out rows; None where it was not due
     phase_peaks: dict[str, int] | None = None  # the peak of forward, head, backward and update apart
+    other_cores: float | None = None  # that the rest of the machine kept busy meanwhile, on average
 
 
 def train_steps(
@@ -107,9 +109,11 @@ def train_steps(
     tokens = state.footprint.micro_batch_tokens
     measured_step = step_with_largest_batch(examples, sampler, tokens, first=state.step)
     model.train()
+    other_work = OtherWork()
     while not state.is_over(len(sampler), early_stop=early_stop):
         begin = time.perf_counter()
         step = state.step
+        other_work.cores()  # of the time between two steps
         rows = sampler.rows_of_step(step)
         rate = learning_rate_at(
             step, num_steps=len(sampler), peak=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio
@@ -171,6 +175,7 @@ def train_steps(
             rss_bytes=rss_bytes(),
             peak_bytes=None if done.peaks is None else max(done.peaks.values()),
             phase_peaks=done.peaks,
+            other_cores=other_work.cores(),
         )
         if trace is not None:
             trace.write()

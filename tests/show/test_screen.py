@@ -23,6 +23,7 @@ class Stats:
     num_label_tokens: int = 40
     step_s: float = 2.0
     rss_bytes: int = 2**30
+    other_cores: float | None = None
     peak_bytes: int | None = None
     eval_loss: float | None = None
 
@@ -103,3 +104,13 @@ def test_a_phase_that_fails_says_so_and_raises_on(written):
     with pytest.raises(KeyError), show.phase("loading the base"):
         raise KeyError("x")
     assert stream.getvalue().splitlines() == ["loading the base ...", "loading the base: failed after 0.0 s"]
+
+
+def test_a_busy_machine_is_named_beside_the_speed_that_it_spoils(written, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    stream = written(terminal=False)
+    with show.TrainScreen(2, line_every_s=0) as train_screen:
+        train_screen.update(Stats(1, num_steps=2, other_cores=0.1))
+        train_screen.update(Stats(2, num_steps=2, other_cores=1.9))
+    first, last = stream.getvalue().splitlines()
+    assert "busy" not in first and "busy: other programs take 1.0 of 2 cores" in last

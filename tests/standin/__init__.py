@@ -435,6 +435,10 @@ def _efficient_backward(  # type: ignore[no-untyped-def]
     grad, q, k, v, attn_bias, out, total, seed, offset, dropout_p, grad_input_mask, is_causal=False, *, scale=None
 ):
     _refuse_for_efficient(q, k, v)
+    if out.stride(2) != out.shape[1] * out.shape[3] or out.stride(1) != out.shape[3]:
+        raise RuntimeError(
+            "efficient attention backward: the kernel reads the output as [B, L, H, d], whatever its strides say"
+        )
     if total.shape[-1] != 32 * math.ceil(q.shape[2] / 32):
         raise RuntimeError("efficient attention backward: the log-sum-exp must be padded to a multiple of 32")
     calls["efficient backward"] += 1

@@ -33,11 +33,13 @@ def mask_of(lengths: tuple[int, ...], parents: tuple[int, ...]) -> torch.Tensor:
     return mask
 
 
-def inputs(dtype: torch.dtype, heads: int, key_heads: int, width: int, value_width: int) -> list[torch.Tensor]:
-    """[1, H, T, d] as a model makes them: transposed views."""
+def inputs(
+    dtype: torch.dtype, heads: int, key_heads: int, width: int, value_width: int, *, is_transposed: bool = True
+) -> list[torch.Tensor]:
+    """[1, H, T, d] as models make them: transposed views, or laid out so, where rotary code ends in a concatenation (Phi-3)."""
     sizes = (heads, width), (key_heads, width), (key_heads, value_width)
-    rows = [torch.randn(1, sum(LENGTHS), *size).to(dtype).to(standin.NAME) for size in sizes]
-    return [row.transpose(1, 2).requires_grad_() for row in rows]
+    rows = [torch.randn(1, sum(LENGTHS), *size).to(dtype).to(standin.NAME).transpose(1, 2) for size in sizes]
+    return [(row if is_transposed else row.contiguous()).requires_grad_() for row in rows]
 
 
 def in_fp64(tensors: list[torch.Tensor], mask: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
@@ -70,9 +72,12 @@ def distances(found: list[torch.Tensor], expected: list[torch.Tensor]) -> list[f
         ("gtx-1080-ti", torch.float32, (4, 2, 64, 64), "efficient"),
     ],
 )
-def test_attention_over_trees_takes_the_cards_kernel_and_is_that_of_plain_attention(card, dtype, shape, kernel):
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_attention_over_trees_takes_the_cards_kernel_and_is_that_of_plain_attention(
+    card, dtype, shape, kernel, is_transposed
+):
     with standin.card(card):
-        tensors = inputs(dtype, *shape)
+        tensors = inputs(dtype, *shape, is_transposed=is_transposed)
         output = tree_attention(*tensors, parts_of(LENGTHS, PARENTS), scaling=shape[2] ** -0.5)
         grad = torch.randn(output.shape).to(dtype)
         (output * grad.to(standin.NAME)).sum().backward()
