@@ -29,7 +29,7 @@ from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, tokenizer
 from qlora_lite.errors import DataError
 from qlora_lite.model.staging import new_staging, remove_left_over, unlock
 
-CODE_VERSION = 3  # raise it when the same file and tokenizer should give other rows
+CODE_VERSION = 4  # raise it when the same file and tokenizer should give other rows
 _WRITE_ROWS = 256  # rows held in memory while writing
 _NUM_KEPT, _NUM_SAID = 20, 3  # names of rows that are kept, and said
 
