@@ -1,8 +1,8 @@
 """Which format the rows of a file have, decided by the rows and not by the first of them; and columns spelt a little differently.
 
-In: a file of rows. Out: (format, the columns that make it so). Each of the first SCANNED_ROWS rows votes for the format that its own columns
-have (a blank cell is no column), so a row that lacks a column or has one too many changes nothing for the others: it is a bad row, or a
-column that is not used. Where no row votes (all answers are blank, say), the names of all columns decide.
+In: a file of rows. Out: (format, the columns that make it so). Each of the first SCANNED_ROWS rows votes for the format that its own
+columns have (a blank cell does not count), so a row that lacks a column or has one too many changes nothing for the others: it is a bad
+row, or a column that is not used. Where no row votes (all answers are blank, say), the names of all columns decide.
 """
 
 from collections import Counter

@@ -46,7 +46,7 @@ def open_text(path: Path) -> Iterator[OpenedText]:
         try:
             yield open_utf8(file, longest=DATA_FILE_BYTES)
         except NotText as error:
-            raise DataError(f"{path}: line {error.line}: {error}. {EXPECTED}") from error
+            raise DataError(f"{path}: line {error.line}: {error}") from error
 
 
 def how_read(path: Path) -> str:
