@@ -84,7 +84,7 @@ def test_a_small_gzip_file_does_not_unpack_beyond_the_limit():
     assert len(bomb) < 20_000
     with pytest.raises(TooLarge, match="a gzip file that holds more than 977 KiB"):
         open_utf8(io.BytesIO(bomb), longest=10**6).stream.read()
-    with pytest.raises(TooLarge, match="larger than 100 bytes|holds more than 100 B"):
+    with pytest.raises(TooLarge, match="holds more than 100 B"):
         decode_file(bomb, longest=100)
 
 

@@ -73,14 +73,13 @@ def _header_and_rows(path: Path) -> Iterator[Header | CsvRow]:
 
 def _beginning(path: Path, lines: Iterator[str]) -> tuple[int, str, str]:
     """-> (lines before the header, the delimiter that a line `sep=` names or "", the header's line)."""
-    num_before, delimiter = 0, ""
-    for line in lines:
+    delimiter = ""
+    for num_before, line in enumerate(lines):
         found = _SEP_LINE.fullmatch(line)
         if found and not delimiter:
             delimiter = found.group(1)
         elif line.strip():
             return num_before, delimiter, line
-        num_before += 1
     raise DataError(f"{path}: no header: a csv file begins with the names of its columns. {EXPECTED}")
 
 

@@ -83,7 +83,7 @@ class Examples:
         return self.counts.num_cut
 
     def account(self, rows: str, *, limit: str) -> list[str]:
-        """What became of rows that are not used, or not as they are, a sentence each; [] when all are.
+        """What became of rows that are not used, or not as they are, and how their files were read, a sentence each; [] when all is plain.
 
         `rows` is what to call them, `limit` the key of the recipe that limits their number.
         """
@@ -105,7 +105,7 @@ class Examples:
                 f"{counts.num_cut:,} of {counts.num_read:,} rows {how} data.max_seq_length ({self.max_seq_length}): "
                 f"{_first_few(counts.cut, counts.num_cut)}"
             )
-        return [f"{rows}: {sentence}" for sentence in said]
+        return [f"{rows}: {sentence}" for sentence in (*said, *counts.notes)]
 
     def encoded(self, index: int) -> Encoded:
         """Token ids of example `index` (possibly with a shortened context)."""

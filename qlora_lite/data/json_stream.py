@@ -4,6 +4,7 @@ In: a path. Out: (event, value) pairs as ijson gives them, and plain values. Wha
 ends well: no recursion, and limits on depth, on the values of a row and on the bytes of one value.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,12 @@ from qlora_lite.limits import JSON_DEPTH, ROW_BYTES, ROW_VALUES
 
 KINDS = {"start_array": "a list", "start_map": "an object", "string": "text", "number": "a number", "null": "null"}
 
+_ESCAPED_PAIR = 12  # bytes of \ud83d\udc2a
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+
 Events = Iterator[tuple[str, Any]]
 
 
@@ -29,11 +36,30 @@ def read_events(path: Path, *, several: bool = False) -> Events:
     try:
         with open_text(path) as text:
             watched = _Watched(path, text.stream)
-            for event in ijson.basic_parse(watched, use_float=True, multiple_values=several):
+            parser = ijson.get_backend("python") if _has_half_pairs(path) else ijson
+            for event in parser.basic_parse(watched, use_float=True, multiple_values=several):
                 watched.num_bytes = 0
                 yield event
     except (ijson.JSONError, ValueError, OverflowError, RecursionError) as error:
         raise not_json(path, _first_lines(error)) from error
+
+
+def _has_half_pairs(path: Path) -> bool:
+    """Whether a text is written with half of a surrogate pair, such as \\ud83d alone: the fast parser puts a question mark in its place."""
+    rest = b""
+    with open_text(path) as text:
+        while block := text.stream.read(2**20):
+            rest += block
+            end = 0
+            if b"\\" in rest:
+                for found in _ESCAPE.finditer(rest):
+                    if found.start() > len(rest) - _ESCAPED_PAIR:
+                        break
+                    if found.lastgroup:
+                        return True
+                    end = found.end()
+            rest = rest[max(end, len(rest) - _ESCAPED_PAIR) :]
+    return any(found.lastgroup for found in _ESCAPE.finditer(rest))
 
 
 class _Watched:

@@ -278,3 +278,18 @@ def test_a_refusal_says_what_the_rows_are_read_as(write):
     with pytest.raises(DataError, match="It is read as alpaca, because it has the columns instruction, output"):
         read_mix(write(mixed))
     assert find_format(write(mixed), format="auto")[0] == "alpaca"
+
+
+@pytest.mark.parametrize("padding", [0, 2**20 - 30, 2**20 - 24, 2**20 - 18])
+def test_half_of_a_surrogate_pair_is_a_bad_row_in_every_json_file_and_never_a_question_mark(write, padding):
+    halves = ["\\ud83d", "\\udc2a", "\\ud83d x", "\\ud83d\\ud83d\\udc2a"]
+    whole = ["\\ud83d\\udc2a", "\\\\ud83d", "\\uD83D\\uDC2A\\n", "\\u00e9"]
+    for text in (*halves, *whole):
+        rows = [f'{{"question": "{"x" * padding}{text}?", "answer": "1"}}', *LINES]
+        for content, name in ((f"[{', '.join(rows)}]", "rows.json"), ("\n".join(rows), "rows.jsonl")):
+            if padding and name == "rows.jsonl":
+                continue
+            mix = read_mix(write(content, name))
+            assert (mix.num_rows, mix.num_bad) == ((100, 1) if text in halves or padding > 10**6 else (101, 0)), text
+            if text in whole and not padding:
+                assert pairs(mix)[0][0] == json.loads(f'"{text}?"')
