@@ -61,7 +61,7 @@ def document_rows(path: Path, what: DocumentKind) -> Rows:
 def row_of(path: Path, event: str, value: Any, events: Events) -> dict[str, Any] | str:
     """The row that begins with this event, or why it is none."""
     try:
-        values = build(path, event, value, events)
+        values = build(path, event, value, events, unique_keys=True)
     except RepeatedKey as error:
         return str(error)
     return values if isinstance(values, dict) else not_a_row(values)
@@ -191,7 +191,7 @@ def _split(path: Path) -> Rows:
                 raise DataError(f'{path}: "columns": expected names, each once. {RECORDS}')
         elif key == "data" and event == "start_array":
             for number, (item_event, item_value) in enumerate(json_stream.items(events), start=1):
-                cells = build(path, item_event, item_value, events)
+                cells = _cell(path, item_event, item_value, events)
                 fits = isinstance(cells, list) and len(cells) == len(names)
                 yield (
                     f"row {number}",
@@ -232,6 +232,13 @@ def _by_columns(path: Path) -> Rows:
             yield f"row {number}", {name: value for name, (_, value) in zip(names, cells, strict=True)}
 
 
+def _cell(path: Path, event: str, value: Any, events: Events) -> Any:
+    try:
+        return build(path, event, value, events, unique_keys=True)
+    except RepeatedKey as error:
+        raise DataError(f"{path}: {error}") from error
+
+
 def _column_names(path: Path) -> list[str]:
     events = json_stream.read_events(path)
     next(events)
@@ -263,8 +270,8 @@ def _column(path: Path, position: int) -> Iterator[tuple[str, Any]]:
         if event == "start_map":
             for label in keys(events):
                 event, value = next(events)
-                yield label, build(path, event, value, events)
+                yield label, _cell(path, event, value, events)
         else:
             for place, (event, value) in enumerate(json_stream.items(events)):
-                yield str(place), build(path, event, value, events)
+                yield str(place), _cell(path, event, value, events)
         return

@@ -102,10 +102,10 @@ def skip(event: str, events: Events) -> None:
         depth += event.startswith("start_") - event.startswith("end_")
 
 
-def build(path: Path, event: str, value: Any, events: Events) -> Any:
+def build(path: Path, event: str, value: Any, events: Events, *, unique_keys: bool = False) -> Any:
     """The value that begins with this event. A loop, not a recursion, and at most JSON_DEPTH levels deep and ROW_VALUES large.
 
-    Raises DataError beyond these limits, and RepeatedKey, with all of the value read, where an object has a key twice.
+    Raises DataError beyond these limits, and with `unique_keys` RepeatedKey where an object has a key twice, with all of the value read.
     """
     repeated = ""
     root: list[Any] = []
@@ -134,7 +134,7 @@ def build(path: Path, event: str, value: Any, events: Events) -> Any:
                 open_keys.append("")
                 if len(open_containers) > JSON_DEPTH:
                     raise DataError(f"{path}: nested more than {JSON_DEPTH} levels deep. {EXPECTED}")
-        if len(open_containers) == 1 and repeated:
+        if len(open_containers) == 1 and repeated and unique_keys:
             raise RepeatedKey(repeated)
         if len(open_containers) == 1:
             return root[0]

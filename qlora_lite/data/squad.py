@@ -184,7 +184,7 @@ def _walk_article(
             continue
         for position, (event, value) in enumerate(json_stream.items(events)):
             try:
-                paragraph = json_stream.build(path, event, value, events)
+                paragraph = json_stream.build(path, event, value, events, unique_keys=True)
             except RepeatedKey as error:
                 paragraph = error
             yield f"{where}.paragraphs[{position}]", paragraph

@@ -105,6 +105,18 @@ def test_ids_of_any_kind_are_read_as_in_flat_rows(write):
     assert names == [f"line {i + 1}" if name.startswith("data[") else name for i, name in enumerate(wanted)]
 
 
+def test_a_key_given_twice_makes_the_passage_bad_where_it_is_read_and_changes_nothing_elsewhere(write):
+    text = json.dumps(squad(*GOOD))
+    assert read_squad(write(text.replace('"title": "Nile"', '"title": {"a": 1, "a": 2}'))).num_rows == 99
+    twice = '{"context": "The Nile", "context": "The Amazon", "qas": []}'
+    file = read_squad(write(text.replace('"paragraphs": [', f'"paragraphs": [{twice}, ')))
+    assert (file.num_rows, file.num_bad) == (99, 1)
+    assert file.bad[0].startswith('data[0].paragraphs[0]: the key "context" is given twice')
+    paragraphs = '{"data": [{"paragraphs": {"a": 1, "a": 2}}]}'
+    with pytest.raises(DataError, match="paragraphs qas: expected a list of questions"):
+        read_squad(write(paragraphs))
+
+
 def test_ids_of_several_rows_are_counted_and_said(write):
     rows = [changed(id=each) for each in ("a", "b", "a", "a")]
     mix = read_mix(write(squad(*rows)))
