@@ -200,7 +200,9 @@ def ask(
 
         if which != "adapter":
             raise UserError("ask: --which goes with one question; for several, /use NAME:0 asks the base")
-        _print(change.ask_many(run_dir, sys.stdin, mix, passage=pipeline.read_context(context)), json)
+        _print(
+            change.ask_many(run_dir, pipeline.questions_of_stdin(), mix, passage=pipeline.read_context(context)), json
+        )
         return
     if mix:
         from qlora_lite import change

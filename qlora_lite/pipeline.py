@@ -5,8 +5,9 @@ returns what `--json` prints.
 """
 
 import shlex
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qlora_lite.device.card import Card, card_in_table, card_named, name_of
 from qlora_lite.device.known_cards import KNOWN_CARDS
 from qlora_lite.errors import RunError, UserError
 from qlora_lite.evaluate import by_phrasing, stream_answer
+from qlora_lite.limits import TEXT_CHARS
 from qlora_lite.measured import disk_speed
 from qlora_lite.model.bring import SHIPPED, bring_shipped, default_cache
 from qlora_lite.model.hub import fetch_files, look_up, open_hub
@@ -46,9 +48,12 @@ from qlora_lite.running import (
     write_report,
 )
 from qlora_lite.stopping import resume_command, told_how_to_fetch_on, told_how_to_go_on
+from qlora_lite.text_file import NotText, decode_file, text_lines
 from qlora_lite.train import refuse_missing_trackers
 from qlora_lite.units import format_bytes, parse_budget
 from qlora_lite.verify import verify_folder
+
+_CONTEXT_BYTES = 4 * TEXT_CHARS  # a character has at most four
 
 WHICH: tuple[api.Which, ...] = ("base", "adapter", "merged")
 
@@ -327,12 +332,28 @@ def read_context(path: Path | None) -> str | None:
     """The passage of a text file. Raises UserError."""
     if path is None:
         return None
+    advice = "Give --context a text file with the passage"
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: not readable as UTF-8 text ({error}). Give --context a text file with the passage"
-        ) from error
+        with path.open("rb") as file:
+            text, note = decode_file(file.read(_CONTEXT_BYTES + 1), longest=_CONTEXT_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: not readable as UTF-8 text ({error}). {advice}") from error
+    except NotText as error:
+        raise UserError(f"{path}: not readable as UTF-8 text: line {error.line}: {error}. {advice}") from error
+    if note:
+        show.say(f"{path}: {note}")
+    return text.strip()
+
+
+def questions_of_stdin() -> Iterator[str]:
+    """The lines of stdin, each as soon as it is there. Raises UserError for bytes that are not text, and where stdin is closed."""
+    if sys.stdin is None:
+        raise UserError("ask: - reads the questions from stdin, which is closed. Give the question as an argument")
+    try:
+        # A program that calls us may have put text in place of bytes.
+        yield from text_lines(sys.stdin.buffer) if hasattr(sys.stdin, "buffer") else sys.stdin
+    except NotText as error:
+        raise UserError(f"stdin: line {error.line}: {error}") from error
 
 
 def _which(which: str) -> api.Which:

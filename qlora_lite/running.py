@@ -5,7 +5,7 @@ In: a plan, the loaded model, a run directory, where each part keeps its records
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -108,11 +108,22 @@ def scores_after(
     }
     scores = scores | {"after": result.to_json_dict(), "groups": groups}
     run.write_json("eval.json", scores)
-    before = {line["id"]: line.get("base_prediction") for line in run.read_predictions()}
-    run.write_predictions(asdict(each) | {"base_prediction": before.get(each.id)} for each in result.predictions)
+    before = _answers_in_turn(run.read_predictions())
+    run.write_predictions(
+        asdict(each) | {"base_prediction": next(before.get((each.id, each.question), iter(())), None)}
+        for each in result.predictions
+    )
     shown = {f"{name} phrasing": group for name, group in groups.items()}
     show.show_scores(scores["before"], scores["after"], groups=shown)
     return scores
+
+
+def _answers_in_turn(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, Any], Iterator[Any]]:
+    """(id, question) -> the answers of the base, in the order of the rows: several rows may have one id, and one row several examples."""
+    found: dict[tuple[str, Any], list[Any]] = {}
+    for line in lines:
+        found.setdefault((line["id"], line.get("question")), []).append(line.get("base_prediction"))
+    return {key: iter(answers) for key, answers in found.items()}
 
 
 def train_steps(

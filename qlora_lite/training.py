@@ -104,7 +104,7 @@ def _train(
         refuse_other_base(run, loaded.base_sha256)
         refuse_other_data(run, data)
     examples = training_examples(plan, loaded.tokenizer)
-    for sentence in (*examples.account("training rows", limit="data.num_train"), *examples.counts.notes):
+    for sentence in examples.account("training rows", limit="data.num_train"):
         say(sentence)
     if recipe.data.eval is not None and Path(recipe.data.eval).exists():
         for sentence in held_out_examples(plan, loaded.tokenizer).account("held-out rows", limit="eval.num_examples"):

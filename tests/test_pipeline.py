@@ -568,7 +568,9 @@ def test_a_model_name_that_does_not_exist_is_told_before_anything_is_loaded(trai
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00no text"])
+@pytest.mark.parametrize(
+    "content", [None, b"\xff\xfe\x00no tex", b"caf\xe9", "passage".encode("utf-16-le"), b"PK\x03\x04zip"]
+)
 def test_a_context_that_is_missing_or_no_text_is_named(
     content: bytes | None, trained: tuple[Path, Done], tmp_path: Path
 ) -> None:

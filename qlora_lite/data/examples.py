@@ -29,7 +29,7 @@ from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, tokenizer
 from qlora_lite.errors import DataError
 from qlora_lite.model.staging import new_staging, remove_left_over, unlock
 
-CODE_VERSION = 3  # raise it when the same file and tokenizer should give other rows
+CODE_VERSION = 4  # raise it when the same file and tokenizer should give other rows
 _WRITE_ROWS = 256  # rows held in memory while writing
 _NUM_KEPT, _NUM_SAID = 20, 3  # names of rows that are kept, and said
 
@@ -83,7 +83,7 @@ class Examples:
         return self.counts.num_cut
 
     def account(self, rows: str, *, limit: str) -> list[str]:
-        """What became of rows that are not used, or not as they are, a sentence each; [] when all are.
+        """What became of rows that are not used, or not as they are, and how their files were read, a sentence each; [] when all is plain.
 
         `rows` is what to call them, `limit` the key of the recipe that limits their number.
         """
@@ -105,7 +105,7 @@ class Examples:
                 f"{counts.num_cut:,} of {counts.num_read:,} rows {how} data.max_seq_length ({self.max_seq_length}): "
                 f"{_first_few(counts.cut, counts.num_cut)}"
             )
-        return [f"{rows}: {sentence}" for sentence in said]
+        return [f"{rows}: {sentence}" for sentence in (*said, *counts.notes)]
 
     def encoded(self, index: int) -> Encoded:
         """Token ids of example `index` (possibly with a shortened context)."""

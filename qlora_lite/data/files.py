@@ -1,4 +1,4 @@
-"""Data files as bytes: opened only when they are regular files of a sane size, and hashed.
+"""Data files: opened only when they are regular files of a sane size, as bytes or as UTF-8 text of any encoding, and hashed.
 
 In: a path. Out: an open file, or its SHA-256. What cannot be read is one clear DataError; nothing waits on a pipe.
 """
@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from qlora_lite.errors import DataError
 from qlora_lite.limits import DATA_FILE_BYTES
+from qlora_lite.text_file import NotText, OpenedText, decode_utf8, open_utf8
 from qlora_lite.units import format_bytes
 
 EXPECTED = "Expected SQuAD JSON, or rows as json, jsonl, csv, Parquet or a folder that `datasets` saved."
@@ -35,6 +36,41 @@ def open_data_file(path: Path) -> Iterator[BinaryIO]:
         raise DataError(f"{str(path)!r}: not a file name, it holds a NUL character.") from error
 
 
+@contextmanager
+def open_text(path: Path) -> Iterator[OpenedText]:
+    """Open a data file as UTF-8 text, whatever its encoding, unpacked where it is gzip. Raises DataError, also while it is read.
+
+    Bytes that are not UTF-8 are given as they are; whoever decodes them does so with `decode_utf8`, and its NotText becomes a DataError.
+    """
+    with open_data_file(path) as file:
+        try:
+            yield open_utf8(file, longest=DATA_FILE_BYTES)
+        except NotText as error:
+            raise DataError(f"{path}: line {error.line}: {error}") from error
+
+
+def how_read(path: Path) -> str:
+    """How the text of a file is read, a sentence; "" for plain UTF-8. Raises DataError."""
+    with open_text(path) as text:
+        return text.note
+
+
+def refuse_other_encodings(path: Path) -> None:
+    """Raises DataError for a text file that holds bytes which are not UTF-8, with their line."""
+    with open_text(path) as text:
+        number = 1
+        while block := text.stream.readline(2**20):
+            is_whole = block.endswith(b"\n")
+            decode_utf8(block if is_whole else _whole_characters(block), line=number)
+            number += is_whole
+
+
+def data_suffix(path: Path) -> str:
+    """The end of a file's name that says what is in it: `.csv` of rows.CSV and of rows.csv.gz."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes. Raises DataError when it cannot be read."""
     digest = sha256()
@@ -51,3 +87,9 @@ def _check_size(path: Path, num_bytes: int) -> None:
         raise DataError(
             f"{path}: {format_bytes(num_bytes)}, allowed {format_bytes(DATA_FILE_BYTES)}. Split it into smaller files."
         )
+
+
+def _whole_characters(block: bytes) -> bytes:
+    """A block of a very long line, without a character at its end that the next block continues."""
+    start = next((i for i in range(1, 4) if block[-i:][:1] >= b"\xc0"), 0)
+    return block[:-start] if start else block

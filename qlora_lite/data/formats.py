@@ -13,17 +13,23 @@
 | text              | text                                           | a document, every token trained                  |
 
 In csv, a cell of `messages`, `conversations`, `history`, `answers` or `tools` that holds a list is JSON; an empty `answers` is none.
-An `id` column names the rows; without one the place in the file does. An assistant message with `weight: 0` is not trained. Names follow
-TRL, LLaMA-Factory (whose alpaca `history` is a list of [instruction, answer]) and the OpenAI chat format.
+An `id` column names the rows; without one the place in the file does. Names follow TRL, LLaMA-Factory (whose alpaca `history` is a list of
+[instruction, answer]) and the OpenAI chat format. `Question` or ` answer ` is read as the name without capitals and spaces at its ends,
+unless the row has that name as well.
+
+An assistant message with `weight: 0` is not trained, nor one with false (or 0, or "false") at another of the names in `turn_flags`, or
+`masked: true`. A key that looks like such a flag and is none is said.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from qlora_lite.data.prompts import alpaca_text, text_with_context
-from qlora_lite.data.rows import BadRow, Conversation, Document, Message, Row, kind, problem_with_text, short
+from qlora_lite.data.rows import BadRow, Conversation, Document, Message, Row, kind, problem_with_text, row_name, short
 from qlora_lite.data.squad import check_columns
+from qlora_lite.data.turn_flags import FLAGS, WrongFlag, is_untrained
 from qlora_lite.json_text import parse_json
 
 # Format -> the sets of columns it may have; the first format that has one of its sets is the one.
@@ -45,6 +51,9 @@ _MORE_COLUMNS: dict[str, tuple[str, ...]] = {
     "alpaca": ("input", "history", "system", "tools"),
     "text": (),
 }
+KNOWN_NAMES = frozenset(
+    {"id", *chain.from_iterable(chain.from_iterable(_COLUMNS.values())), *chain.from_iterable(_MORE_COLUMNS.values())}
+)
 _LISTS = ("messages", "conversations", "history")  # columns that hold no text, so that a text in them is JSON
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
@@ -79,11 +88,37 @@ def unused_columns(columns: Sequence[str], *, format: str) -> tuple[str, ...]:
     return tuple(column for column in columns if column not in used)
 
 
+def names_of(format: str) -> frozenset[str]:
+    """Every column that rows of `format` may have."""
+    return frozenset({"id", *chain.from_iterable(_COLUMNS[format]), *_MORE_COLUMNS[format]})
+
+
+def known_name(name: str) -> str:
+    """A column's name without capitals and without spaces at its ends."""
+    return name.strip().lower()
+
+
+def renamed(columns: Iterable[str]) -> dict[str, str]:
+    """Columns whose names are known but for capitals and spaces -> the known names; none where two columns would get one name."""
+    columns = list(columns)
+    meant = [known_name(name) for name in columns]
+    return {
+        name: known
+        for name, known in zip(columns, meant, strict=True)
+        if known != name and known in KNOWN_NAMES and meant.count(known) == 1
+    }
+
+
+def are_known(columns: Iterable[str]) -> bool:
+    """Whether columns of these names, but for capitals and spaces, are rows of a known format."""
+    columns = list(columns)
+    names = renamed(columns)
+    return not isinstance(find_columns([names.get(name, name) for name in columns], format="auto"), str)
+
+
 def read_row(format: str, values: dict[str, Any], place: str) -> Row | BadRow:
     """One row's columns -> the row. `place` names a row without an id, such as "line 7"."""
-    given = values.get("id")
-    has_id = type(given) in (int, str) and not _is_blank(str(given))
-    name = str(given) if has_id else place
+    name, has_id = row_name(values.get("id"), place)
     if format == "squad":
         return check_columns(values | {"id": name}, place)
     try:
@@ -119,7 +154,8 @@ def _sharegpt(values: dict[str, Any], name: str) -> Conversation:
         speaker = str(turn.get("from"))
         if speaker not in _SHAREGPT_ROLES:
             raise _Unusable(f'{where}.from: "{short(speaker)}", known are {", ".join(_SHAREGPT_ROLES)}')
-        message = {"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value"), "weight": turn.get("weight")}
+        flags = {key: turn[key] for key in FLAGS if key in turn}
+        message = {"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")} | flags
         if speaker == "function_call":
             message |= {"content": None, "tool_calls": _written_calls(turn.get("value"), f"{where}.value")}
         messages.append(message)
@@ -180,7 +216,9 @@ def _conversation(name: str, messages: list[Message], values: dict[str, Any], *,
         messages, num_prompt = [system, *messages], num_prompt + 1
     row = Conversation(name, tuple(messages), _tools(values.get("tools")), first_trained=max(1, num_prompt))
     if not row.trained_turns:
-        weights = " and a weight other than 0" if any("weight" in message for message in messages) else ""
+        weights = (
+            " and a weight other than 0 (nor train: false)" if any("weight" in message for message in messages) else ""
+        )
         raise _Unusable(f"no assistant message with one before it{weights}, so there is nothing to train")
     return replace(row, messages=row.messages[: row.trained_turns[-1] + 1])
 
@@ -203,16 +241,15 @@ def _message(message: Any, where: str) -> Message:
         raise _Unusable(f'{where}.role: "{short(str(message.get("role")))}", known are {", ".join(_ROLES)}')
     kept = {key: value for key, value in message.items() if value is not None}
     content = _joined(kept.get("content", ""), where)
-    weight = kept.pop("weight", 1)
-    if weight not in (0, 1):
-        raise _Unusable(f"{where}.weight: expected 1, or 0 for a message that is not trained, got {short(str(weight))}")
+    try:
+        is_left_out = is_untrained({key: kept.pop(key) for key in FLAGS if key in kept}, where)
+    except WrongFlag as error:
+        raise _Unusable(str(error)) from error
     calls = _tool_calls(kept.pop("tool_calls", []), f"{where}.tool_calls")
     may_be_empty = bool(calls) or message["role"] in ("system", "tool")
     content = "" if _is_blank(content) and may_be_empty else _text(content, f"{where}.content")
-    is_untrained = weight == 0 and message["role"] == "assistant"
-    return (
-        kept | {"content": content} | ({"tool_calls": calls} if calls else {}) | ({"weight": 0} if is_untrained else {})
-    )
+    weight = {"weight": 0} if is_left_out and message["role"] == "assistant" else {}
+    return kept | {"content": content} | ({"tool_calls": calls} if calls else {}) | weight
 
 
 def _joined(content: Any, where: str) -> Any:

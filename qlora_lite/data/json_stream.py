@@ -4,34 +4,62 @@ In: a path. Out: (event, value) pairs as ijson gives them, and plain values. Wha
 ends well: no recursion, and limits on depth, on the values of a row and on the bytes of one value.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ijson  # type: ignore[import-untyped]
 
-from qlora_lite.data.files import EXPECTED, open_data_file
+from qlora_lite.data.files import EXPECTED, open_text, refuse_other_encodings
 from qlora_lite.data.rows import short
 from qlora_lite.errors import DataError
+from qlora_lite.json_text import RepeatedKey
 from qlora_lite.limits import JSON_DEPTH, ROW_BYTES, ROW_VALUES
 
 KINDS = {"start_array": "a list", "start_map": "an object", "string": "text", "number": "a number", "null": "null"}
 
+_ESCAPED_PAIR = 12  # bytes of \ud83d\udc2a
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+
 Events = Iterator[tuple[str, Any]]
 
 
-def read_events(path: Path) -> Events:
-    """The events of a JSON file. Raises DataError for a file that cannot be read or is no JSON."""
+def read_events(path: Path, *, several: bool = False) -> Events:
+    """The events of a JSON file, with `several` of all the documents in it, one behind the other.
+
+    Raises DataError for a file that cannot be read or is not JSON.
+    """
     try:
-        with open_data_file(path) as file:
-            start = file.read(3)
-            file.seek(3 if start == b"\xef\xbb\xbf" else 0)  # a byte order mark is no JSON, but editors write it
-            watched = _Watched(path, file)
-            for event in ijson.basic_parse(watched, use_float=True):
+        with open_text(path) as text:
+            watched = _Watched(path, text.stream)
+            parser = ijson.get_backend("python") if _has_half_pairs(path) else ijson
+            for event in parser.basic_parse(watched, use_float=True, multiple_values=several):
                 watched.num_bytes = 0
                 yield event
     except (ijson.JSONError, ValueError, OverflowError, RecursionError) as error:
         raise not_json(path, _first_lines(error)) from error
+
+
+def _has_half_pairs(path: Path) -> bool:
+    """Whether a text is written with half of a surrogate pair, such as \\ud83d alone: the fast parser puts a question mark in its place."""
+    rest = b""
+    with open_text(path) as text:
+        while block := text.stream.read(2**20):
+            rest += block
+            end = 0
+            if b"\\" in rest:
+                for found in _ESCAPE.finditer(rest):
+                    if found.start() > len(rest) - _ESCAPED_PAIR:
+                        break
+                    if found.lastgroup:
+                        return True
+                    end = found.end()
+            rest = rest[max(end, len(rest) - _ESCAPED_PAIR) :]
+    return any(found.lastgroup for found in _ESCAPE.finditer(rest))
 
 
 class _Watched:
@@ -66,8 +94,20 @@ def items(events: Events) -> Events:
         yield event, value
 
 
-def build(path: Path, event: str, value: Any, events: Events) -> Any:
-    """The value that begins with this event. A loop, not a recursion, and at most JSON_DEPTH levels deep and ROW_VALUES large."""
+def skip(event: str, events: Events) -> None:
+    """Read on to the end of the value that begins with this event."""
+    depth = int(event.startswith("start_"))
+    while depth:
+        event, _ = next(events)
+        depth += event.startswith("start_") - event.startswith("end_")
+
+
+def build(path: Path, event: str, value: Any, events: Events, *, unique_keys: bool = False) -> Any:
+    """The value that begins with this event. A loop, not a recursion, and at most JSON_DEPTH levels deep and ROW_VALUES large.
+
+    Raises DataError beyond these limits, and with `unique_keys` RepeatedKey where an object has a key twice, with all of the value read.
+    """
+    repeated = ""
     root: list[Any] = []
     open_containers: list[Any] = [root]
     open_keys: list[str] = [""]  # per open container, the key that the next value gets
@@ -85,6 +125,7 @@ def build(path: Path, event: str, value: Any, events: Events) -> Any:
             item = {} if event == "start_map" else [] if event == "start_array" else value
             holder = open_containers[-1]
             if isinstance(holder, dict):
+                repeated = repeated or (open_keys[-1] if open_keys[-1] in holder else "")
                 holder[open_keys[-1]] = item
             else:
                 holder.append(item)
@@ -93,29 +134,24 @@ def build(path: Path, event: str, value: Any, events: Events) -> Any:
                 open_keys.append("")
                 if len(open_containers) > JSON_DEPTH:
                     raise DataError(f"{path}: nested more than {JSON_DEPTH} levels deep. {EXPECTED}")
+        if len(open_containers) == 1 and repeated and unique_keys:
+            raise RepeatedKey(repeated)
         if len(open_containers) == 1:
             return root[0]
         event, value = next(events)
 
 
 def not_json(path: Path, reason: str) -> DataError:
-    """The error for a file that is no JSON, with a guess at what it is."""
-    with open_data_file(path) as file:
-        start = file.read(4096)
-    guess = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "")
-    if not guess and b"\0" in start:
-        guess = "a binary file"
-    looks = f" It looks like {guess}." if guess else ""
+    """The error for a file that is not JSON, with a guess at what it is."""
+    with open_text(path) as text:
+        start = text.stream.read(4096).lstrip().lower()
+    try:
+        refuse_other_encodings(path)
+    except DataError as error:
+        return DataError(f"{path}: not JSON: {str(error).removeprefix(f'{path}: ')}")
+    is_page = start.startswith((b"<!doctype html", b"<html"))
+    looks = " It looks like a web page; download the raw file." if is_page else ""
     return DataError(f"{path}: not JSON: {reason}.{looks} {EXPECTED}")
-
-
-_MAGIC = {
-    b"\x1f\x8b": "a gzip file; unpack it first",
-    b"PK\x03\x04": "a zip file; unpack it first",
-    b"ARROW1": "an Arrow file; save it as Parquet, or give the folder that `datasets` saved",
-    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
-    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
-}
 
 
 def _first_lines(error: BaseException) -> str:

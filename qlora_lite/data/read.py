@@ -13,18 +13,23 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from qlora_lite.data.files import hash_file
-from qlora_lite.data.formats import FORMATS, find_columns, read_row, unused_columns
+from qlora_lite.data.columns import Renamer, find_format_of_rows
+from qlora_lite.data.files import data_suffix, hash_file, how_read
+from qlora_lite.data.formats import FORMATS, read_row, unused_columns
 from qlora_lite.data.rows import BadRow, Row, short
 from qlora_lite.data.squad import read_questions
 from qlora_lite.data.tables import FileKind, file_kind, open_table
+from qlora_lite.data.turn_flags import FlagNotes
 from qlora_lite.errors import DataError
+from qlora_lite.limits import COLUMNS
 
 NUM_NAMED = 20  # bad rows kept by name
 _SAMPLE_SEED = 0x51A7
+_IDS_COMPARED = 1_000_000  # of a file, to say that ids repeat
 
 # A path, or (path, weight) of several files.
 Source = str | os.PathLike[str] | Sequence[tuple[str | os.PathLike[str], float]]
@@ -41,9 +46,10 @@ class RowFile:
     num_bad: int
     bad: tuple[str, ...]  # the first 20 bad rows, named, with their reason
     unused: tuple[str, ...]  # columns that are not read
+    notes: tuple[str, ...] = ()  # how the file is read, where that is not plain
 
     def __iter__(self) -> Iterator[Row]:
-        return (row for row in _read(self.path, self.kind, self.format) if not isinstance(row, BadRow))
+        return (row for row, _ in _read(self.path, self.kind, self.format) if not isinstance(row, BadRow))
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,14 @@ class Mix:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the files is not read, a sentence each."""
-        return tuple(
-            f"{file.path.name}: columns that are not used: {', '.join(short(name) for name in file.unused[:30])}"
-            for file in self.files
-            if file.unused
-        )
+        """How the files are read where that is not plain, and what of them is not read, a sentence each."""
+        said = []
+        for file in self.files:
+            said += [f"{file.path.name}: {note}" for note in file.notes]
+            if file.unused:
+                names = ", ".join(short(name) for name in file.unused[:30])
+                said.append(f"{file.path.name}: columns that are not used: {names}")
+        return tuple(said)
 
     @property
     def format(self) -> str:
@@ -141,7 +149,7 @@ def format_of_held_out(path: str | os.PathLike[str], *, format: str) -> str:
     kind = file_kind(path)
     if format == "auto":
         return _find_format(path, kind, "auto")[0]
-    is_such = format == "squad" if kind == "squad" else not isinstance(_found(path, kind, format), str)
+    is_such = format == "squad" if kind == "squad" else not isinstance(find_format_of_rows(path, kind, format), str)
     return format if is_such else _find_format(path, kind, "auto")[0]
 
 
@@ -157,15 +165,17 @@ def file_identity(path: Path) -> list[str]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".arrow", ".json"))
         return [text for file in files for text in (file.name, hash_file(file))]
-    return [path.suffix.lower(), hash_file(path)]  # the suffix tells csv from tsv
+    return [data_suffix(path), hash_file(path)]  # the suffix tells csv from tsv
 
 
 def _check_file(path: Path, format: str, max_bad_share: float) -> RowFile:
     kind = file_kind(path)
-    name, _ = _find_format(path, kind, format)
+    name, reason = _find_format(path, kind, format)
     num_rows, num_bad = 0, 0
     named: list[str] = []
-    for row in _read(path, kind, name):
+    seen, rename = _RowNotes(), Renamer(name)
+    for row, values in _read(path, kind, name, rename):
+        seen.count(row, values)
         if not isinstance(row, BadRow):
             num_rows += 1
             continue
@@ -176,9 +186,46 @@ def _check_file(path: Path, format: str, max_bad_share: float) -> RowFile:
         what = "no questions: nothing in data[].paragraphs[].qas[]" if kind == "squad" else "no rows"
         raise DataError(f"{path}: {what}.")
     if num_rows == 0 or num_bad > max_bad_share * (num_rows + num_bad):
-        raise DataError(too_many_bad(str(path), num_rows, num_bad, named, max_bad_share))
-    unused = () if kind == "squad" else unused_columns(open_table(path, kind).columns, format=name)
-    return RowFile(path, kind, name, num_rows=num_rows, num_bad=num_bad, bad=tuple(named), unused=unused)
+        hint = f"\nIt is read as {name}, because {reason}; data.format chooses another." if kind != "squad" else ""
+        raise DataError(too_many_bad(str(path), num_rows, num_bad, named, max_bad_share) + hint)
+    unused = () if kind == "squad" else unused_columns(tuple(seen.columns), format=name)
+    notes = (*_how_read(path, kind), *rename.sentences, *seen.sentences)
+    return RowFile(path, kind, name, num_rows, num_bad, bad=tuple(named), unused=unused, notes=notes)
+
+
+def _how_read(path: Path, kind: FileKind) -> tuple[str, ...]:
+    """The encoding, packing and shape of a file, a sentence each where they are not plain."""
+    text = "" if kind in ("parquet", "saved") else how_read(path)
+    return ((text,) if text else ()) + (() if kind == "squad" else open_table(path, kind).notes)
+
+
+class _RowNotes:
+    """What the rows of a file had, to say what was not plain: ids of several rows, flags of turns, columns that are not read."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, None] = {}
+        self._flags = FlagNotes()
+        self._ids: set[int] = set()  # hashes, since ids may be long
+        self._num_repeated, self._repeated = 0, ""
+
+    def count(self, row: Row | BadRow, values: dict[str, Any]) -> None:
+        """Take one row and its columns into account."""
+        if len(self.columns) < COLUMNS:
+            self.columns.update(dict.fromkeys(values))
+        self._flags.count(values)
+        if isinstance(row, BadRow):
+            return
+        if hash(row.id) in self._ids:
+            self._num_repeated += 1
+            self._repeated = self._repeated or row.id
+        elif len(self._ids) < _IDS_COMPARED:
+            self._ids.add(hash(row.id))
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What to say; empty where all was plain."""
+        ids = f'rows with the id of an earlier row: {self._num_repeated:,}, the first "{short(self._repeated)}"; all are used'
+        return (*((ids,) if self._num_repeated else ()), *self._flags.sentences)
 
 
 def _find_format(path: Path, kind: FileKind, format: str) -> tuple[str, str]:
@@ -190,24 +237,27 @@ def _find_format(path: Path, kind: FileKind, format: str) -> tuple[str, str]:
         raise DataError(
             f"{path}: one JSON object, which only SQuAD files are; {format} is an object per row (json or jsonl)."
         )
-    found = _found(path, kind, format)
+    found = find_format_of_rows(path, kind, format)
     if isinstance(found, str):
         raise DataError(f"{path}: {found}. Rename the columns, or choose another data.format.")
     name, columns = found
     return name, f"it has the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}"
 
 
-def _found(path: Path, kind: FileKind, format: str) -> tuple[str, tuple[str, ...]] | str:
-    """What `find_columns` says of a file of rows."""
-    return find_columns(open_table(path, kind).columns, format=format)
-
-
-def _read(path: Path, kind: FileKind, format: str) -> Iterator[Row | BadRow]:
+def _read(
+    path: Path, kind: FileKind, format: str, rename: Renamer | None = None
+) -> Iterator[tuple[Row | BadRow, dict[str, Any]]]:
+    """-> (row, its columns); no columns of nested files, nor where a row cannot be parsed."""
     if kind == "squad":
-        yield from read_questions(path)
+        yield from ((row, {}) for row in read_questions(path))
         return
+    rename = rename or Renamer(format)
     for place, values in open_table(path, kind).rows:
-        yield BadRow(place, values) if isinstance(values, str) else read_row(format, values, place)
+        if isinstance(values, str):
+            yield BadRow(place, values), {}
+        else:
+            values = rename(values)
+            yield read_row(format, values, place), values
 
 
 def too_many_bad(files: str, num_rows: int, num_bad: int, named: Sequence[str], max_bad_share: float) -> str:

@@ -4,6 +4,7 @@ Readers make these, `fit.py` turns them into token ids. Only a `QuestionRow` may
 """
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from qlora_lite.limits import TEXT_CHARS
@@ -63,6 +64,18 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+def row_name(given: Any, place: str) -> tuple[str, bool]:
+    """-> (what a row with this `id` is called, whether its id says so); a missing, empty or unusable id leaves its place in the file.
+
+    7, 7.0 and "7" are the same name: which of them a library writes depends on the other rows of the column.
+    """
+    if isinstance(given, float) and given.is_integer():
+        given = int(given)
+    is_usable = isinstance(given, int | str) and not isinstance(given, bool)
+    name = str(given) if is_usable or (isinstance(given, float) and isfinite(given)) else ""
+    return (place, False) if problem_with_text(name) else (name, True)
 
 
 def problem_with_text(text: Any) -> str:

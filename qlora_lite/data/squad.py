@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.data import json_stream
-from qlora_lite.data.rows import BadRow, QuestionRow, kind, problem_with_text, short
+from qlora_lite.data.rows import BadRow, QuestionRow, kind, problem_with_text, row_name, short
 from qlora_lite.errors import DataError
-from qlora_lite.json_text import parse_json
+from qlora_lite.json_text import RepeatedKey, parse_json
 
 _HINT = " Expected SQuAD JSON (v1.1 or v2.0: data[].paragraphs[].qas[])."
 
 
 def read_questions(path: Path) -> Iterator[QuestionRow | BadRow]:
     """Every question of a nested file, in file order. Raises DataError when the file is no such JSON."""
-    seen: set[str] = set()
     for where, paragraph in _walk(path, json_stream.read_events(path)):
+        if isinstance(paragraph, RepeatedKey):
+            yield BadRow(where, str(paragraph))
+            continue
         if not isinstance(paragraph, dict):
             yield BadRow(where, f"expected an object, got {kind(paragraph)}")
             continue
@@ -32,21 +34,16 @@ def read_questions(path: Path) -> Iterator[QuestionRow | BadRow]:
             yield BadRow(f"{where} qas", f"expected a list of questions, got {kind(questions)}")
             continue
         for position, question in enumerate(questions):
-            row = check_question(paragraph.get("context"), question, f"{where}.qas[{position}]")
-            if isinstance(row, QuestionRow) and row.id in seen:
-                row = BadRow(f'id "{row.id}"', f"used twice; the second time at {where}.qas[{position}]")
-            elif isinstance(row, QuestionRow):
-                seen.add(row.id)
-            yield row
+            yield check_question(paragraph.get("context"), question, f"{where}.qas[{position}]")
 
 
 def check_question(context: Any, question: Any, where: str) -> QuestionRow | BadRow:
-    """A question object of the nested shape and its passage -> the row. `where` names it when its id cannot."""
+    """A question object of the nested shape and its passage -> the row. `where` names it when its id cannot, as with rows of any format."""
     if not isinstance(question, dict):
         return BadRow(where, f"expected an object, got {kind(question)}")
-    has_id = isinstance(question.get("id"), str) and question["id"] not in ("", where)
-    name = f'id "{short(question["id"])}"' if has_id else where
-    texts = {"id": question.get("id"), "context": context, "question": question.get("question")}
+    row_id, has_id = row_name(question.get("id"), where)
+    name = f'id "{short(row_id)}"' if has_id and row_id != where else where
+    texts = {"context": context, "question": question.get("question")}
     for key, text in texts.items():
         if problem := problem_with_text(text):
             return BadRow(name, f"{key}: {problem}")
@@ -67,14 +64,14 @@ def check_question(context: Any, question: Any, where: str) -> QuestionRow | Bad
             return BadRow(name, f"answers[{position}]{problem}")
         starts.append(start)
     golds = tuple(answer["text"] for answer in answers)
-    return QuestionRow(texts["id"], context, texts["question"], golds, starts[0] if starts else None)
+    return QuestionRow(row_id, context, texts["question"], golds, starts[0] if starts else None)
 
 
 def check_columns(values: dict[str, Any], where: str) -> QuestionRow | BadRow:
     """One row with columns `context`, `question` and `answers` (or `answer`), perhaps `is_impossible` -> the row.
 
     `answers` is as `datasets` has it ({"text": [...], "answer_start": [...]}, empty lists where there is no answer), as in the nested
-    file, or plain text, one or a list. Without `id` the place in the file is the id. A csv cell has them as text: a list as JSON,
+    file, or plain text, one or a list. Without a usable `id` the place in the file is the id. A csv cell has them as text: a list as JSON,
     `is_impossible` as true or false; an empty `answers` is none.
     """
     impossible = _as_bool(values.get("is_impossible"))
@@ -83,7 +80,7 @@ def check_columns(values: dict[str, Any], where: str) -> QuestionRow | BadRow:
     if impossible is None:
         impossible = bool(answers == [] and isinstance(given, dict | list))
     question = {
-        "id": values.get("id") or where,
+        "id": values.get("id"),
         "question": values.get("question"),
         "answers": answers,
         "is_impossible": impossible,
@@ -186,6 +183,10 @@ def _walk_article(
             yield f"{where}.paragraphs", json_stream.build(path, event, value, events)
             continue
         for position, (event, value) in enumerate(json_stream.items(events)):
-            yield f"{where}.paragraphs[{position}]", json_stream.build(path, event, value, events)
+            try:
+                paragraph = json_stream.build(path, event, value, events, unique_keys=True)
+            except RepeatedKey as error:
+                paragraph = error
+            yield f"{where}.paragraphs[{position}]", paragraph
     if not has_paragraphs:
         yield f"{where}.paragraphs", None

@@ -1,32 +1,44 @@
-"""Files of rows -> rows as plain dicts, streamed: jsonl, a JSON list, csv, Parquet, or a folder that `datasets` saved.
+"""Files of rows -> rows as plain dicts, streamed: jsonl, JSON of several shapes, csv, Parquet, or a folder that `datasets` saved.
 
 In: a path. Out: `Table`: the names of its columns, and (place, values) per row; a row that cannot be parsed gives its reason instead.
 What a file is, is decided by what is in it; its name only tells csv and jsonl from other text. Nothing is cached, fetched or unpickled.
 """
 
-import csv
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from qlora_lite.data import json_stream
-from qlora_lite.data.files import EXPECTED, open_data_file
-from qlora_lite.data.rows import kind
+from qlora_lite.data.csv_rows import open_csv
+from qlora_lite.data.files import EXPECTED, data_suffix, open_data_file, open_text
+from qlora_lite.data.json_documents import (
+    HOW_READ,
+    RECORDS,
+    DocumentKind,
+    document_kind,
+    document_rows,
+    not_a_row,
+    row_of,
+)
 from qlora_lite.errors import DataError
 from qlora_lite.foreign import foreign
-from qlora_lite.json_text import parse_json
-from qlora_lite.limits import COLUMNS, JSON_BYTES, JSON_DEPTH, ROW_BYTES, TEXT_CHARS
+from qlora_lite.json_text import RepeatedKey, parse_json
+from qlora_lite.limits import COLUMNS, JSON_BYTES, JSON_DEPTH, ROW_BYTES
 from qlora_lite.paths import inside
+from qlora_lite.text_file import NotText
 
-FileKind = Literal["squad", "json", "jsonl", "csv", "parquet", "saved"]
+FileKind = Literal["json", "jsonl", "csv", "parquet", "saved"] | DocumentKind
 
 READ_ROWS = 256  # rows of a Parquet file or a saved folder in memory at a time
+SCANNED_ROWS = 10_000  # rows that are looked at to find what the columns are
 _PLAIN_TEXT = (".txt", ".text", ".md")
+_LINES = (".jsonl", ".ndjson")
 _PEEK_BYTES = 2**20  # the first line of a jsonl file that is not called so must end within these
+
+Rows = Iterator[tuple[str, dict[str, Any] | str]]  # (its place, such as "line 7"; its values, or why there are none)
 
 
 @dataclass(frozen=True)
@@ -34,138 +46,126 @@ class Table:
     """Rows that are read once. `columns` are those of the first row where rows may differ (JSON)."""
 
     columns: tuple[str, ...]
-    rows: Iterator[tuple[str, dict[str, Any] | str]]  # (its place, such as "line 7"; its values, or why there are none)
+    rows: Rows
+    notes: tuple[str, ...] = ()  # how the file is read, where that is not plain
 
 
 def file_kind(path: Path) -> FileKind:
-    """What kind of file `path` is; "squad" is a JSON object, which only nested SQuAD is. Raises DataError."""
+    """What kind of file `path` is, from what is in it; only csv goes by its name. Raises DataError."""
     if path.is_dir():
         return "saved"
     with open_data_file(path) as file:
-        start = file.read(_PEEK_BYTES)
-    if start.startswith(b"PAR1"):
-        return "parquet"
-    if path.suffix.lower() in (".csv", ".tsv"):
+        if file.read(4) == b"PAR1":
+            return "parquet"
+    suffix = data_suffix(path)
+    with open_text(path) as opened:
+        start = opened.stream.read(_PEEK_BYTES)
+    if suffix in (".csv", ".tsv"):
         return "csv"
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return "jsonl"
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text.startswith(b"["):
-        return "json"
-    if path.suffix.lower() in _PLAIN_TEXT and not text.startswith(b"{"):
+    text = start.lstrip()
+    first, _, rest = text.partition(b"\n")
+    if suffix in _PLAIN_TEXT and not text.startswith((b"{", b"[")):
         raise DataError(
             f'{path}: plain text. Make it rows: a .jsonl file with a line {{"text": "..."}} for every text.'
         )
-    return "jsonl" if _begins_with_a_row(text) else "squad"
+    if suffix in _LINES:
+        return _kind_of_lines(path, first, rest, is_whole=len(start) < _PEEK_BYTES)
+    if text.startswith(b"["):
+        return "json"
+    if rest.strip() and _has_a_row(text.split(b"\n"), is_whole=len(start) < _PEEK_BYTES):
+        return "jsonl"
+    found = document_kind(path)
+    return "jsonl" if found == "objects" and not rest.strip() else found
 
 
 def open_table(path: Path, what: FileKind) -> Table:
     """Open a file of rows. Raises DataError when it cannot be read, now or while its rows are."""
     match what:
         case "csv":
-            return _csv_table(path)
+            header, rows = open_csv(path)
+            return Table(tuple(name for name in header.names if name), rows, header.notes)
         case "parquet":
             return _parquet_table(path)
         case "saved":
             return _saved_table(path)
+        case "jsonl":
+            return _table_of_objects(path, _jsonl_rows(path), ())
+        case "json":
+            return _table_of_objects(path, _json_rows(path), ())
         case _:
-            rows = _jsonl_rows(path) if what == "jsonl" else _json_rows(path)
-            return _table_of_objects(path, rows)
+            assert what != "squad"
+            return _table_of_objects(path, document_rows(path, what), (HOW_READ[what],))
 
 
-def _begins_with_a_row(text: bytes) -> bool:
-    """Whether the first line is a JSON object of its own, other than a whole SQuAD file."""
-    line, newline, _ = text.partition(b"\n")
-    if not line.startswith(b"{") or not (newline or len(text) < _PEEK_BYTES):
-        return False
+def _kind_of_lines(path: Path, first: bytes, rest: bytes, *, is_whole: bool) -> FileKind:
+    """Of a file that is called jsonl: rows a line, or JSON over several lines, or one document on one line."""
+    if first.startswith(b"[") and not _is_json(first):
+        return "json"
+    if first.rstrip() == b"{":
+        return document_kind(path)
+    if first.startswith(b"{") and not rest.strip() and is_whole and _is_json(first):
+        found = document_kind(path)
+        return found if found in ("wrapped", "columns", "split", "index") else "jsonl"
+    return "jsonl"
+
+
+def _has_a_row(lines: list[bytes], *, is_whole: bool) -> bool:
+    """Whether a line is a JSON object of its own. The lines of a document that is spread over several are indented."""
+    whole_lines = lines if is_whole else lines[:-1]
+    return any(line.startswith(b"{") and line.rstrip().endswith(b"}") and _is_json(line) for line in whole_lines)
+
+
+def _is_json(text: bytes) -> bool:
     try:
-        values = parse_json(line)
-        return bool(values) and "data" not in values
+        parse_json(text)
     except ValueError:
         return False
+    return True
 
 
-def _table_of_objects(path: Path, rows: Iterator[tuple[str, dict[str, Any] | str]]) -> Table:
+def _table_of_objects(path: Path, rows: Rows, notes: tuple[str, ...]) -> Table:
     seen = []
     for place, values in rows:
         seen.append((place, values))
         if isinstance(values, dict):
-            return Table(tuple(values), chain(seen, rows))
-        if len(seen) == READ_ROWS:
+            return Table(tuple(values), chain(seen, rows), notes)
+        if len(seen) == SCANNED_ROWS:
             break
     if not seen:
         raise DataError(f"{path}: no rows. {EXPECTED}")
     place, problem = seen[0]
-    raise DataError(f"{path}: {place}: {problem}, and no row in the {len(seen)} that were read. {EXPECTED}")
+    hint = f"{RECORDS}. " if problem == not_a_row([]) else ""
+    raise DataError(f"{path}: {place}: {problem}, and no row in the {len(seen)} that were read. {hint}{EXPECTED}")
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    with open_data_file(path) as file:
+def _jsonl_rows(path: Path) -> Rows:
+    with open_text(path) as text:
         number = 0
-        while line := file.readline(ROW_BYTES):
+        while line := text.stream.readline(ROW_BYTES):
             number += 1
             if len(line) == ROW_BYTES:
                 raise DataError(f"{path}: line {number} is longer than {ROW_BYTES:,} bytes. Is it jsonl?")
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 yield f"line {number}", _parse_line(line)
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | str:
     try:
-        values = parse_json(line)
-    except ValueError as error:  # also bytes that are not UTF-8, and numbers of many thousand digits
+        values = parse_json(line, unique_keys=True)
+    except (NotText, RepeatedKey) as error:
+        return str(error)
+    except ValueError as error:  # also numbers of many thousand digits
         return f"not JSON: {str(error)[:100]}"
-    return values if isinstance(values, dict) else _no_object(values)
+    return values if isinstance(values, dict) else not_a_row(values)
 
 
-def _no_object(values: Any) -> str:
-    return f"expected an object, got {kind(values)}"
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _json_rows(path: Path) -> Rows:
     events = json_stream.read_events(path)
     next(events)  # the list
     for number, (event, value) in enumerate(json_stream.items(events), start=1):
-        values = json_stream.build(path, event, value, events)
-        yield f"row {number}", values if isinstance(values, dict) else _no_object(values)
+        yield f"row {number}", row_of(path, event, value, events)
     for _ in events:  # what follows the list is an error that only reading on finds
         pass
-
-
-def _csv_table(path: Path) -> Table:
-    csv.field_size_limit(4 * TEXT_CHARS)  # of the whole process; the default, 131,072, is less than a text may have
-    rows = _csv_rows(path)
-    _, header = next(rows)
-    assert isinstance(header, dict)
-    return Table(tuple(header), rows)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """The header, as a row of its own, then every row."""
-    with open_data_file(path) as file, _as_data_error(path, "csv"):
-        text = TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        reader = csv.DictReader(_lines(path, text), strict=True, delimiter=delimiter)
-        header = list(reader.fieldnames or [])
-        _check_columns(path, header)
-        yield "line 1", dict.fromkeys(header)
-        for number, values in enumerate(reader, start=1):
-            missing = [name for name in header if values[name] is None]
-            if None in values:  # DictReader's key for cells beyond the header
-                yield f"row {number}", f"more cells than the {len(header)} of the header"
-            elif missing:
-                yield f"row {number}", f"only {len(header) - len(missing)} cells, the header has {len(header)}"
-            else:
-                yield f"row {number}", values
-
-
-def _lines(path: Path, text: TextIOWrapper) -> Iterator[str]:
-    while line := text.readline(ROW_BYTES):
-        if len(line) == ROW_BYTES:
-            raise DataError(f"{path}: a line of more than {ROW_BYTES:,} characters. Is it csv?")
-        yield line
 
 
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
@@ -182,7 +182,7 @@ def _parquet_table(path: Path) -> Table:
         return Table(tuple(file.schema_arrow.names), _parquet_rows(path, file))
 
 
-def _parquet_rows(path: Path, file: Any) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _parquet_rows(path: Path, file: Any) -> Rows:
     number = 0
     with _as_data_error(path, "Parquet"):
         for batch in file.iter_batches(batch_size=READ_ROWS):
@@ -222,7 +222,7 @@ def _check_saved_names(path: Path) -> None:
         inside(path, name, named_by=str(state))
 
 
-def _saved_rows(path: Path, dataset: Any) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _saved_rows(path: Path, dataset: Any) -> Rows:
     with _as_data_error(path, "a folder that `datasets` saved"):
         for number, values in enumerate(dataset, start=1):
             yield f"row {number}", _without_nulls(values)

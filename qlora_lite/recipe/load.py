@@ -75,7 +75,7 @@ def load_run_recipe(path: str | os.PathLike[str], *, overrides: Sequence[str] = 
 
 def _load(path: Path, overrides: Sequence[str], *, files_must_exist: bool) -> Recipe:
     problems = _Problems()
-    entries = _file_entries(path, problems)
+    entries, encoding = _file_entries(path, problems)
     entries |= _override_entries(overrides, problems)
     values = _typed(entries, problems)
     notes = _resolve_files(values, entries, path.parent, problems if files_must_exist else _Problems())
@@ -84,7 +84,7 @@ def _load(path: Path, overrides: Sequence[str], *, files_must_exist: bool) -> Re
     lines = problems.lines()
     if lines:
         raise RecipeError(wording.printable_path(str(path)), lines)
-    return recipe.with_origin(name=path.stem, path=Path(os.path.abspath(path)), notes=notes)
+    return recipe.with_origin(name=path.stem, path=Path(os.path.abspath(path)), notes=encoding + notes)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -125,12 +125,13 @@ def _find(path_or_name: str | os.PathLike[str]) -> Path:
     raise RecipeError(shown, [f"{missing}{hint}"])
 
 
-def _file_entries(path: Path, problems: _Problems) -> dict[str, _Entry]:
-    """Full key -> entry. Text that is no YAML mapping at all is the one problem that stops everything."""
+def _file_entries(path: Path, problems: _Problems) -> tuple[dict[str, _Entry], tuple[str, ...]]:
+    """-> (full key -> entry, notes on the encoding). Text that is not a YAML mapping is the one problem that stops everything."""
     shown = wording.printable_path(str(path))
     try:
         with open(path, "rb") as file:
-            top = yaml_text.parse(yaml_text.decode(file.read(RECIPE_BYTES + 1)))
+            text, encoding = yaml_text.decode(file.read(RECIPE_BYTES + 1))
+        top = yaml_text.parse(text)
     except OSError as error:
         raise RecipeError(shown, [f"cannot be read: {error.strerror or error}"]) from error
     except yaml_text.YamlProblem as error:
@@ -144,7 +145,7 @@ def _file_entries(path: Path, problems: _Problems) -> dict[str, _Entry]:
     seen: dict[str, int] = {}
     for key, node in _flatten(top.value, seen, problems):
         entries.setdefault(key, _Entry(node.value, node.source, f"line {node.line}", node.line))
-    return entries
+    return entries, (f"the recipe is {encoding}",) if encoding else ()
 
 
 def _flatten(top: yaml_text.Mapping, seen: dict[str, int], problems: _Problems) -> list[tuple[str, yaml_text.Node]]:

@@ -9,7 +9,6 @@ Surprising, and on purpose:
   and `!!python/object` attacks are made.
 """
 
-import codecs
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 
 from qlora_lite.limits import RECIPE_BYTES, RECIPE_DEPTH, RECIPE_VALUES
+from qlora_lite.text_file import NotText, TooLarge, decode_file
 
 _NULL = {"", "~", "null", "Null", "NULL"}
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -54,24 +54,20 @@ class Mapping:
     items: tuple[tuple[str, Node], ...]
 
 
-def decode(data: bytes) -> str:
-    """Bytes of a recipe -> text. Raises YamlProblem for a file that is too large, not UTF-8, or binary."""
-    if len(data) > RECIPE_BYTES:
-        raise YamlProblem(1, f"larger than {RECIPE_BYTES:,} bytes; a recipe is a few thousand. Is this the right file?")
+def decode(data: bytes) -> tuple[str, str]:
+    """Bytes of a recipe -> (text, a note on its encoding). Raises YamlProblem for a file that is too large, or not text."""
     try:
-        data = data.removeprefix(codecs.BOM_UTF8)
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise YamlProblem(
-            line, f"byte 0x{data[error.start]:02x} is not UTF-8 text; save the file as UTF-8 (is it a binary file?)"
-        ) from error
+        text, note = decode_file(data, longest=RECIPE_BYTES)
+    except TooLarge as error:
+        raise YamlProblem(1, f"{error}; a recipe is a few thousand. Is this the right file?") from error
+    except NotText as error:
+        raise YamlProblem(error.line, str(error)) from error
     found = _UNPRINTABLE.search(text)
     if found:
         line = text.count("\n", 0, found.start()) + 1
         code = f"U+{ord(found.group()):04X}"
         raise YamlProblem(line, f"character {code} cannot stand in YAML; remove it (is it a binary file?)")
-    return text
+    return text, note
 
 
 def parse(text: str) -> Node:

@@ -1,5 +1,6 @@
 """Reading SQuAD: good files row by row, bad rows counted and named, hostile files as one clear error."""
 
+import json
 import os
 
 import pytest
@@ -46,8 +47,6 @@ def test_an_answer_found_elsewhere_in_the_context_is_usable(write):
 
 
 def test_a_byte_order_mark_is_skipped(write):
-    import json
-
     assert read_squad(write(b"\xef\xbb\xbf" + json.dumps(squad(*GOOD)).encode())).num_rows == 99
 
 
@@ -61,9 +60,6 @@ BAD_ROWS = [
     (changed(question="  "), 'id "bad": question: empty'),
     (changed(question=5), 'id "bad": question: expected text, got a number'),
     (changed(question="\ud800"), "question"),
-    (changed(id="REMOVED"), "data[0].paragraphs[0].qas[99]: id: missing"),
-    (changed(id=7), "id: expected text, got a number"),
-    (changed(id="good0"), 'id "good0": used twice'),
     (changed(answers=[]), "no answers, and is_impossible is not true"),
     (changed(answers="REMOVED"), "no answers"),
     (changed(answers={"text": ["Nile"]}), "answers: expected a list, got an object"),
@@ -98,6 +94,36 @@ def test_a_bad_context_makes_its_questions_bad(write, context):
         read_squad(write(squad(question("a", "Which river?", "Nile"), context=context)))
 
 
+def test_ids_of_any_kind_are_read_as_in_flat_rows(write):
+    ids = [262744, 262744, 7.0, 0.5, True, None, "", "  ", [1], {"a": 1}, "x", "REMOVED", "\ud800", -3]
+    rows = list(read_squad(write(squad(*(changed(id=each) for each in ids)))))
+    place = "data[0].paragraphs[0].qas[{}]".format
+    wanted = ["262744", "262744", "7", "0.5", *map(place, range(4, 10)), "x", place(11), place(12), "-3"]
+    assert [row.id for i, row in enumerate(rows) if i != 12] == [name for i, name in enumerate(wanted) if i != 12]
+    flat = [{"context": CONTEXT, **changed(id=each)} for each in ids]
+    names = [row.id for row in read_mix(write("\n".join(map(json.dumps, flat)), "flat.jsonl"))]
+    assert names == [f"line {i + 1}" if name.startswith("data[") else name for i, name in enumerate(wanted)]
+
+
+def test_a_key_given_twice_makes_the_passage_bad_where_it_is_read_and_changes_nothing_elsewhere(write):
+    text = json.dumps(squad(*GOOD))
+    assert read_squad(write(text.replace('"title": "Nile"', '"title": {"a": 1, "a": 2}'))).num_rows == 99
+    twice = '{"context": "The Nile", "context": "The Amazon", "qas": []}'
+    file = read_squad(write(text.replace('"paragraphs": [', f'"paragraphs": [{twice}, ')))
+    assert (file.num_rows, file.num_bad) == (99, 1)
+    assert file.bad[0].startswith('data[0].paragraphs[0]: the key "context" is given twice')
+    paragraphs = '{"data": [{"paragraphs": {"a": 1, "a": 2}}]}'
+    with pytest.raises(DataError, match="paragraphs qas: expected a list of questions"):
+        read_squad(write(paragraphs))
+
+
+def test_ids_of_several_rows_are_counted_and_said(write):
+    rows = [changed(id=each) for each in ("a", "b", "a", "a")]
+    mix = read_mix(write(squad(*rows)))
+    assert mix.notes == ('data.json: rows with the id of an earlier row: 2, the first "a"; all are used',)
+    assert mix.num_rows == 4
+
+
 def test_more_bad_rows_than_allowed_are_refused_by_name(write):
     bad = [changed(id=f"bad{i}", question="") for i in range(9)]
     path = write(squad(*GOOD, *bad))
@@ -122,7 +148,8 @@ HOSTILE = {
     "binary": (bytes(range(256)) * 40, "a binary file"),
     "gzip": (b"\x1f\x8b\x08\x00abc", "gzip"),
     "parquet": (b"PAR1\x15\x04", "cannot be read as Parquet"),
-    "utf-16": ('{"data": []}'.encode("utf-16"), "UTF-16"),
+    "utf-16 without a mark": ('{"data": []}'.encode("utf-16-le"), "UTF-16-LE without a byte order mark"),
+    "utf-16 cut off": ('{"data": []}'.encode("utf-16")[:-1], "begins as UTF-16, but is not UTF-16 here"),
     "not utf-8": (b'{"data": [{"title": "\xff"}]}', "not JSON"),
     "jsonl": (b'{"question": "a"}\n{"question": "b"}\n', 'no column "context" and no column "answers"'),
     "csv": (b"id,context,question\n1,a,b\n", "not JSON"),

@@ -70,8 +70,8 @@ def test_csv_rows_of_another_width_than_the_header_are_named(write):
     table = open_table(write("a,b\n1,2\n1\n1,2,3\n", "rows.csv"), "csv")
     assert list(table.rows) == [
         ("row 1", {"a": "1", "b": "2"}),
-        ("row 2", "only 1 cells, the header has 2"),
-        ("row 3", "more cells than the 2 of the header"),
+        ("row 2", "only 1 cells, the header has 2 (line 3)"),
+        ("row 3", "more cells than the 2 of the header (line 4); quote a cell that holds the delimiter"),
     ]
 
 
@@ -137,9 +137,9 @@ def test_a_folder_of_several_splits_names_them(tmp_path):
     ("name", "content", "said"),
     [
         ("rows.parquet", b"PAR1 and nothing else", "cannot be read as Parquet"),
-        ("rows.csv", b"a,b\n\xff\xfe,1\n", "cannot be read as csv"),
+        ("rows.csv", b"a,b\n\xff\xfe,1\n", "line 2: byte 0xff is not UTF-8 text"),
         ("rows.csv", b'a,b\n"open,1\n', "cannot be read as csv"),
-        ("rows.jsonl", b"\xff\xfe{}\n", "line 1: not JSON"),
+        ("rows.jsonl", b"\xff\xfe{}\n", "begins as UTF-16, but is not UTF-16 here"),
         ("rows.jsonl", b"\n \n", "no rows"),
         ("rows.json", b'[{"text": "a"}', "not JSON"),
         ("rows.json", b'[{"text": "a"}] x', "not JSON"),

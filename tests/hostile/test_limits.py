@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, normalizers
 
-from qlora_lite.data import json_stream, tables
+from qlora_lite.data import csv_rows, json_stream
 from qlora_lite.data.limited import Limits, TooMuch
 from qlora_lite.data.rows import Conversation
 from qlora_lite.data.tables import file_kind, open_table
@@ -66,8 +66,8 @@ def test_a_row_of_endless_values_is_refused(tmp_path: Path, monkeypatch: Any) ->
 
 
 def test_a_csv_line_or_header_without_end_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(tables, "ROW_BYTES", 50)
-    monkeypatch.setattr(tables, "COLUMNS", 5)
+    monkeypatch.setattr(csv_rows, "ROW_BYTES", 50)
+    monkeypatch.setattr(csv_rows, "COLUMNS", 5)
     path = tmp_path / "rows.csv"
     path.write_text("text\n" + "a" * 60, encoding="utf-8")
     with pytest.raises(DataError, match="a line of more than 50 characters"):

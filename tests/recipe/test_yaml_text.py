@@ -1,5 +1,6 @@
 """Whatever bytes a recipe holds, the answer is a RecipeError with a line, at once."""
 
+import gzip
 import pickle
 import time
 
@@ -12,6 +13,16 @@ from qlora_lite.errors import RecipeError
 from qlora_lite.recipe import load_recipe, yaml_text
 
 BOMB = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "gzip"])
+def test_a_recipe_in_another_encoding_is_decoded_whole_and_that_is_said(tmp_path, encoding):
+    path = tmp_path / "mine.yaml"
+    text = "# fran\u00e7ais\nmethod: lora\n"
+    path.write_bytes(gzip.compress(text.encode()) if encoding == "gzip" else text.encode(encoding))
+    recipe = load_recipe(path)
+    assert recipe.method == "lora"
+    assert any(note.startswith("the recipe is ") for note in recipe.notes) == (encoding != "utf-8-sig")
 
 
 @pytest.mark.parametrize(
@@ -27,9 +38,14 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("a
         (b"lora:\n\tr: 8\n", "indent with spaces, not tabs"),
         (b"method: qlora\n---\nmethod: qlora\n", "line 2  a second document starts here"),
         (b"\xef\xbb\xbfmethod: qlora\n\xff\n", "line 2  byte 0xff is not UTF-8 text"),
-        ("method: qlora\n".encode("utf-16"), "not UTF-8 text"),
+        ("method: qlora\n".encode("utf-16-le"), "line 1  it looks like UTF-16-LE without a byte order mark"),
+        ("method: qlora\n".encode("utf-16")[:-1], "line 1  begins as UTF-16, but is not UTF-16 here"),
+        (
+            "method: qlora\n# fran\u00e7ais\n".encode("latin-1"),
+            'line 2  byte 0xe7 is not UTF-8 text; in Windows-1252 (and Latin-1) it is "\u00e7"',
+        ),
         (b"\x7fELF\x01\x02", "line 1  character U+007F cannot stand in YAML"),
-        (b"method: qlora\nlora: {r: \x00}\n", "line 2  character U+0000 cannot stand in YAML"),
+        (b"method: qlora\nlora: {r: \x00}\n", "line 2  it holds zero bytes"),
         (pickle.dumps({"method": "qlora"}), "line 1  "),
         (BOMB.encode(), "line 1  anchors and aliases (&a, *a) are refused"),
         (b"method: *x\n", "line 1  anchors and aliases"),
@@ -121,6 +137,6 @@ def test_pyyaml_still_reads_2e_4_as_text_which_is_why_we_do_not_use_its_numbers(
 )
 def test_any_bytes_are_read_or_refused_and_nothing_else(data):
     try:
-        yaml_text.parse(yaml_text.decode(data))
+        yaml_text.parse(yaml_text.decode(data)[0])
     except yaml_text.YamlProblem as problem:
         assert problem.line >= 1

@@ -1,0 +1,163 @@
+"""A csv file -> its header and rows, streamed; how it separates its cells is found from the header.
+
+In: a path. Out: the names of the columns, notes on how the file is read, and (place, cells by name) per row, or why there are none.
+
+| delimiter | Excel's line `sep=;` before the header names it; otherwise the one of comma, tab, semicolon and | that gives known columns; |
+|           | otherwise the only one that splits the header; otherwise a comma (a tab in a .tsv)                                         |
+| header    | the first line that is not blank; a name twice is refused; a column without a name is not read                            |
+| quotes    | as RFC 4180: a cell that holds a delimiter, a quote or a line break is quoted, a quote in it doubled                       |
+
+A row with a wrong quote is a bad row when it stands on one line. When it goes over several, where the next row begins is a guess: refused.
+"""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import TextIOWrapper
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from qlora_lite.data.files import EXPECTED, data_suffix, open_text, refuse_other_encodings
+from qlora_lite.data.formats import are_known
+from qlora_lite.data.rows import short
+from qlora_lite.errors import DataError
+from qlora_lite.foreign import foreign
+from qlora_lite.limits import COLUMNS, ROW_BYTES, TEXT_CHARS
+
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+_SEP_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+_QUOTE_RULE = 'put the whole cell in quotes and write "" for each quote inside it'
+
+CsvRow = tuple[str, dict[str, Any] | str]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first line: names by position ("" for a column that is not read), how cells are separated, and what to say about it."""
+
+    names: tuple[str, ...]
+    delimiter: str
+    notes: tuple[str, ...]
+
+
+def open_csv(path: Path) -> tuple[Header, Iterator[CsvRow]]:
+    """-> (the header, the rows, which are read once). Raises DataError, now or while the rows are read."""
+    csv.field_size_limit(4 * TEXT_CHARS)  # of the whole process; the default, 131,072, is less than a text may have
+    found = _header_and_rows(path)
+    header = next(found)
+    assert isinstance(header, Header)
+    return header, found  # type: ignore[return-value]
+
+
+def _header_and_rows(path: Path) -> Iterator[Header | CsvRow]:
+    with foreign(lambda said: _unreadable(path, said)), open_text(path) as text:
+        try:
+            lines = _lines(path, TextIOWrapper(text.stream, encoding="utf-8", newline=""))
+            num_before, delimiter, first = _beginning(path, lines)
+            note = f'the line "sep={delimiter}" names the delimiter' if delimiter else ""
+            if not delimiter:
+                delimiter, note = _told_delimiter(path, first)
+            reader = csv.reader(chain([first], lines), strict=True, delimiter=delimiter)
+            try:
+                names = next(reader)
+            except csv.Error as error:
+                raise _unreadable(path, f"line {num_before + 1}: {error}; {_QUOTE_RULE}") from error
+            yield _header(path, names, num_before + 1, delimiter, note)
+            yield from _rows(path, reader, [name.strip() and name for name in names], num_before)
+        except UnicodeDecodeError:
+            refuse_other_encodings(path)
+            raise
+
+
+def _beginning(path: Path, lines: Iterator[str]) -> tuple[int, str, str]:
+    """-> (lines before the header, the delimiter that a line `sep=` names or "", the header's line)."""
+    delimiter = ""
+    for num_before, line in enumerate(lines):
+        found = _SEP_LINE.fullmatch(line)
+        if found and not delimiter:
+            delimiter = found.group(1)
+        elif line.strip():
+            return num_before, delimiter, line
+    raise DataError(f"{path}: no header: a csv file begins with the names of its columns. {EXPECTED}")
+
+
+def _told_delimiter(path: Path, line: str) -> tuple[str, str]:
+    """-> (the delimiter that the header tells, what to say about it)."""
+    usual = "\t" if data_suffix(path) == ".tsv" else ","
+    split = {each: next(csv.reader([line], delimiter=each), []) for each in DELIMITERS}
+    known = [each for each in DELIMITERS if are_known(split[each])]
+    several = [each for each in DELIMITERS if len(split[each]) > 1]
+    if usual in known or (not known and usual in several):
+        return usual, ""
+    told = known[:1] or (several if len(several) == 1 else [])
+    if not told:
+        return usual, ""
+    return told[0], f"cells are separated by {DELIMITERS[told[0]]}, as its header tells"
+
+
+def _header(path: Path, names: Sequence[str], line: int, delimiter: str, note: str) -> Header:
+    if len(names) > COLUMNS:
+        raise DataError(f"{path}: {len(names):,} columns, allowed {COLUMNS:,}. Leave out those that are not read.")
+    places: dict[str, list[int]] = {}
+    for position, name in enumerate(names, start=1):
+        places.setdefault(name.strip(), []).append(position)
+    unnamed = places.pop("", [])
+    repeated = [f'"{short(name)}" (columns {_listed(where)})' for name, where in places.items() if len(where) > 1]
+    if repeated:
+        raise DataError(
+            f"{path}: line {line}: the header names {', '.join(repeated[:5])} more than once, and which one counts is not "
+            f"told. Rename or remove one of them."
+        )
+    if not places:
+        raise DataError(f"{path}: line {line}: no column has a name. {EXPECTED}")
+    notes = [note] if note else []
+    notes += [f"columns without a name in the header are not read: {_listed(unnamed)}"] if unnamed else []
+    return Header(tuple(name.strip() and name for name in names), delimiter, tuple(notes))
+
+
+def _rows(path: Path, reader: Any, names: Sequence[str], num_before: int) -> Iterator[CsvRow]:
+    number = 0
+    while True:
+        first_line = num_before + reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            number, line = number + 1, num_before + reader.line_num
+            if line > first_line or "unexpected end" in str(error):
+                where = f"line {first_line}: a quote that opens in this row is not closed as it should be"
+                raise _unreadable(path, f"{where} (met on line {line}: {error}); {_QUOTE_RULE}") from error
+            yield f"row {number}", f"line {line}: wrong quotes ({error}); {_QUOTE_RULE}"
+            continue
+        if not cells:  # a blank line
+            continue
+        number += 1
+        yield f"row {number}", _values(names, cells, first_line)
+
+
+def _values(names: Sequence[str], cells: Sequence[str], line: int) -> dict[str, Any] | str:
+    if len(cells) > len(names):
+        return f"more cells than the {len(names)} of the header (line {line}); quote a cell that holds the delimiter"
+    if len(cells) < len(names):
+        return f"only {len(cells)} cells, the header has {len(names)} (line {line})"
+    return {name: cell for name, cell in zip(names, cells, strict=True) if name}
+
+
+def _lines(path: Path, text: TextIOWrapper) -> Iterator[str]:
+    while line := text.readline(ROW_BYTES):
+        if len(line) == ROW_BYTES:
+            raise DataError(f"{path}: a line of more than {ROW_BYTES:,} characters. Is it csv?")
+        yield line
+
+
+def _listed(positions: Sequence[int]) -> str:
+    numbers = [str(position) for position in positions[:10]]
+    more = f" and {len(positions) - 10} more" if len(positions) > 10 else ""
+    return (" and ".join(numbers) if len(numbers) == 2 else ", ".join(numbers)) + more
+
+
+def _unreadable(path: Path, said: str) -> DataError:
+    return DataError(f"{path}: cannot be read as csv: {said}. {EXPECTED}")

@@ -1,0 +1,277 @@
+"""A file that is one JSON object -> what it holds: nested SQuAD, or rows in one of the shapes that libraries write.
+
+In: a path. Out: its kind, and (place, values) per row, streamed.
+
+| kind    | shape                                             | who writes it                                              |
+|---------|---------------------------------------------------|------------------------------------------------------------|
+| squad   | {"data": [{"paragraphs": [...]}]}                 | SQuAD; also all that is none of the others, for its errors |
+| wrapped | {"data": [row, row]}, with any key                | APIs; pandas' to_json(orient="table")                      |
+| columns | {"question": {"0": ..., "1": ...}, "answer": ...} | pandas' to_json() by default; lists instead: to_dict       |
+| split   | {"columns": [...], "data": [[...], [...]]}        | pandas' to_json(orient="split")                            |
+| index   | {"0": row, "1": row}                              | pandas' to_json(orient="index")                            |
+| objects | row row ..., each over several lines              | jq, json.dump(row, indent=2)                               |
+
+Surprising: `columns` are read by as many parsers as there are columns, side by side, because the file has one column behind the other.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_lite.data import json_stream
+from qlora_lite.data.files import EXPECTED
+from qlora_lite.data.formats import KNOWN_NAMES, are_known, known_name
+from qlora_lite.data.json_stream import Events, build, keys, skip
+from qlora_lite.data.rows import kind, short
+from qlora_lite.errors import DataError
+from qlora_lite.json_text import RepeatedKey
+
+DocumentKind = Literal["squad", "wrapped", "columns", "split", "index", "objects"]
+HOW_READ = {
+    "wrapped": "its rows are the list inside its one JSON object",
+    "columns": "read by columns, as pandas' to_json() writes them",
+    "split": 'read as pandas\' to_json(orient="split") writes it',
+    "index": 'read as pandas\' to_json(orient="index") writes it',
+    "objects": "read as JSON objects one behind the other",
+}
+
+_COLUMNS_AT_ONCE = 64
+_NUM_KEYS = 100  # of a row, to see what it is
+RECORDS = 'With pandas: df.to_json(path, orient="records", lines=True)'
+_LISTS_OF_OBJECTS = ("messages", "conversations", "prompt", "completion", "answers", "tools")  # in one row
+
+Rows = Iterator[tuple[str, dict[str, Any] | str]]
+
+
+def document_kind(path: Path) -> DocumentKind:
+    """What the JSON object in this file is. Raises DataError when the file is not JSON."""
+    with closing(json_stream.read_events(path, several=True)) as events:  # type: ignore[type-var]
+        event, _ = next(events)
+        return _kind(events) if event == "start_map" else "squad"
+
+
+def document_rows(path: Path, what: DocumentKind) -> Rows:
+    """The rows of a file of this kind (other than squad). Raises DataError while they are read."""
+    readers = {"wrapped": _wrapped, "columns": _by_columns, "split": _split, "index": _index, "objects": _objects}
+    return readers[what](path)
+
+
+def row_of(path: Path, event: str, value: Any, events: Events) -> dict[str, Any] | str:
+    """The row that begins with this event, or why it is none."""
+    try:
+        values = build(path, event, value, events, unique_keys=True)
+    except RepeatedKey as error:
+        return str(error)
+    return values if isinstance(values, dict) else not_a_row(values)
+
+
+def not_a_row(values: Any) -> str:
+    """Why a value is not a row."""
+    return f"expected an object, got {kind(values)}"
+
+
+def _kind(events: Events) -> DocumentKind:
+    seen: list[str] = []
+    plain: list[str] = []  # keys of texts and numbers
+    lists: list[str] = []  # keys of lists of texts and numbers: columns, if no text or number stands beside them
+    for key in keys(events):
+        event, _ = next(events)
+        found: DocumentKind | None = None
+        if event == "start_array":
+            found, is_plain = _kind_by_list(key, events, has_columns="columns" in seen)
+            lists += [key] if is_plain else []
+        elif event == "start_map":
+            found = _kind_by_object(key, events)
+        else:
+            plain.append(key)
+        if found == "columns" and plain:
+            found = "objects"
+        if found:
+            return found
+        if key not in seen and len(seen) < _NUM_KEYS:
+            seen.append(key)
+    if "data" in seen or not seen or not (plain or lists):
+        return "squad"
+    return "objects" if plain else "columns"
+
+
+def _kind_by_list(key: str, events: Events, *, has_columns: bool) -> tuple[DocumentKind | None, bool]:
+    """By the list that was just opened -> (the kind, if it is clear, whether the list is one of texts or numbers)."""
+    event, _ = next(events)
+    if event == "end_array":
+        return ("squad" if key == "data" else None), False
+    if event == "start_map":
+        names, is_whole = _first_keys(events)
+        if key == "data" and "paragraphs" in names:
+            return "squad", False
+        if known_name(key) in _LISTS_OF_OBJECTS:
+            return "objects", False
+        if are_known(names):
+            return "wrapped", False
+        _skip_open(events, 1 if is_whole else 2)
+        return None, False
+    if event == "start_array" and key == "data" and has_columns:
+        return "split", False
+    if event == "start_array" and known_name(key) in KNOWN_NAMES:
+        return "columns", False
+    _skip_open(events, 2 if event == "start_array" else 1)
+    return None, not event.startswith("start_")
+
+
+def _kind_by_object(key: str, events: Events) -> DocumentKind | None:
+    """By the object that was just opened -> the kind, if it is clear."""
+    names, is_whole = _first_keys(events)
+    if known_name(key) == "answers" and "text" in names:
+        return "objects"
+    if known_name(key) in KNOWN_NAMES and names:
+        return "columns"
+    if are_known(names):
+        return "index"
+    _skip_open(events, 0 if is_whole else 1)
+    return None
+
+
+def _first_keys(events: Events) -> tuple[list[str], bool]:
+    """The first keys of the object that was just opened, and whether these are all."""
+    names: list[str] = []
+    for name in keys(events):
+        names.append(name)
+        if len(names) == _NUM_KEYS or name == "paragraphs":
+            event, _ = next(events)
+            skip(event, events)
+            return names, False
+        event, _ = next(events)
+        skip(event, events)
+    return names, True
+
+
+def _skip_open(events: Events, depth: int) -> None:
+    """Read to the end of `depth` lists or objects that are open."""
+    while depth:
+        event, _ = next(events)
+        depth += event.startswith("start_") - event.startswith("end_")
+
+
+def _wrapped(path: Path) -> Rows:
+    events = json_stream.read_events(path)
+    next(events)
+    rows_key, number = "", 0
+    for key in keys(events):
+        event, _ = next(events)
+        if event != "start_array":
+            skip(event, events)
+            continue
+        for item_event, item_value in json_stream.items(events):
+            values = row_of(path, item_event, item_value, events)
+            if not rows_key and isinstance(values, dict) and are_known(values):
+                rows_key = key
+            if rows_key not in ("", key) and isinstance(values, dict) and are_known(values):
+                raise DataError(
+                    f'{path}: several lists of rows, "{short(rows_key)}" and "{short(key)}". Write each in a file of its own.'
+                )
+            if rows_key == key:
+                number += 1
+                yield f"row {number}", values
+    for _ in events:  # what follows the document is an error that only reading on finds
+        pass
+
+
+def _split(path: Path) -> Rows:
+    events = json_stream.read_events(path)
+    next(events)
+    names: list[str] = []
+    for key in keys(events):
+        event, value = next(events)
+        if key == "columns":
+            given = build(path, event, value, events)
+            names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+            if not names or len(set(names)) < len(given):
+                raise DataError(f'{path}: "columns": expected names, each once. {RECORDS}')
+        elif key == "data" and event == "start_array":
+            for number, (item_event, item_value) in enumerate(json_stream.items(events), start=1):
+                cells = _cell(path, item_event, item_value, events)
+                fits = isinstance(cells, list) and len(cells) == len(names)
+                yield (
+                    f"row {number}",
+                    dict(zip(names, cells, strict=True)) if fits else f"expected {len(names)} values",
+                )
+        else:
+            skip(event, events)
+    for _ in events:
+        pass
+
+
+def _index(path: Path) -> Rows:
+    events = json_stream.read_events(path)
+    next(events)
+    for number, _ in enumerate(keys(events), start=1):
+        event, value = next(events)
+        yield f"row {number}", row_of(path, event, value, events)
+    for _ in events:
+        pass
+
+
+def _objects(path: Path) -> Rows:
+    events = json_stream.read_events(path, several=True)
+    for number, (event, value) in enumerate(events, start=1):
+        yield f"row {number}", row_of(path, event, value, events)
+
+
+def _by_columns(path: Path) -> Rows:
+    names = _column_names(path)
+    with ExitStack() as stack:
+        columns = [stack.enter_context(closing(_column(path, position))) for position in range(len(names))]  # type: ignore[type-var]
+        for number, cells in enumerate(zip_longest(*columns), start=1):
+            labels = {None if cell is None else cell[0] for cell in cells}
+            if len(labels) > 1:
+                missing = ", ".join(f'"{short(name)}"' for name, cell in zip(names, cells, strict=True) if cell is None)
+                why = f"{missing} has fewer values" if missing else "the columns have other row numbers"
+                raise DataError(f"{path}: row {number}: {why}, so which values belong together is not told. {RECORDS}")
+            yield f"row {number}", {name: value for name, (_, value) in zip(names, cells, strict=True)}
+
+
+def _cell(path: Path, event: str, value: Any, events: Events) -> Any:
+    try:
+        return build(path, event, value, events, unique_keys=True)
+    except RepeatedKey as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _column_names(path: Path) -> list[str]:
+    events = json_stream.read_events(path)
+    next(events)
+    names: list[str] = []
+    for name in keys(events):
+        event, _ = next(events)
+        if event not in ("start_map", "start_array"):
+            raise DataError(f'{path}: "{short(name)}": expected a column as the others are. {RECORDS}')
+        if name in names:
+            raise DataError(f'{path}: the column "{short(name)}" is given twice. {EXPECTED}')
+        names.append(name)
+        if len(names) > _COLUMNS_AT_ONCE:
+            raise DataError(f"{path}: read by columns, at most {_COLUMNS_AT_ONCE}; write rows. {RECORDS}")
+        skip(event, events)
+    for _ in events:
+        pass
+    return names
+
+
+def _column(path: Path, position: int) -> Iterator[tuple[str, Any]]:
+    """(label, value) of every cell of the column at this position in the file."""
+    events = json_stream.read_events(path)
+    next(events)
+    for number, _ in enumerate(keys(events)):
+        event, _ = next(events)
+        if number < position:
+            skip(event, events)
+            continue
+        if event == "start_map":
+            for label in keys(events):
+                event, value = next(events)
+                yield label, _cell(path, event, value, events)
+        else:
+            for place, (event, value) in enumerate(json_stream.items(events)):
+                yield str(place), _cell(path, event, value, events)
+        return

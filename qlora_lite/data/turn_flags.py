@@ -1,0 +1,118 @@
+"""Flags on the turns of a conversation that say which of them are trained, and notes on those that do not count.
+
+In: a turn's keys. Out: whether it is left out of training, and sentences about keys that look like a flag and are none.
+
+| key                                | who writes it                                       | left out at     |
+|------------------------------------|-----------------------------------------------------|-----------------|
+| weight                             | the OpenAI format                                   | 0               |
+| train, training, train_on_turn     | axolotl (`message_field_training` names it)         | false           |
+| trainable, learn                   | scripts of their own                                | false           |
+| loss                               | ChatGLM3; proposed for LLaMA-Factory (#10471)       | false           |
+| masked                             | torchtune                                           | true            |
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_lite.data.rows import short
+from qlora_lite.json_text import parse_json
+
+_LEFT_OUT_AT = {
+    "weight": False,
+    "train": False,
+    "training": False,
+    "train_on_turn": False,
+    "trainable": False,
+    "learn": False,
+    "loss": False,
+    "masked": True,
+}
+FLAGS = tuple(_LEFT_OUT_AT)
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_LOOKS_LIKE_ONE = re.compile(r"train|learn|mask|loss|weight|superv|label|ignore", re.IGNORECASE)
+_TALKS = {"messages": "role", "conversations": "from", "prompt": "role", "completion": "role"}  # column -> who speaks
+_MODEL = ("assistant", "gpt", "chatgpt", "model", "function_call")
+
+
+class WrongFlag(ValueError):
+    """A flag has a value that is none, or two flags contradict each other."""
+
+
+def is_untrained(flags: Mapping[str, Any], where: str) -> bool:
+    """Whether these flags of a turn leave it out of training. Raises WrongFlag."""
+    found: dict[str, bool] = {}
+    for key, given in flags.items():
+        if given is None or (isinstance(given, str) and not given.strip()):
+            continue
+        value = _WORDS.get(str(int(given) if given in (0, 1) else given).strip().lower())
+        if value is None:
+            left_out, kept = ("true", "false") if _LEFT_OUT_AT[key] else ("0", "1")
+            raise WrongFlag(
+                f"{where}.{key}: expected {kept}, or {left_out} for a message that is not trained, got {short(str(given))}"
+            )
+        found[key] = value == _LEFT_OUT_AT[key]
+    if len(set(found.values())) > 1:
+        raise WrongFlag(f"{where}: {' and '.join(found)} contradict each other about whether it is trained")
+    return any(found.values())
+
+
+class FlagNotes:
+    """Counts what the turns of a file's rows have that may be meant as a flag, to say so."""
+
+    def __init__(self) -> None:
+        self._num_left_out: Counter[str] = Counter()  # by key
+        self._num_others: Counter[str] = (
+            Counter()
+        )  # turns of others than the model that are marked to be trained, by key
+        self._unknown: Counter[str] = Counter()
+
+    def count(self, values: Mapping[str, Any]) -> None:
+        """Take one row into account."""
+        for column, speaker in _TALKS.items():
+            turns = _as_list(values.get(column))
+            for turn in turns:
+                if isinstance(turn, dict):
+                    self._count(turn, str(turn.get(speaker)))
+
+    def _count(self, turn: Mapping[str, Any], speaker: str) -> None:
+        for key in turn:
+            if key not in _LEFT_OUT_AT:
+                if _LOOKS_LIKE_ONE.search(key) and (key in self._unknown or len(self._unknown) < 20):
+                    self._unknown[key] += 1
+                continue
+            try:
+                is_left_out = is_untrained({key: turn[key]}, "")
+            except WrongFlag:
+                continue
+            if is_left_out and speaker in _MODEL:
+                self._num_left_out[key] += 1
+            elif turn[key] is not None and not is_left_out and speaker not in _MODEL:
+                self._num_others[key] += 1
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What to say; empty where no turn has a flag that changes something or may have been meant to."""
+        said = [
+            f'turns that are not trained, as their "{key}" asks: {num:,}' for key, num in self._num_left_out.items()
+        ]
+        said += [
+            f'turns of others than the model that "{key}" marks to be trained: {num:,}; only the model\'s turns are trained'
+            for key, num in self._num_others.items()
+        ]
+        said += [
+            f'turns with the key "{short(key)}": {num:,}; it is not read as a flag. "train": false leaves a turn out of training'
+            for key, num in self._unknown.items()
+        ]
+        return tuple(said)
+
+
+def _as_list(turns: Any) -> list[Any]:
+    """A csv cell holds the JSON of a list."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        try:
+            turns = parse_json(turns)
+        except ValueError:  # a bad row, named elsewhere
+            return []
+    return turns if isinstance(turns, list) else []
