@@ -1,5 +1,6 @@
 """Turn every `auto` of a recipe into a value, out loud: each choice comes with its reason."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,6 +37,7 @@ from qlora_lite.recipe.hub_names import commit_of, is_hub_name
 from qlora_lite.train.footprint import Footprint
 
 SAMPLED_STEPS = 64  # whose rows tell what sharing saves
+SIZED_STEPS = 4096  # after these, whose rows are counted only
 LEAST_FACTOR = 1.05  # times as many tokens, below which rows are packed one by one
 
 
@@ -365,12 +367,21 @@ def _are_there(recipe: Recipe) -> bool:
 
 
 def _sharing_of(recipe: Recipe, examples: Examples) -> Sharing:
-    """Of the steps that training begins with."""
+    """Of the steps that training begins with. Those that come later, in another order, may be fuller: of them the sizes count too."""
     train = recipe.train
+    steps_per_epoch = math.ceil(len(examples.lengths) / train.examples_per_step)
+    num_steps = train.max_steps or math.ceil((train.epochs or 1.0) * steps_per_epoch)
     sampler = sampler_of(
-        examples, examples_per_step=train.examples_per_step, epochs=1.0, max_steps=None, seed=train.seed, share=True
+        examples,
+        examples_per_step=train.examples_per_step,
+        epochs=1.0,
+        max_steps=max(num_steps, steps_per_epoch),
+        seed=train.seed,
+        share=True,
     )
-    return sharing(examples, (sampler.rows_of_step(step) for step in range(min(len(sampler), SAMPLED_STEPS))))
+    num_sampled = min(steps_per_epoch, SAMPLED_STEPS)
+    others = range(num_sampled, max(num_sampled, min(num_steps, num_sampled + SIZED_STEPS)))
+    return sharing(examples, map(sampler.rows_of_step, range(num_sampled)), others=map(sampler.rows_of_step, others))
 
 
 def what_is_shared(recipe: Recipe, source: Path) -> tuple[Sharing | None, str]:

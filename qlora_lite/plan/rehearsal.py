@@ -89,6 +89,15 @@ class MicroBatch:
     is_first: bool = False  # else the gradients of others are there already
     trunk: int = 0
 
+    def __post_init__(self) -> None:
+        assert self.num_examples >= 1 and 0 <= self.trunk < self.length, self
+
+    def shortened(self, length: int) -> "MicroBatch":
+        """The same with examples of at most `length` tokens, their trunk and their own part cut alike."""
+        if length >= self.length:
+            return self
+        return replace(self, length=length, trunk=self.trunk * length // self.length)
+
     @property
     def num_tokens(self) -> int:
         """Of the row."""
