@@ -1,5 +1,6 @@
 """Turn every `auto` of a recipe into a value, out loud: each choice comes with its reason."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,10 +21,12 @@ from qlora_lite.device.accelerator import choose_device, recipe_word
 from qlora_lite.device.card import Card, name_of
 from qlora_lite.errors import DataError, DoesNotFit, ModelError
 from qlora_lite.evaluate.generate import BATCH_TOKENS
+from qlora_lite.model.adapter import modules_trained_whole
 from qlora_lite.model.attention import why_not_shared
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import NumberTypes, choose_types, types_of_run
+from qlora_lite.model.meta import meta_model
 from qlora_lite.model.quantization import Quantization, stored_quantization
 from qlora_lite.model.skeleton import model_class
 from qlora_lite.model.source import context_window, find_base, load_config, read_config
@@ -151,6 +154,8 @@ def make_plan(
     source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
     commit = commit_of(source) if is_hub_name(recipe.model.base) else None
     config = load_config(source)
+    if not is_record:
+        refuse_wrong_modules(recipe, config)
     quantization, quantization_reason = _choose_quantization(recipe, source)
     data_format, format_reason = _choose_format(recipe)
     needs = needs_of(recipe, source, cache, limit=context_window(config))
@@ -267,6 +272,20 @@ def settings_of(recipe: Recipe, *, card: Card, types: NumberTypes, measured: Map
         optimizer=OPTIMIZERS[-1] if recipe.train.optimizer == "auto" else recipe.train.optimizer,
         num_threads=torch.get_num_threads(),
         runtime_bytes=2 * workspace if isinstance(workspace, int) else None,
+    )
+
+
+def refuse_wrong_modules(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raise ModelError for names in lora.target_modules and lora.modules_to_save that the model has not, as training would."""
+    lora, targets = recipe.lora, recipe.lora.target_modules
+    if recipe.method == "full" or (isinstance(targets, str) and not lora.modules_to_save):
+        return
+    model = meta_model(copy.deepcopy(config), quantization=NF4 if recipe.method == "qlora" else None)
+    modules_trained_whole(
+        model,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=lora.modules_to_save,
+        has_new_tokens=bool(recipe.data.special_tokens),
     )
 
 
