@@ -24,6 +24,7 @@ from qlora_lite.model.adapter_config import read_adapter_config
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.factors import in_pefts_file, saved_factors
+from qlora_lite.model.finite import NotFiniteWeights
 from qlora_lite.model.new_tokens import set_up_new_tokens, token_modules
 from qlora_lite.model.products import product_in_fp32
 from qlora_lite.model.tuned_linear import TunedLinear
@@ -96,6 +97,8 @@ def load_adapter(
     try:
         read_adapter_config(folder)
         saved = saved_factors(folder)
+    except NotFiniteWeights:
+        raise
     except ModelError as error:
         raise ModelError(f"{folder}: not an adapter of this model ({error})") from error
     with (

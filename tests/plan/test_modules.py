@@ -1,4 +1,4 @@
-"""lora.target_modules and lora.modules_to_save of every kind: planned and trained, or refused by check, plan and train in the same words."""
+"""lora.target_modules and lora.modules_to_save: planned and trained, or refused by check, plan and train in the same words."""
 
 import pytest
 import torch
