@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 
-from qlora_lite.errors import RunError, UserError
+from qlora_lite.errors import ModelError, RunError, UserError
 from qlora_lite.loading import LoadedModel, load_model
 from qlora_lite.merge.advice import advice, by_kind
 from qlora_lite.merge.checkpoint import read_json
@@ -78,7 +78,13 @@ def open_source(path: Path | str) -> Source:
 
 def rank_report(source: Source, other: Source | None = None) -> dict[str, Any]:
     """Spectra by module and by kind, the advice, and the overlap with another adapter: what `rank --json` prints. Raises ModelError."""
+    if other is not None:
+        _refuse_different_bases([source, other], "their directions have nothing to do with each other")
     adapter = source.read()
+    if not adapter.factors:
+        raise ModelError(
+            f"{source.folder}: whole modules were trained and no factors, so there are no directions to look at"
+        )
     found = spectra(adapter)
     kinds = by_kind(found)
     return {
@@ -103,6 +109,9 @@ def truncate(
     adapter = source.read()
     _refuse_more_than_factors(adapter, source.folder)
     found = spectra(adapter)
+    trained = max(each.r for each in found)
+    if rank is not None and rank > trained:
+        raise UserError(f"--to {rank}: the adapter's rank is {trained} and cannot be raised. Use at most {trained}")
     ranks = ranks_of_equal(found, rank) if rank is not None else ranks_of_budget(found, num_parameters or 0)
     if not any(ranks.values()):
         smallest = min(sum(each.shape) for each in found)
@@ -152,14 +161,17 @@ def parse_part(text: str) -> Asked:
 def parts_of(asked: Sequence[Asked]) -> tuple[list[Part], list[Source]]:
     """The adapters of a mix, which must be of one base. Raises RunError."""
     sources = [open_source(each.path) for each in asked]
-    bases = {source.base_sha256: each.path for each, source in zip(asked, sources, strict=True) if source.base_sha256}
-    if len(bases) > 1:
-        raise RunError(
-            f"{' and '.join(map(str, bases.values()))}: were trained on different bases, so their changes do not add up"
-        )
+    _refuse_different_bases(sources, "their changes do not add up")
     names = [str(each.path) for each in asked]
     parts = [Part(n, s.read(), a.weight, a.weights) for n, s, a in zip(names, sources, asked, strict=True)]
     return parts, sources
+
+
+def _refuse_different_bases(sources: Sequence[Source], consequence: str) -> None:
+    """Where the runs say what their bases were."""
+    bases = {source.base_sha256: source.run.path for source in sources if source.run is not None and source.base_sha256}
+    if len(bases) > 1:
+        raise RunError(f"{' and '.join(map(str, bases.values()))}: were trained on different bases, so {consequence}")
 
 
 def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None, dtype: str = "fp32") -> dict[str, Any]:

@@ -68,13 +68,13 @@ def try_ranks(recipe_name: str, overrides: Sequence[str], *, ranks: Sequence[int
             f"{recipe_name}: trying ranks needs an adapter (method qlora or lora) and held-out rows (data.eval)"
         )
     ratio, epochs = recipe.lora.lora_alpha / recipe.lora.r, (recipe.train.epochs or 1.0) * share
-    curve: list[dict[str, Any]] = []
-    for r in sorted(set(ranks)):
+    plans: dict[int, Plan] = {}
+    for r in sorted(set(ranks)):  # all of them before the first is trained
         own = [f"lora.r={r}", f"lora.lora_alpha={max(1, round(ratio * r))}", f"train.epochs={epochs:g}"]
         own += [f"train.max_steps={max(1, round(recipe.train.max_steps * share))}"] if recipe.train.max_steps else []
-        plan = api.make_plan(load_recipe(recipe_name, overrides=[*overrides, *own]))
-        plan.refuse_what_does_not_fit()
-        curve.append(_try_rank(plan, r))
+        plans[r] = api.make_plan(load_recipe(recipe_name, overrides=[*overrides, *own]))
+        plans[r].refuse_what_does_not_fit()
+    curve = [_try_rank(plan, r) for r, plan in plans.items()]
     found = {"curve": curve, "share": share, "advice": advice_of_curve(curve)}
     show.show_rank_curve(curve)
     show.say(found["advice"])

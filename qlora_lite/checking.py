@@ -10,7 +10,7 @@ from qlora_lite.errors import UserError
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.source import context_window, find_base, load_config
-from qlora_lite.plan import what_is_shared
+from qlora_lite.plan import refuse_wrong_modules, what_is_shared
 from qlora_lite.recipe import Recipe
 
 
@@ -20,6 +20,8 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     for note in recipe.notes:
         show.say(note)
     source = find_base(recipe.model.base, cache=default_cache(), revision=recipe.model.revision)
+    config = load_config(source)
+    refuse_wrong_modules(recipe, config)
     tokenizer = load_tokenizer(source, special_tokens=recipe.data.special_tokens)
     asked = recipe.data.max_seq_length
     found = inspect_rows(
@@ -29,7 +31,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         num_rows=recipe.data.num_train,
         no_answer_text=recipe.data.no_answer_text,
         max_seq_length=asked if isinstance(asked, int) else None,
-        limit=context_window(load_config(source)),
+        limit=context_window(config),
     )
     for row in found.bad:
         show.say_warning(f"bad row, left out: {row}")

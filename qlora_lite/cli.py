@@ -245,8 +245,15 @@ def rank(
         raise UserError("rank: --set changes a recipe, so it goes with --try; a run was trained as it was")
     if dtype != "fp32" and to is None and parameters is None:
         raise UserError("rank: --dtype says how a shorter adapter is stored, so it goes with --to R or --parameters N")
+    if out is not None and to is None and parameters is None and try_ is None:
+        raise UserError("rank: --out says where a shorter adapter goes, so it goes with --to R or --parameters N")
     if try_ is not None:
-        ranks = [int(number) for number in _numbers(try_, "--try")]
+        ranks = _whole_numbers(try_, "--try")
+        alone = {"--with": other, "--to": to, "--parameters": parameters, "--out": out}
+        for option in (name for name, value in alone.items() if value is not None):
+            raise UserError(
+                f"rank: {option} is about an adapter that is there, and --try trains a recipe. Leave one of them out"
+            )
         _recipe_first(what, set_)
     from qlora_lite import change
 
@@ -380,6 +387,20 @@ def _numbers(text: str, option: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError as error:
         raise UserError(f"{option}: expected numbers with commas between them, such as 1,2,4; got {text!r}") from error
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    """Different whole numbers above 0."""
+    words = [word.strip() for word in text.split(",")]
+    wrong = [word for word in words if not (word.isascii() and word.isdecimal() and len(word) < 10 and int(word) > 0)]
+    if wrong:
+        raise UserError(
+            f"{option}: expected whole numbers above 0 with commas between them, such as 1,2,4; got {wrong[0]!r}"
+        )
+    twice = sorted({number for number in map(int, words) if list(map(int, words)).count(number) > 1})
+    if twice:
+        raise UserError(f"{option}: {twice[0]} is there twice; give each number once")
+    return [int(word) for word in words]
 
 
 def _recipe_first(recipe: str, overrides: list[str]) -> None:

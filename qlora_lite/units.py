@@ -1,10 +1,15 @@
-"""The one place that turns bytes and seconds into words: bytes in code, GiB on screen."""
+"""The one place that turns bytes, seconds and rows into words: bytes in code, GiB on screen."""
 
 import re
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _LEAST_BYTES = 2**20  # of a memory budget: a smaller plain number is meant as GiB
 _DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def row_in_words(row_id: str) -> str:
+    """A row by its id: `row a7`; `row 3` and `more.jsonl row 3` for rows that have none and are numbered."""
+    return row_id if re.search(r"(^| )row \d+$", row_id) else f"row {row_id}"
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_lite import api
@@ -15,6 +16,7 @@ from qlora_lite.adapters import Blend, open_source, parse_part
 from qlora_lite.errors import UserError
 from qlora_lite.merge.lora import read_adapter
 from qlora_lite.merge.mix import Part, mix_adapters
+from qlora_lite.units import row_in_words
 from tests.merge.test_spectrum import dense
 from tests.tiny_run import run_cli, train_cli, write_recipe
 
@@ -179,6 +181,62 @@ def test_scales_are_swept_and_zero_is_the_base_and_one_the_adapter(runs: tuple[P
     assert "expected numbers" in run_cli("eval", runs[0], "--scales", "0,x").stderr
 
 
+def test_a_rank_that_no_recipe_may_have_is_refused_before_the_first_is_trained(tmp_path: Path) -> None:
+    done = run_cli("rank", write_recipe(tmp_path), "--try", "1,5000")
+    assert done.code == 2 and "lora.r" in done.stderr and "training" not in done.stderr, done.stderr
+
+
+def zero_copy(run: Path, folder: Path, *, keep: str = "nothing") -> Path:
+    """The run's adapter as peft has it, every change zero but that of modules whose names hold `keep`."""
+    shutil.copytree(run / "adapter", folder)
+    (folder / "manifest.json").unlink()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    zeroed = {n: t if "lora_A" in n or keep in n else torch.zeros_like(t) for n, t in tensors.items()}
+    save_file(zeroed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_an_adapter_that_changes_nothing_is_said_to_have_learned_nothing(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    nothing = zero_copy(runs[0], tmp_path / "nothing")
+    found = run_cli("rank", nothing, "--json").json
+    assert found["advice"].startswith("this adapter has learned nothing") and "99%" not in found["advice"]
+    assert {kind["recommended_r"] for kind in found["kinds"]} == {0}
+    assert all(kind["how_sure"].startswith("nothing was learned") for kind in found["kinds"])
+    done = run_cli("rank", runs[0], "--with", nothing)
+    assert done.code == 2 and "there is nothing to compare" in done.stderr
+
+
+def test_only_modules_that_both_have_learned_are_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    some = zero_copy(runs[0], tmp_path / "some", keep="down_proj")
+    found = run_cli("rank", some, "--with", runs[0], "--json").json
+    assert {line["num_modules"] for line in found["overlap"]} == {2}
+    assert all(line["inputs"] == pytest.approx(1) for line in found["overlap"])
+    assert found["advice"].startswith("r=")
+
+
+def test_an_adapter_of_another_base_or_shape_is_not_compared(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("qlora_lite.adapters.Source.base_sha256", property(lambda source: str(source.folder)))
+        done = run_cli("rank", runs[0], "--with", runs[1])
+    assert done.code == 2 and "were trained on different bases" in done.last_line, done.stderr
+    narrow = zero_copy(runs[0], tmp_path / "narrow", keep="lora")
+    tensors = load_file(narrow / "adapter_model.safetensors")
+    cut = {name: t[:, :32].contiguous() if "lora_A" in name else t for name, t in tensors.items()}
+    save_file(cut, narrow / "adapter_model.safetensors", metadata={"format": "pt"})
+    done = run_cli("rank", runs[0], "--with", narrow)
+    assert done.code == 2 and "they are of different models" in done.last_line, done.stderr
+
+
+@pytest.mark.parametrize(("row_id", "words"), [("row 3", "row 3"), ("b.jsonl row 12", "b.jsonl row 12"), ("a7", "row a7"),
+                                               ("arrow 3", "row arrow 3")])  # fmt: skip
+def test_a_numbered_row_is_not_called_a_row_twice(row_id: str, words: str) -> None:
+    assert row_in_words(row_id) == words
+
+
 def test_trying_ranks_trains_each_and_says_which_to_take(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, max_steps=2)
     found = run_cli("rank", recipe, "--try", "1,4", "--share", 1, "--json").json
@@ -194,6 +252,23 @@ def test_trying_ranks_trains_each_and_says_which_to_take(tmp_path: Path) -> None
         (("rank", "nowhere"), "neither a run nor an adapter"),
         (("rank", "{a}", "--to", "2"), "--out DIR"),
         (("rank", "{a}", "--to", "0", "--out", "x"), "above 0"),
+        (("rank", "{a}", "--to", "17", "--out", "x"), "the adapter's rank is 16 and cannot be raised"),
+        (
+            ("rank", "{a}", "--parameters", "3", "--out", "x"),
+            "no direction of any module is that small; the smallest takes 96",
+        ),
+        (("rank", "{a}", "--parameters", "-3", "--out", "x"), "above 0"),
+        (("rank", "{a}", "--out", "x"), "goes with --to R or --parameters N"),
+        (("rank", "default", "--try", "1.5"), "--try: expected whole numbers above 0"),
+        (("rank", "default", "--try", "1,2.0"), "got '2.0'"),
+        (("rank", "default", "--try", "0,1"), "got '0'"),
+        (("rank", "default", "--try", "-1"), "got '-1'"),
+        (("rank", "default", "--try", "1e3"), "got '1e3'"),
+        (("rank", "default", "--try", "nan"), "got 'nan'"),
+        (("rank", "default", "--try", "1,,2"), "got ''"),
+        (("rank", "default", "--try", "9" * 5000), "expected whole numbers"),
+        (("rank", "default", "--try", "4,1,4"), "4 is there twice"),
+        (("rank", "default", "--try", "4", "--to", "2"), "--to is about an adapter that is there"),
         (("rank", "{a}", "--set", "lora.r=2"), "goes with --try"),
         (("rank", "{a}", "--dtype", "int8"), "goes with --to R or --parameters N"),
         (("mix", "{a}:0", "--out", "x"), "every weight is 0"),

@@ -163,6 +163,8 @@ def make_batches(
         sorted(row for first in group for row in by_first[first])
         for group in too_long + _split_evenly(fitting, sizes, micro_batch_tokens)
     ]
+    if share:
+        groups = [part for group in groups for part in _within(examples, group, micro_batch_tokens)]
     groups.sort(
         key=lambda group: (_num_tokens(examples, group) if share else int(examples.lengths[group].sum()), group)
     )
@@ -261,6 +263,14 @@ def pack_trees(examples: TokenizedRows, rows: Sequence[int]) -> Batch:
 
 def _packed(examples: TokenizedRows, rows: Sequence[int], *, share: bool) -> Batch:
     return pack_trees(examples, rows) if share else pack_batch([examples.encoded(row) for row in rows], rows)
+
+
+def _within(examples: TokenizedRows, rows: list[int], capacity: int) -> list[list[int]]:
+    """`rows`, or halves of them. Fewer rows may branch elsewhere than all of a step do, and then take a few tokens more than planned."""
+    if len(rows) == 1 or _num_tokens(examples, rows) <= capacity:
+        return [rows]
+    middle = len(rows) // 2
+    return [*_within(examples, rows[:middle], capacity), *_within(examples, rows[middle:], capacity)]
 
 
 def _num_tokens(examples: TokenizedRows, rows: Sequence[int], *, share: bool = True) -> int:

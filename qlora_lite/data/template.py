@@ -35,6 +35,7 @@ from qlora_lite.data.rows import Conversation, Message, short
 from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign
 from qlora_lite.limits import RENDERED_CHARS, TEMPLATE_BYTES, TEMPLATE_CHARS, TEMPLATE_SECONDS
+from qlora_lite.units import row_in_words
 
 # A tokenizer of transformers; typed as Any because its classes are only typed in part.
 Tokenizer = Any
@@ -141,7 +142,7 @@ class ChatTemplate:
         try:
             return self._encode(conversation)
         except ModelError as error:
-            raise ModelError(f"row {conversation.id}: {error}") from error
+            raise ModelError(f"{row_in_words(conversation.id)}: {error}") from error
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """Token ids to generate the next assistant turn from: the ids before that turn in training. Raises ModelError."""

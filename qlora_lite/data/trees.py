@@ -103,6 +103,9 @@ class Sharing:
     num_labels: int  # of these
     num_rows: int = 1
     steps: tuple[Forest, ...] = ()  # that these are the sums of
+    longest_row: int = 0  # tokens
+    most_elsewhere: int = 0  # tokens of a step that is not one of these, at most
+    most_rows_elsewhere: int = 0
 
     @property
     def factor(self) -> float:
@@ -111,13 +114,15 @@ class Sharing:
 
     @property
     def most_tokens(self) -> int:
-        """Of a step; 0 where none was looked at."""
-        return max((forest.num_tokens for forest in self.steps), default=0)
+        """Of a step, at most; 0 where none was looked at."""
+        of_steps = [forest.num_tokens for forest in self.steps]
+        return max(*of_steps, self.most_elsewhere) if of_steps else 0
 
     @property
     def most_rows(self) -> int:
         """Of a step; 0 where none was looked at."""
-        return max((len(forest.lengths) for forest in self.steps), default=0)
+        of_steps = [len(forest.lengths) for forest in self.steps]
+        return max(*of_steps, self.most_rows_elsewhere) if of_steps else 0
 
     @property
     def rows_per_trunk(self) -> float:
@@ -143,8 +148,10 @@ class Sharing:
         return max(1.0, num_cut / self.num_packed)
 
 
-def sharing(examples: TokenizedRows, steps: Iterable[Sequence[int]]) -> Sharing:
-    """Of steps with these rows each."""
+def sharing(
+    examples: TokenizedRows, steps: Iterable[Sequence[int]], *, others: Iterable[Sequence[int]] = ()
+) -> Sharing:
+    """Of steps with these rows each. Of `others` only the sizes are looked at, as if their rows shared nothing."""
     num_alone = num_packed = num_shared = num_labels = num_rows = 0
     forests: list[Forest] = []
     for rows in steps:
@@ -158,7 +165,19 @@ def sharing(examples: TokenizedRows, steps: Iterable[Sequence[int]]) -> Sharing:
         num_shared += sum(node.end * len(node.rows) for node in forest.top.all_nodes())
         num_labels += sum(end - start for row in rows for start, end in examples.encoded(row).spans)
     trunk, length, labels = (round(total / num_rows) for total in (num_shared, num_alone, num_labels))
-    return Sharing(num_alone, num_packed, trunk, max(1, length - trunk), max(1, labels), num_rows, tuple(forests))
+    sizes = [(int(examples.lengths[list(rows)].sum()), len(rows)) for rows in others]
+    return Sharing(
+        num_alone,
+        num_packed,
+        trunk,
+        max(1, length - trunk),
+        max(1, labels),
+        num_rows,
+        steps=tuple(forests),
+        longest_row=int(examples.lengths.max()),
+        most_elsewhere=max((tokens for tokens, _ in sizes), default=0),
+        most_rows_elsewhere=max((count for _, count in sizes), default=0),
+    )
 
 
 def families(forest: Forest, *, examples_per_step: int) -> list[list[int]]:

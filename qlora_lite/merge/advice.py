@@ -27,7 +27,7 @@ class KindOfModule:
     norm: float  # of all their changes together
     effective_rank: float
     energy_ranks: dict[str, int]  # "50%", "90%", "99%" -> median
-    recommended_r: int
+    recommended_r: int  # 0 where nothing was learned
     how_sure: str
 
 
@@ -41,6 +41,8 @@ def by_kind(found: Iterable[Spectrum]) -> list[KindOfModule]:
 
 def advice(kinds: Sequence[KindOfModule]) -> str:
     """One sentence or two: which rank, and why."""
+    if not any(kind.norm for kind in kinds):
+        return "this adapter has learned nothing: every change is zero, as before the first step, so no rank can be told from it"
     r = max(kind.r for kind in kinds)
     recommended = max(kind.recommended_r for kind in kinds)
     full = [kind.kind for kind in kinds if kind.recommended_r > kind.r]
@@ -89,9 +91,15 @@ def _kind(kind: str, members: Sequence[Spectrum]) -> KindOfModule:
     r = max(each.r for each in members)
     needed = sorted(each.energy_rank(ENERGY_SHARES[-1]) for each in members)
     most = needed[math.ceil(0.9 * len(needed)) - 1]
-    recommended = 1 << max(0, most - 1).bit_length() if most else 1
+    recommended = 1 << max(0, most - 1).bit_length() if most else 0
     has_fallen = most <= _NEARLY_ALL * r
     spread = f"{needed[0]} to {needed[-1]} directions hold 99% in its {len(members)} modules"
+    if not needed[-1]:
+        how_sure = f"nothing was learned: every change of its {len(members)} modules is zero"
+    elif has_fallen:
+        how_sure = f"the spectrum falls off: {spread}"
+    else:
+        how_sure = f"the spectrum has not fallen off, so this is a guess: {spread}"
     return KindOfModule(
         kind=kind,
         num_modules=len(members),
@@ -102,8 +110,7 @@ def _kind(kind: str, members: Sequence[Spectrum]) -> KindOfModule:
             f"{share:.0%}": int(_median([each.energy_rank(share) for each in members])) for share in ENERGY_SHARES
         },
         recommended_r=min(recommended, r) if has_fallen else 2 * r,
-        how_sure=("the spectrum falls off: " if has_fallen else "the spectrum has not fallen off, so this is a guess: ")
-        + spread,
+        how_sure=how_sure,
     )
 
 

@@ -155,20 +155,35 @@ class Overlap:
 
 
 def overlaps(left: Adapter, right: Adapter, *, ks: Iterable[int] = (1, 2, 4, 8, 16)) -> list[Overlap]:
-    """For each k that every common module has. Raises ModelError when no module is common, or one has another shape."""
-    modules = sorted(left.factors.keys() & right.factors.keys())
+    """For each k that every common module has; one that either adapter leaves as it was has no directions and is passed over.
+
+    Raises ModelError when no module is common to what the two have learned, or one has another shape.
+    """
+    common = sorted(left.factors.keys() & right.factors.keys())
+    if not common:
+        raise ModelError("the two adapters have no module in common, so there is nothing to compare")
+    modules = [name for name in common if all(_has_learned(each.factors[name]) for each in (left, right))]
     if not modules:
-        raise ModelError("the two adapters have no module in common")
+        raise ModelError(
+            f"in none of the {len(common)} modules that the two adapters share have both learned something (a change that is zero has no "
+            "directions), so there is nothing to compare"
+        )
     sums: dict[int, list[tuple[float, float, float]]] = {}
     for module in modules:
         one, other = left.factors[module], right.factors[module]
         if one.shape != other.shape:
-            raise ModelError(f"{module}: {list(one.shape)} in one adapter, {list(other.shape)} in the other")
+            raise ModelError(
+                f"{module}: {list(one.shape)} in one adapter, {list(other.shape)} in the other: they are of different models"
+            )
         (u_a, _, v_a), (u_b, _, v_b) = decomposed(one), decomposed(other)
         for k in (k for k in ks if k <= min(u_a.shape[1], u_b.shape[1])):
             chance = k / 2 * (1 / one.shape[0] + 1 / one.shape[1])
             sums.setdefault(k, []).append((_phi(v_a, v_b, k), _phi(u_a, u_b, k), chance))
     return [_mean_overlap(k, found) for k, found in sorted(sums.items()) if len(found) == len(modules)]
+
+
+def _has_learned(factors: LoraFactors) -> bool:
+    return bool(factors.a_RI.any() and factors.b_OR.any())
 
 
 def _mean_overlap(k: int, found: list[tuple[float, float, float]]) -> Overlap:

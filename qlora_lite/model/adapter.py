@@ -24,6 +24,7 @@ from qlora_lite.model.adapter_config import read_adapter_config
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.factors import in_pefts_file, saved_factors
+from qlora_lite.model.finite import NotFiniteWeights
 from qlora_lite.model.new_tokens import set_up_new_tokens, token_modules
 from qlora_lite.model.products import product_in_fp32
 from qlora_lite.model.tuned_linear import TunedLinear
@@ -49,9 +50,9 @@ def attach_adapter(
     the rows of `new_token_ids` are trained.
     Raises ModelError when a name meets no linear layer of the model, or no module that can be trained whole.
     """
-    targets = _named_targets(model, target_modules) if isinstance(target_modules, list) else []
-    whole = _whole_modules(model, modules_to_save)
-    _refuse_meeting_new_tokens(model, [*targets, *whole], new_token_ids)
+    whole = modules_trained_whole(
+        model, target_modules=target_modules, modules_to_save=modules_to_save, has_new_tokens=bool(new_token_ids)
+    )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
@@ -71,6 +72,24 @@ def attach_adapter(
     return _prepare(adapted, factor_dtype, is_new=True)
 
 
+def modules_trained_whole(
+    model: PreTrainedModel, *, target_modules: str | list[str], modules_to_save: Sequence[str], has_new_tokens: bool
+) -> list[str]:
+    """The full names of `modules_to_save`. Nothing of `model` is read but names and types, so one on meta will do.
+
+    Raises ModelError for each name, of these or of `target_modules`, that means nothing in the model or meets another one.
+    """
+    targets = _named_targets(model, target_modules) if isinstance(target_modules, list) else []
+    whole = _whole_modules(model, modules_to_save)
+    both = sorted(set(targets) & set(whole))
+    if both:
+        raise ModelError(
+            f"lora.modules_to_save: {both[0]} would be trained whole, and lora.target_modules names it too. Leave one of them out"
+        )
+    _refuse_meeting_new_tokens(model, [*targets, *whole], has_new_tokens)
+    return whole
+
+
 def load_adapter(
     model: PreTrainedModel, folder: Path, *, trainable: bool = False, factor_dtype: torch.dtype = torch.bfloat16
 ) -> PeftModel:
@@ -78,6 +97,8 @@ def load_adapter(
     try:
         read_adapter_config(folder)
         saved = saved_factors(folder)
+    except NotFiniteWeights:
+        raise
     except ModelError as error:
         raise ModelError(f"{folder}: not an adapter of this model ({error})") from error
     with (
@@ -220,8 +241,8 @@ def _tied_modules(model: PreTrainedModel) -> set[str]:
     return {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
 
 
-def _refuse_meeting_new_tokens(model: PreTrainedModel, names: Sequence[str], new_token_ids: Sequence[int]) -> None:
-    both = set(names) & set(token_modules(model)) if new_token_ids else set()
+def _refuse_meeting_new_tokens(model: PreTrainedModel, names: Sequence[str], has_new_tokens: bool) -> None:
+    both = set(names) & set(token_modules(model)) if has_new_tokens else set()
     if both:
         raise ModelError(
             f"data.special_tokens: {min(both)} gets rows for new tokens, and lora.modules_to_save or lora.target_modules names it too. "
@@ -231,13 +252,16 @@ def _refuse_meeting_new_tokens(model: PreTrainedModel, names: Sequence[str], new
 
 def _named_targets(model: PreTrainedModel, target_modules: list[str]) -> list[str]:
     """Full names of the linear layers that `target_modules` are endings of."""
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     endings = sorted({name.split(".")[-1] for name in linear})
     for target in target_modules:
         if not any(name == target or name.endswith("." + target) for name in linear):
+            other = next((kind for name, kind in kinds.items() if name == target or name.endswith(f".{target}")), None)
+            what = f" ({other})" if other else ""
             raise ModelError(
-                f'lora.target_modules: "{target}" is no linear layer of this model; it has {", ".join(endings)}. '
-                'Use some of these, or "all-linear"'
+                f'lora.target_modules: "{target}"{what} is no linear layer of this model; it has {", ".join(endings)}. '
+                "Use some of these (names or their endings, not patterns), or all-linear instead of a list"
             )
     names = [name for name in sorted(linear) if any(name == t or name.endswith("." + t) for t in target_modules)]
     tied = sorted(_tied_modules(model).intersection(names))

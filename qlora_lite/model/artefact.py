@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.companions import copy_companions
+from qlora_lite.model.finite import refuse_not_finite
 from qlora_lite.model.manifest import (
     MANIFEST_NAME,
     read_manifest,
@@ -74,7 +75,7 @@ def quantize_base(
         else:
             weights = published_weights(source, model)
             names = linear_weights(model)
-            _quantize_tensors(weights.tensors, staging, names, quantization, progress)
+            _quantize_tensors(weights.tensors, staging, names, quantization, progress, where=source)
             config |= {"quantization_config": quantization.config() | _left_out(model, names), "dtype": "bfloat16"}
             config.pop("torch_dtype", None)
         config |= {"tie_word_embeddings": weights.is_tied}
@@ -158,6 +159,8 @@ def _quantize_tensors(
     linear: frozenset[str],
     quantization: Quantization,
     progress: Callable[[int, int], None] | None,
+    *,
+    where: Path,
 ) -> None:
     specs: dict[str, TensorSpec] = {}
     for name, read in tensors.items():
@@ -165,7 +168,9 @@ def _quantize_tensors(
         specs |= quantization.specs(name, shape) if name in linear else {name: TensorSpec(shape, torch.bfloat16)}
     with ShardedWriter(out, specs) as writer:
         for done, (name, read) in enumerate(tensors.items()):
-            value = read.value().to(torch.bfloat16)
+            stored = read.value()
+            value = stored.to(torch.bfloat16)
+            refuse_not_finite(value, name, where=where, as_read=stored)
             for part, tensor in (quantization.quantize(name, value) if name in linear else {name: value}).items():
                 writer.write(part, [tensor])
             if progress is not None:

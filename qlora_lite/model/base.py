@@ -101,7 +101,7 @@ def _plain_model(config: Any, folder: Path, *, device: str, compute: torch.dtype
     ):  # the files hold a head of its own, whatever the config says
         config.tie_word_embeddings = False
         model = _empty(config, compute)
-    fill_plain(model, weights.tensors, device=device, compute=compute)
+    fill_plain(model, weights.tensors, device=device, compute=compute, where=folder)
     return model
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.adapter_config import ADAPTER_CONFIG
+from qlora_lite.model.finite import NotFiniteWeights, refuse_not_finite
 from qlora_lite.model.int8_factors import INT8_FILE, from_int8
 from qlora_lite.model.tensor_files import load_tensors
 
@@ -23,9 +24,14 @@ FACTORS_FILE = "adapter_model.safetensors"
 
 
 def saved_factors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the adapter in `folder`, by PEFT's names; memory-mapped, but for those in 8 bits. Raises ModelError."""
+    """Every tensor of the adapter in `folder`, by PEFT's names; memory-mapped, but for those in 8 bits.
+
+    Raises ModelError, for values that are not finite NotFiniteWeights.
+    """
     file = factors_file(folder)
     tensors = load_tensors(file)
+    for name, tensor in tensors.items():
+        refuse_not_finite(tensor, name, where=file)
     if file.name == FACTORS_FILE:
         return tensors
     try:
@@ -57,6 +63,8 @@ def copy_factors(model: PeftModel, folder: Path) -> None:
     """Give `model` the factors saved in `folder`, rounded to its own type. Raises ModelError with all that does not fit."""
     try:
         saved = saved_factors(folder)
+    except NotFiniteWeights as error:
+        raise NotFiniteWeights(f"lora.init_from: {error}") from error
     except ModelError as error:
         raise ModelError(f"lora.init_from: {factors_file(folder)} cannot be read ({error})") from error
     own = get_peft_model_state_dict(model, save_embedding_layers=False)

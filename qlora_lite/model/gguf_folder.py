@@ -18,6 +18,7 @@ import torch
 
 from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign
+from qlora_lite.model.finite import refuse_not_finite
 from qlora_lite.model.gguf_head import check_gguf_head
 from qlora_lite.model.manifest import MANIFEST_NAME, write_manifest
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
@@ -75,7 +76,9 @@ def _convert(path: Path, folder: Path) -> None:
     specs = {name: TensorSpec(tuple(int(n) for n in reversed(t.shape)), torch.bfloat16) for name, t in tensors.items()}
     with ShardedWriter(folder, specs) as writer:
         for name, tensor in tensors.items():
-            writer.write(name, [_dequantized(path, name, tensor, config)])
+            values = _dequantized(path, name, tensor, config)
+            refuse_not_finite(values, f"{tensor.name} ({name})", where=path)
+            writer.write(name, [values])
 
 
 def _dequantized(path: Path, name: str, stored: Any, config: Any) -> torch.Tensor:

@@ -99,7 +99,8 @@ def _fetched_folder(repo: str, revision: str | None, *, cache: Path) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """The language model's part of the folder's config.json.
 
-    Raises ModelError when it is missing, damaged or of a kind that is not supported, by name and with the reason.
+    A `pad_token_id` that has no row in the embedding is read as none. Raises ModelError when the file is missing, damaged or of a kind
+    that is not supported, by name and with the reason.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -115,7 +116,17 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: model_type {model_type!r} is not supported{_why_not(config)}; supported: {', '.join(ARCHITECTURES)}"
         )
     _refuse_sizes(path, config)
+    if _is_no_row(config.get("pad_token_id"), config.get("vocab_size")):
+        config["pad_token_id"] = None
     return {key: value for key, value in config.items() if key not in _FOREIGN}
+
+
+def _is_no_row(token: Any, vocabulary: Any) -> bool:
+    """Whether a padding token has no row in an embedding of `vocabulary` rows; torch counts negative ones from its end.
+
+    transformers builds no model with such a token, and nothing here needs it, so it is read as none.
+    """
+    return type(token) is int and type(vocabulary) is int and not -vocabulary <= token < vocabulary
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -154,6 +165,8 @@ def load_config(folder: Path) -> Any:
     with foreign(lambda said: ModelError(f"{folder / 'config.json'}: describes no usable model ({said})")):
         config = AutoConfig.for_model(**values)
         config.to_json_string(use_diff=False)  # which a plan and a merge ask for later
+    if _is_no_row(config.pad_token_id, config.vocab_size):  # the default of the architecture (Phi-3: 32000)
+        config.pad_token_id = None
     config.name_or_path = str(folder)
     return config
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import bitsandbytes
+from qlora_lite.model.finite import refuse_not_finite
 from qlora_lite.model.published import open_tensors
 from qlora_lite.model.quantization import OUTLIERS, SCALES, parts_of, read_quant_state
 
@@ -28,7 +29,7 @@ def fill_model(model: PreTrainedModel, folder: Path, *, device: str, compute: to
     """Read every weight of `model` (see skeleton.py) from the quantized `folder`, whose names are the model's own.
 
     Quantized weights are dequantized to `compute` whenever they are used, all others are stored in it. Raises ModelError for
-    weights that are missing or have no place.
+    weights that are missing, have no place, or are not finite.
     """
     stored = dict(open_tensors(folder))
     parts = parts_of(stored)
@@ -39,12 +40,12 @@ def fill_model(model: PreTrainedModel, folder: Path, *, device: str, compute: to
     if missing or unknown:
         some = min(missing | unknown)
         raise ModelError(f"{folder}: {len(missing)} weights are missing and {len(unknown)} have no place, first {some}")
-    fill_plain(model, {name: stored[name] for name in plain}, device=device, compute=compute)
+    fill_plain(model, {name: stored[name] for name in plain}, device=device, compute=compute, where=folder)
     weights = (
         (name, {part: stored[part].value().clone() for part in (name, *others)})
         for name, others in sorted(parts.items())
     )
-    fill_quantized(model, weights, device=device, compute=compute)
+    fill_quantized(model, weights, device=device, compute=compute, where=folder)
 
 
 def fill_quantized(
@@ -53,11 +54,14 @@ def fill_quantized(
     *,
     device: str,
     compute: torch.dtype,
+    where: Path | str = "the model",
 ) -> None:
     """Put bitsandbytes' layers in place of linear ones: each weight's name, and the tensors that `Quantization.quantize` gives for it."""
     is_int8 = False
     for name, tensors in weights:
         is_int8 = tensors[name].dtype == torch.int8
+        for part, values in tensors.items():
+            refuse_not_finite(values, part, where=where)
         put = _put_int8 if is_int8 else _put_4_bit
         put(model, name, tensors, device=device, compute=compute)
     # peft asks for these two
@@ -65,7 +69,14 @@ def fill_quantized(
     model.is_loaded_in_8bit = is_int8 and not model.is_loaded_in_4bit
 
 
-def fill_plain(model: PreTrainedModel, tensors: Mapping[str, Source], *, device: str, compute: torch.dtype) -> None:
+def fill_plain(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Source],
+    *,
+    device: str,
+    compute: torch.dtype,
+    where: Path | str = "the model",
+) -> None:
     """Put 16-bit `tensors`, by module name, into `model` in the type `compute`; buffers go to the device too."""
     for name, tensor in tensors.items():
         owner, _, attribute = name.rpartition(".")
@@ -73,6 +84,7 @@ def fill_plain(model: PreTrainedModel, tensors: Mapping[str, Source], *, device:
         value = tensor.value()
         _check_shape(name, value.shape, module.get_parameter(attribute))
         parameter = torch.nn.Parameter(value.to(device, compute, copy=True), requires_grad=False)
+        refuse_not_finite(parameter.detach(), name, where=where, as_read=value)
         module.register_parameter(attribute, parameter)
     for module in model.modules():
         module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
@@ -80,7 +92,12 @@ def fill_plain(model: PreTrainedModel, tensors: Mapping[str, Source], *, device:
 
 
 def _put_4_bit(
-    model: PreTrainedModel, name: str, tensors: dict[str, torch.Tensor], *, device: str, compute: torch.dtype
+    model: PreTrainedModel,
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    *,
+    device: str,
+    compute: torch.dtype,
 ) -> None:
     linear = _linear(model, name)
     if device == "cpu" and linear.in_features % 64 == 32:
@@ -93,9 +110,11 @@ def _put_4_bit(
         linear.in_features, linear.out_features, bias=False, compute_dtype=compute, device="meta"
     )
     layer.compute_type_is_set = True
-    read_quant_state(
+    state = read_quant_state(
         name, tensors[name], {part: t for part, t in tensors.items() if part != name}, device="cpu"
     )  # checks sizes
+    if state.nested:
+        refuse_not_finite(state.offset, "the mean of its scales", where=name)
     layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(
         data=tensors.pop(name), quantized_stats=tensors, device=device, module=layer
     )
@@ -105,7 +124,12 @@ def _put_4_bit(
 
 
 def _put_int8(
-    model: PreTrainedModel, name: str, tensors: dict[str, torch.Tensor], *, device: str, compute: torch.dtype
+    model: PreTrainedModel,
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    *,
+    device: str,
+    compute: torch.dtype,
 ) -> None:
     linear = _linear(model, name)
     layer = bitsandbytes.nn.Linear8bitLt(

@@ -8,7 +8,7 @@ scoring.py     evaluation, rehearsed there as well      fits.py      the map of 
 merging.py     a merge and its proof too                workspace.py what operators allocate in themselves
 """
 
-from qlora_lite.plan.choose import Plan, make_plan, what_is_shared
+from qlora_lite.plan.choose import Plan, make_plan, refuse_wrong_modules, what_is_shared
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
 from qlora_lite.plan.fits import Cell, Room
 from qlora_lite.plan.forecast import CARDS, Forecast, forecast, sweep
@@ -39,6 +39,7 @@ __all__ = [
     "merge_peak_host_bytes",
     "proof_peak_host_bytes",
     "read_request",
+    "refuse_wrong_modules",
     "sweep",
     "what_is_shared",
 ]

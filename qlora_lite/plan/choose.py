@@ -1,5 +1,7 @@
 """Turn every `auto` of a recipe into a value, out loud: each choice comes with its reason."""
 
+import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,10 +21,12 @@ from qlora_lite.device.accelerator import choose_device, recipe_word
 from qlora_lite.device.card import Card, name_of
 from qlora_lite.errors import DataError, DoesNotFit, ModelError
 from qlora_lite.evaluate.generate import BATCH_TOKENS
+from qlora_lite.model.adapter import modules_trained_whole
 from qlora_lite.model.attention import why_not_shared
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import NumberTypes, choose_types, types_of_run
+from qlora_lite.model.meta import meta_model
 from qlora_lite.model.quantization import Quantization, stored_quantization
 from qlora_lite.model.skeleton import model_class
 from qlora_lite.model.source import context_window, find_base, load_config, read_config
@@ -36,6 +40,7 @@ from qlora_lite.recipe.hub_names import commit_of, is_hub_name
 from qlora_lite.train.footprint import Footprint
 
 SAMPLED_STEPS = 64  # whose rows tell what sharing saves
+SIZED_STEPS = 4096  # after these, whose rows are counted only
 LEAST_FACTOR = 1.05  # times as many tokens, below which rows are packed one by one
 
 
@@ -149,6 +154,8 @@ def make_plan(
     source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
     commit = commit_of(source) if is_hub_name(recipe.model.base) else None
     config = load_config(source)
+    if not is_record:
+        refuse_wrong_modules(recipe, config)
     quantization, quantization_reason = _choose_quantization(recipe, source)
     data_format, format_reason = _choose_format(recipe)
     needs = needs_of(recipe, source, cache, limit=context_window(config))
@@ -268,6 +275,20 @@ def settings_of(recipe: Recipe, *, card: Card, types: NumberTypes, measured: Map
     )
 
 
+def refuse_wrong_modules(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raise ModelError for names in lora.target_modules and lora.modules_to_save that the model has not, as training would."""
+    lora, targets = recipe.lora, recipe.lora.target_modules
+    if recipe.method == "full" or (isinstance(targets, str) and not lora.modules_to_save):
+        return
+    model = meta_model(copy.deepcopy(config), quantization=NF4 if recipe.method == "qlora" else None)
+    modules_trained_whole(
+        model,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=lora.modules_to_save,
+        has_new_tokens=bool(recipe.data.special_tokens),
+    )
+
+
 def refuse_without_bf16(recipe: Recipe, types: NumberTypes) -> None:
     """fp16 factors have fp32 masters of their own kind; whole weights and new rows have none."""
     asked = {
@@ -365,12 +386,21 @@ def _are_there(recipe: Recipe) -> bool:
 
 
 def _sharing_of(recipe: Recipe, examples: Examples) -> Sharing:
-    """Of the steps that training begins with."""
+    """Of the steps that training begins with. Those that come later, in another order, may be fuller: of them the sizes count too."""
     train = recipe.train
+    steps_per_epoch = math.ceil(len(examples.lengths) / train.examples_per_step)
+    num_steps = train.max_steps or math.ceil((train.epochs or 1.0) * steps_per_epoch)
     sampler = sampler_of(
-        examples, examples_per_step=train.examples_per_step, epochs=1.0, max_steps=None, seed=train.seed, share=True
+        examples,
+        examples_per_step=train.examples_per_step,
+        epochs=1.0,
+        max_steps=max(num_steps, steps_per_epoch),
+        seed=train.seed,
+        share=True,
     )
-    return sharing(examples, (sampler.rows_of_step(step) for step in range(min(len(sampler), SAMPLED_STEPS))))
+    num_sampled = min(steps_per_epoch, SAMPLED_STEPS)
+    others = range(num_sampled, max(num_sampled, min(num_steps, num_sampled + SIZED_STEPS)))
+    return sharing(examples, map(sampler.rows_of_step, range(num_sampled)), others=map(sampler.rows_of_step, others))
 
 
 def what_is_shared(recipe: Recipe, source: Path) -> tuple[Sharing | None, str]:

@@ -35,7 +35,7 @@ from qlora_lite.model.artefact import linear_weights
 from qlora_lite.model.meta import four_bit_state
 from qlora_lite.model.quantization import Quantization
 from qlora_lite.model.skeleton import empty_model
-from qlora_lite.plan.rehearsal import Body, Settings, attention_on, layer_period, running, with_depth
+from qlora_lite.plan.rehearsal import Body, Settings, attention_on, layer_period, names_layers, running, with_depth
 from qlora_lite.plan.workspace import workspace_of
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -63,7 +63,7 @@ def merge_peak_host_bytes(config: PreTrainedConfig, merging: Merging) -> int:
 def proof_peak_host_bytes(config: PreTrainedConfig, merging: Merging, rows: Sequence[tuple[int, int]]) -> int:
     """Of comparing the merged files with the adapter model on held-out `rows`: (tokens, how many of the last are labels) of each."""
     base, adapter, ledger = _files(config, merging)
-    shallow = _shallow(config)
+    shallow = _shallow(config, merging)
     stored = {name: _empty(base.shape(name), DTYPES[merging.dtype]) for name in base.names}
     ledger.hold(PAGED, *stored.values())
     encoded = [Encoded([0] * length, ((length - labels, length),)) for length, labels in rows]
@@ -128,7 +128,7 @@ class _ShapeSlice:
 
 def _files(config: PreTrainedConfig, merging: Merging) -> tuple[Checkpoint, Adapter, Ledger]:
     """A base, an adapter, and a ledger to which both are mapped files."""
-    settings, shallow = merging.settings, _shallow(config)
+    settings, shallow = merging.settings, _shallow(config, merging)
     quantization = settings.quantization if settings.method == "qlora" else None
     model = empty_model(shallow)
     linear = linear_weights(model) if quantization is not None else frozenset()
@@ -169,8 +169,10 @@ def _adapter(model: Any) -> Adapter:
     return Adapter(factors, whole, {})
 
 
-def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Every kind of layer, one with a layer before it: that one's output is there too."""
+def _shallow(config: PreTrainedConfig, merging: Merging) -> PreTrainedConfig:
+    """Every kind of layer, one with a layer before it: that one's output is there too. All layers where some are named by number."""
+    if names_layers(merging.settings):
+        return config
     return with_depth(config, min(config.num_hidden_layers, layer_period(config) + 1))
 
 

@@ -104,16 +104,24 @@ def largest_batch(micro_batch_tokens: int, length: int, label_share: float) -> M
     return MicroBatch(micro_batch_tokens // num_examples, num_examples, label_share)
 
 
-def largest_tree(micro_batch_tokens: int, sharing: Sharing) -> MicroBatch:
-    """A micro-batch as full as it may be, or as the fullest step: average branches, or a little longer ones, on one trunk."""
+def largest_tree(micro_batch_tokens: int, sharing: Sharing, *, length: int | None = None) -> MicroBatch:
+    """A micro-batch as full as it may be, or as the fullest step, or the longest row: average branches, or a little longer ones, on one
+    trunk. It holds that many tokens exactly, so what branches of one length leave over goes to the trunk. `length`: what
+    rows will be cut to, where that is less than they have.
+    """
     tokens = min(micro_batch_tokens, sharing.most_tokens or micro_batch_tokens)
-    trunk = min(sharing.trunk, max(0, tokens - sharing.branch))
-    num_examples = max(1, (tokens - trunk) // sharing.branch)
+    longest = sharing.longest_row if length is None else min(length, sharing.longest_row)
+    tokens = max(tokens, longest, 2)  # a token to predict from, and a label
+    branch = min(sharing.branch, tokens)
+    num_examples = max(1, (tokens - min(sharing.trunk, tokens - branch)) // branch)
     if 0 < sharing.most_rows < num_examples:  # the rest are further trunks
         num_examples = sharing.most_rows
-        trunk = tokens - num_examples * sharing.branch
-    length = trunk + (tokens - trunk) // num_examples
-    return MicroBatch(length, num_examples, sharing.num_labels / length, trunk=trunk)
+    else:
+        branch = max(branch, (tokens - min(sharing.trunk, tokens - branch)) // num_examples)
+    if num_examples * branch == tokens == num_examples:  # each example needs a token before its label
+        num_examples -= 1
+    trunk = tokens - num_examples * branch
+    return MicroBatch(trunk + branch, num_examples, sharing.num_labels / (trunk + branch), trunk=trunk)
 
 
 def leanest_settings(settings: Settings, free: Free) -> Settings:
@@ -231,7 +239,7 @@ def _with(settings: Settings, way: Strategy) -> Settings:
 def _batch(way: Strategy, needs: Needs) -> MicroBatch:
     tokens = way.footprint.micro_batch_tokens
     if needs.sharing is not None:
-        return largest_tree(tokens, needs.sharing)
+        return largest_tree(tokens, needs.sharing, length=needs.length)
     return largest_batch(tokens, needs.length, needs.label_share)
 
 
@@ -306,8 +314,8 @@ def _further(settings: Settings, batch: MicroBatch) -> Iterator[tuple[str, Setti
         yield f"train.micro_batch_tokens={batch.length}", settings, one
     for part in (2, 4):
         if batch.length // part >= 64:
-            length = batch.length // part
-            yield f"data.max_seq_length={length}", settings, replace(one, length=length)
+            shorter = one.shortened(batch.length // part)
+            yield f"data.max_seq_length={shorter.length}", settings, shorter
     if settings.optimizer != OPTIMIZERS[-1]:
         yield f"train.optimizer={OPTIMIZERS[-1]}", replace(settings, optimizer=OPTIMIZERS[-1]), batch
     if settings.method != "full" and settings.r > 8:

@@ -9,7 +9,8 @@ In: a transformers config and settings. Out: `Rehearsal`: bytes by part at the p
     activations       made by the forward pass and kept                           recompute   made by the backward pass
 
 Layers repeat, so a deep model is rehearsed at two depths, two and three layers, or one and two periods of its layers' pattern (plus what
-is left over), and every part of every phase is continued in a line: exact, because each period adds the same storages.
+is left over), and every part of every phase is continued in a line: exact, because each period adds the same storages. Where a recipe
+names modules of single layers, every layer is rehearsed.
 Attention on meta would be decomposed; here it is the operator that the planned device runs (`attention_on`).
 """
 
@@ -29,7 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_lite.data.batches import Batch
 from qlora_lite.device.card import COMMON_CARD, Card
 from qlora_lite.errors import ModelError
-from qlora_lite.foreign import foreign
+from qlora_lite.foreign import foreign, is_of_our_code
 from qlora_lite.ledger import PAGED, PHASES, Ledger, count_as_after, counted_as
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.base import checkpoint_activations
@@ -89,6 +90,15 @@ class MicroBatch:
     is_first: bool = False  # else the gradients of others are there already
     trunk: int = 0
 
+    def __post_init__(self) -> None:
+        assert self.num_examples >= 1 and 0 <= self.trunk < self.length, self
+
+    def shortened(self, length: int) -> "MicroBatch":
+        """The same with examples of at most `length` tokens, their trunk and their own part cut alike."""
+        if length >= self.length:
+            return self
+        return replace(self, length=length, trunk=self.trunk * length // self.length)
+
     @property
     def num_tokens(self) -> int:
         """Of the row."""
@@ -146,7 +156,8 @@ class Stage:
         self._config = config
         depth, period = config.num_hidden_layers, lcm(layer_period(config), settings.checkpoint_every or 1)
         shallow, deep = (count * period + depth % period for count in ((1, 2) if period > 1 else (2, 3)))
-        self._times = (depth - shallow) // period if depth > deep else 0
+        is_uniform = not names_layers(settings)
+        self._times = (depth - shallow) // period if depth > deep and is_uniform else 0
         depths = (shallow, deep) if self._times else (depth,)
         shallows = [with_depth(config, layers) for layers in depths]
         self._scenes = [Scene(each, settings, (bodies or Body)(each, settings)) for each in shallows]
@@ -169,10 +180,20 @@ class Stage:
         return _phases_continued(*found, times=self._times) if self._times else found[0]
 
 
+def names_layers(settings: Settings) -> bool:
+    """Whether what is trained differs from layer to layer: some are named by number, so that no few of them stand for the rest."""
+    targets = settings.target_modules
+    names = (*settings.modules_to_save, *((targets,) if isinstance(targets, str) else targets))
+    return settings.method != "full" and any(part.isdigit() for name in names for part in name.split("."))
+
+
 def running(config: PreTrainedConfig) -> AbstractContextManager[None]:
-    """Raises ModelError for whatever a model of `config` raises inside, where it is run."""
+    """Raises ModelError for whatever a model of `config` raises inside, where it is run. Errors of our own code stay as they are."""
     name = Path(config.name_or_path).name or str(config.model_type)
-    return foreign(lambda said: ModelError(f"{name}: config.json: a model of these values does not run ({said})"))
+    return foreign(
+        lambda said: ModelError(f"{name}: config.json: a model of these values does not run ({said})"),
+        passes=is_of_our_code,
+    )
 
 
 class Body:
@@ -253,7 +274,9 @@ class Scene:
             self._step(batch)
         self._optimizer.zero_grad(set_to_none=True)
         totals = {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
-        totals["recompute"] = max(totals["recompute"], totals.pop(_EMBEDDING, 0))
+        backward = [totals.pop(name) for name in ("recompute", _EMBEDDING) if name in totals]
+        if backward:  # there is none where only the head is trained
+            totals["recompute"] = max(backward)
         self.peak_totals = totals
         return Rehearsal(
             stretches=_stretches(ledger),

@@ -25,6 +25,7 @@ from qlora_lite.plan.choose import (
     needs_of,
     num_scored,
     refuse_without_bf16,
+    refuse_wrong_modules,
     settings_of,
     with_choices,
 )
@@ -75,6 +76,7 @@ def read_request(
     if is_model:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": what})})
     config, source, config_reason = _find_config(recipe)
+    refuse_wrong_modules(recipe, config)
     card, device_reason = _choose_card(recipe, named, is_for_a_card=is_model or budget_bytes is not None)
     measured = measured_here(card, cache=default_cache())
     is_set = any(override.startswith("memory.budget=") for override in overrides)

@@ -15,7 +15,7 @@ from rich.text import Text
 from qlora_lite.show import rows
 from qlora_lite.show.lenient import dig
 from qlora_lite.show.text import console, safe_text, say, say_warning
-from qlora_lite.units import format_bytes
+from qlora_lite.units import format_bytes, row_in_words
 
 
 def show_table(
@@ -149,7 +149,7 @@ def show_rows(examples: Iterable[tuple[str, Sequence[tuple[str, bool]]]]) -> Non
     """Rendered examples: (id, ((piece of text, whether it is trained), ...)), trained pieces marked."""
     for row_id, pieces in examples:
         say(
-            f"row {safe_text(row_id, one_line=True)} (trained tokens {'coloured' if _has_colour() else 'between « and »'})",
+            f"{row_in_words(safe_text(row_id, one_line=True))} (trained tokens {'coloured' if _has_colour() else 'between « and »'})",
             style="bold",
         )
         console().print(mark_trained(pieces, with_colour=_has_colour()), soft_wrap=True)

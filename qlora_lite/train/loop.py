@@ -33,6 +33,7 @@ from qlora_lite.train.schedule import learning_rate_at
 from qlora_lite.train.state import TrainState
 from qlora_lite.train.trace import Trace
 from qlora_lite.train.update import NotFinite, OutOfMemoryInUpdate, update
+from qlora_lite.units import row_in_words
 
 _WINDOW = 10  # steps whose mean loss is watched
 _DIVERGED = 2.0  # stop when that mean is this many times the first loss, and
@@ -226,10 +227,11 @@ def _check_loss(step: int, examples: Examples, batch: Batch, loss: float) -> Non
 
 
 def _stopped(what: str, step: int, rows: list[int], examples: Examples, *, state_is_good: bool) -> TrainingStopped:
-    names = ", ".join(examples.row(row).id for row in rows[:8])
+    ids = [examples.row(row).id for row in rows[:8]]
+    names = ", ".join(ids) if row_in_words(ids[0]) == ids[0] else f"rows {', '.join(ids)}"
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     message = (
-        f"stopped at step {step}: {what}; rows {names}{more}. Earlier checkpoints are kept. "
+        f"stopped at step {step}: {what}; {names}{more}. Earlier checkpoints are kept. "
         "Look at these rows, or lower train.learning_rate"
     )
     return TrainingStopped(message, state_is_good=state_is_good)
