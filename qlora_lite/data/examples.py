@@ -29,7 +29,7 @@ from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, tokenizer
 from qlora_lite.errors import DataError
 from qlora_lite.model.staging import new_staging, remove_left_over, unlock
 
-CODE_VERSION = 3  # raise it when the same file and tokenizer should give other rows
+CODE_VERSION = 4  # raise it when the same file and tokenizer should give other rows
 _WRITE_ROWS = 256  # rows held in memory while writing
 _NUM_KEPT, _NUM_SAID = 20, 3  # names of rows that are kept, and said
 
@@ -125,6 +125,7 @@ class Examples:
             self._column("question", index),
             None if answers is None else tuple(answers),
             None if whole_prompt_ids is None else tuple(whole_prompt_ids),
+            self._column("is_squad", index),
         )
 
     def _column(self, name: str, index: int) -> Any:
@@ -258,6 +259,7 @@ def _record(example: Example) -> dict[str, Any]:
         "question": example.question,
         "answers": None if example.answers is None else list(example.answers),
         "whole_prompt_ids": None if example.whole_prompt_ids is None else list(example.whole_prompt_ids),
+        "is_squad": example.is_squad,
     }
 
 
@@ -277,6 +279,7 @@ def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCount
             "question": Value("large_string"),
             "answers": List(Value("large_string")),  # null: none to compare (text, a call)
             "whole_prompt_ids": List(Value("int32")),  # null: the ids before the last span
+            "is_squad": Value("bool"),
         }
     )
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ class Example:
         None  # the gold answers of the last trained turn; None: nothing to compare (text, a call)
     )
     whole_prompt_ids: tuple[int, ...] | None = None  # where `encoded` lost context: the prompt with all of it
+    is_squad: bool = False  # a question about a passage: its answers are compared by SQuAD's rule
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -167,12 +168,12 @@ def _fit_question(
 ) -> tuple[list[Example], bool]:
     whole = _encode_question(template, row, no_answer_text)
     if max_seq_length is None or len(whole.input_ids) <= max_seq_length:
-        return [Example(row.id, whole, row.question, row.answers)], False
+        return [Example(row.id, whole, row.question, row.answers, is_squad=True)], False
     shortened = _shorten(template, row, no_answer_text, max_seq_length)
     if shortened is None:
         return [], False
     whole_prompt_ids = tuple(whole.input_ids[: whole.spans[-1][0]])
-    return [Example(row.id, shortened, row.question, row.answers, whole_prompt_ids)], True
+    return [Example(row.id, shortened, row.question, row.answers, whole_prompt_ids, is_squad=True)], True
 
 
 def _encode_question(template: ChatTemplate, row: QuestionRow, no_answer_text: str) -> Encoded:

@@ -84,7 +84,10 @@ def evaluate_model(
         share=share,
         progress=None if progress is None else lambda done: progress(done, len(asked)),
     )
-    pairs = [score(a, golds, no_answer_text=no_answer_text) for a, (_, golds) in zip(answers, asked, strict=True)]
+    pairs = [
+        score(answer, golds, no_answer_text=no_answer_text, is_squad=examples.row(i).is_squad)
+        for answer, (i, golds) in zip(answers, asked, strict=True)
+    ]
     scores = aggregate(pairs)
     predictions = tuple(
         Prediction(examples.row(i).id, examples.row(i).question, answer, golds, 100 * exact, 100 * f1)
