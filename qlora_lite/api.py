@@ -206,11 +206,13 @@ def _proof_rows(plan: Plan, tokenizer: Any) -> list[Encoded]:
     has_held_out = plan.recipe.data.eval is not None
     examples = held_out_examples(plan, tokenizer) if has_held_out else training_examples(plan, tokenizer)
     asked = plan.recipe.merge.proof
+    # No longer than those of training, where there are such: a plan of the proof counts on it, and scoring takes longer ones too.
+    usual = [i for i in range(len(examples)) if examples.lengths[i] <= plan.chosen.length] or range(len(examples))
     if isinstance(asked, int):
-        return [examples.encoded(i) for i in range(min(asked, len(examples)))]
+        return [examples.encoded(i) for i in usual[:asked]]
     rows: list[Encoded] = []
     tokens = 0
-    for i in range(len(examples)):
+    for i in usual:
         tokens += int(examples.lengths[i])
         if rows and tokens > PROOF_TOKENS:
             break

@@ -172,11 +172,13 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     return last if len(set(last)) == len(last) else [str(path) for path in paths]
 
 
-def sweep_scale(run_dir: Path, scales: Sequence[float], *, data: Path | None) -> dict[str, Any]:
+def sweep_scale(
+    run_dir: Path, scales: Sequence[float], *, data: Path | None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Loss, exact match and F1 with the change at each scale: 0 is the base, 1 as it was trained."""
     if not scales or not all(map(math.isfinite, scales)):
         raise UserError("--scales: expected numbers, such as 0,0.5,1,1.5")
-    _, plan = api.open_run(run_dir)
+    _, plan = api.open_run(run_dir, overrides=overrides)
     with show.phase("loading the base and the adapter"):
         blend = Blend(plan, {"adapter": open_source(run_dir).read()})
     lines: list[dict[str, Any]] = []

@@ -1,12 +1,14 @@
 """The verb `check` for one recipe: everything short of training, shown, and as what `--json` prints."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from qlora_lite import show
 from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.read import find_format, format_of_held_out
 from qlora_lite.errors import UserError
+from qlora_lite.evaluate.held_out import account_of, held_out_rows, left_out_of, longest_scored
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.source import context_window, find_base, load_config
@@ -67,35 +69,43 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         "reason": found.reason,
         "sharing": shared and shared.to_json_dict(),
         "sharing_reason": sharing_reason,
-        "eval": None if recipe.data.eval is None else _check_held_out(recipe, recipe.data.eval, tokenizer, length),
+        "eval": None
+        if recipe.data.eval is None
+        else _check_held_out(recipe, recipe.data.eval, source, tokenizer, length),
     }
 
 
-def _check_held_out(recipe: Recipe, file: str, tokenizer: Any, max_seq_length: int) -> dict[str, Any]:
-    """What scoring will make of data.eval."""
-    trained_format, _ = find_format(recipe.data.train_files, format=recipe.data.format)
-    found = inspect_rows(
+def _check_held_out(recipe: Recipe, file: str, source: Path, tokenizer: Any, trained_length: int) -> dict[str, Any]:
+    """Which rows of data.eval will be scored, as scoring itself decides it."""
+    data = recipe.data
+    trained_format, _ = find_format(data.train_files, format=data.format)
+    window = context_window(load_config(source))
+    longest, reason = longest_scored(recipe.eval.max_seq_length, window=window, trained_length=trained_length)
+    rows = held_out_rows(
         file,
         tokenizer,
-        format=format_of_held_out(file, format=trained_format),
+        format=trained_format,
         num_rows=recipe.eval.num_examples,
-        no_answer_text=recipe.data.no_answer_text,
-        max_seq_length=max_seq_length,
+        no_answer_text=data.no_answer_text,
+        max_seq_length=longest,
+        text_length=trained_length,
+        window=window,
+        cache_dir=default_cache() / "data",
     )
-    for row in found.bad:
+    counts, format = rows.counts, format_of_held_out(file, format=trained_format)
+    for row in counts.bad:
         show.say_warning(f"data.eval: bad row, left out: {row}")
-    show.say(f"data.eval: {found.num_rows} rows, {found.num_dropped} dropped; format: {found.format}")
-    for note in found.notes:
+    show.say(
+        f"data.eval: {counts.num_read - counts.num_dropped} rows are scored, {left_out_of(rows).total} are not; format: {format}; "
+        f"eval.max_seq_length: {longest}, {reason}"
+    )
+    for note in (*account_of(rows), *counts.notes):
         show.say(f"data.eval: {note}")
-    if found.num_dropped >= found.num_rows:
-        raise UserError(
-            f"{file}: at data.max_seq_length={max_seq_length} every held-out row would lose its answer. Raise it to "
-            f"{found.proposed_max_seq_length}, or set data.eval to null"
-        )
     return {
-        "num_rows": found.num_rows,
-        "num_dropped": found.num_dropped,
-        "num_bad": found.num_bad,
-        "format": found.format,
-        "notes": list(found.notes),
+        "num_rows": counts.num_read,
+        "num_dropped": counts.num_dropped,
+        "num_bad": counts.num_bad,
+        **left_out_of(rows).to_json_dict(),
+        "format": format,
+        "notes": list(counts.notes),
     }

@@ -39,6 +39,10 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A folder t
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated.")
 ]
+EvalSetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="eval.KEY=VALUE", help="How it is scored now, such as eval.max_seq_length=1024."),
+]
 MixOption = Annotated[
     list[str],
     typer.Option("--mix", metavar="RUN_DIR:WEIGHT", help="The weighted sum of several adapters instead; repeated."),
@@ -150,17 +154,19 @@ def evaluate(
         str | None,
         typer.Option(metavar="S,S,...", help="The adapter's change at each scale: 0 is the base, 1 as trained."),
     ] = None,
+    set_: EvalSetOption = [],  # noqa: B006
     json: JsonOption = False,
 ) -> None:
     """Exact match, F1 and loss of one of the run's models."""
+    _refuse_other_keys(set_, "eval")
     if scales is not None:
         from qlora_lite import change
 
-        _print(change.sweep_scale(run_dir, _numbers(scales, "--scales"), data=data), json)
+        _print(change.sweep_scale(run_dir, _numbers(scales, "--scales"), data=data, overrides=set_), json)
         return
     from qlora_lite import pipeline
 
-    _print(pipeline.evaluate(run_dir, which=which, data=data), json)
+    _print(pipeline.evaluate(run_dir, which=which, data=data, overrides=set_), json)
 
 
 @app.command()
@@ -386,6 +392,14 @@ def _numbers(text: str, option: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError as error:
         raise UserError(f"{option}: expected numbers with commas between them, such as 1,2,4; got {text!r}") from error
+
+
+def _refuse_other_keys(overrides: list[str], verb: str) -> None:
+    others = [override for override in overrides if not override.startswith("eval.")]
+    if others:
+        raise UserError(
+            f"{verb}: --set {others[0]} changes nothing here; only keys of eval do, such as eval.max_seq_length"
+        )
 
 
 def _recipe_first(recipe: str, overrides: list[str]) -> None:

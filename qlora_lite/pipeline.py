@@ -200,10 +200,10 @@ def train(
     return summary | {"eval": scores}
 
 
-def evaluate(run_dir: Path, *, which: str, data: Path | None) -> dict[str, Any]:
-    """Score one of the run's models on its held-out rows or on another file."""
+def evaluate(run_dir: Path, *, which: str, data: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Score one of the run's models on its held-out rows or on another file; `overrides` say how (`eval.max_seq_length=1024`)."""
     name = _which(which)
-    run, plan = api.open_run(run_dir)
+    run, plan = api.open_run(run_dir, overrides=overrides)
     models = api.run_models(plan, run, [name])
     with show.phase(f"loading the {name} model"):
         loaded = next(models)

@@ -42,6 +42,8 @@ def score(
     with show.phase(title, spent=spent) as phase:
         result = api.evaluate(plan, loaded, data=data, progress=phase.progress)
         phase.note(_scores_in_words(result))
+    for sentence in result.account:
+        show.say_warning(sentence)
     return result
 
 

@@ -16,6 +16,7 @@ from qlora_lite.data.batches import StepSampler, largest_step, sampler_of
 from qlora_lite.data.examples import Examples
 from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped, UserError
 from qlora_lite.evaluate import validation_loss
+from qlora_lite.evaluate.held_out import account_of
 from qlora_lite.loading import LoadedModel, held_out_examples, training_examples
 from qlora_lite.measured import disk_speed
 from qlora_lite.model.bring import default_cache
@@ -106,8 +107,8 @@ def _train(
     examples = training_examples(plan, loaded.tokenizer)
     for sentence in (*examples.account("training rows", limit="data.num_train"), *examples.counts.notes):
         say(sentence)
-    if recipe.data.eval is not None and Path(recipe.data.eval).exists():
-        for sentence in held_out_examples(plan, loaded.tokenizer).account("held-out rows", limit="eval.num_examples"):
+    if recipe.train.eval_every_steps is not None:
+        for sentence in account_of(held_out_examples(plan, loaded.tokenizer)):
             say(sentence)
     sampler = sampler_of(
         examples,

@@ -82,10 +82,10 @@ class Examples:
         """Rows kept with a shortened context, or cut in pieces."""
         return self.counts.num_cut
 
-    def account(self, rows: str, *, limit: str) -> list[str]:
+    def account(self, rows: str, *, limit: str, length_key: str = "data.max_seq_length") -> list[str]:
         """What became of rows that are not used, or not as they are, a sentence each; [] when all are.
 
-        `rows` is what to call them, `limit` the key of the recipe that limits their number.
+        `rows` is what to call them, `limit` and `length_key` the keys of the recipe that limit their number and their length.
         """
         counts = self.counts
         said: list[str] = []
@@ -96,13 +96,13 @@ class Examples:
             said.append(f"{counts.num_bad:,} bad rows left out: {_first_few(counts.bad, counts.num_bad)}")
         if counts.num_dropped:
             said.append(
-                f"{counts.num_dropped:,} of {counts.num_read:,} rows left out, longer than data.max_seq_length "
+                f"{counts.num_dropped:,} of {counts.num_read:,} rows left out, longer than {length_key} "
                 f"({self.max_seq_length}): {_first_few(counts.dropped, counts.num_dropped)}"
             )
         if counts.num_cut:
             how = "cut in pieces of" if counts.is_text else "cut (a shorter context, or a text in pieces) to"
             said.append(
-                f"{counts.num_cut:,} of {counts.num_read:,} rows {how} data.max_seq_length ({self.max_seq_length}): "
+                f"{counts.num_cut:,} of {counts.num_read:,} rows {how} {length_key} ({self.max_seq_length}): "
                 f"{_first_few(counts.cut, counts.num_cut)}"
             )
         return [f"{rows}: {sentence}" for sentence in said]
@@ -144,10 +144,12 @@ def load_examples(
     cache_dir: str | os.PathLike[str],
     format: str = "auto",
     max_bad_share: float = 0.02,
+    may_cut: bool = True,
 ) -> Examples:
     """Tokenize the first `num_rows` usable rows of a file or of several with weights (None: all), or map what an earlier call wrote.
 
-    `max_seq_length` is in tokens (None: no limit). Raises DataError when a file is unusable (see `read_mix`), when the template cannot
+    `max_seq_length` is in tokens (None: no limit). Without `may_cut` a question that is longer is left out, and where every row is too
+    long the result is empty: its caller says what to do. Raises DataError when a file is unusable (see `read_mix`), when the template cannot
     render more than `max_bad_share` of the rows, when every row is too long, or when the cache cannot be written; ModelError when the
     tokenizer's template is unusable.
     """
@@ -167,6 +169,7 @@ def load_examples(
         "max_seq_length": max_seq_length,
         "format": format,
         "max_bad_share": max_bad_share,
+        "may_cut": may_cut,
         "names": [path.name for path, _ in pairs] if len(pairs) > 1 else [],  # they are part of the rows' ids then
         "data": [(file_identity(path), weight) for path, weight in pairs],
     }
@@ -181,6 +184,7 @@ def load_examples(
             no_answer_text=no_answer_text,
             max_seq_length=max_seq_length,
             max_bad_share=max_bad_share,
+            may_cut=may_cut,
         )
         records = _Records(fitter)
         try:
@@ -190,7 +194,7 @@ def load_examples(
                 f"{cache_dir}: the tokenized rows cannot be written: {error.strerror or error}. "
                 f"Free space or choose another cache folder."
             ) from error
-    if counts.num_read == counts.num_dropped:
+    if may_cut and counts.num_read == counts.num_dropped:
         raise DataError(
             f"{', '.join(str(path) for path, _ in pairs)}: every one of the {counts.num_read} rows would lose its answer: "
             f"shortened as far as it may be, it still exceeds max_seq_length={max_seq_length}. Raise data.max_seq_length."
