@@ -161,16 +161,16 @@ def train(
     recipe = load_recipe(recipe_name, overrides=overrides)
     if resume and run_dir is None:
         raise RunError("--resume needs the run to continue: add --run-dir DIR")
-    run_dir = run_dir or RunDir.next_free(Path("runs"), recipe.name)
-    command = resume_command(recipe_name, overrides, run_dir)
     # A missing package and an unusable folder are said before the long work, not after it.
     refuse_missing_trackers(recipe.train.trackers)
+    run_dir, made = (run_dir, []) if run_dir is not None else RunDir.claim_next(Path("runs"), recipe.name)
+    command = resume_command(recipe_name, overrides, run_dir)
     if resume and RunDir.is_unbegun(run_dir):
         show.say(f"{run_dir}: nothing was trained here yet, so this run begins at step 1")
         resume = False
     with (
         told_how_to_go_on(RunDir(run_dir), command),
-        RunDir.writing(run_dir) if resume else RunDir.creating(run_dir) as run,
+        RunDir.writing(run_dir) if resume else RunDir.creating(run_dir, made=made) as run,
     ):
         spent: dict[str, float] = {}
         with show.phase("planning", spent=spent):

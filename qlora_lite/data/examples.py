@@ -27,6 +27,7 @@ from qlora_lite.data.read import Source, as_pairs, file_identity, read_mix
 from qlora_lite.data.rows import Document
 from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, tokenizer_identity
 from qlora_lite.errors import DataError
+from qlora_lite.model.made_once import making
 from qlora_lite.model.staging import new_staging, remove_left_over, unlock
 
 CODE_VERSION = 4  # raise it when the same file and tokenizer should give other rows
@@ -149,9 +150,9 @@ def load_examples(
     """Tokenize the first `num_rows` usable rows of a file or of several with weights (None: all), or map what an earlier call wrote.
 
     `max_seq_length` is in tokens (None: no limit). Without `may_cut` a question that is longer is left out, and where every row is too
-    long the result is empty: its caller says what to do. Raises DataError when a file is unusable (see `read_mix`), when the template cannot
-    render more than `max_bad_share` of the rows, when every row is too long, or when the cache cannot be written; ModelError when the
-    tokenizer's template is unusable.
+    long the result is empty: its caller says what to do. Raises DataError when a file is unusable (see `read_mix`), when the template
+    cannot render more than `max_bad_share` of the rows, when every row is too long, or when the cache cannot be written; ModelError
+    when the tokenizer's template is unusable.
     """
     for name, number in (("num_rows", num_rows), ("max_seq_length", max_seq_length)):
         if number is not None and number < 1:
@@ -177,18 +178,22 @@ def load_examples(
     folder = cache_dir / fingerprint
     counts = _read_cache(folder)
     if counts is None:
-        mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
-        fitter = RowFitter(
-            mix,
-            ChatTemplate(tokenizer),
-            no_answer_text=no_answer_text,
-            max_seq_length=max_seq_length,
-            max_bad_share=max_bad_share,
-            may_cut=may_cut,
-        )
-        records = _Records(fitter)
+
+        def tokenize() -> ReadCounts:
+            mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
+            fitter = RowFitter(
+                mix,
+                ChatTemplate(tokenizer),
+                no_answer_text=no_answer_text,
+                max_seq_length=max_seq_length,
+                max_bad_share=max_bad_share,
+                may_cut=may_cut,
+            )
+            return _write_cache(folder, _Records(fitter), fingerprint)
+
         try:
-            counts = _write_cache(folder, records, fingerprint)
+            with making(folder):
+                counts = _read_cache(folder) or tokenize()
         except OSError as error:
             raise DataError(
                 f"{cache_dir}: the tokenized rows cannot be written: {error.strerror or error}. "

@@ -43,7 +43,8 @@ def fit_row(
 ) -> tuple[list[Example], bool]:
     """-> (examples of at most `max_seq_length` tokens, whether a context was shortened or a text cut in pieces).
 
-    With `may_cut` false no context is shortened. No examples means that the row cannot fit and is dropped. Raises ModelError for a row the template cannot render.
+    With `may_cut` false no context is shortened. No examples means that the row cannot fit and is dropped. Raises ModelError for a row
+    the template cannot render.
     """
     if isinstance(row, Document):
         return _fit_document(template, row, max_seq_length)
