@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from qlora_lite.recipe import (
     recipe_json_schema,
     show_recipe,
 )
+from qlora_lite.standard_streams import refuse_closed_stdin, refuse_closed_stdout, standard_streams
 
 app = typer.Typer(
     name="qlora-lite",
@@ -203,6 +205,7 @@ def ask(
     if question == "-":
         from qlora_lite import change
 
+        refuse_closed_stdin("ask")
         if which != "adapter":
             raise UserError("ask: --which goes with one question; for several, /use NAME:0 asks the base")
         _print(change.ask_many(run_dir, sys.stdin, mix, passage=pipeline.read_context(context)), json)
@@ -340,15 +343,22 @@ def recipes_schema() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (`arguments`, or those of the process) and exit with its code."""
     _let_segments_grow()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that half-made folders are removed
+    with standard_streams():
+        _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    _end_on_signals()
     try:
+        if "--json" in arguments:
+            refuse_closed_stdout()
         app(arguments, standalone_mode=True)
     except QloraLiteError as error:
         _leave(str(error), error.exit_code)
     except KeyboardInterrupt:
         _leave("stopped", 130)
     except SystemExit as end:
-        if end.code in (130, 143):  # typer makes 130 of Ctrl-C
+        if end.code in (129, 130, 143):  # typer makes 130 of Ctrl-C
             _leave("stopped", end.code)
         raise
     except (MemoryError, RuntimeError) as error:
@@ -368,6 +378,14 @@ def main(arguments: list[str] | None = None) -> None:
             f"{where}: {error.strerror}. Free some room there, or name another place; what was written before is whole",
             2,
         )
+
+
+def _end_on_signals() -> None:
+    """SIGTERM, and SIGHUP when the terminal goes away, end the program so that half-made folders are removed; `nohup` stays in force."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -416,7 +434,8 @@ def _print(result: dict[str, Any], json: bool) -> None:
 
 def _leave(message: str, code: int) -> None:
     show.say_error(message)
-    sys.stdout.flush()
+    with suppress(UserError):
+        sys.stdout.flush()
     sys.exit(code) if code < 128 else os._exit(code)
 
 

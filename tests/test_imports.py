@@ -18,7 +18,19 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qlora_lite"
 STAGES = ("recipe", "model", "data", "train", "evaluate", "merge", "plan", "show")
-LEAVES = ("device", "errors", "foreign", "units", "ledger", "limits", "measured", "meta_ops", "paths", "json_text")
+LEAVES = (
+    "device",
+    "errors",
+    "foreign",
+    "units",
+    "ledger",
+    "limits",
+    "measured",
+    "meta_ops",
+    "paths",
+    "json_text",
+    "standard_streams",
+)
 MAY_SEE_RECIPE = (
     "recipe",
     "plan",

@@ -197,7 +197,7 @@ def load_examples(
         except OSError as error:
             raise DataError(
                 f"{cache_dir}: the tokenized rows cannot be written: {error.strerror or error}. "
-                f"Free space or choose another cache folder."
+                f"Free some room, or set QLORA_LITE_HOME to another folder."
             ) from error
     if may_cut and counts.num_read == counts.num_dropped:
         raise DataError(
