@@ -106,7 +106,7 @@ def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does where nobody knows the home
     monkeypatch.delenv("QLORA_LITE_HOME")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="HOME is not set, .* Set QLORA_LITE_HOME to a folder for the cache"):
+    with pytest.raises(UserError, match=r"HOME is not set, .* Set QLORA_LITE_HOME to a folder for the cache"):
         hub_names.default_cache()
     monkeypatch.setenv("QLORA_LITE_HOME", str(tmp_path))
     assert hub_names.default_cache() == Path(tmp_path)

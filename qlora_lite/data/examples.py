@@ -24,7 +24,7 @@ import numpy as np
 from qlora_lite.data.files import hash_file
 from qlora_lite.data.fit import Example, RowFitter, TemplateNotes
 from qlora_lite.data.read import Source, as_pairs, file_identity, read_mix
-from qlora_lite.data.rows import Document
+from qlora_lite.data.rows import Document, content_hash
 from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, tokenizer_identity
 from qlora_lite.errors import DataError
 from qlora_lite.model.made_once import making
@@ -54,7 +54,7 @@ class ReadCounts:
 
 
 class Examples:
-    """Tokenized rows by index, memory-mapped. `lengths` and `num_label_tokens` are numpy int64 arrays [num examples]."""
+    """Tokenized rows by index, memory-mapped. `lengths`, `contents` and `num_label_tokens` are numpy int64 arrays [num examples]."""
 
     def __init__(self, dataset: Any, *, counts: ReadCounts, fingerprint: str, max_seq_length: int | None) -> None:
         self.dataset = dataset  # datasets.Dataset, with the columns of `_write_cache`
@@ -63,6 +63,7 @@ class Examples:
         self.max_seq_length = max_seq_length
         column = dataset.data.column  # whole columns without building Python objects
         self.lengths = column("num_tokens").to_numpy().astype(np.int64)
+        self.contents = column("content").to_numpy().astype(np.int64)
         self.num_label_tokens = column("num_label_tokens").to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
@@ -233,7 +234,8 @@ class _Records:
             self.num_cut += was_cut
             self.cut += [row.id] if was_cut and len(self.cut) < _NUM_KEPT else []
             self.notes.count(self.fitter.template, row, examples)
-            yield from map(_record, examples)
+            content = content_hash(row)
+            yield from ({**_record(example), "content": content} for example in examples)
         self.fitter.refuse_too_many()
 
     @property
@@ -289,6 +291,7 @@ def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCount
             "answers": List(Value("large_string")),  # null: none to compare (text, a call)
             "whole_prompt_ids": List(Value("int32")),  # null: the ids before the last span
             "is_squad": Value("bool"),
+            "content": Value("int64"),  # of the row that the example comes from (repeats.py)
         }
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
