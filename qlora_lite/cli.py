@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from qlora_lite import show
-from qlora_lite.errors import QloraLiteError, UserError
+from qlora_lite.errors import QloraLiteError, RecipeError, UserError
 from qlora_lite.recipe import (
     SHIPPED_MODELS,
     copy_recipe,
@@ -44,6 +44,10 @@ SetOption = Annotated[
 EvalSetOption = Annotated[
     list[str],
     typer.Option("--set", metavar="eval.KEY=VALUE", help="How it is scored now, such as eval.max_seq_length=1024."),
+]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where the run's base lies now, if it was moved; checked by hash."),
 ]
 MixOption = Annotated[
     list[str],
@@ -138,13 +142,14 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Record a timeline of two steps in RUN_DIR/profile.")
     ] = False,
+    base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
     """Plan, load, train, evaluate, report."""
-    _recipe_first(recipe, set_)
+    _recipe_first(recipe, set_, resume=resume, base=base)
     from qlora_lite import pipeline
 
-    _print(pipeline.train(recipe, set_, run_dir=run_dir, resume=resume, profile=profile), json)
+    _print(pipeline.train(recipe, set_, run_dir=run_dir, resume=resume, profile=profile, base=base), json)
 
 
 @app.command("eval")
@@ -157,6 +162,7 @@ def evaluate(
         typer.Option(metavar="S,S,...", help="The adapter's change at each scale: 0 is the base, 1 as trained."),
     ] = None,
     set_: EvalSetOption = [],  # noqa: B006
+    base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
     """Exact match, F1 and loss of one of the run's models."""
@@ -164,11 +170,11 @@ def evaluate(
     if scales is not None:
         from qlora_lite import change
 
-        _print(change.sweep_scale(run_dir, _numbers(scales, "--scales"), data=data, overrides=set_), json)
+        _print(change.sweep_scale(run_dir, _numbers(scales, "--scales"), data=data, overrides=set_, base=base), json)
         return
     from qlora_lite import pipeline
 
-    _print(pipeline.evaluate(run_dir, which=which, data=data, overrides=set_), json)
+    _print(pipeline.evaluate(run_dir, which=which, data=data, overrides=set_, base=base), json)
 
 
 @app.command()
@@ -177,17 +183,18 @@ def merge(
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Default: RUN_DIR/merged.")] = None,
     mix: MixOption = [],  # noqa: B006
     set_: SetOption = [],  # noqa: B006
+    base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
     """A dequantized 16-bit checkpoint with the adapter added, proved to be the same model."""
     if mix:
         from qlora_lite import change
 
-        _print(change.merge_mix(run_dir, out, mix, set_), json)
+        _print(change.merge_mix(run_dir, out, mix, set_, base=base), json)
         return
     from qlora_lite import pipeline
 
-    _print(pipeline.merge(run_dir, out, set_), json)
+    _print(pipeline.merge(run_dir, out, set_, base=base), json)
 
 
 @app.command()
@@ -197,6 +204,7 @@ def ask(
     context: Annotated[Path | None, typer.Option(help="A text file with the passage to answer from.")] = None,
     which: Annotated[str, typer.Option(help="base, adapter, merged or all.")] = "adapter",
     mix: MixOption = [],  # noqa: B006
+    base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
     """A streamed answer, with the template of training. With --mix the adapters' sum; with - a line `/use NAME:WEIGHT ...` switches."""
@@ -208,14 +216,14 @@ def ask(
         refuse_closed_stdin("ask")
         if which != "adapter":
             raise UserError("ask: --which goes with one question; for several, /use NAME:0 asks the base")
-        _print(change.ask_many(run_dir, sys.stdin, mix, passage=pipeline.read_context(context)), json)
+        _print(change.ask_many(run_dir, sys.stdin, mix, passage=pipeline.read_context(context), base=base), json)
         return
     if mix:
         from qlora_lite import change
 
-        _print(change.ask_mix(run_dir, question, mix, passage=pipeline.read_context(context)), json)
+        _print(change.ask_mix(run_dir, question, mix, passage=pipeline.read_context(context), base=base), json)
         return
-    _print(pipeline.ask(run_dir, question, context=context, which=which), json)
+    _print(pipeline.ask(run_dir, question, context=context, which=which, base=base), json)
 
 
 @app.command()
@@ -242,6 +250,7 @@ def rank(
     try_: Annotated[
         str | None, typer.Option("--try", metavar="R,R,...", help="Train the recipe with each rank and compare.")
     ] = None,
+    base: BaseOption = None,
     share: Annotated[float, typer.Option(help="With --try: the share of the recipe's epochs for each.")] = 0.5,
     set_: SetOption = [],  # noqa: B006
     json: JsonOption = False,
@@ -251,6 +260,8 @@ def rank(
         raise UserError("rank: --set changes a recipe, so it goes with --try; a run was trained as it was")
     if dtype != "fp32" and to is None and parameters is None:
         raise UserError("rank: --dtype says how a shorter adapter is stored, so it goes with --to R or --parameters N")
+    if try_ is not None and base is not None:
+        raise UserError("rank: --base goes with a run; for --try set the recipe's own: --set model.base=DIR")
     if try_ is not None:
         ranks = [int(number) for number in _numbers(try_, "--try")]
         _recipe_first(what, set_)
@@ -260,7 +271,7 @@ def rank(
         found = change.try_ranks(what, set_, ranks=ranks, share=share)
     else:
         found = change.rank(
-            Path(what), other=other, to=to, num_parameters=parameters, out=out, dtype=dtype, score=score
+            Path(what), other=other, to=to, num_parameters=parameters, out=out, dtype=dtype, score=score, base=base
         )
     _print(found, json)
 
@@ -420,11 +431,18 @@ def _refuse_other_keys(overrides: list[str], verb: str) -> None:
         )
 
 
-def _recipe_first(recipe: str, overrides: list[str]) -> None:
-    """Say what is wrong with a recipe before torch is imported."""
+def _recipe_first(recipe: str, overrides: list[str], *, resume: bool = False, base: Path | None = None) -> None:
+    """Say what is wrong with a recipe before torch is imported; of one that is resumed with `--base`, files may have moved."""
     from qlora_lite.recipe import load_recipe
 
-    load_recipe(recipe, overrides=overrides)
+    try:
+        load_recipe(recipe, overrides=overrides, files_must_exist=base is None)
+    except RecipeError as error:
+        if not resume:
+            raise
+        hint = "; for a base that was moved, add --base DIR"
+        problems = [problem + hint if "model.base" in problem else problem for problem in error.problems]
+        raise RecipeError(error.where, problems) from error
 
 
 def _print(result: dict[str, Any], json: bool) -> None:

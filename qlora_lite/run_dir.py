@@ -242,6 +242,11 @@ class RunDir:
         return _whole_lines(self.path / "predictions.jsonl", key="id", kind=str)
 
 
+def in_command(path: Path) -> str:
+    """A path as a printed command has it: one that begins with a dash would be read as options."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def _is_half_written(name: str) -> bool:
     return name.startswith(".") and name.endswith((".tmp", ".staging"))
 

@@ -16,8 +16,8 @@ from qlora_lite.errors import Interrupted, RunError
 from qlora_lite.evaluate import EvalResult, by_phrasing
 from qlora_lite.model.manifest import read_manifest
 from qlora_lite.plan import Plan
-from qlora_lite.run_dir import RunDir
-from qlora_lite.stopping import in_command, stop_signals
+from qlora_lite.run_dir import RunDir, in_command
+from qlora_lite.stopping import stop_signals
 from qlora_lite.units import format_bytes
 
 

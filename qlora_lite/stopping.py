@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_lite import show
 from qlora_lite.errors import Interrupted
-from qlora_lite.run_dir import RunDir
+from qlora_lite.run_dir import RunDir, in_command
 
 
 @contextmanager
@@ -72,8 +72,3 @@ def resume_command(recipe_name: str, overrides: Sequence[str], run_dir: Path) ->
     """What continues a run, to be copied into a shell."""
     sets = [word for override in overrides for word in ("--set", override)]
     return shlex.join(["qlora-lite", "train", recipe_name, *sets, "--run-dir", in_command(run_dir), "--resume"])
-
-
-def in_command(path: Path) -> str:
-    """A path as a printed command has it: one that begins with a dash would be read as options."""
-    return f"./{path}" if str(path).startswith("-") else str(path)

@@ -131,13 +131,19 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, *, cache: Path | None = None, like: Recipe | None = None, is_record: bool = False
+    recipe: Recipe,
+    *,
+    cache: Path | None = None,
+    like: Recipe | None = None,
+    is_record: bool = False,
+    base: Path | None = None,
 ) -> Plan:
     """Resolve `recipe` for this machine. Reads config, tokenizer and data, no weights (a GGUF is converted on first use).
 
     With `like`, a recipe that was resolved before, everything that `recipe` leaves to auto is as it was then, but for the device, which
     is that of this machine. `is_record`: `recipe` is that of a finished run, opened on any machine: it says what was trained, and with
-    which types; we compute on what is here. Whether it fits is the
+    which types; we compute on what is here. `base`: where the model of `model.base` lies now, for one that was moved; whether it is the
+    same is asked when it is loaded. Whether it fits is the
     plan's own word (`fits`). Raises UserError subclasses for a model, a device or data that cannot be used.
     """
     cache = cache or default_cache()
@@ -147,8 +153,11 @@ def make_plan(
     if begun_on != recipe_word(card):
         device_reason += f"; the run was begun on {begun_on}"
     types = types_of_run(recipe.model.dtype) if is_record else choose_types(recipe.model.dtype, card)
-    source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
-    commit = commit_of(source) if is_hub_name(recipe.model.base) else None
+    if base is None:
+        source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
+        commit = commit_of(source) if is_hub_name(recipe.model.base) else None
+    else:
+        source, commit = find_base(str(base.absolute()), cache=cache), recipe.model.revision
     config = load_config(source)
     quantization, quantization_reason = _choose_quantization(recipe, source)
     data_format, format_reason = _choose_format(recipe)
