@@ -34,7 +34,7 @@ from qlora_lite.model.quantization import stored_quantization
 from qlora_lite.model.source import read_config
 from qlora_lite.plan import Plan, make_plan
 from qlora_lite.recipe import load_recipe, load_run_recipe
-from qlora_lite.resuming import go_on_with, refuse_other_base, refuse_other_recipe
+from qlora_lite.resuming import go_on_with, refuse_missing_base, refuse_other_base, refuse_other_recipe
 from qlora_lite.run_dir import RunDir
 from qlora_lite.train.seeds import purpose_seed
 from qlora_lite.training import train
@@ -54,7 +54,9 @@ __all__ = [
     "make_plan",
     "merge",
     "open_run",
+    "refuse_missing_base",
     "refuse_other_recipe",
+    "run_base",
     "run_models",
     "train",
     "training_examples",
@@ -130,8 +132,10 @@ def effect_lost(plan: Plan, run: RunDir, adapter: Path, other: Path) -> EffectLo
     )
 
 
-def open_run(run_dir: Path | str, *, overrides: Sequence[str] = ()) -> tuple[RunDir, Plan]:
+def open_run(run_dir: Path | str, *, overrides: Sequence[str] = (), base: Path | None = None) -> tuple[RunDir, Plan]:
     """A run's folder and the plan it was made with; `overrides` may say how it is merged and scored now (`merge.scale=0.5`).
+
+    `base` is where the run's base lies now, for one that was moved; its hash is compared when it is loaded.
 
     Raises RunError, RecipeError or ModelError.
     """
@@ -141,7 +145,10 @@ def open_run(run_dir: Path | str, *, overrides: Sequence[str] = ()) -> tuple[Run
         raise RunError(
             f"{run.path}: was trained with its own recipe, so {trained_with[0]} cannot be set any more; only merge.* and eval.* can"
         )
-    return run, make_plan(load_run_recipe(run.recipe, overrides=overrides), is_record=True)
+    recipe = load_run_recipe(run.recipe, overrides=overrides)
+    if base is None:
+        refuse_missing_base(run, recipe)
+    return run, make_plan(recipe, is_record=True, base=base)
 
 
 def run_models(plan: Plan, run: RunDir, wanted: Sequence[Which]) -> Iterator[LoadedModel]:
@@ -206,11 +213,13 @@ def _proof_rows(plan: Plan, tokenizer: Any) -> list[Encoded]:
     has_held_out = plan.recipe.data.eval is not None
     examples = held_out_examples(plan, tokenizer) if has_held_out else training_examples(plan, tokenizer)
     asked = plan.recipe.merge.proof
+    # No longer than those of training, where there are such: a plan of the proof counts on it, and scoring takes longer ones too.
+    usual = [i for i in range(len(examples)) if examples.lengths[i] <= plan.chosen.length] or range(len(examples))
     if isinstance(asked, int):
-        return [examples.encoded(i) for i in range(min(asked, len(examples)))]
+        return [examples.encoded(i) for i in usual[:asked]]
     rows: list[Encoded] = []
     tokens = 0
-    for i in range(len(examples)):
+    for i in usual:
         tokens += int(examples.lengths[i])
         if rows and tokens > PROOF_TOKENS:
             break

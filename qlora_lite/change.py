@@ -35,6 +35,7 @@ def rank(
     out: Path | None = None,
     dtype: str = "fp32",
     score: bool = True,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """The spectrum of a run's change, and the advice; with `to` or `num_parameters` a shorter adapter at `out`, and what it costs.
 
@@ -47,7 +48,7 @@ def rank(
     if to is not None or num_parameters is not None:
         if out is None:
             raise UserError("rank: --to and --parameters write a shorter adapter; say where with --out DIR")
-        report["truncated"] = _truncate(source, out, to, num_parameters, dtype=dtype, score=score)
+        report["truncated"] = _truncate(source, out, to, num_parameters, dtype=dtype, score=score, base=base)
     elif source.run is not None:
         with source.run.locked():
             source.run.write_json("rank.json", report)
@@ -101,7 +102,9 @@ def mix_runs(
     return found
 
 
-def merge_mix(run_dir: Path, out: Path | None, parts: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+def merge_mix(
+    run_dir: Path, out: Path | None, parts: Sequence[str], overrides: Sequence[str], *, base: Path | None = None
+) -> dict[str, Any]:
     """Merge the weighted sum of several adapters into the base of the run, with proof."""
     if out is None:
         raise UserError(
@@ -112,25 +115,31 @@ def merge_mix(run_dir: Path, out: Path | None, parts: Sequence[str], overrides: 
         mix([parse_part(part) for part in parts], mixed)
         if not RunDir(mixed).has_begun:
             raise RunError(f"{run_dir}: at least one adapter of a mix must be a run, which says what base it is for")
-        return merge(mixed, out, overrides)
+        return merge(mixed, out, overrides, base=base)
 
 
-def ask_mix(run_dir: Path, question: str, parts: Sequence[str], *, passage: str | None) -> dict[str, Any]:
+def ask_mix(
+    run_dir: Path, question: str, parts: Sequence[str], *, passage: str | None, base: Path | None = None
+) -> dict[str, Any]:
     """Answer with the weighted sum of several adapters, without writing anything."""
-    _, plan = api.open_run(run_dir)
+    run, plan = api.open_run(run_dir, base=base)
+    api.run_base(plan, run)
     asked, _ = parts_of([parse_part(part) for part in parts])
     with show.phase("loading the base and the adapters"):
         loaded = Blend(plan, {"mix": mix_adapters(asked).adapter}).use({"mix": 1.0})
     return {"answers": {"mix": answer(plan, loaded, "mix", question, passage)}}
 
 
-def ask_many(run_dir: Path, lines: Iterable[str], parts: Sequence[str], *, passage: str | None) -> dict[str, Any]:
+def ask_many(
+    run_dir: Path, lines: Iterable[str], parts: Sequence[str], *, passage: str | None, base: Path | None = None
+) -> dict[str, Any]:
     """Answer each line with one loaded base. A line `/use NAME:WEIGHT ...` weighs the adapters from there on, by their folders' names.
 
     Without `parts` the run's own adapter is the only one; at first each counts as `parts` says. A `/use` that cannot be understood is
     said and changes nothing. Raises UserError, ModelError, RunError.
     """
-    _, plan = api.open_run(run_dir)
+    run, plan = api.open_run(run_dir, base=base)
+    api.run_base(plan, run)
     asked = [parse_part(part) for part in parts] or [Asked(run_dir, 1.0, {})]
     if any(each.weights for each in asked):
         raise UserError(
@@ -172,11 +181,19 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     return last if len(set(last)) == len(last) else [str(path) for path in paths]
 
 
-def sweep_scale(run_dir: Path, scales: Sequence[float], *, data: Path | None) -> dict[str, Any]:
+def sweep_scale(
+    run_dir: Path,
+    scales: Sequence[float],
+    *,
+    data: Path | None,
+    overrides: Sequence[str] = (),
+    base: Path | None = None,
+) -> dict[str, Any]:
     """Loss, exact match and F1 with the change at each scale: 0 is the base, 1 as it was trained."""
     if not scales or not all(map(math.isfinite, scales)):
         raise UserError("--scales: expected numbers, such as 0,0.5,1,1.5")
-    _, plan = api.open_run(run_dir)
+    run, plan = api.open_run(run_dir, overrides=overrides, base=base)
+    api.run_base(plan, run)
     with show.phase("loading the base and the adapter"):
         blend = Blend(plan, {"adapter": open_source(run_dir).read()})
     lines: list[dict[str, Any]] = []
@@ -193,7 +210,14 @@ def sweep_scale(run_dir: Path, scales: Sequence[float], *, data: Path | None) ->
 
 
 def _truncate(
-    source: Source, out: Path, to: int | None, num_parameters: int | None, *, dtype: str, score: bool
+    source: Source,
+    out: Path,
+    to: int | None,
+    num_parameters: int | None,
+    *,
+    dtype: str,
+    score: bool,
+    base: Path | None,
 ) -> dict[str, Any]:
     found = truncate(source, out, rank=to, num_parameters=num_parameters, dtype=dtype)
     size = found["adapter_bytes"]
@@ -202,9 +226,9 @@ def _truncate(
         f"{format_bytes(size['after'])} of {format_bytes(size['before'])}; {found['lost_share']:.2%} of the change lost"
     )
     if score and source.run is not None:
-        _, plan = api.open_run(source.run.path)
+        _, plan = api.open_run(source.run.path, base=base)
         if _has_held_out_rows(plan):
-            found["proof"] = _effect_lost(out, source.folder)
+            found["proof"] = _effect_lost(out, source.folder, base=base)
             before, after = (
                 score_model(plan, api.load_model(plan, adapter=folder), name).to_json_dict()
                 for folder, name in ((source.folder, "scoring the adapter"), (out, "scoring the shorter one"))
@@ -214,11 +238,11 @@ def _truncate(
     return found
 
 
-def _effect_lost(out: Path, exact: Path) -> dict[str, Any] | None:
+def _effect_lost(out: Path, exact: Path, *, base: Path | None = None) -> dict[str, Any] | None:
     """What the adapter at `out` loses of the effect of the one at `exact`; None where no run says what to compare them on."""
     if not RunDir(out).has_begun:
         return None
-    run, plan = api.open_run(out)
+    run, plan = api.open_run(out, base=base)
     if not _has_held_out_rows(plan):
         return None
     with show.phase("comparing the two on held-out rows") as phase:

@@ -1,12 +1,16 @@
 """The verb `check` for one recipe: everything short of training, shown, and as what `--json` prints."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from qlora_lite import show
+from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.read import find_format, format_of_held_out
+from qlora_lite.data.repeats import find_repeats
 from qlora_lite.errors import UserError
+from qlora_lite.evaluate.held_out import account_of, held_out_rows, left_out_of, longest_scored
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.source import context_window, find_base, load_config
@@ -54,6 +58,11 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     length = asked if isinstance(asked, int) else found.proposed_max_seq_length
     shared, sharing_reason = what_is_shared(recipe, source)
     show.say(f"data.share_prefixes: {sharing_reason}")
+    eval_rows = None if recipe.data.eval is None else _held_out(recipe, recipe.data.eval, source, tokenizer, length)
+    held_out = None if eval_rows is None else _check_held_out(recipe, eval_rows)
+    repeats = find_repeats(_trained(recipe, tokenizer, length), eval_rows)
+    for sentence in repeats.sentences:
+        show.say_warning(sentence)
     return {
         "recipe": str(recipe.path or recipe.name),
         "num_rows": found.num_rows,
@@ -69,35 +78,61 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         "reason": found.reason,
         "sharing": shared and shared.to_json_dict(),
         "sharing_reason": sharing_reason,
-        "eval": None if recipe.data.eval is None else _check_held_out(recipe, recipe.data.eval, tokenizer, length),
+        "eval": held_out and held_out | {"num_in_training": repeats.num_in_training},
+        "num_repeated": repeats.num_repeated,
     }
 
 
-def _check_held_out(recipe: Recipe, file: str, tokenizer: Any, max_seq_length: int) -> dict[str, Any]:
-    """What scoring will make of data.eval."""
-    trained_format, _ = find_format(recipe.data.train_files, format=recipe.data.format)
-    found = inspect_rows(
+def _trained(recipe: Recipe, tokenizer: Any, max_seq_length: int) -> Examples:
+    data = recipe.data
+    return load_examples(
+        data.train_files,
+        tokenizer,
+        format=data.format,
+        num_rows=data.num_train,
+        no_answer_text=data.no_answer_text,
+        max_seq_length=max_seq_length,
+        cache_dir=default_cache() / "data",
+    )
+
+
+def _held_out(recipe: Recipe, file: str, source: Path, tokenizer: Any, trained_length: int) -> Examples:
+    """Which rows of data.eval will be scored, as scoring itself decides it."""
+    data, window = recipe.data, context_window(load_config(source))
+    longest, reason = longest_scored(recipe.eval.max_seq_length, window=window, trained_length=trained_length)
+    show.say(f"eval.max_seq_length: {longest}, {reason}")
+    return held_out_rows(
         file,
         tokenizer,
-        format=format_of_held_out(file, format=trained_format),
+        format=_trained_format(recipe),
         num_rows=recipe.eval.num_examples,
-        no_answer_text=recipe.data.no_answer_text,
-        max_seq_length=max_seq_length,
+        no_answer_text=data.no_answer_text,
+        max_seq_length=longest,
+        text_length=trained_length,
+        window=window,
+        cache_dir=default_cache() / "data",
     )
-    for row in found.bad:
+
+
+def _trained_format(recipe: Recipe) -> str:
+    return find_format(recipe.data.train_files, format=recipe.data.format)[0]
+
+
+def _check_held_out(recipe: Recipe, rows: Examples) -> dict[str, Any]:
+    counts, left_out = rows.counts, left_out_of(rows)
+    assert recipe.data.eval is not None
+    format = format_of_held_out(recipe.data.eval, format=_trained_format(recipe))
+    for row in counts.bad:
         show.say_warning(f"data.eval: bad row, left out: {row}")
-    show.say(f"data.eval: {found.num_rows} rows, {found.num_dropped} dropped; format: {found.format}")
-    for note in found.notes:
+    num_scored = counts.num_read - counts.num_dropped
+    show.say(f"data.eval: {num_scored} rows are scored, {left_out.total} are not; format: {format}")
+    for note in account_of(rows):
         show.say(f"data.eval: {note}")
-    if found.num_dropped >= found.num_rows:
-        raise UserError(
-            f"{file}: at data.max_seq_length={max_seq_length} every held-out row would lose its answer. Raise it to "
-            f"{found.proposed_max_seq_length}, or set data.eval to null"
-        )
     return {
-        "num_rows": found.num_rows,
-        "num_dropped": found.num_dropped,
-        "num_bad": found.num_bad,
-        "format": found.format,
-        "notes": list(found.notes),
+        "num_rows": counts.num_read,
+        "num_dropped": counts.num_dropped,
+        "num_bad": counts.num_bad,
+        **left_out.to_json_dict(),
+        "format": format,
+        "notes": list(counts.notes),
     }

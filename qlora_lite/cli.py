@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ import typer
 
 from qlora_lite import show
 from qlora_lite.device.out_of_memory import is_out_of_memory
-from qlora_lite.errors import QloraLiteError, UserError
+from qlora_lite.errors import QloraLiteError, RecipeError, UserError
 from qlora_lite.recipe import (
     SHIPPED_MODELS,
     copy_recipe,
@@ -23,6 +24,7 @@ from qlora_lite.recipe import (
     recipe_json_schema,
     show_recipe,
 )
+from qlora_lite.standard_streams import refuse_closed_stdin, refuse_closed_stdout, standard_streams
 
 app = typer.Typer(
     name="qlora-lite",
@@ -39,6 +41,14 @@ RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A folder that `train` made.")]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated.")
+]
+EvalSetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="eval.KEY=VALUE", help="How it is scored now, such as eval.max_seq_length=1024."),
+]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where the run's base lies now, if it was moved; checked by hash."),
 ]
 MixOption = Annotated[
     list[str],
@@ -133,13 +143,14 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Record a timeline of two steps in RUN_DIR/profile.")
     ] = False,
+    base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
     """Plan, load, train, evaluate, report."""
-    _recipe_first(recipe, set_)
+    _recipe_first(recipe, set_, resume=resume, base=base)
     from qlora_lite import pipeline
 
-    _print(pipeline.train(recipe, set_, run_dir=run_dir, resume=resume, profile=profile), json)
+    _print(pipeline.train(recipe, set_, run_dir=run_dir, resume=resume, profile=profile, base=base), json)
 
 
 @app.command("eval")
@@ -151,17 +162,20 @@ def evaluate(
         str | None,
         typer.Option(metavar="S,S,...", help="The adapter's change at each scale: 0 is the base, 1 as trained."),
     ] = None,
+    set_: EvalSetOption = [],  # noqa: B006
+    base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
     """Exact match, F1 and loss of one of the run's models."""
+    _refuse_other_keys(set_, "eval")
     if scales is not None:
         from qlora_lite import change
 
-        _print(change.sweep_scale(run_dir, _numbers(scales, "--scales"), data=data), json)
+        _print(change.sweep_scale(run_dir, _numbers(scales, "--scales"), data=data, overrides=set_, base=base), json)
         return
     from qlora_lite import pipeline
 
-    _print(pipeline.evaluate(run_dir, which=which, data=data), json)
+    _print(pipeline.evaluate(run_dir, which=which, data=data, overrides=set_, base=base), json)
 
 
 @app.command()
@@ -170,17 +184,18 @@ def merge(
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Default: RUN_DIR/merged.")] = None,
     mix: MixOption = [],  # noqa: B006
     set_: SetOption = [],  # noqa: B006
+    base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
     """A dequantized 16-bit checkpoint with the adapter added, proved to be the same model."""
     if mix:
         from qlora_lite import change
 
-        _print(change.merge_mix(run_dir, out, mix, set_), json)
+        _print(change.merge_mix(run_dir, out, mix, set_, base=base), json)
         return
     from qlora_lite import pipeline
 
-    _print(pipeline.merge(run_dir, out, set_), json)
+    _print(pipeline.merge(run_dir, out, set_, base=base), json)
 
 
 @app.command()
@@ -190,6 +205,7 @@ def ask(
     context: Annotated[Path | None, typer.Option(help="A text file with the passage to answer from.")] = None,
     which: Annotated[str, typer.Option(help="base, adapter, merged or all.")] = "adapter",
     mix: MixOption = [],  # noqa: B006
+    base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
     """A streamed answer, with the template of training. With --mix the adapters' sum; with - a line `/use NAME:WEIGHT ...` switches."""
@@ -198,18 +214,22 @@ def ask(
     if question == "-":
         from qlora_lite import change
 
+        refuse_closed_stdin("ask")
         if which != "adapter":
             raise UserError("ask: --which goes with one question; for several, /use NAME:0 asks the base")
         _print(
-            change.ask_many(run_dir, pipeline.questions_of_stdin(), mix, passage=pipeline.read_context(context)), json
+            change.ask_many(
+                run_dir, pipeline.questions_of_stdin(), mix, passage=pipeline.read_context(context), base=base
+            ),
+            json,
         )
         return
     if mix:
         from qlora_lite import change
 
-        _print(change.ask_mix(run_dir, question, mix, passage=pipeline.read_context(context)), json)
+        _print(change.ask_mix(run_dir, question, mix, passage=pipeline.read_context(context), base=base), json)
         return
-    _print(pipeline.ask(run_dir, question, context=context, which=which), json)
+    _print(pipeline.ask(run_dir, question, context=context, which=which, base=base), json)
 
 
 @app.command()
@@ -236,6 +256,7 @@ def rank(
     try_: Annotated[
         str | None, typer.Option("--try", metavar="R,R,...", help="Train the recipe with each rank and compare.")
     ] = None,
+    base: BaseOption = None,
     share: Annotated[float, typer.Option(help="With --try: the share of the recipe's epochs for each.")] = 0.5,
     set_: SetOption = [],  # noqa: B006
     json: JsonOption = False,
@@ -247,6 +268,8 @@ def rank(
         raise UserError("rank: --dtype says how a shorter adapter is stored, so it goes with --to R or --parameters N")
     if out is not None and to is None and parameters is None and try_ is None:
         raise UserError("rank: --out says where a shorter adapter goes, so it goes with --to R or --parameters N")
+    if try_ is not None and base is not None:
+        raise UserError("rank: --base goes with a run; for --try set the recipe's own: --set model.base=DIR")
     if try_ is not None:
         ranks = _whole_numbers(try_, "--try")
         alone = {"--with": other, "--to": to, "--parameters": parameters, "--out": out}
@@ -261,7 +284,7 @@ def rank(
         found = change.try_ranks(what, set_, ranks=ranks, share=share)
     else:
         found = change.rank(
-            Path(what), other=other, to=to, num_parameters=parameters, out=out, dtype=dtype, score=score
+            Path(what), other=other, to=to, num_parameters=parameters, out=out, dtype=dtype, score=score, base=base
         )
     _print(found, json)
 
@@ -344,15 +367,22 @@ def recipes_schema() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (`arguments`, or those of the process) and exit with its code."""
     _let_segments_grow()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that half-made folders are removed
+    with standard_streams():
+        _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    _end_on_signals()
     try:
+        if "--json" in arguments:
+            refuse_closed_stdout()
         app(arguments, standalone_mode=True)
     except QloraLiteError as error:
         _leave(str(error), error.exit_code)
     except KeyboardInterrupt:
         _leave("stopped", 130)
     except SystemExit as end:
-        if end.code in (130, 143):  # typer makes 130 of Ctrl-C
+        if end.code in (129, 130, 143):  # typer makes 130 of Ctrl-C
             _leave("stopped", end.code)
         raise
     except (MemoryError, RuntimeError) as error:
@@ -372,6 +402,14 @@ def main(arguments: list[str] | None = None) -> None:
             f"{where}: {error.strerror}. Free some room there, or name another place; what was written before is whole",
             2,
         )
+
+
+def _end_on_signals() -> None:
+    """SIGTERM, and SIGHUP when the terminal goes away, end the program so that half-made folders are removed; `nohup` stays in force."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def _let_segments_grow() -> None:
@@ -403,11 +441,26 @@ def _whole_numbers(text: str, option: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _recipe_first(recipe: str, overrides: list[str]) -> None:
-    """Say what is wrong with a recipe before torch is imported."""
+def _refuse_other_keys(overrides: list[str], verb: str) -> None:
+    others = [override for override in overrides if not override.startswith("eval.")]
+    if others:
+        raise UserError(
+            f"{verb}: --set {others[0]} changes nothing here; only keys of eval do, such as eval.max_seq_length"
+        )
+
+
+def _recipe_first(recipe: str, overrides: list[str], *, resume: bool = False, base: Path | None = None) -> None:
+    """Say what is wrong with a recipe before torch is imported; of one that is resumed with `--base`, files may have moved."""
     from qlora_lite.recipe import load_recipe
 
-    load_recipe(recipe, overrides=overrides)
+    try:
+        load_recipe(recipe, overrides=overrides, files_must_exist=base is None)
+    except RecipeError as error:
+        if not resume:
+            raise
+        hint = "; for a base that was moved, add --base DIR"
+        problems = [problem + hint if "model.base" in problem else problem for problem in error.problems]
+        raise RecipeError(error.where, problems) from error
 
 
 def _print(result: dict[str, Any], json: bool) -> None:
@@ -417,7 +470,8 @@ def _print(result: dict[str, Any], json: bool) -> None:
 
 def _leave(message: str, code: int) -> None:
     show.say_error(message)
-    sys.stdout.flush()
+    with suppress(UserError):
+        sys.stdout.flush()
     sys.exit(code) if code < 128 else os._exit(code)
 
 

@@ -9,13 +9,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qlora_lite.data.examples import Examples, load_examples
-from qlora_lite.data.read import format_of_held_out
 from qlora_lite.errors import DataError
+from qlora_lite.evaluate.held_out import held_out_rows
 from qlora_lite.model.adapter import attach_adapter, load_adapter
 from qlora_lite.model.artefact import quantize_base, verify_artefact
 from qlora_lite.model.base import LoadedBase, load_base
 from qlora_lite.model.factors import copy_factors
 from qlora_lite.model.manifest import folder_weights_sha256
+from qlora_lite.model.source import context_window
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.plan import Plan
 from qlora_lite.train import apply_footprint
@@ -89,23 +90,22 @@ def training_examples(plan: Plan, tokenizer: Any) -> Examples:
 
 
 def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = None) -> Examples:
-    """The rows of data.eval or `path`, tokenized: at most eval.num_examples of data.eval.
-
-    A file that has not the columns of data.format is of the format that its own columns say.
-
-    Raises DataError.
-    """
+    """The rows of data.eval or `path` that are scored, tokenized: at most eval.num_examples of data.eval. Raises DataError."""
     data = plan.recipe.data
     file = path or data.eval
     if file is None:
         raise DataError("data.eval: null, so there are no held-out rows to score. Set data.eval, or give --data FILE")
-    return load_examples(
+    longest = plan.recipe.eval.max_seq_length
+    assert isinstance(longest, int)  # a plan has no auto
+    return held_out_rows(
         file,
         tokenizer,
-        format=format_of_held_out(file, format=data.format),
+        format=data.format,
         num_rows=plan.recipe.eval.num_examples if path is None else None,
         no_answer_text=data.no_answer_text,
-        max_seq_length=_length(plan),
+        max_seq_length=longest,
+        text_length=_length(plan),
+        window=context_window(plan.rehearsals.config),
         cache_dir=plan.cache / "data",
     )
 

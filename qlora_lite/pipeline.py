@@ -29,7 +29,7 @@ from qlora_lite.model.known import KNOWN, known_config
 from qlora_lite.model.manifest import read_manifest, weights_sha256
 from qlora_lite.model.source import context_window
 from qlora_lite.plan import Plan, forecast, read_request, sweep
-from qlora_lite.recipe import load_recipe, load_run_recipe, parse_hub_name
+from qlora_lite.recipe import Recipe, load_recipe, load_run_recipe, parse_hub_name
 from qlora_lite.recipe.hub_names import fetch_command
 from qlora_lite.run_dir import RunDir
 from qlora_lite.run_manifest import check_records
@@ -160,27 +160,42 @@ def plan_all(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def train(
-    recipe_name: str, overrides: Sequence[str], *, run_dir: Path | None, resume: bool, profile: bool = False
+    recipe_name: str,
+    overrides: Sequence[str],
+    *,
+    run_dir: Path | None,
+    resume: bool,
+    profile: bool = False,
+    base: Path | None = None,
 ) -> dict[str, Any]:
-    """Plan, load, score, train, score again, and show what it took."""
+    """Plan, load, score, train, score again, and show what it took. `base` is where the base of a run that is resumed lies now."""
     begin = time.perf_counter()
-    recipe = load_recipe(recipe_name, overrides=overrides)
+    recipe = load_recipe(recipe_name, overrides=overrides, files_must_exist=base is None)
+    if base is not None and not resume:
+        raise UserError(
+            "train: --base names the moved base of a run that is resumed; of a new run set it: --set model.base=DIR"
+        )
     if resume and run_dir is None:
         raise RunError("--resume needs the run to continue: add --run-dir DIR")
-    run_dir = run_dir or RunDir.next_free(Path("runs"), recipe.name)
-    command = resume_command(recipe_name, overrides, run_dir)
     # A missing package and an unusable folder are said before the long work, not after it.
     refuse_missing_trackers(recipe.train.trackers)
+    run_dir, made = (run_dir, []) if run_dir is not None else RunDir.claim_next(Path("runs"), recipe.name)
+    command = resume_command(recipe_name, overrides, run_dir)
     if resume and RunDir.is_unbegun(run_dir):
         show.say(f"{run_dir}: nothing was trained here yet, so this run begins at step 1")
         resume = False
     with (
         told_how_to_go_on(RunDir(run_dir), command),
-        RunDir.writing(run_dir) if resume else RunDir.creating(run_dir) as run,
+        RunDir.writing(run_dir) if resume else RunDir.creating(run_dir, made=made) as run,
     ):
         spent: dict[str, float] = {}
+        like = load_run_recipe(run.recipe) if resume else None
+        if like is not None and base is not None:
+            recipe = _with_base_of(like, recipe)
+        elif like is not None:
+            api.refuse_missing_base(run, like)
         with show.phase("planning", spent=spent):
-            plan = api.make_plan(recipe, like=load_run_recipe(run.recipe) if resume else None)
+            plan = api.make_plan(recipe, like=like, base=base if resume else None)
         if not resume:  # what ran once has shown that it fits, or has a leaner footprint in its checkpoint
             plan.refuse_what_does_not_fit()
         else:
@@ -206,10 +221,18 @@ def train(
     return summary | {"eval": scores}
 
 
-def evaluate(run_dir: Path, *, which: str, data: Path | None) -> dict[str, Any]:
-    """Score one of the run's models on its held-out rows or on another file."""
+def _with_base_of(like: Recipe, recipe: Recipe) -> Recipe:
+    """The run's word for its base: where that lies now is no part of the recipe."""
+    model = {"base": like.model.base, "revision": like.model.revision}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
+
+
+def evaluate(
+    run_dir: Path, *, which: str, data: Path | None, overrides: Sequence[str] = (), base: Path | None = None
+) -> dict[str, Any]:
+    """Score one of the run's models on its held-out rows or on another file; `overrides` say how (`eval.max_seq_length=1024`)."""
     name = _which(which)
-    run, plan = api.open_run(run_dir)
+    run, plan = api.open_run(run_dir, overrides=overrides, base=base)
     models = api.run_models(plan, run, [name])
     with show.phase(f"loading the {name} model"):
         loaded = next(models)
@@ -222,9 +245,11 @@ def evaluate(run_dir: Path, *, which: str, data: Path | None) -> dict[str, Any]:
     return scores
 
 
-def merge(run_dir: Path, out: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def merge(
+    run_dir: Path, out: Path | None, overrides: Sequence[str] = (), *, base: Path | None = None
+) -> dict[str, Any]:
     """Merge the adapter into a dequantized checkpoint, prove it, and score it beside the adapter model."""
-    run, plan = api.open_run(run_dir, overrides=overrides)
+    run, plan = api.open_run(run_dir, overrides=overrides, base=base)
     with run.locked():
         return _merge(run, plan, out)
 
@@ -253,11 +278,11 @@ def _merge(run: RunDir, plan: Plan, out: Path | None) -> dict[str, Any]:
     return facts
 
 
-def ask(run_dir: Path, question: str, *, context: Path | None, which: str) -> dict[str, Any]:
+def ask(run_dir: Path, question: str, *, context: Path | None, which: str, base: Path | None = None) -> dict[str, Any]:
     """Stream an answer with the training template, from one model of the run or from all side by side."""
     passage = read_context(context)
     wanted = list(WHICH) if which == "all" else [_which(which)]
-    run, plan = api.open_run(run_dir)
+    run, plan = api.open_run(run_dir, base=base)
     is_there = {name: not (which == "all" and name == "merged") or run.merged.is_dir() for name in wanted}
     answers: dict[str, str | None] = dict.fromkeys(wanted)
     models = api.run_models(plan, run, [name for name in wanted if is_there[name]])

@@ -15,10 +15,12 @@ import torch
 from qlora_lite.data.files import hash_file
 from qlora_lite.data.read import as_pairs, file_identity
 from qlora_lite.device.card import Card
-from qlora_lite.errors import RunError
-from qlora_lite.model.manifest import read_manifest
+from qlora_lite.errors import ModelError, RunError
+from qlora_lite.model.bring import default_cache
+from qlora_lite.model.manifest import MANIFEST_NAME, read_manifest
+from qlora_lite.model.source import find_base
 from qlora_lite.recipe import Recipe, dump_recipe, load_run_recipe
-from qlora_lite.run_dir import RunDir
+from qlora_lite.run_dir import RunDir, in_command
 
 PACKAGES = ("qlora-lite", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 # Keys, besides those of merge, that change nothing that is trained.
@@ -61,9 +63,43 @@ def refuse_other_base(run: RunDir, now: str) -> None:
     then = run.read_json("env.json").get("base_sha256")
     if then is not None and now != then:
         raise RunError(
-            f"{run.path}: was trained on another quantized base (SHA-256 {then[:12]}..., now {now[:12]}...). "
-            "Quantizing again may round differently; put the original cache back, or train again"
+            f"{run.path}: was trained on another base (SHA-256 {then[:12]}..., now {now[:12]}...). {_how_to_get_it_back(run)}"
         )
+
+
+def refuse_missing_base(run: RunDir, recipe: Recipe) -> None:
+    """Raise RunError, with the way to name it, where the run's base is not where it was."""
+    try:
+        find_base(recipe.model.base, cache=default_cache(), revision=recipe.model.revision)
+    except ModelError as error:
+        kept = _kept_artefact(run)
+        also = f", or the quantized copy that the run was trained on: --base {in_command(kept)}" if kept else ""
+        raise RunError(
+            f"{run.path}: its base cannot be used where it was ({error}). If it lies elsewhere now, add --base DIR (its hash is "
+            f"checked){also}"
+        ) from error
+
+
+def _kept_artefact(run: RunDir) -> Path | None:
+    """The quantized base of the run, where it is still in the cache."""
+    path = Path(str(run.read_json("env.json").get("base") or ""))
+    return path if path.is_absolute() and (path / MANIFEST_NAME).is_file() else None
+
+
+def _how_to_get_it_back(run: RunDir) -> str:
+    """Advice for a base of other bytes: it is another model, or it was quantized with something else than then."""
+    env = run.read_json("env.json")
+    if load_run_recipe(run.recipe).model.quantization == "none":
+        return "Give the folder that it was trained on: --base DIR"
+    kept, then = _kept_artefact(run), env.get("versions")
+    if kept is not None:
+        return f"The quantized copy that it was trained on is still there: --base {in_command(kept)}"
+    was = then.get("bitsandbytes") if isinstance(then, dict) else None
+    here = f"bitsandbytes {was} on {env.get('card') or env.get('device')}, here with {version('bitsandbytes')}"
+    return (
+        "Give the original that it was quantized from: --base DIR. If this is the original, quantizing it again has rounded differently "
+        f"(then with {here}): run it once with that version on such a device, put the old cache back, or train again"
+    )
 
 
 def data_hashes(recipe: Recipe) -> dict[str, str]:

@@ -9,8 +9,9 @@ weights/ (method: full; an ordinary model folder, with the same manifest)
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,11 @@ class RunDir:
 
     @classmethod
     @contextmanager
-    def creating(cls, path: Path | str) -> Iterator["RunDir"]:
-        """`create`, and the run held against other processes; when the block fails before the run has begun, its folders go again."""
-        made = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
+    def creating(cls, path: Path | str, *, made: Sequence[Path] = ()) -> Iterator["RunDir"]:
+        """`create`, and the run held against other processes; when the block fails before the run has begun, its folders go again,
+        those too that `made` names, which were made for it before.
+        """
+        made = [*(folder for folder in (Path(path), *Path(path).parents) if not folder.exists()), *made]
         run, is_ours = cls(path), False
         try:
             cls.create(path)
@@ -110,12 +113,21 @@ class RunDir:
             yield run
 
     @classmethod
-    def next_free(cls, parent: Path, name: str) -> Path:
-        """`parent/name-1`, or the first number that is free."""
-        number = 1
-        while (parent / f"{name}-{number}").exists():
-            number += 1
-        return parent / f"{name}-{number}"
+    def claim_next(cls, parent: Path, name: str) -> tuple[Path, list[Path]]:
+        """-> (`parent/name-1`, or the first number that is free; the folders that were made). Two processes never claim the same one."""
+        missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+        for number in count(1):
+            path = parent / f"{name}-{number}"
+            try:
+                make_folder(parent)
+                path.mkdir()
+                return path, [path, *missing]
+            except FileExistsError:
+                if not path.exists():  # a file stands where a folder above it should be
+                    break
+            except OSError:  # `create` says why it cannot be made
+                break
+        return path, []
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -228,6 +240,11 @@ class RunDir:
         """The lines of predictions.jsonl; [] where there is none yet. Raises RunError for a damaged one."""
         refuse_changed(self.path, "predictions.jsonl")
         return _whole_lines(self.path / "predictions.jsonl", key="id", kind=str)
+
+
+def in_command(path: Path) -> str:
+    """A path as a printed command has it: one that begins with a dash would be read as options."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def _is_half_written(name: str) -> bool:

@@ -16,8 +16,8 @@ from qlora_lite.errors import Interrupted, RunError
 from qlora_lite.evaluate import EvalResult, by_phrasing
 from qlora_lite.model.manifest import read_manifest
 from qlora_lite.plan import Plan
-from qlora_lite.run_dir import RunDir
-from qlora_lite.stopping import in_command, stop_signals
+from qlora_lite.run_dir import RunDir, in_command
+from qlora_lite.stopping import stop_signals
 from qlora_lite.units import format_bytes
 
 
@@ -42,6 +42,8 @@ def score(
     with show.phase(title, spent=spent) as phase:
         result = api.evaluate(plan, loaded, data=data, progress=phase.progress)
         phase.note(_scores_in_words(result))
+    for sentence in result.account:
+        show.say_warning(sentence)
     return result
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_lite import show
 from qlora_lite.errors import Interrupted
-from qlora_lite.run_dir import RunDir
+from qlora_lite.run_dir import RunDir, in_command
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def told_how_to_go_on(run: RunDir, command: str) -> Iterator[None]:
         begun = run.recipe.is_file()
         message = f"stopped; {'continue with:' if begun else 'nothing was trained yet. Start again with:'}\n  "
         message += command if begun else command.removesuffix(" --resume")
-        raise Interrupted(message, exit_code=130 if isinstance(stop, KeyboardInterrupt) else 143) from stop
+        raise Interrupted(message, exit_code=_code_of(stop)) from stop
 
 
 class _Stop:
@@ -30,9 +30,11 @@ class _Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[_Stop]:
-    """Inside, the first Ctrl-C or SIGTERM only sets `number`; a second one stops at once."""
+    """Inside, the first Ctrl-C, SIGTERM or SIGHUP (the terminal is gone) only sets `number`; a second one stops at once."""
     stop = _Stop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handled = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in handled}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # nohup
 
     def remember(number: int, frame: Any) -> None:
         if stop.number is not None:
@@ -56,15 +58,17 @@ def told_how_to_fetch_on(command: str) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
         message = f"stopped; what has come is kept. Continue with:\n  {command}"
-        raise Interrupted(message, exit_code=130 if isinstance(stop, KeyboardInterrupt) else 143) from stop
+        raise Interrupted(message, exit_code=_code_of(stop)) from stop
+
+
+def _code_of(stop: KeyboardInterrupt | SystemExit) -> int:
+    """128 and the number of the signal."""
+    if isinstance(stop, KeyboardInterrupt):
+        return 130
+    return stop.code if isinstance(stop.code, int) and stop.code > 128 else 143
 
 
 def resume_command(recipe_name: str, overrides: Sequence[str], run_dir: Path) -> str:
     """What continues a run, to be copied into a shell."""
     sets = [word for override in overrides for word in ("--set", override)]
     return shlex.join(["qlora-lite", "train", recipe_name, *sets, "--run-dir", in_command(run_dir), "--resume"])
-
-
-def in_command(path: Path) -> str:
-    """A path as a printed command has it: one that begins with a dash would be read as options."""
-    return f"./{path}" if str(path).startswith("-") else str(path)

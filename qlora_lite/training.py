@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 
 from qlora_lite.data.batches import StepSampler, largest_step, sampler_of
 from qlora_lite.data.examples import Examples
+from qlora_lite.data.repeats import find_repeats
 from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped, UserError
 from qlora_lite.evaluate import validation_loss
+from qlora_lite.evaluate.held_out import account_of
 from qlora_lite.loading import LoadedModel, held_out_examples, training_examples
 from qlora_lite.measured import disk_speed
 from qlora_lite.model.bring import default_cache
@@ -106,9 +108,12 @@ def _train(
     examples = training_examples(plan, loaded.tokenizer)
     for sentence in examples.account("training rows", limit="data.num_train"):
         say(sentence)
-    if recipe.data.eval is not None and Path(recipe.data.eval).exists():
-        for sentence in held_out_examples(plan, loaded.tokenizer).account("held-out rows", limit="eval.num_examples"):
-            say(sentence)
+    has_held_out = recipe.data.eval is not None and Path(recipe.data.eval).exists()
+    held_out = held_out_examples(plan, loaded.tokenizer) if has_held_out else None
+    for sentence in account_of(held_out) if held_out and recipe.train.eval_every_steps is not None else ():
+        say(sentence)
+    for sentence in find_repeats(examples, held_out).sentences:
+        say(f"warning: {sentence}")
     sampler = sampler_of(
         examples,
         examples_per_step=recipe.train.examples_per_step,

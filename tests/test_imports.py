@@ -30,6 +30,7 @@ LEAVES = (
     "paths",
     "json_text",
     "text_file",
+    "standard_streams",
 )
 MAY_SEE_RECIPE = (
     "recipe",

@@ -68,7 +68,18 @@ def test_a_folder_without_recipe_is_no_run(tmp_path: Path) -> None:
 def test_the_next_free_number_skips_files_as_well(tmp_path: Path) -> None:
     (tmp_path / "mine-1").mkdir()
     (tmp_path / "mine-2").write_text("")
-    assert RunDir.next_free(tmp_path, "mine") == tmp_path / "mine-3"
+    assert RunDir.claim_next(tmp_path, "mine") == (tmp_path / "mine-3", [tmp_path / "mine-3"])
+
+
+def test_two_trainings_at_once_get_folders_of_their_own_which_go_again_when_nothing_was_trained(tmp_path: Path) -> None:
+    parent = tmp_path / "runs"
+    first, made = RunDir.claim_next(parent, "mine")
+    second, also_made = RunDir.claim_next(parent, "mine")
+    assert (first.name, second.name) == ("mine-1", "mine-2")
+    for path, folders in ((second, also_made), (first, made)):
+        with pytest.raises(ZeroDivisionError), RunDir.creating(path, made=folders):
+            raise ZeroDivisionError
+    assert not parent.exists() and tmp_path.exists()
 
 
 def test_json_comes_back_with_its_schema_version_and_a_missing_file_is_empty(tmp_path: Path) -> None:

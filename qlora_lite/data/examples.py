@@ -24,9 +24,10 @@ import numpy as np
 from qlora_lite.data.files import hash_file
 from qlora_lite.data.fit import Example, RowFitter, TemplateNotes
 from qlora_lite.data.read import Source, as_pairs, file_identity, read_mix
-from qlora_lite.data.rows import Document
+from qlora_lite.data.rows import Document, content_hash
 from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, tokenizer_identity
 from qlora_lite.errors import DataError
+from qlora_lite.model.made_once import making
 from qlora_lite.model.staging import new_staging, remove_left_over, unlock
 
 CODE_VERSION = 4  # raise it when the same file and tokenizer should give other rows
@@ -53,7 +54,7 @@ class ReadCounts:
 
 
 class Examples:
-    """Tokenized rows by index, memory-mapped. `lengths` and `num_label_tokens` are numpy int64 arrays [num examples]."""
+    """Tokenized rows by index, memory-mapped. `lengths`, `contents` and `num_label_tokens` are numpy int64 arrays [num examples]."""
 
     def __init__(self, dataset: Any, *, counts: ReadCounts, fingerprint: str, max_seq_length: int | None) -> None:
         self.dataset = dataset  # datasets.Dataset, with the columns of `_write_cache`
@@ -62,6 +63,7 @@ class Examples:
         self.max_seq_length = max_seq_length
         column = dataset.data.column  # whole columns without building Python objects
         self.lengths = column("num_tokens").to_numpy().astype(np.int64)
+        self.contents = column("content").to_numpy().astype(np.int64)
         self.num_label_tokens = column("num_label_tokens").to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
@@ -82,10 +84,10 @@ class Examples:
         """Rows kept with a shortened context, or cut in pieces."""
         return self.counts.num_cut
 
-    def account(self, rows: str, *, limit: str) -> list[str]:
+    def account(self, rows: str, *, limit: str, length_key: str = "data.max_seq_length") -> list[str]:
         """What became of rows that are not used, or not as they are, and how their files were read, a sentence each; [] when all is plain.
 
-        `rows` is what to call them, `limit` the key of the recipe that limits their number.
+        `rows` is what to call them, `limit` and `length_key` the keys of the recipe that limit their number and their length.
         """
         counts = self.counts
         said: list[str] = []
@@ -96,13 +98,13 @@ class Examples:
             said.append(f"{counts.num_bad:,} bad rows left out: {_first_few(counts.bad, counts.num_bad)}")
         if counts.num_dropped:
             said.append(
-                f"{counts.num_dropped:,} of {counts.num_read:,} rows left out, longer than data.max_seq_length "
+                f"{counts.num_dropped:,} of {counts.num_read:,} rows left out, longer than {length_key} "
                 f"({self.max_seq_length}): {_first_few(counts.dropped, counts.num_dropped)}"
             )
         if counts.num_cut:
             how = "cut in pieces of" if counts.is_text else "cut (a shorter context, or a text in pieces) to"
             said.append(
-                f"{counts.num_cut:,} of {counts.num_read:,} rows {how} data.max_seq_length ({self.max_seq_length}): "
+                f"{counts.num_cut:,} of {counts.num_read:,} rows {how} {length_key} ({self.max_seq_length}): "
                 f"{_first_few(counts.cut, counts.num_cut)}"
             )
         return [f"{rows}: {sentence}" for sentence in (*said, *counts.notes)]
@@ -125,6 +127,7 @@ class Examples:
             self._column("question", index),
             None if answers is None else tuple(answers),
             None if whole_prompt_ids is None else tuple(whole_prompt_ids),
+            self._column("is_squad", index),
         )
 
     def _column(self, name: str, index: int) -> Any:
@@ -143,12 +146,14 @@ def load_examples(
     cache_dir: str | os.PathLike[str],
     format: str = "auto",
     max_bad_share: float = 0.02,
+    may_cut: bool = True,
 ) -> Examples:
     """Tokenize the first `num_rows` usable rows of a file or of several with weights (None: all), or map what an earlier call wrote.
 
-    `max_seq_length` is in tokens (None: no limit). Raises DataError when a file is unusable (see `read_mix`), when the template cannot
-    render more than `max_bad_share` of the rows, when every row is too long, or when the cache cannot be written; ModelError when the
-    tokenizer's template is unusable.
+    `max_seq_length` is in tokens (None: no limit). Without `may_cut` a question that is longer is left out, and where every row is too
+    long the result is empty: its caller says what to do. Raises DataError when a file is unusable (see `read_mix`), when the template
+    cannot render more than `max_bad_share` of the rows, when every row is too long, or when the cache cannot be written; ModelError
+    when the tokenizer's template is unusable.
     """
     for name, number in (("num_rows", num_rows), ("max_seq_length", max_seq_length)):
         if number is not None and number < 1:
@@ -166,6 +171,7 @@ def load_examples(
         "max_seq_length": max_seq_length,
         "format": format,
         "max_bad_share": max_bad_share,
+        "may_cut": may_cut,
         "names": [path.name for path, _ in pairs] if len(pairs) > 1 else [],  # they are part of the rows' ids then
         "data": [(file_identity(path), weight) for path, weight in pairs],
     }
@@ -173,23 +179,28 @@ def load_examples(
     folder = cache_dir / fingerprint
     counts = _read_cache(folder)
     if counts is None:
-        mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
-        fitter = RowFitter(
-            mix,
-            ChatTemplate(tokenizer),
-            no_answer_text=no_answer_text,
-            max_seq_length=max_seq_length,
-            max_bad_share=max_bad_share,
-        )
-        records = _Records(fitter)
+
+        def tokenize() -> ReadCounts:
+            mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
+            fitter = RowFitter(
+                mix,
+                ChatTemplate(tokenizer),
+                no_answer_text=no_answer_text,
+                max_seq_length=max_seq_length,
+                max_bad_share=max_bad_share,
+                may_cut=may_cut,
+            )
+            return _write_cache(folder, _Records(fitter), fingerprint)
+
         try:
-            counts = _write_cache(folder, records, fingerprint)
+            with making(folder):
+                counts = _read_cache(folder) or tokenize()
         except OSError as error:
             raise DataError(
                 f"{cache_dir}: the tokenized rows cannot be written: {error.strerror or error}. "
-                f"Free space or choose another cache folder."
+                f"Free some room, or set QLORA_LITE_HOME to another folder."
             ) from error
-    if counts.num_read == counts.num_dropped:
+    if may_cut and counts.num_read == counts.num_dropped:
         raise DataError(
             f"{', '.join(str(path) for path, _ in pairs)}: every one of the {counts.num_read} rows would lose its answer: "
             f"shortened as far as it may be, it still exceeds max_seq_length={max_seq_length}. Raise data.max_seq_length."
@@ -223,7 +234,8 @@ class _Records:
             self.num_cut += was_cut
             self.cut += [row.id] if was_cut and len(self.cut) < _NUM_KEPT else []
             self.notes.count(self.fitter.template, row, examples)
-            yield from map(_record, examples)
+            content = content_hash(row)
+            yield from ({**_record(example), "content": content} for example in examples)
         self.fitter.refuse_too_many()
 
     @property
@@ -258,6 +270,7 @@ def _record(example: Example) -> dict[str, Any]:
         "question": example.question,
         "answers": None if example.answers is None else list(example.answers),
         "whole_prompt_ids": None if example.whole_prompt_ids is None else list(example.whole_prompt_ids),
+        "is_squad": example.is_squad,
     }
 
 
@@ -277,6 +290,8 @@ def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCount
             "question": Value("large_string"),
             "answers": List(Value("large_string")),  # null: none to compare (text, a call)
             "whole_prompt_ids": List(Value("int32")),  # null: the ids before the last span
+            "is_squad": Value("bool"),
+            "content": Value("int64"),  # of the row that the example comes from (repeats.py)
         }
     )
     folder.parent.mkdir(parents=True, exist_ok=True)

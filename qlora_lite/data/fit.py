@@ -28,6 +28,7 @@ class Example:
         None  # the gold answers of the last trained turn; None: nothing to compare (text, a call)
     )
     whole_prompt_ids: tuple[int, ...] | None = None  # where `encoded` lost context: the prompt with all of it
+    is_squad: bool = False  # a question about a passage: its answers are compared by SQuAD's rule
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -38,16 +39,17 @@ class Example:
 
 
 def fit_row(
-    template: ChatTemplate, row: Row, *, no_answer_text: str, max_seq_length: int | None
+    template: ChatTemplate, row: Row, *, no_answer_text: str, max_seq_length: int | None, may_cut: bool = True
 ) -> tuple[list[Example], bool]:
     """-> (examples of at most `max_seq_length` tokens, whether a context was shortened or a text cut in pieces).
 
-    No examples means that the row cannot fit and is dropped. Raises ModelError for a row the template cannot render.
+    With `may_cut` false no context is shortened. No examples means that the row cannot fit and is dropped. Raises ModelError for a row
+    the template cannot render.
     """
     if isinstance(row, Document):
         return _fit_document(template, row, max_seq_length)
     if isinstance(row, QuestionRow):
-        return _fit_question(template, row, no_answer_text, max_seq_length)
+        return _fit_question(template, row, no_answer_text, max_seq_length, may_cut)
     examples = _turn_examples(template, row)
     fits = max_seq_length is None or max(len(e.encoded.input_ids) for e in examples) <= max_seq_length
     return (examples if fits else []), False
@@ -67,20 +69,34 @@ class RowFitter:
     """`fit_row` for the rows of a `Mix`, and the bad rows: those of the files and those that the template cannot render."""
 
     def __init__(
-        self, mix: Mix, template: ChatTemplate, *, no_answer_text: str, max_seq_length: int | None, max_bad_share: float
+        self,
+        mix: Mix,
+        template: ChatTemplate,
+        *,
+        no_answer_text: str,
+        max_seq_length: int | None,
+        max_bad_share: float,
+        may_cut: bool = True,
     ) -> None:
         self.mix = mix
         self.template = template
         self.no_answer_text = no_answer_text
         self.max_seq_length = max_seq_length
         self.max_bad_share = max_bad_share
+        self.may_cut = may_cut
         self.num_unrendered = 0
         self._unrendered: dict[str, None] = {}  # named, with the reason; a row that is taken twice is named once
 
     def fit(self, row: Row) -> tuple[list[Example], bool] | None:
         """As `fit_row`; None for a row that the template cannot render."""
         try:
-            return fit_row(self.template, row, no_answer_text=self.no_answer_text, max_seq_length=self.max_seq_length)
+            return fit_row(
+                self.template,
+                row,
+                no_answer_text=self.no_answer_text,
+                max_seq_length=self.max_seq_length,
+                may_cut=self.may_cut,
+            )
         except ModelError as error:
             if isinstance(row, Document):  # no template reads it, so it is the tokenizer's fault and every row's
                 raise
@@ -163,16 +179,16 @@ def _fit_document(template: ChatTemplate, row: Document, max_seq_length: int | N
 
 
 def _fit_question(
-    template: ChatTemplate, row: QuestionRow, no_answer_text: str, max_seq_length: int | None
+    template: ChatTemplate, row: QuestionRow, no_answer_text: str, max_seq_length: int | None, may_cut: bool
 ) -> tuple[list[Example], bool]:
     whole = _encode_question(template, row, no_answer_text)
     if max_seq_length is None or len(whole.input_ids) <= max_seq_length:
-        return [Example(row.id, whole, row.question, row.answers)], False
-    shortened = _shorten(template, row, no_answer_text, max_seq_length)
+        return [Example(row.id, whole, row.question, row.answers, is_squad=True)], False
+    shortened = _shorten(template, row, no_answer_text, max_seq_length) if may_cut else None
     if shortened is None:
         return [], False
     whole_prompt_ids = tuple(whole.input_ids[: whole.spans[-1][0]])
-    return [Example(row.id, shortened, row.question, row.answers, whole_prompt_ids)], True
+    return [Example(row.id, shortened, row.question, row.answers, whole_prompt_ids, is_squad=True)], True
 
 
 def _encode_question(template: ChatTemplate, row: QuestionRow, no_answer_text: str) -> Encoded:

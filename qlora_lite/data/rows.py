@@ -3,7 +3,9 @@
 Readers make these, `fit.py` turns them into token ids. Only a `QuestionRow` may lose text when it is too long (some of its passage).
 """
 
+import json
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import isfinite
 from typing import Any
 
@@ -76,6 +78,26 @@ def row_name(given: Any, place: str) -> tuple[str, bool]:
     is_usable = isinstance(given, int | str) and not isinstance(given, bool)
     name = str(given) if is_usable or (isinstance(given, float) and isfinite(given)) else ""
     return (place, False) if problem_with_text(name) else (name, True)
+
+
+def content_hash(row: Row) -> int:
+    """A signed 64-bit number for all that is learned from a row; its id, and white space at the ends of texts, do not count."""
+    if isinstance(row, QuestionRow):
+        content: list[Any] = [row.context, row.question, row.answers[0] if row.answers else None]
+    elif isinstance(row, Document):
+        content = [row.text]
+    else:
+        content = [*row.messages, *row.tools, row.trained_turns]
+    text = json.dumps(_stripped(content), sort_keys=True, default=str)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, dict):
+        return {key: _stripped(item) for key, item in value.items()}
+    return [_stripped(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def problem_with_text(text: Any) -> str:

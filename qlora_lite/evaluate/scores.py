@@ -17,6 +17,7 @@ from qlora_lite.data.examples import Examples
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.device.numerics import exact_sums
 from qlora_lite.evaluate.generate import BATCH_TOKENS, generate_answers
+from qlora_lite.evaluate.held_out import LeftOut, account_of, left_out_of
 from qlora_lite.evaluate.squad_score import aggregate, score
 from qlora_lite.model.forward import may_share
 from qlora_lite.train.step import batch_loss
@@ -46,10 +47,13 @@ class EvalResult:
     num_examples: int
     predictions: tuple[Prediction, ...]
     answers_s: float = field(default=0.0, compare=False)  # generating and scoring the answers, the loss not counted
+    left_out: LeftOut = field(default_factory=LeftOut)  # rows of the file that were not scored
+    account: tuple[str, ...] = ()  # what became of them, a sentence each
 
     def to_json_dict(self) -> dict[str, Any]:
         """The scores without the predictions."""
-        return {key: value for key, value in asdict(self).items() if key != "predictions"}
+        kept = {key: value for key, value in asdict(self).items() if key not in ("predictions", "left_out", "account")}
+        return kept | self.left_out.to_json_dict()
 
 
 def evaluate_model(
@@ -70,9 +74,10 @@ def evaluate_model(
     `progress(done, total)` is called per batch of answers.
     """
     loss = validation_loss(model, examples, device=device, micro_batch_tokens=micro_batch_tokens, share=share)
+    left_out, account = left_out_of(examples), tuple(account_of(examples))
     asked = [(i, golds) for i in range(len(examples)) if (golds := examples.row(i).answers) is not None]
     if not asked:
-        return EvalResult(None, None, loss, len(examples), ())
+        return EvalResult(None, None, loss, len(examples), (), left_out=left_out, account=account)
     begin = time.perf_counter()
     answers = generate_answers(
         model,
@@ -84,14 +89,19 @@ def evaluate_model(
         share=share,
         progress=None if progress is None else lambda done: progress(done, len(asked)),
     )
-    pairs = [score(a, golds, no_answer_text=no_answer_text) for a, (_, golds) in zip(answers, asked, strict=True)]
+    pairs = [
+        score(answer, golds, no_answer_text=no_answer_text, is_squad=examples.row(i).is_squad)
+        for answer, (i, golds) in zip(answers, asked, strict=True)
+    ]
     scores = aggregate(pairs)
     predictions = tuple(
         Prediction(examples.row(i).id, examples.row(i).question, answer, golds, 100 * exact, 100 * f1)
         for (i, golds), answer, (exact, f1) in zip(asked, answers, pairs, strict=True)
     )
     answers_s = time.perf_counter() - begin
-    return EvalResult(scores.exact_match, scores.f1, loss, len(examples), predictions, answers_s)
+    return EvalResult(
+        scores.exact_match, scores.f1, loss, len(examples), predictions, answers_s, left_out=left_out, account=account
+    )
 
 
 @torch.no_grad()

@@ -4,6 +4,9 @@ In: a prediction and its gold answers. Out: (exact match, F1), each 0 to 1, the 
 Sources: SQuAD arXiv 1606.05250 section 6.1, arXiv 1806.03822, and their scripts `evaluate-v1.1.py` and `evaluate-v2.0.py`.
 Surprising: where nothing is left of an answer after normalization (gold "The"), F1 is 1 if nothing is left of the prediction either;
 the v1.1 script gives 0 there, although it grants the exact match. Only ASCII punctuation is removed, as in both scripts.
+
+SQuAD has no answers like "+", "the" or "?", so its rule leaves nothing of them and takes each for any other. Rows of other formats have
+such answers: there a gold answer of which nothing would be left is compared as it is. `score` is the one place that decides this.
 """
 
 import math
@@ -26,12 +29,18 @@ class Scores:
     num_examples: int
 
 
-def score(prediction: str, golds: tuple[str, ...], *, no_answer_text: str) -> tuple[float, float]:
+def score(
+    prediction: str, golds: tuple[str, ...], *, no_answer_text: str, is_squad: bool = True
+) -> tuple[float, float]:
     """-> (exact match, 0.0 or 1.0; F1, 0 to 1), the best over the gold answers.
 
     No golds means the question has no answer: then only an empty prediction is right, or one that says `no_answer_text` (compared after
-    normalization); exact match and F1 are both 1 or both 0.
+    normalization); exact match and F1 are both 1 or both 0. The official rule takes a gold answer that normalization empties for
+    none; without `is_squad` it is compared character by character, white space at the ends aside, and F1 is the exact match.
     """
+    if not is_squad:
+        pairs = [_score_as_written(prediction, gold) for gold in golds]
+        return max(exact for exact, _ in pairs), max(f1 for _, f1 in pairs)
     golds = tuple(gold for gold in golds if normalize_answer(gold))
     if not golds:
         says_nothing = normalize_answer(prediction) in ("", normalize_answer(no_answer_text))
@@ -52,6 +61,12 @@ def aggregate(scores: Iterable[tuple[float, float]]) -> Scores:
 def normalize_answer(text: str) -> str:
     """Lower case, without ASCII punctuation and the articles a, an, the; single spaces. In this order, as the official script."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def _score_as_written(prediction: str, gold: str) -> tuple[float, float]:
+    if normalize_answer(gold):
+        return _exact(prediction, gold), _f1(prediction, gold)
+    return (float(prediction.strip() == gold.strip()),) * 2
 
 
 def _exact(prediction: str, gold: str) -> float:

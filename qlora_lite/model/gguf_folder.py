@@ -8,7 +8,6 @@ they are put back into the order that transformers' rotary embedding expects.
 """
 
 import re
-import shutil
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign
 from qlora_lite.model.finite import refuse_not_finite
 from qlora_lite.model.gguf_head import check_gguf_head
+from qlora_lite.model.made_once import make_folder_once
 from qlora_lite.model.manifest import MANIFEST_NAME, write_manifest
 from qlora_lite.model.safetensors_writer import ShardedWriter, TensorSpec
-from qlora_lite.model.staging import short_name, staged_folder
+from qlora_lite.model.staging import short_name
 
 _VERSION = 2  # raise it when the converted folder changes
 _NAMES = {
@@ -47,13 +47,12 @@ def convert_gguf(path: Path, *, cache: Path) -> Path:
     stat = path.stat()
     key = sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {_VERSION}".encode()).hexdigest()[:16]
     folder = cache / "converted" / f"{short_name(path.stem)}-{key}"
-    if (folder / MANIFEST_NAME).is_file():
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    with staged_folder(folder) as staging:
+
+    def make(staging: Path) -> None:
         _convert(path, staging)
         write_manifest(staging, {"source": path.name})
-    return folder
+
+    return make_folder_once(folder, is_made=(folder / MANIFEST_NAME).is_file, make=make)
 
 
 def _convert(path: Path, folder: Path) -> None:

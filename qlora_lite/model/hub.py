@@ -31,7 +31,6 @@ from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
 
 import httpx2
-from filelock import FileLock, Timeout
 from huggingface_hub import hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import hf_raise_for_status
@@ -39,6 +38,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bring import without_credentials
+from qlora_lite.model.made_once import making
 from qlora_lite.model.manifest import sha256_manifest, sha256_of_file, verify_manifest, write_manifest
 from qlora_lite.model.quantization import stored_quantization
 from qlora_lite.model.source import read_config, read_json
@@ -197,7 +197,9 @@ def fetch_files(hub: Hub, listing: Listing, *, cache: Path, progress: Progress |
     """
     folder = commit_folder(listing.repo, listing.commit, cache=cache)
     partial = folder.with_name(f".{folder.name}.partial")
-    with _clear_errors(hub, listing.repo, listing.revision, partial), _alone(partial):
+    # Two that fetch the same model would write into the same files: the second waits, and finds it there.
+    with _clear_errors(hub, listing.repo, listing.revision, partial), making(partial):
+        partial.parent.mkdir(parents=True, exist_ok=True)
         if folder.is_dir() and verify_manifest(folder):  # damaged since: what is still right need not come again
             folder.replace(partial)
             _remove(partial, _wrong_files(listing, partial, _hashes(sha256_manifest(partial))))
@@ -217,17 +219,6 @@ def _refuse_odd_name(repo: str, name: str) -> None:
         raise ModelError(
             f"{repo}: lists a file called {name!a}, which could lead out of its folder; nothing was fetched"
         )
-
-
-@contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Two that fetch the same model would write into the same files."""
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(partial.with_suffix(".lock"), timeout=0):
-            yield
-    except Timeout as error:
-        raise ModelError(f"{partial}: another process is fetching this model; wait until it is done") from error
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def find_base(base: str, *, cache: Path, revision: str | None = None) -> Path:
 
     Raises ModelError when there is no such model, it is damaged, or of a kind that is not supported.
     """
-    path = Path(base).expanduser()
+    path = Path(os.path.expanduser(base))
     if base in SHIPPED and not path.exists():
         path = shipped_path(base, cache=cache)
         if not path.is_file():

@@ -21,6 +21,7 @@ from qlora_lite.device.accelerator import choose_device, recipe_word
 from qlora_lite.device.card import Card, name_of
 from qlora_lite.errors import DataError, DoesNotFit, ModelError
 from qlora_lite.evaluate.generate import BATCH_TOKENS
+from qlora_lite.evaluate.held_out import held_out_rows, longest_scored
 from qlora_lite.model.adapter import modules_trained_whole
 from qlora_lite.model.attention import why_not_shared
 from qlora_lite.model.base import load_tokenizer
@@ -135,13 +136,19 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, *, cache: Path | None = None, like: Recipe | None = None, is_record: bool = False
+    recipe: Recipe,
+    *,
+    cache: Path | None = None,
+    like: Recipe | None = None,
+    is_record: bool = False,
+    base: Path | None = None,
 ) -> Plan:
     """Resolve `recipe` for this machine. Reads config, tokenizer and data, no weights (a GGUF is converted on first use).
 
     With `like`, a recipe that was resolved before, everything that `recipe` leaves to auto is as it was then, but for the device, which
     is that of this machine. `is_record`: `recipe` is that of a finished run, opened on any machine: it says what was trained, and with
-    which types; we compute on what is here. Whether it fits is the
+    which types; we compute on what is here. `base`: where the model of `model.base` lies now, for one that was moved; whether it is the
+    same is asked when it is loaded. Whether it fits is the
     plan's own word (`fits`). Raises UserError subclasses for a model, a device or data that cannot be used.
     """
     cache = cache or default_cache()
@@ -151,14 +158,18 @@ def make_plan(
     if begun_on != recipe_word(card):
         device_reason += f"; the run was begun on {begun_on}"
     types = types_of_run(recipe.model.dtype) if is_record else choose_types(recipe.model.dtype, card)
-    source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
-    commit = commit_of(source) if is_hub_name(recipe.model.base) else None
+    if base is None:
+        source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
+        commit = commit_of(source) if is_hub_name(recipe.model.base) else None
+    else:
+        source, commit = find_base(str(base.absolute()), cache=cache), recipe.model.revision
     config = load_config(source)
     if not is_record:
         refuse_wrong_modules(recipe, config)
     quantization, quantization_reason = _choose_quantization(recipe, source)
     data_format, format_reason = _choose_format(recipe)
     needs = needs_of(recipe, source, cache, limit=context_window(config))
+    needs = with_scored(recipe, needs, source, cache, window=context_window(config), is_looked_at=not is_record)
     needs, sharing_reason = choose_sharing(recipe, needs, config)
     refuse_without_bf16(recipe, types)
     resolved = recipe.model_copy(
@@ -232,6 +243,7 @@ def with_choices(recipe: Recipe, chosen: Fit) -> Recipe:
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"max_seq_length": chosen.length}),
+            "eval": recipe.eval.model_copy(update={"max_seq_length": chosen.score_limit}),
             "train": recipe.train.model_copy(update=train),
             "memory": recipe.memory.model_copy(update=memory),
         }
@@ -372,6 +384,32 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
         lengths=examples.lengths,
         sharing=found,
     )
+
+
+def with_scored(
+    recipe: Recipe, needs: Needs, source: Path, cache: Path, *, window: int | None, is_looked_at: bool
+) -> Needs:
+    """`needs`, and how long held-out rows may be and are: scoring takes longer ones than training. Raises DataError."""
+    data = recipe.data
+    limit, reason = longest_scored(recipe.eval.max_seq_length, window=window, trained_length=needs.length)
+    is_free = recipe.eval.max_seq_length == "auto"
+    known = None if is_free and window is None else limit
+    needs = replace(needs, score_limit=known, score_reason=reason, score_is_free=is_free)
+    if not is_looked_at or known is None or data.eval is None or not Path(data.eval).exists():
+        return needs
+    rows = held_out_rows(
+        data.eval,
+        load_tokenizer(source, special_tokens=data.special_tokens),
+        format=data.format,
+        num_rows=recipe.eval.num_examples,
+        no_answer_text=data.no_answer_text,
+        max_seq_length=limit,
+        text_length=needs.length,
+        window=window,
+        cache_dir=cache / "data",
+    )
+    longest, share = int(rows.lengths.max()), float(rows.num_label_tokens.sum() / rows.lengths.sum())
+    return replace(needs, longest_scored=longest, scored_label_share=share)
 
 
 def _may_share(recipe: Recipe, config: PreTrainedConfig, length: int) -> bool:

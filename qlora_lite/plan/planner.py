@@ -4,7 +4,7 @@ The strategy first, at the length that the data ask for; where not even the lean
 fits with the leanest, or the shortest there is. So a smaller budget never gives a plan that needs more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -38,6 +38,11 @@ class Needs:
     label_share: float  # of all tokens
     is_free: bool = False  # may be made shorter
     num_scored: int = 0  # held-out rows
+    longest_scored: int = 0  # tokens of the longest of them; 0 where they were not looked at
+    scored_label_share: float = 0.0  # of all their tokens
+    score_limit: int | None = None  # eval.max_seq_length; None: as long as training's rows
+    score_reason: str = "as long as training's rows"
+    score_is_free: bool = False  # rows longer than training's may be left out where they do not fit
     max_new_tokens: int = 32
     lengths: np.ndarray | None = None  # of every row, uncut; None where they were not looked at
     sharing: Sharing | None = None  # None: every row is computed by itself
@@ -65,6 +70,7 @@ class Fit:
     batch: MicroBatch
     scoring: Scoring | None  # None where nothing is scored
     length: int
+    score_limit: int  # tokens of the longest row that is scored
     slowdown: float  # against the fastest way there is
     reasons: dict[str, str]
 
@@ -80,7 +86,7 @@ def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, *,
     """`settings` with what `free` leaves open chosen; the leanest where nothing fits. Rehearses only where there is a choice."""
     needs, choice = _choose(rehearsals, settings, free, needs, budget_bytes)
     way = choice.strategy
-    scoring, scoring_reason = _choose_scoring(
+    scoring, score_limit, reasons = _choose_scoring(
         rehearsals, _with(settings, way), free, needs, _batch(way, needs), budget_bytes if choice.fits else 0
     )
     return Fit(
@@ -89,11 +95,12 @@ def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, *,
         batch=_batch(way, needs),
         scoring=scoring,
         length=needs.length,
+        score_limit=score_limit,
         slowdown=way.slowdown,
         reasons={
             "data.max_seq_length": f"{needs.length}: {needs.reason}",
             **_reasons(choice, free, budget_bytes),
-            "memory.eval_batch_tokens": scoring_reason,
+            **reasons,
         },
     )
 
@@ -102,6 +109,13 @@ def largest_batch(micro_batch_tokens: int, length: int, label_share: float) -> M
     """A micro-batch as full as it may be: of equal examples, each as long as they come or a little shorter."""
     num_examples = -(-micro_batch_tokens // length)
     return MicroBatch(micro_batch_tokens // num_examples, num_examples, label_share)
+
+
+def validation_batch(batch: MicroBatch, longest: int, label_share: float) -> MicroBatch:
+    """The fullest of the validation loss: training's own, or one with the longest scored row where that is longer than training's."""
+    if longest <= batch.length:
+        return batch
+    return largest_batch(max(batch.length * batch.num_examples, longest), longest, max(batch.label_share, label_share))
 
 
 def largest_tree(micro_batch_tokens: int, sharing: Sharing, *, length: int | None = None) -> MicroBatch:
@@ -146,6 +160,10 @@ def concessions(
         return peak if peak >= evaluation else rehearsals.of(other, smaller, _shortened(scoring, smaller)).peak_bytes
 
     peaks = {setting: peak_bytes(other, smaller) for setting, other, smaller in _further(settings, batch)}
+    for longest in () if scoring is None else _shorter_rows(scoring, batch):
+        assert scoring is not None
+        less = _shortened(replace(scoring, longest=longest, prompts=(longest,) * len(scoring.prompts)), batch)
+        peaks[f"eval.max_seq_length={longest}"] = rehearsals.of(settings, batch, less).peak_bytes
     found = [Concession(setting, peak, now - peak) for setting, peak in peaks.items() if peak < now]
     return tuple(sorted(found, key=lambda concession: concession.peak_bytes))
 
@@ -204,27 +222,51 @@ def _longest(rehearsals: Rehearsals, settings: Settings, needs: Needs, budget_by
 
 def _choose_scoring(
     rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, batch: MicroBatch, budget_bytes: int
-) -> tuple[Scoring | None, str]:
-    """The largest batch of answers that fits, of prompts as long as they come; the smallest where nothing does."""
+) -> tuple[Scoring | None, int, dict[str, str]]:
+    """-> (what is scored, None for nothing; the longest row that is; reasons by recipe key).
+
+    Rows that are longer than training's are left out where they do not fit and the recipe leaves their length open.
+    """
+    limit, why = needs.score_limit or needs.length, needs.score_reason
     if not needs.num_scored:
-        return None, f"{free.eval_batch_tokens or EVAL_BATCH_TOKENS[0]}: nothing is scored"
-    prompts = (needs.length,) * min(needs.num_scored, EVAL_BATCH_TOKENS[0])
+        tokens = free.eval_batch_tokens or EVAL_BATCH_TOKENS[0]
+        reason = f"{tokens}: nothing is scored"
+        return None, limit, {"eval.max_seq_length": f"{limit}: {why}", "memory.eval_batch_tokens": reason}
+
+    def fits(scoring: Scoring) -> bool:
+        return bool(budget_bytes) and sum(rehearsals.evaluation(settings, scoring).values()) <= budget_bytes
+
+    found = _batch_of_answers(needs, free, batch, needs.longest_scored, fits)
+    if needs.score_is_free and needs.length < needs.longest_scored and not fits(found):
+        found, limit = _batch_of_answers(needs, free, batch, 0, fits), needs.length
+        why = f"as long as training's rows; longer ones, up to {needs.longest_scored}, do not fit {format_bytes(budget_bytes)}"
+    asked = "asked for" if free.eval_batch_tokens is not None else ""
+    reasons = {
+        "eval.max_seq_length": f"{limit}: {why}",
+        "memory.eval_batch_tokens": f"{found.batch_tokens}"
+        + (f": {asked}" if asked else " prompt tokens are answered at once"),
+    }
+    return found, limit, reasons
+
+
+def _batch_of_answers(
+    needs: Needs, free: Free, batch: MicroBatch, longest: int, fits: Callable[[Scoring], bool]
+) -> Scoring:
+    """The largest batch of answers that fits, of prompts as long as they come; the smallest where nothing does."""
+    length = max(needs.length, longest)
     found = Scoring(
-        batch,
-        prompts,
+        validation_batch(batch, longest, needs.scored_label_share),
+        (length,) * min(needs.num_scored, EVAL_BATCH_TOKENS[0]),
         needs.max_new_tokens,
         free.eval_batch_tokens or EVAL_BATCH_TOKENS[0],
         share=needs.sharing is not None,
+        longest=longest,
     )
-    if free.eval_batch_tokens is not None:
-        return found, f"{found.batch_tokens}: asked for"
-    for tokens in EVAL_BATCH_TOKENS:
+    for tokens in () if free.eval_batch_tokens is not None else EVAL_BATCH_TOKENS:
         found = replace(found, batch_tokens=tokens)
-        if tokens <= needs.length or (
-            budget_bytes and sum(rehearsals.evaluation(settings, found).values()) <= budget_bytes
-        ):
+        if tokens <= length or fits(found):
             break  # a batch holds one prompt at least
-    return found, f"{found.batch_tokens} prompt tokens are answered at once"
+    return found
 
 
 def _with(settings: Settings, way: Strategy) -> Settings:
@@ -295,10 +337,20 @@ def _tokens_reason(choice: Choice, budget_bytes: int) -> str:
 
 
 def _shortened(scoring: Scoring | None, batch: MicroBatch) -> Scoring | None:
-    """Of rows that are no longer than the batch's."""
+    """Of rows that are no longer than the batch's, but for those that are known to be: data.max_seq_length does not cut them."""
     if scoring is None:
         return None
-    return replace(scoring, validation=batch, prompts=tuple(min(prompt, batch.length) for prompt in scoring.prompts))
+    prompts = tuple(max(min(prompt, batch.length), scoring.longest) for prompt in scoring.prompts)
+    validation = validation_batch(batch, scoring.longest, scoring.validation.label_share)
+    return replace(scoring, validation=validation, prompts=prompts)
+
+
+def _shorter_rows(scoring: Scoring, batch: MicroBatch) -> Iterator[int]:
+    """Values of eval.max_seq_length that leave rows out."""
+    if scoring.longest > batch.length:
+        yield batch.length
+        if scoring.longest // 2 > batch.length:
+            yield scoring.longest // 2
 
 
 def _further(settings: Settings, batch: MicroBatch) -> Iterator[tuple[str, Settings, MicroBatch]]:

@@ -28,6 +28,7 @@ from qlora_lite.plan.choose import (
     refuse_wrong_modules,
     settings_of,
     with_choices,
+    with_scored,
 )
 from qlora_lite.plan.compare import Rehearsals, own_method
 from qlora_lite.plan.fits import Room
@@ -89,7 +90,9 @@ def read_request(
     types = choose_types(recipe.model.dtype, card)
     refuse_without_bf16(recipe, types)
     positions = context_window(config)
-    needs = _needs(recipe, source, positions, has_data=not is_model)
+    needs = _with_scored(
+        recipe, _needs(recipe, source, positions, has_data=not is_model), source, positions, has_data=not is_model
+    )
     needs, sharing_reason = choose_sharing(recipe, needs, config)
     rehearsals, free = Rehearsals(config), free_of(recipe)
     settings = settings_of(recipe, card=card, types=types, measured=measured)
@@ -171,6 +174,15 @@ def _choose_card(recipe: Recipe, named: Card | None, *, is_for_a_card: bool) -> 
         f"{asked}{COMMON_CARD.in_words}, a common card, though none is here; --card NAME plans for yours (plan --cards lists them), "
         "--set device=cpu for the processor"
     )
+
+
+def _with_scored(recipe: Recipe, needs: Needs, source: Path | None, positions: int | None, *, has_data: bool) -> Needs:
+    """See `with_scored`; held-out rows that cannot be read count as long as training's."""
+    cache, folder = default_cache(), source or Path()
+    try:
+        return with_scored(recipe, needs, folder, cache, window=positions, is_looked_at=has_data and source is not None)
+    except UserError:
+        return with_scored(recipe, needs, folder, cache, window=positions, is_looked_at=False)
 
 
 def _needs(recipe: Recipe, source: Path | None, positions: int | None, *, has_data: bool) -> Needs:

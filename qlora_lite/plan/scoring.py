@@ -46,6 +46,7 @@ class Scoring:
     max_new_tokens: int = 32
     batch_tokens: int = BATCH_TOKENS
     share: bool = False  # prompts are read as packed trees
+    longest: int = 0  # tokens of the longest held-out row; 0 where they were not looked at
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:

@@ -23,8 +23,13 @@ _FILE_ENDINGS = (".gguf", ".json", ".safetensors", ".git")
 
 
 def default_cache() -> Path:
-    """`$QLORA_LITE_HOME`, or `~/.cache/qlora_lite`."""
-    return Path(os.environ.get("QLORA_LITE_HOME") or "~/.cache/qlora_lite").expanduser()
+    """`$QLORA_LITE_HOME`, or `~/.cache/qlora_lite`. Raises UserError where nobody knows what `~` is."""
+    asked = os.environ.get("QLORA_LITE_HOME")
+    path = os.path.expanduser(asked or "~/.cache/qlora_lite")  # leaves ~ as it is where there is no home
+    if path.startswith("~") and not os.path.exists(path):
+        unknown = "HOME is not set, and the system knows no home folder of this user"
+        raise UserError(f"{asked or path}: {unknown}. Set QLORA_LITE_HOME to a folder for the cache")
+    return Path(path)
 
 
 def is_hub_name(text: str) -> bool:

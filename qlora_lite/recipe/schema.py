@@ -289,6 +289,11 @@ class EvalSection(Section):
     """How the model is scored before and after."""
 
     num_examples: Count | None = Field(100, description="Score the first so many rows of data.eval; null: all of them.")
+    max_seq_length: Auto | Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = Field(
+        "auto",
+        description="Longest held-out row that is scored, in tokens; longer ones are left out and counted, texts are scored in the "
+        "pieces that training makes. auto: the model's context window, or data.max_seq_length where the config names none.",
+    )
     max_new_tokens: int = Field(32, ge=1, le=65_536, description="Longest answer that is generated, in tokens.")
 
 

@@ -68,7 +68,7 @@ def copy_recipe(name: str, dest: str | os.PathLike[str] = ".") -> tuple[Path, ..
     any other file would be overwritten; then nothing is copied.
     """
     source = recipe_file(name)
-    target = Path(dest).expanduser()
+    target = Path(os.path.expanduser(dest))
     if target.is_dir() or target.suffix.lower() not in (".yaml", ".yml"):
         target = target / source.name
     pairs = [(source.parent / file, target.parent / file) for file in _data_files(source)] + [(source, target)]

@@ -71,6 +71,7 @@ def _scores(scores: Mapping[str, Any]) -> Html:
         [
             sections.terms((SCORES[name][0], SCORES[name][1]) for name in found),
             table("Scores before and after the training", ["score", "before", "after", "change"], lines),
+            join(note(sentence) for sentence in rows.left_out(scores)),
         ]
     )
 

@@ -18,6 +18,11 @@ SCORES = {
     "f1": ("F1", "how far the words of the answer and of the right one overlap, from 0 to 100"),
     "loss": ("loss", "how surprised the model is by the right answer; lower is better, 0 is none"),
 }
+_LEFT_OUT = {
+    "too_long": "rows that are longer than eval.max_seq_length",
+    "unusable": "rows that cannot be used",
+    "beyond_limit": "rows beyond eval.num_examples",
+}
 METHODS = {
     "qlora": ("QLoRA", "the base in 4 bits, only an adapter is trained"),
     "lora": ("LoRA", "the base in 16 bits, only an adapter is trained"),
@@ -80,6 +85,17 @@ def score_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]
         change = "–" if old is None or new is None else f"{new - old:+.{digits}f}"
         rows.append((label, decimal(old, digits), decimal(new, digits), change))
     return rows
+
+
+def left_out(scores: Mapping[str, Any]) -> list[str]:
+    """Of eval.json: which held-out rows were not scored, a sentence; none where all were."""
+    result = mapping(scores.get("after")) or mapping(scores.get("before"))
+    found = numbers(mapping(result.get("left_out")))
+    named = [f"{found[key]:,.0f} {why}" for key, why in _LEFT_OUT.items() if found.get(key)]
+    scored = number(result.get("num_examples"))
+    if not named:
+        return []
+    return [f"Not scored: {', '.join(named)}." + (f" Scored: {scored:,.0f}." if scored is not None else "")]
 
 
 def group_rows(groups: Mapping[str, Any]) -> list[Row]:

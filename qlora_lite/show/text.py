@@ -21,6 +21,7 @@ from rich.text import Text
 
 SCHEMA_VERSION = 1
 WIDTH_OF_A_LOG = 120
+SMALLEST_SCREEN = 10  # columns or lines; what says less is a mistake
 
 # Whole escape sequences first (ECMA-48): CSI, then the strings OSC, DCS, SOS, PM and APC with their terminator, then the short ones.
 # A string ends where another begins: else a megabyte of nothing but beginnings would take hours, each looking for its end.
@@ -43,8 +44,20 @@ def safe_text(text: object, *, one_line: bool = False) -> str:
 @lru_cache(maxsize=1)
 def console() -> Console:
     """The one console of the program: stderr, no markup, no emoji codes, no guessing at what to colour."""
-    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else WIDTH_OF_A_LOG
-    return Console(stderr=True, markup=False, highlight=False, emoji=False, width=width)
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    width = _size_of("COLUMNS") or (None if is_terminal else WIDTH_OF_A_LOG)
+    # rich would take COLUMNS=0 at its word and print nothing
+    environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    return Console(
+        stderr=True, markup=False, highlight=False, emoji=False, width=width, height=_size_of("LINES"), _environ=environ
+    )
+
+
+def _size_of(variable: str) -> int | None:
+    """A size that the environment gives; None where it gives none that a screen can have."""
+    text = os.environ.get(variable, "").strip()
+    size = int(text) if re.fullmatch("[0-9]{1,5}", text) else 0
+    return size if size >= SMALLEST_SCREEN else None
 
 
 def say(text: object, *, style: str = "") -> None:

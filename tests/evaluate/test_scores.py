@@ -148,3 +148,20 @@ def test_trained_and_untrained_phrasings_are_scored_apart():
     }
     assert by_phrasing([*predictions, prediction("other", 0, 0)]) == {}
     assert by_phrasing([]) == {}
+
+
+def test_a_model_that_always_says_plus_is_right_for_plus_only_and_in_every_group(model, tmp_path, monkeypatch):
+    """Prompt and completion, and a chat; a SQuAD row of the same answers keeps the official rule."""
+    monkeypatch.setattr(scores, "generate_answers", lambda model, tokenizer, prompts, **_: ["+"] * len(prompts))
+    signs = [("x-trained", "+"), ("y-trained", "-"), ("z-untrained", "-")]
+    rows = [{"id": name, "prompt": "sign?", "completion": sign} for name, sign in signs]
+    result = evaluate_model(model, make_tokenizer(), load_jsonl(tmp_path, *rows), **SETTINGS)
+    assert result.exact_match == result.f1 == pytest.approx(100 / 3)
+    assert [p.exact_match for p in result.predictions] == [100, 0, 0]
+    groups = by_phrasing(result.predictions)
+    assert (groups["trained"]["exact_match"], groups["untrained"]["f1"]) == (50, 0)
+    asked, answered = {"role": "user", "content": "sign?"}, {"role": "assistant", "content": "-"}
+    chat = load_jsonl(tmp_path, {"messages": [asked, answered]})
+    assert evaluate_model(model, make_tokenizer(), chat, **SETTINGS).exact_match == 0
+    squad_row = {"id": "q", "context": "1 - 1", "question": "sign?", "answers": {"text": ["-"], "answer_start": [2]}}
+    assert evaluate_model(model, make_tokenizer(), load_jsonl(tmp_path, squad_row), **SETTINGS).exact_match == 100

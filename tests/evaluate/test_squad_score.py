@@ -108,3 +108,20 @@ def test_the_mean_is_in_percent():
     assert aggregate(iter([(1.0, 1.0)])) == Scores(100.0, 100.0, 1)
     with pytest.raises(ValueError, match="no predictions"):
         aggregate([])
+
+
+@pytest.mark.parametrize("gold", ["+", "-", "the", "?", "。", "!=", "A", "...", "-- -"])
+def test_an_answer_of_which_squads_rule_leaves_nothing_is_compared_as_it_is_in_rows_of_other_formats(gold):
+    def as_written(prediction):
+        return score(prediction, (gold,), no_answer_text="none", is_squad=False)
+
+    assert as_written(gold) == as_written(f" {gold}\n") == (1, 1)
+    for wrong in {"*", "", "none", "an", gold * 2} - {gold}:
+        assert as_written(wrong) == (0, 0)
+
+
+def test_squad_rows_keep_the_official_rule_for_such_answers():
+    assert score("+", ("-",), no_answer_text="none") == (1, 1)
+    assert score("The Nile.", ("nile",), no_answer_text="none", is_squad=False) == (1, 1)
+    assert score("-", ("+", "plus"), no_answer_text="none", is_squad=False) == (0, 0)
+    assert score("Plus!", ("+", "plus"), no_answer_text="none", is_squad=False) == (1, 1)

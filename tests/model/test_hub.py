@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from qlora_lite.errors import ModelError
 from qlora_lite.model import hub as hub_module
 from qlora_lite.model.hub import fetch_files, look_up, open_hub
+from qlora_lite.model.made_once import making
 from qlora_lite.model.manifest import read_manifest, verify_manifest
 from qlora_lite.recipe.hub_names import commit_folder, find_fetched, read_revisions
 from tests.hub_server import COMMIT, OTHER_COMMIT, REPO, FakeHub, fake_hub
@@ -229,9 +231,15 @@ def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path):
     assert str(tmp_path / "hub") in message and "cannot be written" in message and "QLORA_LITE_HOME" in message
 
 
-def test_two_do_not_fetch_the_same_model_at_once(hub, tmp_path):
-    with hub_module._alone(partial_folder(tmp_path)):
-        assert "another process is fetching this model" in refused(tmp_path)
+def test_a_second_fetch_of_the_same_model_waits_for_the_first_and_uses_what_it_brought(hub, tmp_path):
+    found: list[Path] = []
+    waiting = Thread(target=lambda: found.append(fetch(tmp_path)))
+    with making(partial_folder(tmp_path)):
+        waiting.start()
+        waiting.join(timeout=0.5)
+        assert waiting.is_alive() and not partial_folder(tmp_path).exists()
+    waiting.join(timeout=20)
+    assert found == [fetch(tmp_path)] and files(found[0]).keys() == {*TAKEN, "manifest.json"}
 
 
 # what the hub refuses

@@ -1,0 +1,101 @@
+"""Which rows are scored, and which are not and why: the one place that decides it, for every verb that scores and for the plan.
+
+In: a file, and the longest row that is scored. Out: `Examples`, and `left_out_of` them: rows that are too long, unusable, or beyond
+the number that was asked for.
+
+Scoring has a limit of its own, `eval.max_seq_length`: training cuts rows so that a step fits, and a score should not depend on that.
+Surprising: a question is never cut here, because the piece that is kept would show where the answer stands; a question that is too long
+is left out. A text loses nothing when it is cut, so it is scored in the pieces that training makes of it.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_lite.data.examples import Examples, load_examples
+from qlora_lite.data.read import format_of_held_out
+from qlora_lite.errors import DataError
+
+KEY = "eval.max_seq_length"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows of a file that were not scored, by reason."""
+
+    too_long: int = 0  # longer than eval.max_seq_length
+    unusable: int = 0  # bad rows of the file
+    beyond_limit: int = 0  # behind the first eval.num_examples
+
+    @property
+    def total(self) -> int:
+        return self.too_long + self.unusable + self.beyond_limit
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return {"num_left_out": self.total, "left_out": asdict(self)}
+
+
+def longest_scored(asked: int | Literal["auto"], *, window: int | None, trained_length: int) -> tuple[int, str]:
+    """-> (eval.max_seq_length as it will be, the reason). Raises DataError for more than the model can take."""
+    if asked != "auto":
+        if window is not None and asked > window:
+            raise DataError(
+                f"{KEY}: {asked} is more than the model's {window} positions. Use at most {window}, or auto"
+            )
+        return asked, "asked for"
+    if window is None:
+        return trained_length, "data.max_seq_length, because the model's config names no context window"
+    return window, "the model's context window"
+
+
+def held_out_rows(
+    file: Path | str,
+    tokenizer: Any,
+    *,
+    format: str,
+    num_rows: int | None,
+    no_answer_text: str,
+    max_seq_length: int,
+    text_length: int,
+    window: int | None,
+    cache_dir: Path,
+) -> Examples:
+    """The rows of `file` that are scored: the first `num_rows` usable ones (None: all) of at most `max_seq_length` tokens.
+
+    `text_length` is how long training's pieces of a text are. A file that has not the columns of `format` is of the format that its own
+    columns say. Raises DataError, also where every row is too long.
+    """
+    found = format_of_held_out(file, format=format)
+    examples = load_examples(
+        file,
+        tokenizer,
+        format=found,
+        num_rows=num_rows,
+        no_answer_text=no_answer_text,
+        max_seq_length=min(max_seq_length, text_length) if found == "text" else max_seq_length,
+        cache_dir=cache_dir,
+        may_cut=False,
+    )
+    if len(examples) == 0:
+        raise DataError(
+            f"{file}: every one of its {examples.counts.num_read:,} usable rows is longer than {KEY} ({max_seq_length} tokens), so there "
+            f"is nothing to score. {_advice(max_seq_length, window)}"
+        )
+    return examples
+
+
+def left_out_of(examples: Examples) -> LeftOut:
+    counts = examples.counts
+    return LeftOut(too_long=counts.num_dropped, unusable=counts.num_bad, beyond_limit=counts.num_left_out)
+
+
+def account_of(examples: Examples) -> list[str]:
+    """What became of rows that are not scored, a sentence each; [] when all are."""
+    return examples.account("held-out rows", limit="eval.num_examples", length_key=KEY)
+
+
+def _advice(max_seq_length: int, window: int | None) -> str:
+    if window is None or max_seq_length < window:
+        most = "" if window is None else f", at most {window}"
+        return f"Raise it with --set {KEY}=N{most}"
+    return "That is the model's context window: shorten the rows, or score another file"
