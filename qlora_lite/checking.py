@@ -6,6 +6,7 @@ from typing import Any
 from qlora_lite import show
 from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.read import find_format, format_of_held_out
+from qlora_lite.data.template import Vocabulary
 from qlora_lite.errors import UserError
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
@@ -21,6 +22,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         show.say(note)
     source = find_base(recipe.model.base, cache=default_cache(), revision=recipe.model.revision)
     tokenizer = load_tokenizer(source, special_tokens=recipe.data.special_tokens)
+    vocabulary = Vocabulary.of(load_config(source), recipe.data.special_tokens)
     asked = recipe.data.max_seq_length
     found = inspect_rows(
         recipe.data.train_files,
@@ -30,6 +32,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         no_answer_text=recipe.data.no_answer_text,
         max_seq_length=asked if isinstance(asked, int) else None,
         limit=context_window(load_config(source)),
+        vocabulary=vocabulary,
     )
     for row in found.bad:
         show.say_warning(f"bad row, left out: {row}")
@@ -67,11 +70,15 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         "reason": found.reason,
         "sharing": shared and shared.to_json_dict(),
         "sharing_reason": sharing_reason,
-        "eval": None if recipe.data.eval is None else _check_held_out(recipe, recipe.data.eval, tokenizer, length),
+        "eval": None
+        if recipe.data.eval is None
+        else _check_held_out(recipe, recipe.data.eval, tokenizer, vocabulary, length),
     }
 
 
-def _check_held_out(recipe: Recipe, file: str, tokenizer: Any, max_seq_length: int) -> dict[str, Any]:
+def _check_held_out(
+    recipe: Recipe, file: str, tokenizer: Any, vocabulary: Vocabulary, max_seq_length: int
+) -> dict[str, Any]:
     """What scoring will make of data.eval."""
     trained_format, _ = find_format(recipe.data.train_files, format=recipe.data.format)
     found = inspect_rows(
@@ -81,6 +88,7 @@ def _check_held_out(recipe: Recipe, file: str, tokenizer: Any, max_seq_length: i
         num_rows=recipe.eval.num_examples,
         no_answer_text=recipe.data.no_answer_text,
         max_seq_length=max_seq_length,
+        vocabulary=vocabulary,
     )
     for row in found.bad:
         show.say_warning(f"data.eval: bad row, left out: {row}")

@@ -25,7 +25,7 @@ from qlora_lite.data.files import hash_file
 from qlora_lite.data.fit import Example, RowFitter, TemplateNotes
 from qlora_lite.data.read import Source, as_pairs, file_identity, read_mix
 from qlora_lite.data.rows import Document
-from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, Vocabulary, tokenizer_identity
+from qlora_lite.data.template import UNKNOWN_BASE, ChatTemplate, Encoded, Tokenizer, Vocabulary, tokenizer_identity
 from qlora_lite.errors import DataError
 from qlora_lite.model.staging import new_staging, remove_left_over, unlock
 
@@ -143,7 +143,7 @@ def load_examples(
     cache_dir: str | os.PathLike[str],
     format: str = "auto",
     max_bad_share: float = 0.02,
-    vocabulary: Vocabulary = Vocabulary(),
+    vocabulary: Vocabulary = UNKNOWN_BASE,
 ) -> Examples:
     """Tokenize the first `num_rows` usable rows of a file or of several with weights (None: all), or map what an earlier call wrote.
 

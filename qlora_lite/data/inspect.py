@@ -13,7 +13,7 @@ import numpy as np
 from qlora_lite.data.fit import RowFitter, TemplateNotes, fit_row, least_tokens
 from qlora_lite.data.read import Source, find_format, read_mix
 from qlora_lite.data.rows import QuestionRow, Row
-from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, Vocabulary
+from qlora_lite.data.template import UNKNOWN_BASE, ChatTemplate, Encoded, Tokenizer, Vocabulary
 
 TEXT_TOKENS = 1024  # proposed for plain text, which loses nothing when it is cut in pieces
 TABLE_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -78,7 +78,7 @@ def inspect_rows(
     format: str = "auto",
     limit: int | None = None,
     max_bad_share: float = 0.02,
-    vocabulary: Vocabulary = Vocabulary(),
+    vocabulary: Vocabulary = UNKNOWN_BASE,
 ) -> DataReport:
     """Look at the first `num_rows` usable rows (None: all) of a file, or of several with weights.
 

@@ -77,6 +77,9 @@ class Vocabulary:
         return cls(tuple(own_tokens), config.get_text_config(decoder=True).vocab_size)
 
 
+UNKNOWN_BASE = Vocabulary()
+
+
 class TokenWithoutRow(ModelError):
     """A token that is used has an id beyond the embedding: not a bad row, but a tokenizer of another base."""
 
@@ -129,7 +132,7 @@ class ChatTemplate:
     stop_token_id: int  # every trained turn ends in it; generation stops there
     has_system_role: bool
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary = Vocabulary()) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary = UNKNOWN_BASE) -> None:
         self.tokenizer = tokenizer
         self._num_rows = vocabulary.num_rows
         self._own_tokens = frozenset(vocabulary.own_tokens)
@@ -227,6 +230,11 @@ class ChatTemplate:
     def hidden_ids(self) -> frozenset[int]:
         """Special tokens that no answer says; those that one may say belong to its text."""
         return frozenset(self._spelling.tokens.values())
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """All that training ends rows with: the stop token of turns, and the end of text."""
+        return sorted(set(self._ends.values()))
 
     @property
     def end_token_id(self) -> int:
