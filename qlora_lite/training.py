@@ -108,8 +108,11 @@ def _train(
     for sentence in (*examples.account("training rows", limit="data.num_train"), *examples.counts.notes):
         say(sentence)
     if recipe.data.eval is not None and Path(recipe.data.eval).exists():
-        for sentence in held_out_examples(plan, loaded.tokenizer).account("held-out rows", limit="eval.num_examples"):
+        held_out = held_out_examples(plan, loaded.tokenizer)
+        for sentence in held_out.account("held-out rows", limit="eval.num_examples"):
             say(sentence)
+        for note in held_out.counts.notes:
+            say(f"held-out rows: {note}")
     sampler = sampler_of(
         examples,
         examples_per_step=recipe.train.examples_per_step,

@@ -119,7 +119,8 @@ def _sharegpt(values: dict[str, Any], name: str) -> Conversation:
         speaker = str(turn.get("from"))
         if speaker not in _SHAREGPT_ROLES:
             raise _Unusable(f'{where}.from: "{short(speaker)}", known are {", ".join(_SHAREGPT_ROLES)}')
-        message = {"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value"), "weight": turn.get("weight")}
+        others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+        message = {**others, "role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")}
         if speaker == "function_call":
             message |= {"content": None, "tool_calls": _written_calls(turn.get("value"), f"{where}.value")}
         messages.append(message)

@@ -191,6 +191,8 @@ class ChatTemplate:
         assert conversation.trained_turns, "a row without an answer is a bad row"
         try:
             return self._encode(conversation)
+        except TokenWithoutRow:
+            raise
         except ModelError as error:
             raise ModelError(f"row {conversation.id}: {error}") from error
 
@@ -427,7 +429,7 @@ class ChatTemplate:
             except ModelError:
                 continue  # the template has no such role
             texts.append(text.rpartition(_PROBE_ANSWER)[2])
-        header = prompt.removeprefix(asking) if prompt.startswith(asking) else ""
+        header = prompt.rpartition(_PROBE_PROMPT)[2]
         markers = {token for text in texts for token in self._any_special.findall(text)}
         while first := self._any_special.match(header.lstrip()):  # a run of tokens, as far as they are no brackets
             if f"</{first[0][1:]}" in self._source:
