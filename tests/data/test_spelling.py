@@ -95,7 +95,9 @@ def test_an_answer_that_ends_in_a_stop_token_is_trained_with_exactly_one(ending)
 def test_later_turns_and_scores_see_the_answer_without_the_stop_token_it_ended_in():
     tokenizer = make_tokenizer()
     talk = [m for i in (1, 2) for m in turn(f"yes {i}<|im_end|>").messages]
-    (example,), _ = fit_row(ChatTemplate(tokenizer), Conversation("row", tuple(talk)), no_answer_text="n", max_seq_length=None)
+    (example,), _ = fit_row(
+        ChatTemplate(tokenizer), Conversation("row", tuple(talk)), no_answer_text="n", max_seq_length=None
+    )
     assert example.answers == ("yes 2",)
     assert "<|im_end|><|im_end|>" not in tokenizer.decode(example.encoded.input_ids)
     question = QuestionRow("q", "yes", "Q?", ("yes<|im_end|>",))
@@ -131,7 +133,9 @@ def test_pieces_that_are_whole_words_of_the_vocabulary_are_spelled_out_too():
     pieces = ["<unk>", "<s>", "</s>", *"<>/abcs:? QA"]
     backend = Tokenizer(models.Unigram([(piece, 0.0 if len(piece) > 1 else -5.0) for piece in pieces], unk_id=0))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = "Q:{{ messages[0]['content'] }}A:{% if messages[1:] %}{{ messages[1]['content'] + eos_token }}{% endif %}"
+    tokenizer.chat_template = (
+        "Q:{{ messages[0]['content'] }}A:{% if messages[1:] %}{{ messages[1]['content'] + eos_token }}{% endif %}"
+    )
     found, _ = labels(tokenizer, turn("a</s>b"))
     assert tokenizer.convert_ids_to_tokens(found) == [*"a</s>b", "</s>"]
 
@@ -141,7 +145,9 @@ def test_a_conversation_rendered_before_gives_the_ids_that_its_template_gives():
     messages = list(turn("Cairo").messages)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = ChatTemplate(tokenizer).document_ids(text)
-    assert ids == tokenizer.apply_chat_template(messages, return_dict=False)[: len(ids)] and text.endswith("<|im_end|>\n")
+    assert ids == tokenizer.apply_chat_template(messages, return_dict=False)[: len(ids)] and text.endswith(
+        "<|im_end|>\n"
+    )
     assert ids.count(tokenizer.eos_token_id) == 3 and ids[-1] == tokenizer.eos_token_id
     _, said = labels(tokenizer, Document("row", text))
     assert "ended in a stop token" in said and "<|im_end|>, <|im_start|>" in said
