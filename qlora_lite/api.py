@@ -22,6 +22,7 @@ from qlora_lite.loading import (
     held_out_examples,
     load_model,
     load_plain,
+    template_of,
     training_examples,
 )
 from qlora_lite.merge import MergeResult
@@ -58,6 +59,7 @@ __all__ = [
     "refuse_other_recipe",
     "run_base",
     "run_models",
+    "template_of",
     "train",
     "training_examples",
 ]  # fmt: skip
@@ -76,6 +78,7 @@ def evaluate(
         loaded.tokenizer,
         held_out_examples(plan, loaded.tokenizer, path=data),
         device=plan.device,
+        template=template_of(plan, loaded.tokenizer),
         no_answer_text=plan.recipe.data.no_answer_text,
         max_new_tokens=plan.recipe.eval.max_new_tokens,
         micro_batch_tokens=plan.chosen.footprint.micro_batch_tokens,
@@ -104,12 +107,13 @@ def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None) -> Mer
         raise RunError(
             f"merge.base: original, and {plan.source} has no 16-bit original. Use --set merge.base=dequantized"
         )
-    rows = _proof_rows(plan, load_tokenizer(folder, special_tokens=recipe.data.special_tokens))
+    tokenizer = load_tokenizer(folder, special_tokens=recipe.data.special_tokens)
     return merge_files(
         plan.source if is_original else folder,
         _finished(run),
         Path(out) if out is not None else run.merged,
-        rows,
+        _proof_rows(plan, tokenizer),
+        stop_tokens=template_of(plan, tokenizer).stop_token_ids,
         dtype=recipe.merge.dtype,
         rounding=recipe.merge.rounding,
         scale=recipe.merge.scale,

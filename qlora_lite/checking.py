@@ -9,6 +9,7 @@ from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.read import find_format, format_of_held_out
 from qlora_lite.data.repeats import find_repeats
+from qlora_lite.data.template import Vocabulary
 from qlora_lite.errors import UserError
 from qlora_lite.evaluate.held_out import account_of, held_out_rows, left_out_of, longest_scored
 from qlora_lite.model.base import load_tokenizer
@@ -27,6 +28,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     config = load_config(source)
     refuse_wrong_modules(recipe, config)
     tokenizer = load_tokenizer(source, special_tokens=recipe.data.special_tokens)
+    vocabulary = Vocabulary.of(config, recipe.data.special_tokens)
     asked = recipe.data.max_seq_length
     found = inspect_rows(
         recipe.data.train_files,
@@ -36,6 +38,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         no_answer_text=recipe.data.no_answer_text,
         max_seq_length=asked if isinstance(asked, int) else None,
         limit=context_window(config),
+        vocabulary=vocabulary,
     )
     for row in found.bad:
         show.say_warning(f"bad row, left out: {row}")
@@ -98,7 +101,8 @@ def _trained(recipe: Recipe, tokenizer: Any, max_seq_length: int) -> Examples:
 
 def _held_out(recipe: Recipe, file: str, source: Path, tokenizer: Any, trained_length: int) -> Examples:
     """Which rows of data.eval will be scored, as scoring itself decides it."""
-    data, window = recipe.data, context_window(load_config(source))
+    data, config = recipe.data, load_config(source)
+    window = context_window(config)
     longest, reason = longest_scored(recipe.eval.max_seq_length, window=window, trained_length=trained_length)
     show.say(f"eval.max_seq_length: {longest}, {reason}")
     return held_out_rows(
@@ -111,6 +115,7 @@ def _held_out(recipe: Recipe, file: str, source: Path, tokenizer: Any, trained_l
         text_length=trained_length,
         window=window,
         cache_dir=default_cache() / "data",
+        vocabulary=Vocabulary.of(config, data.special_tokens),
     )
 
 

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qlora_lite.data.examples import Examples, load_examples
+from qlora_lite.data.template import ChatTemplate, Vocabulary
 from qlora_lite.errors import DataError
 from qlora_lite.evaluate.held_out import held_out_rows
 from qlora_lite.model.adapter import attach_adapter, load_adapter
@@ -16,7 +17,7 @@ from qlora_lite.model.artefact import quantize_base, verify_artefact
 from qlora_lite.model.base import LoadedBase, load_base
 from qlora_lite.model.factors import copy_factors
 from qlora_lite.model.manifest import folder_weights_sha256
-from qlora_lite.model.source import context_window
+from qlora_lite.model.source import context_window, load_config
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.plan import Plan
 from qlora_lite.train import apply_footprint
@@ -60,7 +61,8 @@ def load_model(
 
 def load_plain(plan: Plan, folder: Path) -> LoadedModel:
     """A 16-bit model folder as it is, nothing trainable."""
-    base = load_base(folder, device=plan.device, compute=plan.types.compute)
+    tokens = plan.recipe.data.special_tokens
+    base = load_base(folder, device=plan.device, compute=plan.types.compute, special_tokens=tokens)
     return LoadedModel(base.model, base.tokenizer, folder, "", {})
 
 
@@ -86,6 +88,7 @@ def training_examples(plan: Plan, tokenizer: Any) -> Examples:
         no_answer_text=data.no_answer_text,
         max_seq_length=_length(plan),
         cache_dir=plan.cache / "data",
+        vocabulary=vocabulary_of(plan),
     )
 
 
@@ -107,7 +110,18 @@ def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = N
         text_length=_length(plan),
         window=context_window(plan.rehearsals.config),
         cache_dir=plan.cache / "data",
+        vocabulary=vocabulary_of(plan),
     )
+
+
+def template_of(plan: Plan, tokenizer: Any) -> ChatTemplate:
+    """How the plan's model is asked. Raises ModelError."""
+    return ChatTemplate(tokenizer, vocabulary_of(plan))
+
+
+def vocabulary_of(plan: Plan) -> Vocabulary:
+    """Which tokens the plan's base has rows for, and which are the recipe's own. Raises ModelError."""
+    return Vocabulary.of(load_config(plan.source), plan.recipe.data.special_tokens)
 
 
 def _new_adapter(plan: Plan, base: LoadedBase) -> PeftModel:
@@ -121,7 +135,7 @@ def _new_adapter(plan: Plan, base: LoadedBase) -> PeftModel:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         modules_to_save=lora.modules_to_save,
-        new_token_ids=base.tokenizer.convert_tokens_to_ids(list(plan.recipe.data.special_tokens)),
+        new_token_ids=base.new_token_ids,
         factor_dtype=plan.types.factors,
         seed=purpose_seed(plan.recipe.train.seed, "factors"),
     )

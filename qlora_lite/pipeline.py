@@ -16,7 +16,6 @@ import torch
 from qlora_lite import OFFLINE_ASKED, api, show
 from qlora_lite.checking import check_recipe
 from qlora_lite.data.prompts import question_prompt
-from qlora_lite.data.template import ChatTemplate
 from qlora_lite.device.card import Card, card_in_table, card_named, name_of
 from qlora_lite.device.known_cards import KNOWN_CARDS
 from qlora_lite.errors import RunError, UserError
@@ -345,10 +344,15 @@ def _in_mib(phase: show.Phase) -> Callable[[int, int], None]:
 
 def answer(plan: Plan, loaded: api.LoadedModel, name: str, question: str, passage: str | None) -> str:
     """Stream the answer of one model to the screen, with the template of training."""
-    template = ChatTemplate(loaded.tokenizer)
+    template = api.template_of(plan, loaded.tokenizer)
     prompt, stop_token = question_prompt(template, question, passage, format=plan.recipe.data.format)
     pieces = stream_answer(
-        loaded.model, loaded.tokenizer, prompt, stop_token=stop_token, max_new_tokens=plan.recipe.eval.max_new_tokens
+        loaded.model,
+        loaded.tokenizer,
+        prompt,
+        stop_token=stop_token,
+        max_new_tokens=plan.recipe.eval.max_new_tokens,
+        hidden=template.hidden_ids,
     )
     return show.stream_answer(name, pieces).strip()
 

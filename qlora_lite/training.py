@@ -18,10 +18,11 @@ from qlora_lite.data.repeats import find_repeats
 from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped, UserError
 from qlora_lite.evaluate import validation_loss
 from qlora_lite.evaluate.held_out import account_of
-from qlora_lite.loading import LoadedModel, held_out_examples, training_examples
+from qlora_lite.loading import LoadedModel, held_out_examples, template_of, training_examples
 from qlora_lite.measured import disk_speed
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.factors import factors_file
+from qlora_lite.model.generation_settings import add_stop_tokens
 from qlora_lite.model.manifest import sha256_of_file, write_manifest
 from qlora_lite.model.staging import remove_folder, staged_folder
 from qlora_lite.model.trained import folder_name
@@ -199,7 +200,7 @@ def _train(
         )
     if tried is not None or not run.read_json("memory.json"):  # a sitting without a step has nothing to add
         run.write_json("memory.json", _memory(plan, loaded, state, run, tried))
-    _publish(state, run, loaded.tokenizer if recipe.data.special_tokens else None, say)
+    _publish(state, run, plan, loaded, say)
 
 
 def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel, data: Mapping[str, str]) -> None:
@@ -312,10 +313,11 @@ def _resume(state: TrainState, run: RunDir, plan: Plan, say: Callable[[str], Non
         say(sentence)
 
 
-def _publish(state: TrainState, run: RunDir, tokenizer: Any | None, say: Callable[[str], None]) -> None:
+def _publish(state: TrainState, run: RunDir, plan: Plan, loaded: LoadedModel, say: Callable[[str], None]) -> None:
     """Copy what the best checkpoint has trained to adapter/ or weights/, whole or not at all, and leave the model with it.
 
-    A `tokenizer` that is not the base's goes with it. Its manifest.json names the step and hashes the files.
+    A tokenizer that is not the base's goes with it, and generation settings that stop where rows do.
+    Its manifest.json names the step and hashes the files.
     """
     name = folder_name(state.model)
     last_step, best = state.step, state.best
@@ -328,8 +330,9 @@ def _publish(state: TrainState, run: RunDir, tokenizer: Any | None, say: Callabl
     with staged_folder(run.path / name) as staging:
         for path in (checkpoint / name).iterdir():
             shutil.copyfile(path, staging / path.name)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(staging))
+        if plan.recipe.data.special_tokens:
+            loaded.tokenizer.save_pretrained(str(staging))
+        add_stop_tokens(staging, template_of(plan, loaded.tokenizer).stop_token_ids, base=loaded.base)
         write_manifest(staging, {"step": state.step})
     if best is not None and state.step == best.step:
         last = run.read_steps()[-1]["eval_loss"]

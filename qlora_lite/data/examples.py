@@ -25,7 +25,7 @@ from qlora_lite.data.files import hash_file
 from qlora_lite.data.fit import Example, RowFitter, TemplateNotes
 from qlora_lite.data.read import Source, as_pairs, file_identity, read_mix
 from qlora_lite.data.rows import Document, content_hash
-from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer, tokenizer_identity
+from qlora_lite.data.template import UNKNOWN_BASE, ChatTemplate, Encoded, Tokenizer, Vocabulary, tokenizer_identity
 from qlora_lite.errors import DataError
 from qlora_lite.model.made_once import making
 from qlora_lite.model.staging import new_staging, remove_left_over, unlock
@@ -147,13 +147,14 @@ def load_examples(
     format: str = "auto",
     max_bad_share: float = 0.02,
     may_cut: bool = True,
+    vocabulary: Vocabulary = UNKNOWN_BASE,
 ) -> Examples:
     """Tokenize the first `num_rows` usable rows of a file or of several with weights (None: all), or map what an earlier call wrote.
 
     `max_seq_length` is in tokens (None: no limit). Without `may_cut` a question that is longer is left out, and where every row is too
     long the result is empty: its caller says what to do. Raises DataError when a file is unusable (see `read_mix`), when the template
     cannot render more than `max_bad_share` of the rows, when every row is too long, or when the cache cannot be written; ModelError
-    when the tokenizer's template is unusable.
+    when the tokenizer's template is unusable, or a token of the rows is beyond the embedding of `vocabulary`.
     """
     for name, number in (("num_rows", num_rows), ("max_seq_length", max_seq_length)):
         if number is not None and number < 1:
@@ -166,6 +167,7 @@ def load_examples(
     settings = {
         "code_version": CODE_VERSION,
         "tokenizer": tokenizer_identity(tokenizer),
+        "vocabulary": asdict(vocabulary),
         "num_rows": num_rows,
         "no_answer_text": no_answer_text,
         "max_seq_length": max_seq_length,
@@ -184,7 +186,7 @@ def load_examples(
             mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
             fitter = RowFitter(
                 mix,
-                ChatTemplate(tokenizer),
+                ChatTemplate(tokenizer, vocabulary),
                 no_answer_text=no_answer_text,
                 max_seq_length=max_seq_length,
                 max_bad_share=max_bad_share,

@@ -6,12 +6,13 @@
   trained once; only the last piece ends in the end-of-sequence token.
 """
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 from qlora_lite.data.prompts import squad_text
 from qlora_lite.data.read import NUM_NAMED, Mix, too_many_bad
-from qlora_lite.data.rows import Conversation, Document, Message, QuestionRow, Row
-from qlora_lite.data.template import ChatTemplate, Encoded
+from qlora_lite.data.rows import Conversation, Document, Message, QuestionRow, Row, short
+from qlora_lite.data.template import ChatTemplate, Encoded, EncodedTurns, Remark, TokenWithoutRow
 from qlora_lite.errors import DataError, ModelError
 
 _SNAP_CHARS = 24  # a shortened context moves to a word boundary when one is this near
@@ -29,6 +30,7 @@ class Example:
     )
     whole_prompt_ids: tuple[int, ...] | None = None  # where `encoded` lost context: the prompt with all of it
     is_squad: bool = False  # a question about a passage: its answers are compared by SQuAD's rule
+    remarks: frozenset[Remark] = field(default=frozenset(), compare=False)  # on its row, for the notes; not stored
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -61,7 +63,7 @@ def least_tokens(template: ChatTemplate, row: Row, whole: int, *, no_answer_text
         return 2  # one token is trained from the one before it
     if isinstance(row, QuestionRow):
         shortest = replace(row, context=row.answers[0] if row.answers else "")
-        return min(whole, len(_encode_question(template, shortest, no_answer_text).input_ids))
+        return min(whole, len(_encode_question(template, shortest, no_answer_text).encoded.input_ids))
     return whole
 
 
@@ -97,6 +99,8 @@ class RowFitter:
                 max_seq_length=self.max_seq_length,
                 may_cut=self.may_cut,
             )
+        except TokenWithoutRow:
+            raise  # the tokenizer belongs to another base: no fault of the row
         except ModelError as error:
             if isinstance(row, Document):  # no template reads it, so it is the tokenizer's fault and every row's
                 raise
@@ -125,16 +129,21 @@ class RowFitter:
 
 @dataclass
 class TemplateNotes:
-    """Counts the conversations that a chat template made us change or split, to say so."""
+    """Counts the rows that a chat template or their special tokens made us change or split, to say so."""
 
     num_merged: int = 0
     num_split: int = 0
+    remarks: Counter[Remark] = field(default_factory=Counter)  # -> rows
+    kinds: Counter[str] = field(default_factory=Counter)  # kind of a remark -> rows
 
     def count(self, template: ChatTemplate, row: Row, examples: list[Example]) -> None:
         """Take one row, and the examples it made, into account."""
         if isinstance(row, Conversation):
             self.num_split += len(examples) > 1
             self.num_merged += row.messages[0]["role"] == "system" and not template.has_system_role
+        found = {remark for example in examples for remark in example.remarks}
+        self.remarks.update(found)
+        self.kinds.update({remark.kind for remark in found})
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -150,7 +159,29 @@ class TemplateNotes:
                 f"the chat template rewrites earlier turns: {self.num_split} conversations make several examples each, every "
                 f"turn behind what inference sees at that turn"
             )
+        for kind, sentence in _SENTENCES.items():
+            if self.kinds[kind]:
+                said.append(sentence.format(rows=_rows(self.kinds[kind]), what=", ".join(self._about(kind))))
+        for key in self._about("left out"):
+            num_rows = self.remarks[Remark("left out", key)]
+            said.append(f'the chat template has no place for "{short(key)}" in messages: {_rows(num_rows)} lost it')
         return tuple(said)
+
+    def _about(self, kind: str) -> list[str]:
+        return sorted(remark.about for remark in self.remarks if remark.kind == kind)
+
+
+_SENTENCES = {
+    "ended": "{rows} ended in a stop token already ({what}): each is trained with exactly one",
+    "guarded": "{rows} spell special tokens inside an answer that no answer may say ({what}): there they stay ordinary characters",
+    "spelled": "{rows} spell special tokens inside an answer that neither the chat template nor data.special_tokens names ({what}): "
+    "there they stay ordinary characters; name them in data.special_tokens if they are meant",
+    "document": "{rows} of text spell special tokens ({what}): there each is that token",
+}
+
+
+def _rows(num_rows: int) -> str:
+    return "1 row" if num_rows == 1 else f"{num_rows:,} rows"
 
 
 def _turn_examples(template: ChatTemplate, row: Conversation) -> list[Example]:
@@ -159,7 +190,10 @@ def _turn_examples(template: ChatTemplate, row: Conversation) -> list[Example]:
             row.id,
             turns.encoded,
             question=_said(row.messages[turns.last - 1]),
-            answers=None if "tool_calls" in row.messages[turns.last] else (_said(row.messages[turns.last]),),
+            answers=None
+            if "tool_calls" in row.messages[turns.last]
+            else (template.answer_text(_said(row.messages[turns.last])).strip(),),
+            remarks=turns.remarks,
         )
         for turns in template.encode(row)
     ]
@@ -170,34 +204,36 @@ def _said(message: Message) -> str:
 
 
 def _fit_document(template: ChatTemplate, row: Document, max_seq_length: int | None) -> tuple[list[Example], bool]:
-    ids = template.document_ids(row.text)
+    ids, remarks = template.document(row.text)
     length = max_seq_length or len(ids)
     if length < 2:
         return [], False
     pieces = [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]
-    return [Example(row.id, Encoded(piece, ((1, len(piece)),))) for piece in pieces], len(pieces) > 1
+    return [Example(row.id, Encoded(piece, ((1, len(piece)),)), remarks=remarks) for piece in pieces], len(pieces) > 1
 
 
 def _fit_question(
     template: ChatTemplate, row: QuestionRow, no_answer_text: str, max_seq_length: int | None, may_cut: bool
 ) -> tuple[list[Example], bool]:
     whole = _encode_question(template, row, no_answer_text)
-    if max_seq_length is None or len(whole.input_ids) <= max_seq_length:
-        return [Example(row.id, whole, row.question, row.answers, is_squad=True)], False
+    ids, remarks = whole.encoded.input_ids, whole.remarks
+    golds = tuple(template.answer_text(answer) for answer in row.answers)
+    if max_seq_length is None or len(ids) <= max_seq_length:
+        return [Example(row.id, whole.encoded, row.question, golds, is_squad=True, remarks=remarks)], False
     shortened = _shorten(template, row, no_answer_text, max_seq_length) if may_cut else None
     if shortened is None:
         return [], False
-    whole_prompt_ids = tuple(whole.input_ids[: whole.spans[-1][0]])
-    return [Example(row.id, shortened, row.question, row.answers, whole_prompt_ids, is_squad=True)], True
+    whole_prompt_ids = tuple(ids[: whole.encoded.spans[-1][0]])
+    return [Example(row.id, shortened, row.question, golds, whole_prompt_ids, is_squad=True, remarks=remarks)], True
 
 
-def _encode_question(template: ChatTemplate, row: QuestionRow, no_answer_text: str) -> Encoded:
+def _encode_question(template: ChatTemplate, row: QuestionRow, no_answer_text: str) -> EncodedTurns:
     """Prompt, first gold answer (`no_answer_text` for an unanswerable row) and stop token."""
     answer = row.answers[0] if row.answers else no_answer_text
     asked = {"role": "user", "content": squad_text(row.question, row.context)}
     answered = {"role": "assistant", "content": answer.strip()}
     (turn,) = template.encode(Conversation(row.id, (asked, answered)))
-    return turn.encoded
+    return turn
 
 
 def _shorten(template: ChatTemplate, row: QuestionRow, no_answer_text: str, max_seq_length: int) -> Encoded | None:
@@ -214,7 +250,7 @@ def _shorten(template: ChatTemplate, row: QuestionRow, no_answer_text: str, max_
     while low <= high:
         num_chars = (low + high) // 2
         shorter = replace(row, context=_window(row.context, start, end, num_chars))
-        encoded = _encode_question(template, shorter, no_answer_text)
+        encoded = _encode_question(template, shorter, no_answer_text).encoded
         if len(encoded.input_ids) <= max_seq_length:
             best, low = encoded, num_chars + 1
         else:

@@ -154,8 +154,8 @@ def _sharegpt(values: dict[str, Any], name: str) -> Conversation:
         speaker = str(turn.get("from"))
         if speaker not in _SHAREGPT_ROLES:
             raise _Unusable(f'{where}.from: "{short(speaker)}", known are {", ".join(_SHAREGPT_ROLES)}')
-        flags = {key: turn[key] for key in FLAGS if key in turn}
-        message = {"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")} | flags
+        others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+        message = {**others, "role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")}
         if speaker == "function_call":
             message |= {"content": None, "tool_calls": _written_calls(turn.get("value"), f"{where}.value")}
         messages.append(message)

@@ -13,7 +13,7 @@ import numpy as np
 from qlora_lite.data.fit import RowFitter, TemplateNotes, fit_row, least_tokens
 from qlora_lite.data.read import Source, find_format, read_mix
 from qlora_lite.data.rows import QuestionRow, Row
-from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer
+from qlora_lite.data.template import UNKNOWN_BASE, ChatTemplate, Encoded, Tokenizer, Vocabulary
 
 TEXT_TOKENS = 1024  # proposed for plain text, which loses nothing when it is cut in pieces
 TABLE_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -78,6 +78,7 @@ def inspect_rows(
     format: str = "auto",
     limit: int | None = None,
     max_bad_share: float = 0.02,
+    vocabulary: Vocabulary = UNKNOWN_BASE,
 ) -> DataReport:
     """Look at the first `num_rows` usable rows (None: all) of a file, or of several with weights.
 
@@ -85,7 +86,7 @@ def inspect_rows(
     Raises DataError as `load_examples` does for bad rows, ModelError when the tokenizer's template is unusable.
     """
     mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, vocabulary)
     fitter = RowFitter(mix, template, no_answer_text=no_answer_text, max_seq_length=None, max_bad_share=max_bad_share)
     notes = TemplateNotes()
     positions, lengths, unanswerable = [], [], []  # of the rows that the template renders

@@ -19,19 +19,26 @@ Surprising:
 - A turn with thoughts is asked for with `enable_thinking`, one without them without it.
 - Where a template has no system role, the system's text is put before the first user message.
 - Mistral v0.3 prints the system's text in the last user message only, while that message is last: in no finished conversation.
+- In an answer a special token that is spelled out is that token where somebody means it: data.special_tokens names it, or the template
+  prints it (</think>, a tool's markers). Stop, end, begin and pad tokens and the markers of roles stay ordinary characters (spelling.py).
+- An answer or a text that ends in a stop token already gets no second one.
 - Templates that print today's date (`strftime_now`) get a fixed one where they allow it (`date_string`), so a run can be repeated
   tomorrow. One that prints a date of its own (Llama 3.1) keeps it, as inference does.
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_lite.data.limited import Limits, TooMuch
 from qlora_lite.data.rows import Conversation, Message, short
+from qlora_lite.data.spelling import Spelling, any_of, found_in
 from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign
 from qlora_lite.limits import RENDERED_CHARS, TEMPLATE_BYTES, TEMPLATE_CHARS, TEMPLATE_SECONDS
@@ -48,6 +55,41 @@ _PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
 )
+
+
+# The names of tokens that end a turn or a text, of which a template may print several.
+_ENDS = re.compile(
+    r"(?i)(?<![a-z])(eo[stm]|end_?of_?(text|turn|message|sentence|utterance)|im_end|return|end)(?![a-z])"
+)
+_OURS = ("role", "content", "tool_calls", "weight")  # keys of a message that are read, or looked after, elsewhere
+_PROBES = 20  # messages with a key that the template does not print, until the key is known to have no place
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What is known of a base's tokens besides its tokenizer."""
+
+    own_tokens: tuple[str, ...] = ()  # data.special_tokens: spelled in an answer, they are meant, and they have rows
+    num_rows: int | None = None  # of the base's embedding, before rows for own tokens; None: not known
+
+    @classmethod
+    def of(cls, config: Any, own_tokens: Sequence[str]) -> "Vocabulary":
+        """Of a base with this config of transformers."""
+        return cls(tuple(own_tokens), config.get_text_config(decoder=True).vocab_size)
+
+
+UNKNOWN_BASE = Vocabulary()
+
+
+class TokenWithoutRow(ModelError):
+    """A token that is used has an id beyond the embedding: not a bad row, but a tokenizer of another base."""
+
+
+class Remark(NamedTuple):
+    """Something that was done to a row, to be counted: `kind` is a key of `fit.TemplateNotes`, `about` a token or a key."""
+
+    kind: str
+    about: str
 
 
 @dataclass(frozen=True)
@@ -78,6 +120,7 @@ class EncodedTurns:
 
     encoded: Encoded
     last: int
+    remarks: frozenset[Remark] = frozenset()
 
 
 class ChatTemplate:
@@ -90,17 +133,20 @@ class ChatTemplate:
     stop_token_id: int  # every trained turn ends in it; generation stops there
     has_system_role: bool
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary = UNKNOWN_BASE) -> None:
         self.tokenizer = tokenizer
+        self._num_rows = vocabulary.num_rows
+        self._own_tokens = frozenset(vocabulary.own_tokens)
         self.name = "the tokenizer's chat template" if tokenizer.chat_template else "plain"
         self._where = tokenizer.name_or_path or "tokenizer"
         self._refuse_size()
         self._stopped = ""  # why nothing is rendered any more
         self._limits = Limits(seconds=TEMPLATE_SECONDS, num_bytes=TEMPLATE_BYTES)
-        added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        self._special_ids = {*tokenizer.all_special_ids, *added} - {
-            None
-        }  # a special token may be none of the vocabulary
+        added = tokenizer.added_tokens_decoder
+        ids = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        # text -> id; a special token may be none of the vocabulary
+        self._special = {str(tokenizer.convert_ids_to_tokens(i)): i for i in ids if i is not None}
+        self._added = {token.content: i for i, token in added.items() if token.content.strip()}
         asks_for_today = "strftime_now" in (tokenizer.chat_template or "")
         self._settings = _TEMPLATE_SETTINGS | (_FIXED_DATE if asks_for_today else {})
         self._known_roles = {"assistant"}  # roles seen in a rendering; "" stands for tools
@@ -120,6 +166,11 @@ class ChatTemplate:
         self._before = between.rstrip(" ")  # part of the prompt
         self._space = between[len(self._before) :]  # part of the answer: tokenizers join it to the first word
         self._after, self.stop_token_id = self._split_at_stop(self._tail)
+        self._special[self._text_of(self.stop_token_id)] = self.stop_token_id
+        ends = (self.stop_token_id, tokenizer.eos_token_id)
+        self._ends = {self._text_of(i): int(i) for i in ends if i is not None}
+        self._any_special = any_of(self._special)
+        self._places: Counter[tuple[str, str]] = Counter()  # (role, key) -> messages in which the template left it out
         self.has_system_role = self._prints_system(asked)
 
     def _refuse_size(self) -> None:
@@ -141,18 +192,52 @@ class ChatTemplate:
         assert conversation.trained_turns, "a row without an answer is a bad row"
         try:
             return self._encode(conversation)
+        except TokenWithoutRow:
+            raise
         except ModelError as error:
             raise ModelError(f"{row_in_words(conversation.id)}: {error}") from error
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """Token ids to generate the next assistant turn from: the ids before that turn in training. Raises ModelError."""
-        placed, _ = self._place_system(messages)
-        return self._tokenize_prompt(self._render(placed, tools, generate=True) + self._before)
+        placed, _ = self._place_system([self._without_ends(message) for message in messages])
+        ids = self._prompt_ids(self._render(placed, tools, generate=True) + self._before)
+        self._refuse_without_row([*ids, self.stop_token_id])
+        return ids
+
+    def document(self, text: str) -> tuple[list[int], frozenset[Remark]]:
+        """Token ids of plain text between the tokenizer's begin token (if it puts one) and one end token; what there is to say of it.
+
+        Special tokens that the text spells are these tokens: it may be a conversation that a template has rendered. Where the text ends
+        in an end-of-text token, or in the template's stop token, it keeps that one.
+        """
+        body, ends = self._split_ends(text)
+        ids = [*self.document_ids(body, is_finished=False), self._ends[ends[0]] if ends else self.end_token_id]
+        self._refuse_without_row(ids)
+        remarks = [Remark("document", token) for token in sorted(found_in(body, self._any_special))]
+        return ids, frozenset([*remarks, *(Remark("ended", token) for token in ends)])
 
     def document_ids(self, text: str, *, is_finished: bool = True) -> list[int]:
-        """Token ids of plain text, between the tokenizer's begin token (if it puts one) and, when finished, its end token."""
-        end = [self.end_token_id] if is_finished else []
-        return [*self._begin_ids(), *self._tokenize(text, split_special_tokens=True), *end]
+        """The ids alone; of a text that is to be continued without its end."""
+        if is_finished:
+            return self.document(text)[0]
+        ids, begin = self._ids(text), self._begin_ids()
+        ids = ids if ids[: len(begin)] == begin else [*begin, *ids]
+        self._refuse_without_row(ids)
+        return ids
+
+    def answer_text(self, text: str) -> str:
+        """An answer without the stop tokens that it ends in, as it is trained and compared."""
+        return self._split_ends(text)[0]
+
+    @cached_property
+    def hidden_ids(self) -> frozenset[int]:
+        """Special tokens that no answer says; those that one may say belong to its text."""
+        return frozenset(self._spelling.tokens.values())
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """All that training ends rows with: the stop token of turns, and the end of text."""
+        return sorted(set(self._ends.values()))
 
     @property
     def end_token_id(self) -> int:
@@ -165,10 +250,12 @@ class ChatTemplate:
         return int(self.tokenizer.eos_token_id)
 
     def _encode(self, conversation: Conversation) -> list[EncodedTurns]:
-        messages, num_merged = self._place_system(conversation.messages)
+        remarks = self._remarks(conversation)
+        messages, num_merged = self._place_system([self._without_ends(message) for message in conversation.messages])
         tools = conversation.tools
         turns = [turn - num_merged for turn in conversation.trained_turns]
         self._check_roles(messages, turns, tools)
+        remarks |= self._left_out(messages, turns, tools)
         examples: list[EncodedTurns] = []
         for turn in turns:
             prompt_ids, answer_ids = self._turn_ids(messages, turn, tools)
@@ -180,11 +267,79 @@ class ChatTemplate:
             spans: tuple[tuple[int, int], ...] = ((start, start + len(answer_ids)),)
             if examples and prompt_ids[: len(examples[-1].encoded.input_ids)] == examples[-1].encoded.input_ids:
                 spans = examples.pop().encoded.spans + spans
-            examples.append(EncodedTurns(Encoded([*prompt_ids, *answer_ids], spans), last=turn + num_merged))
+            encoded = Encoded([*prompt_ids, *answer_ids], spans)
+            examples.append(EncodedTurns(encoded, last=turn + num_merged, remarks=frozenset(remarks)))
+            self._refuse_without_row(encoded.input_ids)
         return examples
+
+    def _remarks(self, conversation: Conversation) -> set[Remark]:
+        """Which stop tokens were taken from the ends of answers, and which special tokens stay ordinary characters in them."""
+        remarks: set[Remark] = set()
+        for turn in conversation.trained_turns:
+            message = conversation.messages[turn]
+            body, ends = self._split_ends(message["content"])
+            if ends and not body.strip() and all(key in ("role", "content", "weight") for key in message):
+                raise ModelError("an answer of nothing but stop tokens")
+            said = {**message, "content": body}
+            if found_in(said, self._any_special):
+                spelled = found_in(said, self._spelling.pattern)
+                remarks |= {Remark("guarded" if self._is_guarded(each) else "spelled", each) for each in spelled}
+            remarks |= {Remark("ended", token) for token in ends}
+        return remarks
+
+    def _left_out(self, messages: list[Message], turns: list[int], tools: Sequence[Any]) -> set[Remark]:
+        """Keys of messages, such as "name", that the template has no place for; each is looked at in a conversation that ends in it."""
+        found: set[Remark] = set()
+        for index, message in enumerate(messages[: turns[-1] + 1]):
+            keys = [key for key, value in message.items() if key not in _OURS and value]
+            keys += ["content"] if message.get("tool_calls") and message["content"].strip() else []
+            for key in keys:
+                place = (str(message["role"]), key)
+                if self._places[place] < _PROBES:
+                    is_printed = self._prints_key(messages[: index + 1], key, tools, is_trained=index in turns)
+                    self._places[place] = -(2**60) if is_printed else self._places[place] + 1
+                if self._places[place] > 0:
+                    found.add(Remark("left out", key))
+        return found
+
+    def _prints_key(self, messages: list[Message], key: str, tools: Sequence[Any], *, is_trained: bool) -> bool:
+        last = messages[-1]
+        without = {**last, "content": ""} if key == "content" else {k: v for k, v in last.items() if k != key}
+        versions = [messages, [*messages[:-1], without]]
+        try:
+            if is_trained:
+                one, other = (self._turn_text(version, len(messages) - 1, tools)[1] for version in versions)
+            else:
+                is_asked = last["role"] != "assistant"
+                one, other = (self._render(version, tools, generate=is_asked) for version in versions)
+        except ModelError:
+            return True  # the template asks for the key, or fails on the row, which is said elsewhere
+        return one != other
 
     def _turn_ids(self, messages: list[Message], turn: int, tools: Sequence[Any]) -> tuple[list[int], list[int]]:
         """-> (ids to generate message `turn` from, ids of that message and its stop token)."""
+        message = messages[turn]
+        is_spelled = bool(found_in(message, self._any_special)) and bool(found_in(message, self._spelling.pattern))
+        if is_spelled:  # what it spells is told from what the template prints
+            kept = {key: message[key] for key in ("role", "weight") if key in message}
+            message = {key: self._spelling.marked(value) for key, value in message.items()} | kept
+        prompt, text = self._turn_text([*messages[:turn], message], turn, tools)
+        if any(call["function"]["name"] not in text for call in message.get("tool_calls", ())):
+            raise ModelError(
+                f"{self._where}: the chat template does not print a message with tool_calls after its generation prompt and "
+                f"before its stop token, so it cannot be told which tokens to train. Leave such rows out, or change the template."
+            )
+        prompt_ids = self._prompt_ids(prompt)
+        answer_ids = self._ids(text, behind=prompt, is_spelled=is_spelled)
+        if self.stop_token_id in answer_ids:
+            raise ModelError(
+                f"{self._where}: the chat template prints its stop token {self._text_of(self.stop_token_id)} inside of an answer, so "
+                f"generation would end there. Leave such rows out, or change the template."
+            )
+        return prompt_ids, [*answer_ids, self.stop_token_id]
+
+    def _turn_text(self, messages: list[Message], turn: int, tools: Sequence[Any]) -> tuple[str, str]:
+        """-> (text to generate message `turn` from, text of that message without its stop token)."""
         message, history = messages[turn], messages[:turn]
         finished = self._render(messages[: turn + 1], tools, generate=False)
         prompt = self._render(history, tools, generate=True) + self._before
@@ -192,19 +347,10 @@ class ChatTemplate:
             thinking = self._render(history, tools, generate=True, enable_thinking=True)
             prompt = thinking if finished.startswith(thinking) else prompt
         if finished.startswith(prompt) and finished.endswith(self._tail):
-            text = finished[len(prompt) : len(finished) - len(self._tail)] + self._after
-        elif "tool_calls" not in message:
-            text = self._space + str(message["content"]).strip() + self._after
-        else:
-            text = self._call_text(history, message, tools)
-        if any(call["function"]["name"] not in text for call in message.get("tool_calls", ())):
-            raise ModelError(
-                f"{self._where}: the chat template does not print a message with tool_calls after its generation prompt and "
-                f"before its stop token, so it cannot be told which tokens to train. Leave such rows out, or change the template."
-            )
-        prompt_ids = self._tokenize_prompt(prompt)
-        answer_ids = self._answer_ids(prompt, prompt_ids, text, is_call="tool_calls" in message)
-        return prompt_ids, [*answer_ids, self.stop_token_id]
+            return prompt, finished[len(prompt) : len(finished) - len(self._tail)] + self._after
+        if "tool_calls" not in message:
+            return prompt, self._space + str(message["content"]).strip() + self._after
+        return prompt, self._call_text(history, message, tools)
 
     def _call_text(self, history: list[Message], message: Message, tools: Sequence[Any]) -> str:
         """A message with tool_calls where the template rewrites its prompt: its text without a system message, or ""."""
@@ -214,18 +360,100 @@ class ChatTemplate:
         is_found = finished.startswith(prompt) and finished.endswith(self._tail)
         return finished[len(prompt) : len(finished) - len(self._tail)] + self._after if is_found else ""
 
-    def _answer_ids(self, prompt: str, prompt_ids: list[int], text: str, *, is_call: bool) -> list[int]:
-        """Ids of an answer behind its prompt: as in the whole text where that leaves the prompt's ids alone, otherwise tokenized apart.
+    def _ids(self, text: str, *, behind: str = "", is_spelled: bool = False) -> list[int]:
+        """Token ids of a text, each special token in it one id; with `is_spelled`, those that spelling.py marked are spelled out.
 
-        (SentencePiece tokenizers put a space before a text that begins anew.) An answer that spells "<|im_end|>" must not put a stop
-        token in the middle of the labels; a tool call is not what people wrote, and its special tokens are meant.
+        As in the whole text where that leaves the ids of `behind` alone, otherwise apart: SentencePiece tokenizers put a space
+        before a text that begins anew.
         """
-        together = self._tokenize_prompt(prompt + text)
-        answer_ids = together[len(prompt_ids) :]
-        is_continued = together[: len(prompt_ids)] == prompt_ids
-        if is_continued and (is_call or self._special_ids.isdisjoint(answer_ids)):
-            return answer_ids
-        return self._tokenize(text, split_special_tokens=not is_call)
+        tokenize = self._spelling.ids if is_spelled else self._tokenize
+        if behind:
+            first, together = tokenize(behind), tokenize(behind + text)
+            if together[: len(first)] == first:
+                return together[len(first) :]
+        return tokenize(text)
+
+    def _without_ends(self, message: Message) -> Message:
+        """An assistant's message without the stop tokens that its content ends in."""
+        if message["role"] != "assistant":
+            return message
+        body, ends = self._split_ends(message["content"])
+        return {**message, "content": body} if ends else message
+
+    def _split_ends(self, text: str) -> tuple[str, list[str]]:
+        """-> (the text before the stop and end-of-text tokens that it ends in, these in order); [] leaves the text as it is."""
+        found: list[str] = []
+        left = text.rstrip()
+        while end := next((token for token in self._ends if left.endswith(token)), None):
+            found.insert(0, end)
+            text = left.removesuffix(end)
+            left = text.rstrip()
+        return text, found
+
+    @cached_property
+    def _spelling(self) -> Spelling:
+        """The special tokens that stay ordinary characters in an answer."""
+        kept = {token: i for token, i in self._special.items() if self._is_guarded(token) or not self._is_meant(token)}
+        return Spelling(self.tokenizer, kept, self._where)
+
+    def _is_guarded(self, token: str) -> bool:
+        """Whether no answer may say it: a stop, begin, end or pad token, or a marker of a role."""
+        is_end = bool(_ENDS.search(token)) and token not in self._own_tokens
+        return is_end or token in self._ends or token in self._named_tokens or token in self._role_markers
+
+    def _is_meant(self, token: str) -> bool:
+        """Whether data.special_tokens names it, or the template prints it."""
+        return token in self._own_tokens or token in self._source
+
+    @cached_property
+    def _named_tokens(self) -> frozenset[str]:
+        """The tokenizer's begin, end, pad, unknown ... tokens."""
+        names = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+        return frozenset(str(getattr(self.tokenizer, name, None)) for name in names)
+
+    @cached_property
+    def _source(self) -> str:
+        template = self.tokenizer.chat_template or ""
+        return "\n".join(template.values()) if isinstance(template, dict) else template
+
+    @cached_property
+    def _role_markers(self) -> frozenset[str]:
+        """The special tokens that the template prints around messages of users, systems and tools, and before those of assistants."""
+        asked: list[Message] = [{"role": "user", "content": _PROBE_PROMPT}]
+        answered: list[Message] = [*asked, {"role": "assistant", "content": _PROBE_ANSWER}]
+        asking, prompt = self._render(asked, generate=False), self._render(asked, generate=True) + self._before
+        texts = [asking]
+        for role in ("system", "developer", "tool"):
+            other: Message = {"role": role, "content": _PROBE_PROMPT}
+            try:
+                text = self._render([*answered, other] if role == "tool" else [other, *asked], generate=False)
+            except ModelError:
+                continue  # the template has no such role
+            texts.append(text.rpartition(_PROBE_ANSWER)[2])
+        header = prompt.rpartition(_PROBE_PROMPT)[2]
+        markers = {token for text in texts for token in self._any_special.findall(text)}
+        while first := self._any_special.match(header.lstrip()):  # a run of tokens, as far as they are no brackets
+            if f"</{first[0][1:]}" in self._source:
+                break
+            markers.add(first[0])
+            header = header.lstrip()[first.end() :]
+        return frozenset(markers)
+
+    def _refuse_without_row(self, ids: Sequence[int]) -> None:
+        """Raise TokenWithoutRow for the first id beyond the embedding that data.special_tokens gives no row."""
+        if self._num_rows is None or max(ids, default=0) < self._num_rows:
+            return
+        for token_id in ids:
+            token = self._text_of(token_id)
+            if token_id >= self._num_rows and token not in self._own_tokens:
+                raise TokenWithoutRow(
+                    f"{self._where}: the tokenizer's token {short(token)!r} has the id {token_id}, and the base's embedding has "
+                    f"{self._num_rows:,} rows (ids 0 to {self._num_rows - 1:,}), so the model cannot read it. Use the tokenizer that "
+                    f"belongs to this base, or name the token in data.special_tokens: then it gets a row, which is trained"
+                )
+
+    def _text_of(self, token_id: int) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(int(token_id)))
 
     def _place_system(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
         """-> (messages that the template can render, how many were merged into the next)."""
@@ -298,15 +526,15 @@ class ChatTemplate:
             )
         return str(text)
 
-    def _tokenize_prompt(self, text: str) -> list[int]:
+    def _prompt_ids(self, text: str) -> list[int]:
         begin = [] if self.tokenizer.chat_template else self._begin_ids()  # a chat template prints its own
-        return [*begin, *self._tokenize(text, split_special_tokens=False)]
+        return [*begin, *self._ids(text)]
 
-    def _tokenize(self, text: str, *, split_special_tokens: bool) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         with foreign(lambda said: ModelError(f"{self._where}: the tokenizer cannot read a text ({said})")):
-            ids: list[int] = self.tokenizer(
-                text, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
-            )["input_ids"]
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
         return ids
 
     def _begin_ids(self) -> list[int]:
@@ -319,12 +547,12 @@ class ChatTemplate:
 
     def _split_at_stop(self, tail: str) -> tuple[str, int]:
         """`tail` is what follows an answer. -> (text before the stop token, id of the stop token)."""
-        stops = {self.tokenizer.convert_ids_to_tokens(i): i for i in self._special_ids}
-        # The first special token in the text; of two that start at the same place, the longer one.
-        found = sorted((tail.index(text), -len(text), token_id) for text, token_id in stops.items() if text in tail)
-        if found:
-            position, _, token_id = found[0]
-            return tail[:position], token_id
+        for stops in (self._special, self._added):  # some tokenizers do not call their stop token special
+            # The first token in the text; of two that start at the same place, the longer one.
+            found = sorted((tail.index(text), -len(text), token_id) for text, token_id in stops.items() if text in tail)
+            if found:
+                position, _, token_id = found[0]
+                return tail[:position], token_id
         return "", self.end_token_id
 
 

@@ -5,7 +5,7 @@ its keys and values are handed out to the rows that continue it; the answers are
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Thread
 from typing import Any
@@ -21,6 +21,7 @@ from qlora_lite.data.trees import grow
 from qlora_lite.device.numerics import exact_sums
 from qlora_lite.model.attention import attention_for_generation, attention_on_packed_rows
 from qlora_lite.model.forward import causal_lm, may_share
+from qlora_lite.model.generation_settings import stop_ids
 from qlora_lite.train.measure import give_back_free_memory
 
 BATCH_TOKENS = 4096  # prompt tokens of a batch, padding included; a plan may choose fewer
@@ -35,23 +36,26 @@ def generate_answers(
     max_new_tokens: int,
     batch_tokens: int = BATCH_TOKENS,
     share: bool = False,
+    hidden: Collection[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """One greedy answer per prompt (token ids from `data.template.encode_prompt`), in their order, stop token removed.
 
     A batch has at most `batch_tokens` prompt tokens with padding, or one prompt; with `share`, what its prompts begin with in
-    common is read once. `progress(done)` is called per batch.
+    common is read once. An answer ends at the stop tokens of the model's own generation settings too, as plain `generate` does.
+    `hidden` are the special tokens that do not belong to an answer's text, None: all. `progress(done)` is called per batch.
     """
     answers: dict[int, str] = {}
     lengths = [len(prompt) for prompt in prompts]
     share = share and min(lengths, default=0) > 1 and may_share(model, max(lengths))
+    stops, text_of = stop_tokens(model, stop_token), _AnswerText(tokenizer, hidden)
     batches = tree_batches(prompts, batch_tokens) if share else length_batches(lengths, batch_tokens)
     with generating(model):
         for indices in batches:
             asked = [prompts[i] for i in indices]
             ids_BT, mask_BT = _pad_left(asked, pad=stop_token)
             width = ids_BT.shape[1]
-            config = greedy(stop_token=stop_token, max_new_tokens=max_new_tokens)
+            config = greedy(stop_token=stops, max_new_tokens=max_new_tokens)
             cache = None
             if share:
                 tree = pack_trees(_Prompts(asked), range(len(asked)))
@@ -65,8 +69,8 @@ def generate_answers(
             output = generate_batch(model, ids_BT, mask_BT, config=config, cache=cache)
             del cache
             for i, ids in zip(indices, output[:, width:].tolist(), strict=True):
-                kept = ids[: ids.index(stop_token)] if stop_token in ids else ids
-                answers[i] = tokenizer.decode(kept, skip_special_tokens=True).strip()
+                end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+                answers[i] = text_of.decode(ids[:end]).strip()
             give_back_free_memory()
             if progress is not None:
                 progress(len(answers))
@@ -74,16 +78,24 @@ def generate_answers(
 
 
 def stream_answer(
-    model: PreTrainedModel | PeftModel, tokenizer: Any, prompt: list[int], *, stop_token: int, max_new_tokens: int
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    prompt: list[int],
+    *,
+    stop_token: int,
+    max_new_tokens: int,
+    hidden: Collection[int] | None = None,
 ) -> Iterator[str]:
-    """Pieces of text of one greedy answer, as they are generated."""
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    """Pieces of text of one greedy answer, as they are generated; `hidden` as `generate_answers` has it."""
+    stops = stop_tokens(model, stop_token)
+    never_said = None if hidden is None else {*hidden, *stops}
+    streamer = TextIteratorStreamer(_AnswerText(tokenizer, never_said), skip_prompt=True)
     ids_1T = torch.tensor([prompt])
     failure: list[BaseException] = []
 
     def work() -> None:
         try:
-            config = greedy(stop_token=stop_token, max_new_tokens=max_new_tokens)
+            config = greedy(stop_token=stops, max_new_tokens=max_new_tokens)
             generate_batch(model, ids_1T, torch.ones_like(ids_1T), config=config, streamer=streamer)
         except BaseException as error:  # handed to the reader below
             failure.append(error)
@@ -141,15 +153,33 @@ def generate_batch(
         )
 
 
-def greedy(*, stop_token: int, max_new_tokens: int) -> GenerationConfig:
-    """The most probable token each time, until `stop_token` or enough."""
+class _AnswerText:
+    """A tokenizer that decodes answers: without the special tokens that are `hidden` (None: all of them)."""
+
+    def __init__(self, tokenizer: Any, hidden: Collection[int] | None) -> None:
+        self._tokenizer, self._hidden = tokenizer, hidden
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        if self._hidden is None:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False))
+
+
+def stop_tokens(model: PreTrainedModel | PeftModel, stop_token: int) -> list[int]:
+    """Where an answer ends: at the trained stop token, and where plain `generate` of this model would."""
+    settings = causal_lm(model).generation_config
+    return list(dict.fromkeys([stop_token, *stop_ids(settings.eos_token_id)]))
+
+
+def greedy(*, stop_token: int | list[int], max_new_tokens: int) -> GenerationConfig:
+    """The most probable token each time, until a stop token or enough."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         use_cache=True,
         eos_token_id=stop_token,
-        pad_token_id=stop_token,
+        pad_token_id=stop_token if isinstance(stop_token, int) else stop_token[0],
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.read import format_of_held_out
+from qlora_lite.data.template import UNKNOWN_BASE, Vocabulary
 from qlora_lite.errors import DataError
 
 KEY = "eval.max_seq_length"
@@ -59,6 +60,7 @@ def held_out_rows(
     text_length: int,
     window: int | None,
     cache_dir: Path,
+    vocabulary: Vocabulary = UNKNOWN_BASE,
 ) -> Examples:
     """The rows of `file` that are scored: the first `num_rows` usable ones (None: all) of at most `max_seq_length` tokens.
 
@@ -75,6 +77,7 @@ def held_out_rows(
         max_seq_length=min(max_seq_length, text_length) if found == "text" else max_seq_length,
         cache_dir=cache_dir,
         may_cut=False,
+        vocabulary=vocabulary,
     )
     if len(examples) == 0:
         raise DataError(

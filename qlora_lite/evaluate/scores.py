@@ -61,6 +61,7 @@ def evaluate_model(
     tokenizer: Any,
     examples: Examples,
     *,
+    template: ChatTemplate | None = None,
     device: str,
     no_answer_text: str,
     max_new_tokens: int,
@@ -71,8 +72,9 @@ def evaluate_model(
 ) -> EvalResult:
     """Answer and score every example, the loss in batches of `micro_batch_tokens`, answers in those of `batch_tokens` prompt tokens.
 
-    `progress(done, total)` is called per batch of answers.
+    `template` is how the examples were made; None: the tokenizer's, as it is. `progress(done, total)` is called per batch of answers.
     """
+    template = template or ChatTemplate(tokenizer)
     loss = validation_loss(model, examples, device=device, micro_batch_tokens=micro_batch_tokens, share=share)
     left_out, account = left_out_of(examples), tuple(account_of(examples))
     asked = [(i, golds) for i in range(len(examples)) if (golds := examples.row(i).answers) is not None]
@@ -83,7 +85,8 @@ def evaluate_model(
         model,
         tokenizer,
         [examples.prompt_ids(i) for i, _ in asked],
-        stop_token=ChatTemplate(tokenizer).stop_token_id,
+        stop_token=template.stop_token_id,
+        hidden=template.hidden_ids,
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
         share=share,

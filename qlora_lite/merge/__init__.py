@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_lite.merge.proof import Proof, prove_merge
 from qlora_lite.merge.write import MAX_SHARD_BYTES, WriteResult, merge_adapter, write_merged
+from qlora_lite.model.generation_settings import add_stop_tokens
 from qlora_lite.model.manifest import folder_weights_sha256, read_manifest, verify_manifest, write_manifest
 from qlora_lite.model.staging import staged_folder
 
@@ -61,16 +62,19 @@ def merge(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     compute_dtype: str | None = "bf16",
     device: str = "cpu",
+    stop_tokens: Sequence[int] = (),
 ) -> MergeResult:
     """Merge, prove the written files on `encoded_rows`, and only then give them the name `out_dir`.
 
     `out_dir` must not exist or be empty, or hold the outcome of this very call, which is then returned. A couple of dozen held-out
     rows are plenty; None skips the proof, with a warning. `compute_dtype` is the training run's, `device` is where the proof computes.
+    Plain `generate` of the merged model stops at `stop_tokens` too.
     Raises ProofFailed for a wrong merge, ModelError for a base and an adapter that do not fit, UserError for options; then no folder
     is left.
     """
     options = {"dtype": dtype, "rounding": rounding, "scale": scale, "seed": seed, "compute_dtype": compute_dtype}
     made_of = {"base": Path(base_dir).name, "adapter_sha256": folder_weights_sha256(adapter_dir), **options}
+    made_of |= {"stop_tokens": list(stop_tokens)} if stop_tokens else {}
     done = _done_before(Path(out_dir), made_of)
     if done is not None:
         return done
@@ -86,6 +90,8 @@ def merge(
             max_shard_bytes=max_shard_bytes,
             compute_dtype=compute_dtype,
         )
+        if stop_tokens:
+            add_stop_tokens(folder, stop_tokens, base=Path(base_dir))
         proof = None
         if encoded_rows is not None:
             proof = prove_merge(

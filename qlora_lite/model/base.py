@@ -38,6 +38,7 @@ class LoadedBase:
 
     model: PreTrainedModel
     tokenizer: Any
+    new_token_ids: list[int]  # the tokens of data.special_tokens, and those between them and the base's last row
     weights_bytes: int  # all parameters and buffers as they lie in memory, quantization constants apart
     quant_constants_bytes: int
 
@@ -80,10 +81,9 @@ def load_base(
     keep_weights_unpacked(model)
     model.requires_grad_(False).eval()
     tokenizer = load_tokenizer(folder, special_tokens=special_tokens)
-    if special_tokens:
-        make_room(model, len(tokenizer))
+    new_token_ids = make_room(model, tokenizer.convert_tokens_to_ids(list(special_tokens)))
     weights, constants = _resident_bytes(model)
-    return LoadedBase(model, tokenizer, weights, constants)
+    return LoadedBase(model, tokenizer, new_token_ids, weights, constants)
 
 
 def _generation_config(folder: Path) -> GenerationConfig:

@@ -32,11 +32,16 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     return ids
 
 
-def make_room(model: PreTrainedModel, num_tokens: int) -> int:
-    """Give embedding and head at least `num_tokens` rows; how many were added. Frozen, as all of the base."""
-    num_rows = model.get_input_embeddings().weight.shape[0]
+def make_room(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
+    """Give embedding and head a row for each of `token_ids`, frozen as all of the base; the ids whose rows are to be trained.
+
+    Besides `token_ids` these are the ids that got a row on the way: a tokenizer may have had more tokens than the base has rows.
+    Rows lie without a gap, so the adapter's file must hold those too.
+    """
+    num_rows, num_tokens = model.get_input_embeddings().weight.shape[0], max(token_ids, default=-1) + 1
+    trained = [*token_ids, *(i for i in range(num_rows, num_tokens) if i not in token_ids)]
     if num_tokens <= num_rows:
-        return 0
+        return trained
     layers = {id(layer.weight): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
     first = {key: layer.weight.float().mean(0) for key, layer in layers.items()}
     is_tied = len(layers) == 1
@@ -45,7 +50,7 @@ def make_room(model: PreTrainedModel, num_tokens: int) -> int:
         layer.weight.data[num_rows:] = row.to(layer.weight.dtype)
     assert not is_tied or model.get_input_embeddings().weight is model.get_output_embeddings().weight
     model.requires_grad_(False)
-    return num_tokens - num_rows
+    return trained
 
 
 def token_modules(model: PreTrainedModel) -> list[str]:

@@ -16,6 +16,7 @@ from qlora_lite.data.batches import sampler_of
 from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
 from qlora_lite.data.read import find_format, format_of_held_out
+from qlora_lite.data.template import Vocabulary
 from qlora_lite.data.trees import Sharing, sharing
 from qlora_lite.device.accelerator import choose_device, recipe_word
 from qlora_lite.device.card import Card, name_of
@@ -369,6 +370,7 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
         no_answer_text=recipe.data.no_answer_text,
         max_seq_length=None if asked == "auto" else asked,
         cache_dir=cache / "data",
+        vocabulary=Vocabulary.of(load_config(source), recipe.data.special_tokens),
     )
     found = _sharing_of(recipe, examples) if may_share else None
     if asked != "auto":

@@ -5,6 +5,7 @@ Both return problems as (key, sentence) and never stop at the first.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,13 @@ def _not_fetched(repo: str, revision: str | None, looked: Sequence[str]) -> list
 def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     """Keys that are right one by one and wrong together -> (the keys, the first is where to mend it; the sentence)."""
     model, lora, train = recipe.model, recipe.lora, recipe.train
+    repeated = [token for token, count in Counter(recipe.data.special_tokens).items() if count > 1]
     rules: list[tuple[bool, tuple[str, ...], str]] = [
+        (
+            bool(repeated),
+            ("data.special_tokens",),
+            f"names {' and '.join(map(wording.quoted, repeated))} more than once; each token needs one row: keep one of them",
+        ),
         (
             model.revision is not None and not hub_names.is_hub_name(model.base),
             ("model.revision", "model.base"),

@@ -50,9 +50,9 @@ def test_only_the_last_piece_of_a_text_ends_in_the_end_of_text():
     assert all(piece.answers is None for piece in pieces), "there is nothing to compare"
 
 
-def test_a_text_that_spells_a_special_token_does_not_hold_one():
+def test_a_special_token_that_a_text_spells_is_that_token_as_in_a_conversation_that_was_rendered_before():
     template, (piece,), _ = fit("llama3", Document("text", "<|eot_id|> is how a turn ends"))
-    assert template.stop_token_id not in piece.encoded.input_ids
+    assert piece.encoded.input_ids.count(template.stop_token_id) == 1
     assert template.tokenizer.decode(piece.encoded.input_ids) == "<|eot_id|> is how a turn ends<|end_of_text|>"
 
 
