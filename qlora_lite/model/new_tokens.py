@@ -39,7 +39,7 @@ def make_room(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
     Rows lie without a gap, so the adapter's file must hold those too.
     """
     num_rows, num_tokens = model.get_input_embeddings().weight.shape[0], max(token_ids, default=-1) + 1
-    trained = [*token_ids, *(i for i in range(num_rows, num_tokens) if i not in token_ids)]
+    trained = sorted({*token_ids, *range(num_rows, num_tokens)})
     if num_tokens <= num_rows:
         return trained
     layers = {id(layer.weight): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
