@@ -19,7 +19,7 @@ from qlora_lite.data.prompts import question_prompt
 from qlora_lite.device.card import Card, card_in_table, card_named, name_of
 from qlora_lite.device.known_cards import KNOWN_CARDS
 from qlora_lite.errors import RunError, UserError
-from qlora_lite.evaluate import by_phrasing, stream_answer
+from qlora_lite.evaluate import answer_tokenizer, by_phrasing, stream_answer
 from qlora_lite.limits import TEXT_CHARS
 from qlora_lite.measured import disk_speed
 from qlora_lite.model.bring import SHIPPED, bring_shipped, default_cache
@@ -348,11 +348,10 @@ def answer(plan: Plan, loaded: api.LoadedModel, name: str, question: str, passag
     prompt, stop_token = question_prompt(template, question, passage, format=plan.recipe.data.format)
     pieces = stream_answer(
         loaded.model,
-        loaded.tokenizer,
+        answer_tokenizer(loaded.tokenizer, template),
         prompt,
         stop_token=stop_token,
         max_new_tokens=plan.recipe.eval.max_new_tokens,
-        hidden=template.hidden_ids,
     )
     return show.stream_answer(name, pieces).strip()
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from qlora_lite.data.template import ChatTemplate, Vocabulary
 from qlora_lite.errors import ModelError, RecipeError
-from qlora_lite.evaluate.generate import _AnswerText, generate_answers, stop_tokens
+from qlora_lite.evaluate.generate import answer_tokenizer, generate_answers, stop_tokens
 from qlora_lite.model.generation_settings import add_stop_tokens, stop_ids
 from qlora_lite.recipe import load_recipe
 from tests.data.tiny_tokenizer import CHATML, make_tokenizer
@@ -131,9 +132,9 @@ def test_new_tokens_beside_surplus_ones_are_one_id_trained_merged_and_answered(t
 def test_an_answer_keeps_the_tokens_that_answers_may_say():
     tokenizer = make_tokenizer(special_tokens=("<|yes|>",))
     ids = tokenizer("<|im_start|><|yes|> it is")["input_ids"]
-    hidden = {tokenizer.convert_tokens_to_ids("<|im_start|>")}
-    assert _AnswerText(tokenizer, hidden).decode(ids) == "<|yes|> it is"
-    assert _AnswerText(tokenizer, None).decode(ids) == " it is"
+    for own, said in ((("<|yes|>",), "<|yes|> it is"), ((), " it is")):
+        template = ChatTemplate(tokenizer, Vocabulary(own))
+        assert answer_tokenizer(tokenizer, template).decode(ids, skip_special_tokens=True) == said
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 squad_score.py   the official rules      generate.py   batched greedy answers      scores.py   both, and the loss
 """
 
-from qlora_lite.evaluate.generate import BATCH_TOKENS, stream_answer
+from qlora_lite.evaluate.generate import BATCH_TOKENS, answer_tokenizer, stream_answer
 from qlora_lite.evaluate.scores import EvalResult, Prediction, by_phrasing, evaluate_model, validation_loss
 from qlora_lite.evaluate.squad_score import Scores, score
 
@@ -12,6 +12,7 @@ __all__ = [
     "EvalResult",
     "Prediction",
     "Scores",
+    "answer_tokenizer",
     "by_phrasing",
     "evaluate_model",
     "score",

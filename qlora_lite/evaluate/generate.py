@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
 from qlora_lite.data.batches import Batch, pack_trees
-from qlora_lite.data.template import Encoded
+from qlora_lite.data.template import ChatTemplate, Encoded
 from qlora_lite.data.trees import grow
 from qlora_lite.device.numerics import exact_sums
 from qlora_lite.model.attention import attention_for_generation, attention_on_packed_rows
@@ -36,26 +36,25 @@ def generate_answers(
     max_new_tokens: int,
     batch_tokens: int = BATCH_TOKENS,
     share: bool = False,
-    hidden: Collection[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """One greedy answer per prompt (token ids from `data.template.encode_prompt`), in their order, stop token removed.
 
     A batch has at most `batch_tokens` prompt tokens with padding, or one prompt; with `share`, what its prompts begin with in
     common is read once. An answer ends at the stop tokens of the model's own generation settings too, as plain `generate` does.
-    `hidden` are the special tokens that do not belong to an answer's text, None: all. `progress(done)` is called per batch.
+    `progress(done)` is called per batch.
     """
     answers: dict[int, str] = {}
     lengths = [len(prompt) for prompt in prompts]
     share = share and min(lengths, default=0) > 1 and may_share(model, max(lengths))
-    stops, text_of = stop_tokens(model, stop_token), _AnswerText(tokenizer, hidden)
+    stops = stop_tokens(model, stop_token)
     batches = tree_batches(prompts, batch_tokens) if share else length_batches(lengths, batch_tokens)
     with generating(model):
         for indices in batches:
             asked = [prompts[i] for i in indices]
             ids_BT, mask_BT = _pad_left(asked, pad=stop_token)
             width = ids_BT.shape[1]
-            config = greedy(stop_token=stops, max_new_tokens=max_new_tokens)
+            config = greedy(stop_token=stop_token, max_new_tokens=max_new_tokens)
             cache = None
             if share:
                 tree = pack_trees(_Prompts(asked), range(len(asked)))
@@ -70,7 +69,7 @@ def generate_answers(
             del cache
             for i, ids in zip(indices, output[:, width:].tolist(), strict=True):
                 end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-                answers[i] = text_of.decode(ids[:end]).strip()
+                answers[i] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
             give_back_free_memory()
             if progress is not None:
                 progress(len(answers))
@@ -84,12 +83,10 @@ def stream_answer(
     *,
     stop_token: int,
     max_new_tokens: int,
-    hidden: Collection[int] | None = None,
 ) -> Iterator[str]:
-    """Pieces of text of one greedy answer, as they are generated; `hidden` as `generate_answers` has it."""
+    """Pieces of text of one greedy answer, as they are generated."""
     stops = stop_tokens(model, stop_token)
-    never_said = None if hidden is None else {*hidden, *stops}
-    streamer = TextIteratorStreamer(_AnswerText(tokenizer, never_said), skip_prompt=True)
+    streamer = TextIteratorStreamer(Without(tokenizer, stops, besides=True), skip_prompt=True, skip_special_tokens=True)
     ids_1T = torch.tensor([prompt])
     failure: list[BaseException] = []
 
@@ -153,16 +150,21 @@ def generate_batch(
         )
 
 
-class _AnswerText:
-    """A tokenizer that decodes answers: without the special tokens that are `hidden` (None: all of them)."""
+class Without:
+    """A tokenizer that skips `ids` where it is to skip special tokens: besides those, or in their place."""
 
-    def __init__(self, tokenizer: Any, hidden: Collection[int] | None) -> None:
-        self._tokenizer, self._hidden = tokenizer, hidden
+    def __init__(self, tokenizer: Any, ids: Collection[int], *, besides: bool) -> None:
+        self._tokenizer, self._skipped, self._besides = tokenizer, frozenset(ids), besides
 
-    def decode(self, ids: Sequence[int], **_: Any) -> str:
-        if self._hidden is None:
-            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-        return str(self._tokenizer.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False))
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False, **settings: Any) -> str:
+        kept = [token_id for token_id in ids if not (skip_special_tokens and token_id in self._skipped)]
+        skips = skip_special_tokens and self._besides
+        return str(self._tokenizer.decode(kept, skip_special_tokens=skips, **settings))
+
+
+def answer_tokenizer(tokenizer: Any, template: ChatTemplate) -> Without:
+    """For answers: of the special tokens it skips only those that no answer may say; the others belong to the text."""
+    return Without(tokenizer, template.hidden_ids, besides=False)
 
 
 def stop_tokens(model: PreTrainedModel | PeftModel, stop_token: int) -> list[int]:

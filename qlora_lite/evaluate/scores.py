@@ -16,7 +16,7 @@ from qlora_lite.data.batches import make_batches
 from qlora_lite.data.examples import Examples
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.device.numerics import exact_sums
-from qlora_lite.evaluate.generate import BATCH_TOKENS, generate_answers
+from qlora_lite.evaluate.generate import BATCH_TOKENS, answer_tokenizer, generate_answers
 from qlora_lite.evaluate.held_out import LeftOut, account_of, left_out_of
 from qlora_lite.evaluate.squad_score import aggregate, score
 from qlora_lite.model.forward import may_share
@@ -83,10 +83,9 @@ def evaluate_model(
     begin = time.perf_counter()
     answers = generate_answers(
         model,
-        tokenizer,
+        answer_tokenizer(tokenizer, template),
         [examples.prompt_ids(i) for i, _ in asked],
         stop_token=template.stop_token_id,
-        hidden=template.hidden_ids,
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
         share=share,
