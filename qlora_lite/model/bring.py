@@ -69,7 +69,7 @@ def bring_shipped(name: str, *, cache: Path) -> Path:
     model, path = _shipped(name), shipped_path(name, cache=cache)
     if _is_whole(model, path):
         return path
-    with making(path.parent):
+    with making(cache / name):
         if _is_whole(model, path):  # another process has just brought it
             return path
         cache.mkdir(parents=True, exist_ok=True)

@@ -198,7 +198,7 @@ def fetch_files(hub: Hub, listing: Listing, *, cache: Path, progress: Progress |
     folder = commit_folder(listing.repo, listing.commit, cache=cache)
     partial = folder.with_name(f".{folder.name}.partial")
     # Two that fetch the same model would write into the same files: the second waits, and finds it there.
-    with _clear_errors(hub, listing.repo, listing.revision, partial), making(partial):
+    with _clear_errors(hub, listing.repo, listing.revision, partial), making(partial, stays=True):
         partial.parent.mkdir(parents=True, exist_ok=True)
         if folder.is_dir() and verify_manifest(folder):  # damaged since: what is still right need not come again
             folder.replace(partial)

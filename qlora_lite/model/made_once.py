@@ -5,13 +5,14 @@
             ...
 
 The system holds the lock (filelock: flock on Unix) and gives it up when its process ends, however it ends: what a killed process leaves
-behind blocks nobody. The lock is a file in `.locks` beside the folder and stays there. Where the place has no locks or cannot be written
-to, nobody waits: each process makes the folder beside its place, the first rename wins, and `make_folder_once` takes what won.
+behind blocks nobody. It is a file beside the folder, `.NAME.lock`, which goes away afterwards. Surprising: a process that waited for a
+removed file and one that makes it again do not see each other. That costs no more than where no lock can be had: both make the folder
+beside its place, the first rename wins, and `make_folder_once` takes what won. Who writes into the place itself keeps the file (`stays`).
 """
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,17 +22,21 @@ from qlora_lite.model.staging import make_folder, staged_folder
 
 
 @contextmanager
-def making(folder: Path) -> Iterator[None]:
+def making(folder: Path, *, stays: bool = False) -> Iterator[None]:
     """Only one process at a time is inside for the same `folder`; the others wait."""
-    path = folder.parent / ".locks" / f"{folder.name}.lock"
-    lock = FileLock(path)
-    with suppress(OSError, NotImplementedError):  # whoever writes there says why that cannot be done
-        make_folder(path.parent)
-        lock.acquire()
-    try:
+    path = folder.with_name(f".{folder.name}.lock")
+    with ExitStack() as held:
+        with suppress(OSError, NotImplementedError):  # whoever writes there says why that cannot be done
+            make_folder(path.parent)
+            held.enter_context(FileLock(path))
+            if not stays:
+                held.callback(_remove, path)
         yield
-    finally:
-        lock.release()
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # Windows removes no open file
+        path.unlink(missing_ok=True)
 
 
 def make_folder_once(folder: Path, *, is_made: Callable[[], bool], make: Callable[[Path], None]) -> Path:

@@ -58,7 +58,8 @@ def test_known_answers_get_the_official_scores(model, tmp_path, monkeypatch):
     assert result.loss == validation_loss(model, examples, device="cpu", micro_batch_tokens=512)
     assert result.to_json_dict() == {
         "exact_match": result.exact_match, "f1": result.f1, "loss": result.loss, "num_examples": 3,
-        "answers_s": result.answers_s,
+        "answers_s": result.answers_s, "num_left_out": 0,
+        "left_out": {"too_long": 0, "unusable": 0, "beyond_limit": 0},
     }  # fmt: skip
     assert 0 < result.answers_s < 60
     template = ChatTemplate(tokenizer)

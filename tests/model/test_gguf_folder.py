@@ -30,7 +30,7 @@ def test_another_architecture_is_refused_by_name(tmp_path):
     path = write_gguf(tmp_path / "gemma.gguf", architecture="gemma3")
     with pytest.raises(ModelError, match="GGUF architecture 'gemma3' is not supported yet; supported: llama"):
         convert_gguf(path, cache=tmp_path)
-    assert [left.name for left in (tmp_path / "converted").iterdir()] == [".locks"]
+    assert not list((tmp_path / "converted").iterdir())
 
 
 def test_a_gguf_without_a_config_and_a_tokenizer_is_refused(tmp_path):

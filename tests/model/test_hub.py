@@ -234,7 +234,7 @@ def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path):
 def test_a_second_fetch_of_the_same_model_waits_for_the_first_and_uses_what_it_brought(hub, tmp_path):
     found: list[Path] = []
     waiting = Thread(target=lambda: found.append(fetch(tmp_path)))
-    with making(partial_folder(tmp_path)):
+    with making(partial_folder(tmp_path), stays=True):
         waiting.start()
         waiting.join(timeout=0.5)
         assert waiting.is_alive() and not partial_folder(tmp_path).exists()

@@ -82,10 +82,10 @@ class NoLocks:
     def __init__(self, path):
         pass
 
-    def acquire(self):
+    def __enter__(self):
         raise NotImplementedError
 
-    def release(self):
+    def __exit__(self, *_):
         pass
 
 
