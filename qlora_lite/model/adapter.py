@@ -258,9 +258,9 @@ def _named_targets(model: PreTrainedModel, target_modules: list[str]) -> list[st
     for target in target_modules:
         if not any(name == target or name.endswith("." + target) for name in linear):
             other = next((kind for name, kind in kinds.items() if name == target or name.endswith(f".{target}")), None)
-            what = f" ({other})" if other else ""
+            what = f" ({target} is of type {other})" if other else ""
             raise ModelError(
-                f'lora.target_modules: "{target}"{what} is no linear layer of this model; it has {", ".join(endings)}. '
+                f'lora.target_modules: "{target}" is no linear layer of this model; it has {", ".join(endings)}{what}. '
                 "Use some of these (names or their endings, not patterns), or all-linear instead of a list"
             )
     names = [name for name in sorted(linear) if any(name == t or name.endswith("." + t) for t in target_modules)]

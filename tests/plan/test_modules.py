@@ -60,9 +60,9 @@ def test_the_head_alone_is_trained_and_merged_with_proof(tmp_path):
 REFUSED = {
     'lora.target_modules=["nothing"]': 'lora.target_modules: "nothing" is no linear layer of this model',
     'lora.target_modules=["q_proj","v_prj"]': '"v_prj" is no linear layer',
-    'lora.target_modules=["embed_tokens"]': '"embed_tokens" (Embedding) is no linear layer',
-    'lora.target_modules=["norm"]': '"norm" (LlamaRMSNorm) is no linear layer',
-    'lora.target_modules=["self_attn"]': '"self_attn" (LlamaAttention) is no linear layer',
+    'lora.target_modules=["embed_tokens"]': "(embed_tokens is of type Embedding)",
+    'lora.target_modules=["norm"]': "(norm is of type LlamaRMSNorm)",
+    'lora.target_modules=["self_attn"]': "(self_attn is of type LlamaAttention)",
     'lora.target_modules=[".*_proj"]': "not patterns",
     'lora.target_modules=["layers.7.mlp.down_proj"]': '"layers.7.mlp.down_proj" is no linear layer',
     'lora.modules_to_save=["norm","heads"]': '"heads" is no module with weights',
