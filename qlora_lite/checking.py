@@ -132,7 +132,7 @@ def _check_held_out(recipe: Recipe, rows: Examples) -> dict[str, Any]:
     num_scored = counts.num_read - counts.num_dropped
     show.say(f"data.eval: {num_scored} rows are scored, {left_out.total} are not; format: {format}")
     for note in account_of(rows):
-        show.say(f"data.eval: {note}")
+        show.say(f"data.eval: {note.removeprefix('held-out rows: ')}")
     return {
         "num_rows": counts.num_read,
         "num_dropped": counts.num_dropped,

@@ -24,7 +24,7 @@ from qlora_lite.run_dir import RunDir, in_command
 
 PACKAGES = ("qlora-lite", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 # Keys, besides those of merge, that change nothing that is trained.
-MAY_DIFFER = frozenset({"train.save_every_steps", "train.keep_checkpoints", "train.trackers"})
+MAY_DIFFER = frozenset({"train.save_every_steps", "train.keep_checkpoints", "train.trackers", "eval.max_seq_length"})
 
 
 def refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:

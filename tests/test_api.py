@@ -132,9 +132,9 @@ def test_a_run_on_another_quantized_base_is_refused_everywhere(tmp_path: Path) -
     list(train(plan, load_model(plan), tmp_path / "run"))
     run = RunDir(tmp_path / "run")
     run.write_json("env.json", run.read_json("env.json") | {"base_sha256": "0" * 64})
-    with pytest.raises(RunError, match="another quantized base"):
+    with pytest.raises(RunError, match="another base"):
         next(run_models(plan, run, ["adapter"]))
-    with pytest.raises(RunError, match="another quantized base"):
+    with pytest.raises(RunError, match="another base"):
         merge(plan, run.path)
-    with pytest.raises(RunError, match="another quantized base"):
+    with pytest.raises(RunError, match="another base"):
         list(train(plan, load_model(plan), run.path, resume=True))

@@ -124,7 +124,8 @@ def test_a_phi_3_config_that_names_no_padding_token_is_not_refused_for_the_defau
 
 def test_new_tokens_find_room_beside_a_padding_token_in_the_last_row(llama):
     model = load_base(with_pad(llama, VOCABULARY - 1), device="cpu").model
-    assert make_room(model, VOCABULARY + 3) == 3
+    new = [VOCABULARY, VOCABULARY + 1, VOCABULARY + 2]
+    assert make_room(model, new) == new
     assert model.get_input_embeddings().padding_idx is None
     assert model.get_input_embeddings().weight.shape[0] == VOCABULARY + 3
 
