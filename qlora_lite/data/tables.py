@@ -72,7 +72,7 @@ def file_kind(path: Path) -> FileKind:
         return _kind_of_lines(path, first, rest, is_whole=len(start) < _PEEK_BYTES)
     if text.startswith(b"["):
         return "json"
-    if rest.strip() and _has_a_row(text.split(b"\n"), is_whole=len(start) < _PEEK_BYTES):
+    if rest.strip() and _are_rows(text.split(b"\n"), is_whole=len(start) < _PEEK_BYTES):
         return "jsonl"
     found = document_kind(path)
     return "jsonl" if found == "objects" and not rest.strip() else found
@@ -109,10 +109,15 @@ def _kind_of_lines(path: Path, first: bytes, rest: bytes, *, is_whole: bool) -> 
     return "jsonl"
 
 
-def _has_a_row(lines: list[bytes], *, is_whole: bool) -> bool:
-    """Whether a line is a JSON object of its own. The lines of a document that is spread over several are indented."""
-    whole_lines = lines if is_whole else lines[:-1]
-    return any(line.startswith(b"{") and line.rstrip().endswith(b"}") and _is_json(line) for line in whole_lines)
+def _are_rows(lines: list[bytes], *, is_whole: bool) -> bool:
+    """Whether half of the lines or more are JSON objects of their own.
+
+    A document that is spread over lines can hold such a line too: the last of its rows, where each has a line.
+    """
+    whole_lines = [line.rstrip() for line in (lines if is_whole else lines[:-1])]
+    num_lines = sum(map(bool, whole_lines))
+    num_rows = sum(line.startswith(b"{") and line.endswith(b"}") and _is_json(line) for line in whole_lines)
+    return num_rows > 0 and 2 * num_rows >= num_lines
 
 
 def _is_json(text: bytes) -> bool:

@@ -61,7 +61,9 @@ def fill_quantized(
     for name, tensors in weights:
         is_int8 = tensors[name].dtype == torch.int8
         for part, values in tensors.items():
-            if part != name:  # packed weights are bits, in whatever type they are stored; numbers are the scales and tables
+            if (
+                part != name
+            ):  # packed weights are bits, in whatever type they are stored; numbers are the scales and tables
                 refuse_not_finite(values, part, where=where)
         put = _put_int8 if is_int8 else _put_4_bit
         put(model, name, tensors, device=device, compute=compute)

@@ -56,6 +56,14 @@ def test_a_nested_squad_file_on_one_line_is_no_jsonl(write):
     assert file_kind(write({"version": "v2.0", "data": []})) == "squad"
 
 
+def test_a_document_whose_last_row_has_a_line_of_its_own_is_no_jsonl(write):
+    article = '{"title": "a", "paragraphs": []}'
+    assert file_kind(write(f'{{"data": [\n{article},\n{article}\n]}}\n'.encode())) == "squad"
+    assert file_kind(write(f'{{"data": [\n{article}\n]}}\n'.encode())) == "squad"
+    assert file_kind(write(b'{"data": [\n{"text": "a"},\n{"text": "b"}\n]}\n')) == "wrapped"
+    assert file_kind(write(b'{"text": \n{"text": "a"}\n{"text": "b"}\n')) == "jsonl"
+
+
 def test_lines_and_items_that_are_no_objects_are_named_and_the_rest_is_read(write):
     lines = write('{"text": "a"}\n{"text":\n[1]\n{"text": "b"}\n', "rows.jsonl")
     (_, first), (bad, why), (other, why_other), (_, last) = open_table(lines, "jsonl").rows
