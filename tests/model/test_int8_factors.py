@@ -68,7 +68,7 @@ def test_what_does_not_fit_together_is_refused_by_name(damage, run: Path, tmp_pa
         from_int8(stored)
     shutil.copy(run / "adapter" / "adapter_config.json", tmp_path)
     save_file(stored, tmp_path / INT8_FILE)
-    with pytest.raises(ModelError, match="expected|not finite"):
+    with pytest.raises(ModelError, match=r"expected|not finite"):
         read_adapter(tmp_path)
 
 
