@@ -18,7 +18,7 @@ An `id` column names the rows; without one the place in the file does. Names fol
 unless the row has that name as well.
 
 An assistant message with `weight: 0` is not trained, nor one with false (or 0, or "false") at another of the names in `turn_flags`, or
-`masked: true`. A key that looks like such a flag and is none is said.
+`masked: true`. A note names a key that looks like such a flag but is not one.
 """
 
 from collections.abc import Callable, Iterable, Sequence

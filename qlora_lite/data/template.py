@@ -313,14 +313,14 @@ class ChatTemplate:
                 is_asked = last["role"] != "assistant"
                 one, other = (self._render(version, tools, generate=is_asked) for version in versions)
         except ModelError:
-            return True  # the template asks for the key, or fails on the row, which is said elsewhere
+            return True  # the template reads the key, or fails on the row, which rendering reports
         return one != other
 
     def _turn_ids(self, messages: list[Message], turn: int, tools: Sequence[Any]) -> tuple[list[int], list[int]]:
         """-> (ids to generate message `turn` from, ids of that message and its stop token)."""
         message = messages[turn]
         is_spelled = bool(found_in(message, self._any_special)) and bool(found_in(message, self._spelling.pattern))
-        if is_spelled:  # what it spells is told from what the template prints
+        if is_spelled:  # tokens that the answer spells out are kept apart from those that the template prints
             kept = {key: message[key] for key in ("role", "weight") if key in message}
             message = {key: self._spelling.marked(value) for key, value in message.items()} | kept
         prompt, text = self._turn_text([*messages[:turn], message], turn, tools)
