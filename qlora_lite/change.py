@@ -83,10 +83,20 @@ def try_ranks(recipe_name: str, overrides: Sequence[str], *, ranks: Sequence[int
 
 
 def mix_runs(
-    parts: Sequence[str], out: Path, *, rank: int | None, dtype: str = "fp32", score: bool = True
+    parts: Sequence[str],
+    out: Path,
+    *,
+    rank: int | None,
+    dtype: str = "fp32",
+    score: bool = True,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """Write the weighted sum of several adapters as one; where a rank or `dtype` loses something, say how much of the effect."""
     asked = [parse_part(part) for part in parts]
+    compares = score and (rank is not None or dtype != "fp32")
+    if compares:
+        sources = [open_source(each.path) for each in asked]
+        _plan_of_scoring(next((source for source in sources if source.run is not None), None), base)
     with show.phase("adding the changes up"):
         found = mix(asked, out, rank=rank, dtype=dtype)
     exact = "exact" if dtype == "fp32" else f"exact but for storing it as {dtype}"
@@ -94,11 +104,11 @@ def mix_runs(
     show.say(
         f"written: {out} (rank {found['r']}{lost}, {format_bytes(found['adapter_bytes'])}). Next: qlora-lite eval {out}, or merge it"
     )
-    if score and (rank is not None or dtype != "fp32"):
+    if compares:
         with tempfile.TemporaryDirectory(prefix="qlora-lite-") as folder:
             whole = Path(folder) / "mix"
             mix(asked, whole)
-            found["proof"] = _effect_lost(out, whole)
+            found["proof"] = _effect_lost(out, whole, base=base)
     return found
 
 
@@ -219,23 +229,39 @@ def _truncate(
     score: bool,
     base: Path | None,
 ) -> dict[str, Any]:
+    plan = _plan_of_scoring(source, base) if score else None
     found = truncate(source, out, rank=to, num_parameters=num_parameters, dtype=dtype)
     size = found["adapter_bytes"]
     show.say(
         f"written: {out}: {found['num_parameters']['after']:,} of {found['num_parameters']['before']:,} parameters, "
         f"{format_bytes(size['after'])} of {format_bytes(size['before'])}; {found['lost_share']:.2%} of the change lost"
     )
-    if score and source.run is not None:
-        _, plan = api.open_run(source.run.path, base=base)
-        if _has_held_out_rows(plan):
-            found["proof"] = _effect_lost(out, source.folder, base=base)
-            before, after = (
-                score_model(plan, api.load_model(plan, adapter=folder), name).to_json_dict()
-                for folder, name in ((source.folder, "scoring the adapter"), (out, "scoring the shorter one"))
-            )
-            found["eval"] = {"before": before, "after": after}
-            show.show_scores(before, after, title="adapter (before) and shorter one (after)")
+    if plan is not None:
+        found["proof"] = _effect_lost(out, source.folder, base=base)
+        before, after = (
+            score_model(plan, api.load_model(plan, adapter=folder), name).to_json_dict()
+            for folder, name in ((source.folder, "scoring the adapter"), (out, "scoring the shorter one"))
+        )
+        found["eval"] = {"before": before, "after": after}
+        show.show_scores(before, after, title="adapter (before) and shorter one (after)")
     return found
+
+
+def _plan_of_scoring(source: Source | None, base: Path | None) -> Plan | None:
+    """The plan of the run whose held-out rows two adapters are compared on; None where there are no such rows.
+
+    Called before anything is written: raises RunError where the run's base is not there or is another one.
+    """
+    if source is None or source.run is None:
+        return None
+    run, plan = api.open_run(source.run.path, base=base)
+    if plan.recipe.data.eval is None:
+        return None
+    if not Path(plan.recipe.data.eval).exists():
+        show.say(f"{plan.recipe.data.eval}: the run's held-out rows are not there, so nothing is scored")
+        return None
+    api.run_base(plan, run)
+    return plan
 
 
 def _effect_lost(out: Path, exact: Path, *, base: Path | None = None) -> dict[str, Any] | None:

@@ -300,12 +300,13 @@ def mix(
     score: Annotated[
         bool, typer.Option(help="Say how much of the effect a rank or a dtype loses on held-out rows.")
     ] = True,
+    base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
     """Add adapters up: 0.7 of one and 0.3 of another, or one less another. Exact, or the best of a rank."""
     from qlora_lite import change
 
-    _print(change.mix_runs(parts, out, rank=rank, dtype=dtype, score=score), json)
+    _print(change.mix_runs(parts, out, rank=rank, dtype=dtype, score=score, base=base), json)
 
 
 @app.command()

@@ -190,23 +190,21 @@ def look_at_kernels(findings: list[Finding]) -> Facts:
 def look_at_cpu(findings: list[Finding]) -> Facts:
     import torch
 
+    from qlora_lite.device.accelerator import cpu_multiplies_bf16
+
     facts = {
         "name": _cpu_name(),
         "num_cores": os.cpu_count() or 1,
         "num_usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "num_threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "has_bf16_products": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "has_bf16_products": cpu_multiplies_bf16(),
         "has_avx512_bf16": bool(torch.cpu._is_avx512_bf16_supported()),
         "has_amx": bool(torch.cpu._is_amx_tile_supported()),
     }
     found = f"{facts['name']}, usable cores: {facts['num_usable_cores']}, torch's threads: {facts['num_threads']}, {facts['capability']}"
-    if not facts["has_bf16_products"]:
-        advice = "Training works, slowly; model.dtype: fp32 may be faster"
-        findings.append(Finding("processor", WARNING, f"{found}, no bf16 products", advice))
-    else:
-        fast = "in hardware" if facts["has_avx512_bf16"] or facts["has_amx"] else "by way of fp32"
-        findings.append(Finding("processor", OK, f"{found}; computes in bf16 {fast}"))
+    chosen = "multiplies bf16" if facts["has_bf16_products"] else "does not multiply bf16: model.dtype: auto is fp32"
+    findings.append(Finding("processor", OK, f"{found}; {chosen}"))
     return facts
 
 

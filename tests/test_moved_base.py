@@ -67,6 +67,13 @@ def test_resuming_names_base_and_with_it_goes_on_from_a_cache_that_is_gone(
     shorter = run_cli("rank", run, "--to", "1", "--out", tmp_path / "short", "--base", stopped / "moved", "--json")
     assert shorter.json["truncated"]["eval"]["after"]["num_examples"] == 4
 
+    shorten = ["rank", run, "--to", "1", "--out", tmp_path / "shorter"]
+    assert "add --base DIR (its hash is checked)" in run_cli(*shorten).last_line
+    mix = ["mix", f"{run}:0.5", "--out", tmp_path / "mixed", "--rank", "1", "--json"]
+    assert "add --base DIR (its hash is checked)" in run_cli(*mix).last_line
+    assert not (tmp_path / "shorter").exists() and not (tmp_path / "mixed").exists()
+    assert run_cli(*mix, "--base", stopped / "moved").json["proof"]["num_label_tokens"] > 0
+
     other = save_tiny_llama(tmp_path / "other", seed=1)
     monkeypatch.setattr(resuming, "_kept_artefact", lambda run: None)  # as where the cache of then is gone
     refused = run_cli("eval", run, "--base", other)

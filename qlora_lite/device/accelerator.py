@@ -1,9 +1,10 @@
-"""The accelerator that is here: what it is, its memory, its random numbers. The one place that asks torch about a device by name.
+"""The devices that are here: what they can do, their memory, their random numbers. The one place that asks torch about a device by name.
 
 `ACCELERATOR` is torch's word for the one kind of accelerator that the program's libraries support: "cuda", which AMD's builds of torch
 answer to as well. Everything else asks a `Card` what it can do. Tests put a stand-in device in its place (tests/standin).
 """
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -27,6 +28,18 @@ def choose_device(asked: str) -> tuple[Card, str]:
     if asked == "cuda":
         raise UserError("device: cuda was asked for, and torch finds no CUDA device. Use device: cpu or auto")
     return CPU, "cpu: torch finds no CUDA device"
+
+
+@cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bf16. Without them it converts, which is several times slower than fp32.
+
+    AVX-512 without its bf16 instructions counts as without: oneDNN supports bf16 there by converting.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def torch_module() -> Any:

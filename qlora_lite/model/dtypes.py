@@ -1,18 +1,21 @@
 """The one table of number types: what is stored, computed, differentiated and updated in which type, per device.
 
-    device                 base compute  factors  gradients  update          loss scaling
-    CPU                    bf16          bf16     fp32       fp32 master     no
-    CUDA, SM 8.0 or newer  bf16          bf16     fp32       fp32 master     no
-    CUDA, older (Turing)   fp16          fp32     fp32       fp32            yes: fp16 gradients underflow below 6e-8
-    asked for fp32         fp32          fp32     fp32       fp32            no
+    device                     base compute  factors  gradients  update          loss scaling
+    CPU that multiplies bf16   bf16          bf16     fp32       fp32 master     no
+    other CPUs                 fp32          fp32     fp32       fp32            no
+    CUDA, SM 8.0 or newer      bf16          bf16     fp32       fp32 master     no
+    CUDA, older (Turing)       fp16          fp32     fp32       fp32            yes: fp16 gradients underflow below 6e-8
+    asked for fp32             fp32          fp32     fp32       fp32            no
 
-The frozen weights are NF4 in every row; "base compute" is what they are dequantized to.
+The frozen weights are NF4 in every row; "base compute" is what they are dequantized to. A CPU without instructions for bf16 computes in it
+too when asked to: in less memory than fp32 and several times more slowly (tools/bench_step with `--set model.dtype=bf16` and `fp32`).
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from qlora_lite.device.accelerator import cpu_multiplies_bf16
 from qlora_lite.device.card import Card
 from qlora_lite.errors import UserError
 
@@ -37,7 +40,9 @@ class NumberTypes:
 def choose_types(asked: str, card: Card) -> NumberTypes:
     """`auto | bf16 | fp16 | fp32` -> the row of the table for `card`. Raises UserError for a type that it lacks."""
     name = "CPU" if card.is_cpu else f"card ({card.in_words})"
-    if asked == "auto":
+    if asked == "auto" and card.is_cpu and not cpu_multiplies_bf16():
+        asked, reason = "fp32", "fp32: the CPU has no instructions that multiply bf16"
+    elif asked == "auto":
         asked = "bf16" if card.has_bf16 else "fp16"
         reason = f"{asked}: the {name} {'computes in' if card.has_bf16 else 'has no'} bf16"
     else:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from qlora_lite.device import accelerator
-from qlora_lite.device.accelerator import choose_device
+from qlora_lite.device.accelerator import choose_device, cpu_multiplies_bf16
 from qlora_lite.device.card import CPU, Card
 from qlora_lite.errors import UserError
+from qlora_lite.model import dtypes
 from qlora_lite.model.dtypes import choose_types, types_of_run
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -30,10 +31,39 @@ def card_of(capability: tuple[int, int] | None) -> Card:
         ("bf16", None, BF16, BF16, False, "bf16: asked for"),
     ],
 )
-def test_each_row_of_the_table(asked, capability, compute, factors, scale_loss, reason):
+def test_each_row_of_the_table(monkeypatch, asked, capability, compute, factors, scale_loss, reason):
+    monkeypatch.setattr(dtypes, "cpu_multiplies_bf16", lambda: True)
     types = choose_types(asked, card_of(capability))
     assert (types.compute, types.factors, types.scale_loss, types.reason) == (compute, factors, scale_loss, reason)
     assert types.name == {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[compute]
+
+
+def test_a_cpu_without_bf16_products_computes_in_fp32_unless_bf16_is_asked_for(monkeypatch):
+    monkeypatch.setattr(dtypes, "cpu_multiplies_bf16", lambda: False)
+    types = choose_types("auto", CPU)
+    assert (types.compute, types.factors, types.scale_loss) == (FP32, FP32, False)
+    assert types.reason == "fp32: the CPU has no instructions that multiply bf16"
+    assert choose_types("bf16", CPU).compute is BF16
+    assert choose_types("auto", card_of(AMPERE)).compute is BF16
+
+
+@pytest.mark.parametrize(
+    ("converts", "machine", "avx512_bf16", "amx", "expected"),
+    [
+        (False, "x86_64", False, False, False),  # AVX2
+        (True, "x86_64", False, False, False),  # AVX-512: oneDNN supports bf16 by converting
+        (True, "AMD64", True, False, True),
+        (True, "x86_64", False, True, True),
+        (True, "aarch64", False, False, True),
+        (False, "arm64", False, False, False),
+    ],
+)
+def test_which_cpus_multiply_bf16(monkeypatch, converts, machine, avx512_bf16, amx, expected):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: converts)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(accelerator.platform, "machine", lambda: machine)
+    assert cpu_multiplies_bf16.__wrapped__() is expected
 
 
 def test_bf16_on_a_card_without_it_is_refused_and_says_what_to_use():
