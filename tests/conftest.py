@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell starts what runs in its background so; the programs under test inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_HOME = os.environ.get("QLORA_LITE_HOME") or "~/.cache/qlora_lite"

@@ -413,7 +413,7 @@ def test_every_problem_of_a_recipe_is_told_at_once(tmp_path: Path) -> None:
 
 HOSTILE_DATA: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "the file is empty"),
-    "binary": (bytes(range(256)) * 20, "not JSON"),
+    "binary": (bytes(range(256)) * 20, "looks like a binary file"),
     "no-questions": (b'{"data": []}', "no questions"),
     "deep": (b'{"data":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than 64 levels deep"),
     "deep-unclosed": (b"[" * 100_000, "nested more than 64 levels deep"),

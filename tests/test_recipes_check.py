@@ -41,8 +41,10 @@ def stand_in(base: str, folder: Path) -> Path:
     config = published_config(architecture)
     if "max_position_embeddings" in config:
         config["max_position_embeddings"] = 32_768
+    tokenizer = FAMILIES[family].tokenizer()
+    config["vocab_size"] = max(config["vocab_size"], len(tokenizer))
     (folder / "config.json").write_text(json.dumps(config))
-    FAMILIES[family].tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -76,11 +76,12 @@ def test_a_message_that_cannot_be_written_is_dropped_and_a_result_is_not(monkeyp
 
 def test_a_terminal_that_goes_away_stops_as_a_signal_does_and_nohup_stays_in_force(monkeypatch):
     monkeypatch.setattr(show, "say_warning", lambda text: None)
-    with stop_signals() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.number == signal.SIGHUP
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     try:
+        with stop_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with stop_signals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.number is None
@@ -90,14 +91,15 @@ def test_a_terminal_that_goes_away_stops_as_a_signal_does_and_nohup_stays_in_for
 
 @pytest.mark.parametrize("size", ["0", "-5", "wide", "", "²", "1", "9" * 30])
 def test_a_screen_of_no_width_is_taken_for_a_usual_one(monkeypatch, size):
-    monkeypatch.setenv("COLUMNS", size)
-    monkeypatch.setenv("LINES", size)
-    monkeypatch.delenv("TERM", raising=False)
     console.cache_clear()
     try:
-        monkeypatch.setattr(sys, "stderr", io.StringIO())
-        show.show_table("title", ["name"], [["value"]])
-        assert "value" in sys.stderr.getvalue() and console().width == WIDTH_OF_A_LOG
+        with monkeypatch.context() as patch:  # not a moment longer: pytest reads COLUMNS too
+            patch.setenv("COLUMNS", size)
+            patch.setenv("LINES", size)
+            patch.delenv("TERM", raising=False)
+            patch.setattr(sys, "stderr", io.StringIO())
+            show.show_table("title", ["name"], [["value"]])
+            assert "value" in sys.stderr.getvalue() and console().width == WIDTH_OF_A_LOG
     finally:
         console.cache_clear()
 

@@ -3,8 +3,10 @@
     CPU    bitsandbytes' AdamW for 8-bit states works on fp32 copies in five tensors, for 32-bit states in three
            (its Python kernels; tests/plan/test_workspace.py measures them with the allocator)
            flash attention: score blocks a thread, forward 6 bytes a score and its rows, backward 12 (PyTorch, FlashAttentionKernel.cpp),
-           and what its 16-bit matrix products pack for themselves, which is measured where the plan is made
-           16-bit matrix products: buffers of oneDNN, a few hundred KB however large the matrices; measured too
+           and what its 16-bit matrix products pack for themselves, which is measured where the plan is made: on processors with AMX
+           keys and values once more
+           16-bit matrix products: buffers of oneDNN, measured too, by shape and by which side is transposed: a few hundred KB, up to
+           7 MB on processors with AMX
     cards  card_workspace.py
 
 A block of scores is 256 x 512, 64 x 512 or 32 x 512, the fewer rows the shorter the sequence.
@@ -22,6 +24,9 @@ from qlora_lite.train.measure import measure_allocations
 
 _ops: Any = torch.ops
 Count = Callable[[Sequence[Any], int], int]
+_HALF_TYPES = (torch.bfloat16, torch.float16)
+_MEASURED_KEYS = 512  # attention goes through keys in blocks of as many
+_MEASURED_PRODUCT = (2048, 4096, 4096)
 
 
 def workspace_of(card: Card, *, num_threads: int) -> Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]:
@@ -42,22 +47,49 @@ def _adamw(num_copies: int) -> Count:
 
 def _flash_forward_on_cpu(args: Sequence[Any], num_threads: int) -> int:
     query, key = args[0], args[1]
-    rows, columns = _score_block(query.shape[2], key.shape[2])
-    reduced = 2 if query.dtype != torch.float32 else 0  # bytes of a score in the inputs' own type
-    return num_threads * (rows * columns * (4 + reduced) + 2 * 4 * rows + 4 * rows * query.shape[3])
+    num_queries, num_keys, width = query.shape[2], key.shape[2], query.shape[3]
+    blocks = _forward_blocks(num_queries, num_keys, width, query.dtype, num_threads)
+    if query.dtype not in _HALF_TYPES:
+        return blocks
+    measured = min(num_keys, _MEASURED_KEYS)
+    fixed, of_head = _packed_forward_on_cpu(min(num_queries, _MEASURED_KEYS), measured, width, query.dtype)
+    return blocks + fixed + of_head * key.shape[0] * key.shape[1] * num_keys // measured
+
+
+def _forward_blocks(num_queries: int, num_keys: int, width: int, dtype: torch.dtype, num_threads: int) -> int:
+    rows, columns = _score_block(num_queries, num_keys)
+    reduced = 2 if dtype in _HALF_TYPES else 0  # bytes of a score in the inputs' own type
+    return num_threads * (rows * columns * (4 + reduced) + 2 * 4 * rows + 4 * rows * width)
+
+
+@cache
+def _packed_forward_on_cpu(num_queries: int, num_keys: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """-> (bytes however many heads there are, bytes of each key head): what 16-bit products of the forward pass pack, by one and two heads."""
+    attend = _ops.aten._scaled_dot_product_flash_attention_for_cpu
+    blocks = _forward_blocks(num_queries, num_keys, width, dtype, torch.get_num_threads())
+    packed = []
+    for heads in (1, 2):
+        query, key = (torch.zeros(1, heads, length, width, dtype=dtype) for length in (num_queries, num_keys))
+        for _ in range(2):  # the first makes what is made once
+            with measure_allocations("cpu") as allocations:
+                output, total = attend(query, key, key, 0.0, num_queries == num_keys)
+        packed.append(allocations.peak_bytes - output.nbytes - total.nbytes - blocks)
+    one, two = packed
+    return max(0, 2 * one - two), max(0, two - one)
 
 
 def _flash_backward_on_cpu(args: Sequence[Any], num_threads: int) -> int:
     query, key = args[1], args[2]  # after the gradient
     num_queries, num_keys, width = query.shape[2], key.shape[2], query.shape[3]
     blocks = _backward_blocks(num_queries, num_keys, query.dtype, num_threads)
-    is_reduced = query.dtype in (torch.bfloat16, torch.float16)
-    return blocks + (_packed_on_cpu(min(num_queries, 1024), min(num_keys, 1024), width) if is_reduced else 0)
+    if query.dtype not in _HALF_TYPES:
+        return blocks
+    return blocks + _packed_on_cpu(min(num_queries, 1024), min(num_keys, 1024), width)
 
 
 def _backward_blocks(num_queries: int, num_keys: int, dtype: torch.dtype, num_threads: int) -> int:
     rows, columns = _score_block(num_queries, num_keys)
-    reduced = 2 if dtype != torch.float32 else 0
+    reduced = 2 if dtype in _HALF_TYPES else 0
     return num_threads * (2 * rows * columns * (4 + reduced) + 4 * rows)
 
 
@@ -76,15 +108,25 @@ def _packed_on_cpu(num_queries: int, num_keys: int, width: int) -> int:
 
 def _product_on_cpu(left: torch.Tensor, right: torch.Tensor) -> int:
     """left [n, k] @ right [k, m]. The buffers hardly grow beyond the sizes that are measured."""
-    if left.dtype not in (torch.bfloat16, torch.float16):
+    if left.dtype not in _HALF_TYPES:
         return 0
     (n, k), m = left.shape, right.shape[1]
-    return _buffers_of_product(min(n, 512), min(k, 2048), min(m, 256), left.dtype)
+    most_n, most_k, most_m = _MEASURED_PRODUCT
+    return _buffers_of_product(
+        min(n, most_n), min(k, most_k), min(m, most_m), left.dtype, _is_transposed(left), _is_transposed(right)
+    )
+
+
+def _is_transposed(matrix: torch.Tensor) -> bool:
+    return matrix.stride(0) == 1 and matrix.shape[0] > 1
 
 
 @cache
-def _buffers_of_product(n: int, k: int, m: int, dtype: torch.dtype) -> int:
-    left, right = torch.zeros(n, k, dtype=dtype), torch.zeros(k, m, dtype=dtype)
+def _buffers_of_product(
+    n: int, k: int, m: int, dtype: torch.dtype, is_left_transposed: bool, is_right_transposed: bool
+) -> int:
+    left = torch.zeros(k, n, dtype=dtype).T if is_left_transposed else torch.zeros(n, k, dtype=dtype)
+    right = torch.zeros(m, k, dtype=dtype).T if is_right_transposed else torch.zeros(k, m, dtype=dtype)
     for _ in range(2):  # the first makes what is made once
         with measure_allocations("cpu") as allocations:
             product = left @ right

@@ -51,9 +51,12 @@ def test_attention_on_the_cpu(length, heads, key_heads, width):
 
 @pytest.mark.parametrize("shapes", [(200, 1040, 256), (643, 592, 1536), (2048, 1552, 576), (32, 272, 1024)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_matrix_products_on_the_cpu(shapes, dtype):
+@pytest.mark.parametrize("is_left_transposed", [False, True])
+@pytest.mark.parametrize("is_right_transposed", [False, True])
+def test_matrix_products_on_the_cpu(shapes, dtype, is_left_transposed, is_right_transposed):
     n, k, m = shapes
-    left, right = torch.ones(n, k, dtype=dtype), torch.ones(m, k, dtype=dtype).T
+    left = torch.ones(k, n, dtype=dtype).T if is_left_transposed else torch.ones(n, k, dtype=dtype)
+    right = torch.ones(m, k, dtype=dtype).T if is_right_transposed else torch.ones(k, m, dtype=dtype)
     left @ right  # what is made once
     with measure_allocations("cpu") as allocations:
         product = left @ right
