@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite import import_guard
+from qlora_lite.device.waiting import choose_spinning
 
 # What the user says about connections, before we say it for the libraries: with it, `fetch` opens none either.
 OFFLINE_ASKED = any(
@@ -31,6 +32,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler that measures allocations announces itself otherwise
+choose_spinning(os.environ)
 
 import_guard.install()
 

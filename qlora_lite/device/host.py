@@ -6,7 +6,8 @@ from pathlib import Path
 
 import psutil
 
-BUSY_SHARE = 0.25  # of the cores: what others may take before the times of a run are no longer its own
+from qlora_lite.device.waiting import BUSY_SHARE
+
 _LEAST_S = 0.2  # processor time is counted in hundredths of a second
 _CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
