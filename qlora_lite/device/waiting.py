@@ -1,9 +1,9 @@
 """How long a thread waits awake for the others at the end of a shared product, chosen before torch loads its OpenMP.
 
-GNU's OpenMP (libgomp, in torch's builds for Linux) lets a waiting thread spin 300,000 turns, some ten milliseconds, before it sleeps. On a
-quiet machine nothing is lost by that. Beside other programs it keeps the processor from the very thread that it waits for: a step beside two
-busy loops took 6 times as long on two cores. A thread that sleeps at once pays for being woken, in every product of a quiet run. So the
-number of turns depends on how busy the machine is when the program starts (figures: tools/bench_busy). Results do not depend on it.
+GNU's OpenMP (libgomp, in torch's builds for Linux) lets a waiting thread spin 300,000 turns, some ten milliseconds, before it sleeps. On
+a quiet machine nothing is lost by that. Beside other programs it keeps the processor from the very thread that it waits for: on two cores
+a step beside two busy loops took six times as long. A thread that sleeps at once pays for being woken, in every product of a quiet run. So
+the number of turns depends on how busy the machine is when the program starts (figures: tools/bench_busy). Results do not depend on it.
 """
 
 import os

@@ -64,7 +64,7 @@ def _forward_blocks(num_queries: int, num_keys: int, width: int, dtype: torch.dt
 
 @cache
 def _packed_forward_on_cpu(num_queries: int, num_keys: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """-> (bytes however many heads there are, bytes of each key head): what 16-bit products of the forward pass pack, by one and two heads."""
+    """-> (bytes for any number of heads, bytes of each key head) that 16-bit products of the forward pass pack, from one and two heads."""
     attend = _ops.aten._scaled_dot_product_flash_attention_for_cpu
     blocks = _forward_blocks(num_queries, num_keys, width, dtype, torch.get_num_threads())
     packed = []
