@@ -26,7 +26,7 @@ def run_tool(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def packing() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_pack", REPOSITORY / "tools" / "gpu_pack.py")
+    spec = importlib.util.spec_from_file_location("pack", REPOSITORY / "tools" / "gpu" / "pack.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -57,12 +57,12 @@ def test_its_items_hold_on_the_stand_in_and_each_prints_a_line_at_once(tmp_path:
 
 def test_an_item_that_fails_is_named_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    import gpu_items
+    from gpu import items
 
     def wrong() -> dict:
         raise AssertionError("not as planned")
 
-    found = [gpu_items.run(gpu_items.Item(n, "try", work)) for n, work in ((1, wrong), (2, lambda: {"x": 1}))]
+    found = [items.run(items.Item(n, "try", work)) for n, work in ((1, wrong), (2, lambda: {"x": 1}))]
     assert [each["ok"] for each in found] == [False, True]
     assert "AssertionError: not as planned" in found[0]["error"] and "wrong" in found[0]["where"]
     assert found[1]["found"] == {"x": 1}

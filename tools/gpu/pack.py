@@ -41,7 +41,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 LOCKS = ("lock.txt", "lock-dev.txt")  # the first that has a name decides
 ENTRY = re.compile(r"([a-z0-9-]+)==(\S+)(?: ; (.*?))? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)")
 
@@ -153,7 +153,7 @@ def strip_bitsandbytes(wheel: Path) -> None:
         dropped = {name for name in names if name.endswith(".so") and name.rpartition("/")[2] not in NATIVE}
         absent = [name for name in NATIVE if f"bitsandbytes/{name}" not in names]
         if absent:
-            raise PackError(f"{wheel.name} has no {', '.join(absent)}: change NATIVE in tools/gpu_pack.py")
+            raise PackError(f"{wheel.name} has no {', '.join(absent)}: change NATIVE in tools/gpu/pack.py")
         for entry in whole.infolist():
             if entry.filename in dropped:
                 continue
@@ -276,7 +276,7 @@ def _mib(num_bytes: int) -> str:
 
 
 def main() -> int:
-    """`python tools/gpu_pack.py DIR`: the last line of stdout is what `pack` returns, as JSON."""
+    """`python tools/gpu/pack.py DIR`: the last line of stdout is what `pack` returns, as JSON."""
     parser = argparse.ArgumentParser(description="Pack what a machine with a CUDA card and no network needs.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="an empty or new folder")
     parser.add_argument("--python", default="3.12", help="that machine's Python (default: %(default)s)")
