@@ -475,21 +475,13 @@ def _attention_on_card(
     alignment = 4 if query.dtype == torch.float32 else 8
     is_efficient = kernel == "efficient" and query.shape[1] == key.shape[1]
     if not is_efficient or query.shape[-1] % alignment or value.shape[-1] % alignment:
-        return _plain_attention(query, key, value, bias, scale)
+        plain: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, bias, dropout_p, is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )[0]
+        return plain
     operator = torch.ops.aten._scaled_dot_product_efficient_attention
     output: torch.Tensor = operator(query, key, value, bias, trains, dropout_p, is_causal, scale=scale)[0]
     return output
-
-
-def _plain_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float | None
-) -> torch.Tensor:
-    """Products and a softmax, as torch's MATH kernel, which computes in fp32: scores of every pair of tokens."""
-    groups, dtype = query.shape[1] // key.shape[1], query.dtype
-    query, key, value = (tensor.float() for tensor in (query, key, value))
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (query @ key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return (torch.softmax(scores if bias is None else scores + bias, dim=-1) @ value).to(dtype)
 
 
 def _filled_up(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
