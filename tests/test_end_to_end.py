@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_lite.recipe import load_run_recipe
+
 pytestmark = pytest.mark.slow
 
 
@@ -39,7 +41,10 @@ def test_a_merge_after_three_steps_keeps_95_percent_of_the_adapter_where_nearest
 ) -> None:
     merged = json.loads((short_run / "merge.json").read_text())
     assert merged["arithmetic_ratio"] < 0.01
-    assert merged["storage_ratio"] < 0.05 < merged["nearest_ratio"]
+    assert merged["storage_ratio"] < 0.05
+    # A bf16 base lies on the grid that is rounded to, so small changes fall back on it; one of fp32 lies anywhere between.
+    if load_run_recipe(short_run / "recipe.yaml").model.dtype == "bf16":
+        assert merged["nearest_ratio"] > 0.05
     print(f"storage_ratio {merged['storage_ratio']:.3%}, nearest_ratio {merged['nearest_ratio']:.3%}")
 
 
