@@ -61,7 +61,7 @@ def test_a_run_that_is_continued_ends_where_one_without_a_break_does(recipe, tmp
 
 
 def test_full_training_writes_weights_that_transformers_reads_and_has_nothing_to_merge(recipe, tmp_path):
-    plan, loaded, _ = trained_run(recipe, tmp_path / "run", "method=full")
+    plan, loaded, _ = trained_run(recipe, tmp_path / "run", "method=full", "model.dtype=bf16")
     theirs = AutoModelForCausalLM.from_pretrained(str(tmp_path / "run" / "weights"), dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(theirs[name], p) for name, p in loaded.model.named_parameters())
     assert not (tmp_path / "run" / "adapter").exists()
@@ -74,7 +74,10 @@ def test_full_training_writes_weights_that_transformers_reads_and_has_nothing_to
 def test_full_training_follows_the_fp32_master(recipe, tmp_path):
     """One step on the bf16 weights is one step of AdamW on fp32 copies of them, rounded."""
     plan = make_plan(
-        load_recipe(recipe, overrides=overrides("method=full", "train.max_steps=1", "train.warmup_ratio=0"))
+        load_recipe(
+            recipe,
+            overrides=overrides("method=full", "model.dtype=bf16", "train.max_steps=1", "train.warmup_ratio=0"),
+        )
     )
     loaded = load_model(plan)
     start = {name: p.detach().float().clone() for name, p in loaded.model.named_parameters()}

@@ -42,6 +42,12 @@ def cpu_multiplies_bf16() -> bool:
     return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+@cache
+def cpu_has_amx() -> bool:
+    """Whether products of bf16 go through this processor's tile registers."""
+    return cpu_multiplies_bf16() and bool(torch.cpu._is_amx_tile_supported())
+
+
 def torch_module() -> Any:
     """torch.cuda."""
     return torch.get_device_module(ACCELERATOR)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from qlora_lite.device.accelerator import cpu_has_amx
 from qlora_lite.device.card import Card
 from qlora_lite.plan.card_workspace import card_workspace
 from qlora_lite.train.measure import measure_allocations
@@ -26,7 +27,7 @@ _ops: Any = torch.ops
 Count = Callable[[Sequence[Any], int], int]
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 _MEASURED_KEYS = 512  # attention goes through keys in blocks of as many
-_MEASURED_PRODUCT = (2048, 4096, 4096)
+_MEASURED_PRODUCT, _MEASURED_PRODUCT_AMX = (1024, 2048, 1024), (2048, 4096, 4096)
 
 
 def workspace_of(card: Card, *, num_threads: int) -> Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]:
@@ -111,7 +112,7 @@ def _product_on_cpu(left: torch.Tensor, right: torch.Tensor) -> int:
     if left.dtype not in _HALF_TYPES:
         return 0
     (n, k), m = left.shape, right.shape[1]
-    most_n, most_k, most_m = _MEASURED_PRODUCT
+    most_n, most_k, most_m = _MEASURED_PRODUCT_AMX if cpu_has_amx() else _MEASURED_PRODUCT
     return _buffers_of_product(
         min(n, most_n), min(k, most_k), min(m, most_m), left.dtype, _is_transposed(left), _is_transposed(right)
     )

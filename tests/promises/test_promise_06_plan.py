@@ -17,6 +17,7 @@ from qlora_lite.ledger import Ledger, counted_as
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.artefact import quantize_base
 from qlora_lite.model.base import checkpoint_activations, load_base
+from qlora_lite.model.dtypes import choose_types
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.meta import meta_model
 from qlora_lite.model.quantization import Quantization
@@ -178,12 +179,14 @@ def test_so_it_does_for_the_shipped_model(method):
 
 
 def errors_percent(name: str, method: str, cells: list) -> list[float]:
-    """Planned against measured, in the cells of one model."""
-    model, errors = bench_plan().real_model({"device": "cpu", "model": name, "method": method}), []
+    """Planned against measured, in the cells of one model, in the type that the program chooses on this processor."""
+    types, errors = choose_types("auto", cpu_card), []
+    model = bench_plan().real_model({"device": "cpu", "model": name, "method": method}, types.compute)
     for length, num_examples, checkpointing, optimizer in cells:
         settings = replace(
-            CPU, method=method, r=bench_plan().RANK, optimizer=optimizer, checkpoint_every=int(checkpointing)
-        )
+            CPU, method=method, r=bench_plan().RANK, optimizer=optimizer, checkpoint_every=int(checkpointing),
+            compute=types.compute, factors=types.factors,
+        )  # fmt: skip
         checkpoint_activations(causal_lm(model), every=settings.checkpoint_every)
         measured, planned = measured_and_planned(model, settings, MicroBatch(length, num_examples, 0.1, is_first=True))
         errors.append(100 * (planned / measured - 1))
