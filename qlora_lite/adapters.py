@@ -61,6 +61,8 @@ class Source:
 def open_source(path: Path | str) -> Source:
     """The adapter of a run, or of a folder in PEFT's format; verified where there is a manifest. Raises RunError."""
     path = Path(path)
+    if RunDir(path.parent).has_begun and RunDir(path.parent).trained == path:
+        path = path.parent  # RUN/adapter is the run's, which says what base it is for
     if not RunDir(path).has_begun:
         if not (path / "adapter_config.json").is_file():
             raise RunError(f"{path}: neither a run nor an adapter in PEFT's format (it has no adapter_config.json)")

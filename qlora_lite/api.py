@@ -194,7 +194,7 @@ def _adapter_off(loaded: LoadedModel) -> Iterator[None]:
 def run_base(plan: Plan, run: RunDir) -> Path:
     """The base the run was trained on. Raises RunError when what is there now is another one."""
     folder = base_folder(plan)
-    refuse_other_base(run, base_sha256(plan, folder))
+    refuse_other_base(run, base_sha256(plan, folder), folder)
     return folder
 
 

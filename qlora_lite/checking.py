@@ -14,6 +14,7 @@ from qlora_lite.errors import UserError
 from qlora_lite.evaluate.held_out import account_of, held_out_rows, left_out_of, longest_scored
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
+from qlora_lite.model.generation_settings import base_stops
 from qlora_lite.model.source import context_window, find_base, load_config
 from qlora_lite.plan import refuse_wrong_modules, what_is_shared
 from qlora_lite.recipe import Recipe
@@ -28,7 +29,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     config = load_config(source)
     refuse_wrong_modules(recipe, config)
     tokenizer = load_tokenizer(source, special_tokens=recipe.data.special_tokens)
-    vocabulary = Vocabulary.of(config, recipe.data.special_tokens)
+    vocabulary = Vocabulary.of(config, recipe.data.special_tokens, base_stops(source))
     asked = recipe.data.max_seq_length
     found = inspect_rows(
         recipe.data.train_files,
@@ -63,7 +64,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     show.say(f"data.share_prefixes: {sharing_reason}")
     eval_rows = None if recipe.data.eval is None else _held_out(recipe, recipe.data.eval, source, tokenizer, length)
     held_out = None if eval_rows is None else _check_held_out(recipe, eval_rows)
-    repeats = find_repeats(_trained(recipe, tokenizer, length), eval_rows)
+    repeats = find_repeats(_trained(recipe, tokenizer, length, vocabulary), eval_rows)
     for sentence in repeats.sentences:
         show.say_warning(sentence)
     return {
@@ -86,7 +87,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _trained(recipe: Recipe, tokenizer: Any, max_seq_length: int) -> Examples:
+def _trained(recipe: Recipe, tokenizer: Any, max_seq_length: int, vocabulary: Vocabulary) -> Examples:
     data = recipe.data
     return load_examples(
         data.train_files,
@@ -96,6 +97,7 @@ def _trained(recipe: Recipe, tokenizer: Any, max_seq_length: int) -> Examples:
         no_answer_text=data.no_answer_text,
         max_seq_length=max_seq_length,
         cache_dir=default_cache() / "data",
+        vocabulary=vocabulary,
     )
 
 
@@ -115,7 +117,7 @@ def _held_out(recipe: Recipe, file: str, source: Path, tokenizer: Any, trained_l
         text_length=trained_length,
         window=window,
         cache_dir=default_cache() / "data",
-        vocabulary=Vocabulary.of(config, data.special_tokens),
+        vocabulary=Vocabulary.of(config, data.special_tokens, base_stops(source)),
     )
 
 

@@ -257,7 +257,9 @@ def rank(
         str | None, typer.Option("--try", metavar="R,R,...", help="Train the recipe with each rank and compare.")
     ] = None,
     base: BaseOption = None,
-    share: Annotated[float, typer.Option(help="With --try: the share of the recipe's epochs for each.")] = 0.5,
+    share: Annotated[
+        float | None, typer.Option(help="With --try: the share of the recipe's epochs for each, by default 0.5.")
+    ] = None,
     set_: SetOption = [],  # noqa: B006
     json: JsonOption = False,
 ) -> None:
@@ -268,6 +270,8 @@ def rank(
         raise UserError("rank: --dtype says how a shorter adapter is stored, so it goes with --to R or --parameters N")
     if out is not None and to is None and parameters is None and try_ is None:
         raise UserError("rank: --out says where a shorter adapter goes, so it goes with --to R or --parameters N")
+    if try_ is None and share is not None:
+        raise UserError("rank: --share says how long each rank is trained, so it goes with --try")
     if try_ is not None and base is not None:
         raise UserError("rank: --base goes with a run; for --try set the recipe's own: --set model.base=DIR")
     if try_ is not None:
@@ -281,7 +285,7 @@ def rank(
     from qlora_lite import change
 
     if try_ is not None:
-        found = change.try_ranks(what, set_, ranks=ranks, share=share)
+        found = change.try_ranks(what, set_, ranks=ranks, share=0.5 if share is None else share)
     else:
         found = change.rank(
             Path(what), other=other, to=to, num_parameters=parameters, out=out, dtype=dtype, score=score, base=base

@@ -16,6 +16,7 @@ from qlora_lite.model.adapter import attach_adapter, load_adapter
 from qlora_lite.model.artefact import quantize_base, verify_artefact
 from qlora_lite.model.base import LoadedBase, load_base
 from qlora_lite.model.factors import copy_factors
+from qlora_lite.model.generation_settings import base_stops
 from qlora_lite.model.manifest import folder_weights_sha256
 from qlora_lite.model.source import context_window, load_config
 from qlora_lite.model.trained import make_trainable
@@ -121,7 +122,7 @@ def template_of(plan: Plan, tokenizer: Any) -> ChatTemplate:
 
 def vocabulary_of(plan: Plan) -> Vocabulary:
     """Which tokens the plan's base has rows for, and which are the recipe's own. Raises ModelError."""
-    return Vocabulary.of(load_config(plan.source), plan.recipe.data.special_tokens)
+    return Vocabulary.of(load_config(plan.source), plan.recipe.data.special_tokens, base_stops(plan.source))
 
 
 def _new_adapter(plan: Plan, base: LoadedBase) -> PeftModel:

@@ -231,6 +231,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score one of the run's models on its held-out rows or on another file; `overrides` say how (`eval.max_seq_length=1024`)."""
     name = _which(which)
+    if data is not None and any(override.startswith("eval.num_examples") for override in overrides):
+        raise UserError(
+            "eval: --data scores every row of its file, so eval.num_examples changes nothing. Leave one of them out"
+        )
     run, plan = api.open_run(run_dir, overrides=overrides, base=base)
     models = api.run_models(plan, run, [name])
     with show.phase(f"loading the {name} model"):

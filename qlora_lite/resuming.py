@@ -16,6 +16,7 @@ from qlora_lite.data.files import hash_file
 from qlora_lite.data.read import as_pairs, file_identity
 from qlora_lite.device.card import Card
 from qlora_lite.errors import ModelError, RunError
+from qlora_lite.model.base_files import files_of_base
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.manifest import MANIFEST_NAME, read_manifest
 from qlora_lite.model.source import find_base
@@ -58,12 +59,22 @@ def _may_differ(key: str) -> bool:
     return key.startswith("merge.") or key in MAY_DIFFER
 
 
-def refuse_other_base(run: RunDir, now: str) -> None:
-    """Raise RunError where the base's SHA-256 `now` is not that of the run's."""
-    then = run.read_json("env.json").get("base_sha256")
+def refuse_other_base(run: RunDir, now: str, folder: Path) -> None:
+    """Raise RunError where the base in `folder`, whose weights' SHA-256 is `now`, is not the run's: other weights, config or tokenizer."""
+    env = run.read_json("env.json")
+    then = env.get("base_sha256")
     if then is not None and now != then:
         raise RunError(
             f"{run.path}: was trained on another base (SHA-256 {then[:12]}..., now {now[:12]}...). {_how_to_get_it_back(run)}"
+        )
+    recorded, there = env.get("base_files"), files_of_base(folder)
+    if not isinstance(recorded, dict):  # a run of an earlier version has no record of them
+        return
+    changed = [name for name in sorted(recorded.keys() | there.keys()) if recorded.get(name) != there.get(name)]
+    if changed:
+        raise RunError(
+            f"{run.path}: the base's weights are the run's own, but {' and '.join(changed)} in {folder} differ from what it was trained "
+            "with. Put back what was there then, or give --base DIR with the folder as it was"
         )
 
 

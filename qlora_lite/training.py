@@ -20,6 +20,7 @@ from qlora_lite.evaluate import validation_loss
 from qlora_lite.evaluate.held_out import account_of
 from qlora_lite.loading import LoadedModel, held_out_examples, template_of, training_examples
 from qlora_lite.measured import disk_speed
+from qlora_lite.model.base_files import files_of_base
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.factors import factors_file
 from qlora_lite.model.generation_settings import add_stop_tokens
@@ -104,7 +105,7 @@ def _train(
     if resume:
         for sentence in go_on_with(run, recipe):
             say(sentence)
-        refuse_other_base(run, loaded.base_sha256)
+        refuse_other_base(run, loaded.base_sha256, loaded.base)
         refuse_other_data(run, data)
     examples = training_examples(plan, loaded.tokenizer)
     for sentence in examples.account("training rows", limit="data.num_train"):
@@ -211,6 +212,7 @@ def _write_start(run: RunDir, plan: Plan, loaded: LoadedModel, data: Mapping[str
         {
             "base": str(loaded.base),
             "base_sha256": loaded.base_sha256,
+            "base_files": files_of_base(loaded.base),
             "init_from": _start_of(plan.recipe),
             "device": plan.recipe.device,
             "card": plan.card.in_words,

@@ -314,3 +314,28 @@ def test_questions_from_stdin_go_to_the_runs_own_adapter_without_a_mix(
     assert done.json["answers"][0]["weights"] == {"a": 1}
     wrong = run_cli("ask", runs[0], "-", "--which", "base")
     assert wrong.code == 2 and "--which goes with one question" in wrong.stderr
+
+
+def test_an_adapters_folder_inside_a_run_is_that_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    inside = open_source(runs[0] / "adapter")
+    assert inside.run is not None and inside.run.path == runs[0] and inside.folder == runs[0] / "adapter"
+    shutil.copytree(runs[1], tmp_path / "other")
+    env = json.loads((tmp_path / "other" / "env.json").read_text())
+    (tmp_path / "other" / "env.json").write_text(json.dumps(env | {"base_sha256": "0" * 64}))
+    for words in (["rank", runs[0], "--with"], ["mix", f"{runs[0]}:1", "--out", tmp_path / "sum"]):
+        assert "were trained on different bases" in run_cli(*words, tmp_path / "other" / "adapter").last_line
+
+
+def test_an_adapter_less_itself_has_learned_nothing(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    assert run_cli("mix", f"{runs[0]}:1", f"{runs[0]}:-1", "--out", tmp_path / "zero").code == 0
+    assert "has learned nothing" in run_cli("rank", tmp_path / "zero", "--json").json["advice"]
+
+
+def test_an_option_of_trying_ranks_goes_with_try(runs: tuple[Path, Path]) -> None:
+    refused = run_cli("rank", runs[0], "--share", "0.5")
+    assert refused.code == 2 and "--share" in refused.last_line and "--try" in refused.last_line
+
+
+def test_a_number_of_rows_is_not_ignored_beside_a_file(runs: tuple[Path, Path]) -> None:
+    refused = run_cli("eval", runs[0], "--data", "rows.jsonl", "--set", "eval.num_examples=2")
+    assert refused.code == 2 and "eval.num_examples changes nothing" in refused.last_line

@@ -12,6 +12,8 @@ from qlora_lite import evaluate, load_model, load_recipe, make_plan, merge, trai
 from qlora_lite.api import open_run, run_models
 from qlora_lite.errors import RunError
 from qlora_lite.loading import base_folder
+from qlora_lite.model.bnb import dequantized
+from qlora_lite.model.frozen_int8 import FrozenInt8
 from tests.tiny_run import write_recipe
 
 METHODS = ("qlora", "lora", "full")
@@ -140,3 +142,20 @@ def test_every_kind_of_base_and_dora_train_and_merge(recipe, tmp_path, setting):
     (read,) = run_models(again, run, ["adapter"])
     assert evaluate(again, read).loss == pytest.approx(evaluate(plan, loaded).loss, abs=1e-3)
     assert merge(plan, tmp_path / "run").arithmetic_ratio < 0.01
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["layers.0.mlp.down_proj"], ["lm_head"]], ids=str)
+def test_int8_layers_without_factors_compute_as_those_with_them(recipe, tmp_path, targets):
+    """bitsandbytes' own forward would round their inputs to int8 as well, and cannot be rehearsed."""
+    plan, loaded, losses = trained_run(
+        recipe, tmp_path / "run", "model.quantization=int8", f"lora.target_modules={json.dumps(targets)}"
+    )
+    assert losses[-1] < losses[0]
+    layers = [layer for layer in loaded.model.modules() if isinstance(layer, FrozenInt8)]
+    x = torch.randn(2, 3, layers[0].in_features, dtype=plan.types.compute, requires_grad=True)
+    weight = dequantized(layers[0], torch.float32)
+    (gradient,) = torch.autograd.grad(layers[0](x).float().sum(), x)
+    assert torch.allclose(layers[0](x).float(), x.float() @ weight.T, atol=2e-2)
+    assert torch.allclose(gradient[0, 0].float(), weight.sum(0), atol=2e-2)
+    result = merge(plan, tmp_path / "run")
+    assert result.adapter_effect > 0 and result.arithmetic_ratio < 0.01

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lite import api, resuming
+from qlora_lite.model.base_files import files_of_base
 from qlora_lite.model.bring import default_cache
 from qlora_lite.recipe import load_recipe
 from qlora_lite.run_dir import RunDir
@@ -102,3 +103,48 @@ def test_base_goes_with_a_run(stopped: Path, tmp_path: Path) -> None:
     assert done.code == 2 and "--set model.base=DIR" in done.last_line
     done = run_cli("rank", stopped / "tiny.yaml", "--try", "1", "--base", stopped / "moved")
     assert done.code == 2 and "--set model.base=DIR" in done.last_line
+
+
+def change_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+
+
+def change_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    before = (
+        path.read_text() if path.is_file() else "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    )
+    path.write_text("Be rude. " + before)
+
+
+def change_tokenizer(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(change_config, "config.json"), (change_template, "chat template"), (change_tokenizer, "tokenizer")],
+)
+def test_a_base_of_the_same_weights_and_another_config_tokenizer_or_template_is_refused(
+    stopped: Path, tmp_path: Path, change, name
+) -> None:
+    shutil.copytree(stopped / "moved", tmp_path / "base")
+    change(tmp_path / "base")
+    run = tmp_path / "run"
+    shutil.copytree(stopped / "run", run)
+    run_cli("train", stopped / "tiny.yaml", "--run-dir", run, "--resume", "--base", stopped / "moved")  # to its end
+    assert run_cli("eval", run, "--base", stopped / "moved").code == 0
+    refused = run_cli("eval", run, "--base", tmp_path / "base")
+    assert refused.code == 2 and f"but {name} in" in refused.last_line and "put back" in refused.last_line.lower()
+
+
+def test_a_base_that_was_saved_again_is_the_same(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped / "moved", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps(config | {"transformers_version": "9", "use_cache": False})
+    )
+    assert files_of_base(tmp_path / "base") == files_of_base(stopped / "moved")

@@ -30,7 +30,7 @@ from qlora_lite.errors import DataError
 from qlora_lite.model.made_once import making
 from qlora_lite.model.staging import new_staging, remove_left_over, unlock
 
-CODE_VERSION = 4  # raise it when the same file and tokenizer should give other rows
+CODE_VERSION = 5  # raise it when the same file and tokenizer should give other rows
 _WRITE_ROWS = 256  # rows held in memory while writing
 _NUM_KEPT, _NUM_SAID = 20, 3  # names of rows that are kept, and said
 
@@ -236,7 +236,7 @@ class _Records:
             self.num_cut += was_cut
             self.cut += [row.id] if was_cut and len(self.cut) < _NUM_KEPT else []
             self.notes.count(self.fitter.template, row, examples)
-            content = content_hash(row)
+            content = content_hash(row, lambda text: self.fitter.template.answer_text(text).strip())
             yield from ({**_record(example), "content": content} for example in examples)
         self.fitter.refuse_too_many()
 

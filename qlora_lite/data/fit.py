@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from qlora_lite.data.prompts import squad_text
 from qlora_lite.data.read import NUM_NAMED, Mix, too_many_bad
 from qlora_lite.data.rows import Conversation, Document, Message, QuestionRow, Row, short
-from qlora_lite.data.template import ChatTemplate, Encoded, EncodedTurns, Remark, TokenWithoutRow
+from qlora_lite.data.template import ChatTemplate, Encoded, EncodedTurns, NothingToTrain, Remark, TokenWithoutRow
 from qlora_lite.errors import DataError, ModelError
+from qlora_lite.units import row_in_words
 
 _SNAP_CHARS = 24  # a shortened context moves to a word boundary when one is this near
 
@@ -102,8 +103,8 @@ class RowFitter:
         except TokenWithoutRow:
             raise  # the tokenizer belongs to another base: no fault of the row
         except ModelError as error:
-            if isinstance(row, Document):  # no template reads it, so it is the tokenizer's fault and every row's
-                raise
+            if isinstance(row, Document) and not isinstance(error, NothingToTrain):
+                raise  # no template reads it, so it is the tokenizer's fault and every row's
             self.num_unrendered += 1
             if len(self._unrendered) < NUM_NAMED:
                 self._unrendered[str(error)] = None
@@ -204,7 +205,10 @@ def _said(message: Message) -> str:
 
 
 def _fit_document(template: ChatTemplate, row: Document, max_seq_length: int | None) -> tuple[list[Example], bool]:
-    ids, remarks = template.document(row.text)
+    try:
+        ids, remarks = template.document(row.text)
+    except NothingToTrain as error:
+        raise NothingToTrain(f"{row_in_words(row.id)}: {error}") from error
     length = max_seq_length or len(ids)
     if length < 2:
         return [], False

@@ -38,6 +38,7 @@ HOW_READ = {
 }
 
 _COLUMNS_AT_ONCE = 64
+_FIRST_ITEMS = 8  # of a list that are looked at
 _NUM_KEYS = 100  # of a row, to see what it is
 RECORDS = 'With pandas: df.to_json(path, orient="records", lines=True)'
 _LISTS_OF_OBJECTS = ("messages", "conversations", "prompt", "completion", "answers", "tools")  # in one row
@@ -98,26 +99,35 @@ def _kind(events: Events) -> DocumentKind:
 
 
 def _kind_by_list(key: str, events: Events, *, has_columns: bool) -> tuple[DocumentKind | None, bool]:
-    """By the list that was just opened -> (the kind, if it is clear, whether the list is one of texts or numbers)."""
+    """By the first items of the list that was just opened -> (the kind, if it is clear, whether they are texts or numbers).
+
+    One item is not enough: the first row of a file may be the bad one.
+    """
     event, _ = next(events)
     if event == "end_array":
         return ("squad" if key == "data" else None), False
-    if event == "start_map":
-        names, is_whole = _first_keys(events)
-        if key == "data" and "paragraphs" in names:
-            return "squad", False
-        if known_name(key) in _LISTS_OF_OBJECTS:
-            return "objects", False
-        if are_known(names):
-            return "wrapped", False
-        _skip_open(events, 1 if is_whole else 2)
-        return None, False
-    if event == "start_array" and key == "data" and has_columns:
-        return "split", False
-    if event == "start_array" and known_name(key) in KNOWN_NAMES:
-        return "columns", False
-    _skip_open(events, 2 if event == "start_array" else 1)
-    return None, not event.startswith("start_")
+    is_plain = not event.startswith("start_")
+    for _ in range(_FIRST_ITEMS):
+        if event == "start_map":
+            names, is_whole = _first_keys(events)
+            if key == "data" and "paragraphs" in names:
+                return "squad", False
+            if known_name(key) in _LISTS_OF_OBJECTS:
+                return "objects", False
+            if are_known(names):
+                return "wrapped", False
+            _skip_open(events, 0 if is_whole else 1)
+        elif event == "start_array":
+            if key == "data" and has_columns:
+                return "split", False
+            if known_name(key) in KNOWN_NAMES:
+                return "columns", False
+            _skip_open(events, 1)
+        event, _ = next(events)
+        if event == "end_array":
+            return None, is_plain
+    _skip_open(events, 2 if event.startswith("start_") else 1)
+    return None, is_plain
 
 
 def _kind_by_object(key: str, events: Events) -> DocumentKind | None:
@@ -163,10 +173,15 @@ def _wrapped(path: Path) -> Rows:
         if event != "start_array":
             skip(event, events)
             continue
+        before: list[Any] = []  # items before the first that tells that this is the list of rows
         for item_event, item_value in json_stream.items(events):
             values = row_of(path, item_event, item_value, events)
             if not rows_key and isinstance(values, dict) and are_known(values):
                 rows_key = key
+                for number, earlier in enumerate(before, start=1):
+                    yield f"row {number}", earlier
+            if not rows_key and len(before) < _FIRST_ITEMS:
+                before.append(values)
             if rows_key not in ("", key) and isinstance(values, dict) and are_known(values):
                 raise DataError(
                     f'{path}: several lists of rows, "{short(rows_key)}" and "{short(key)}". Write each in a file of its own.'

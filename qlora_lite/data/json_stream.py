@@ -19,7 +19,8 @@ from qlora_lite.limits import JSON_DEPTH, ROW_BYTES, ROW_VALUES
 
 KINDS = {"start_array": "a list", "start_map": "an object", "string": "text", "number": "a number", "null": "null"}
 
-_ESCAPED_PAIR = 12  # bytes of \ud83d\udc2a
+_KEPT_BYTES = 32  # of a block, to see what begins in it and ends in the next: \ud83d\udc2a, or a large number
+_LARGE_NUMBER = re.compile(rb"[0-9]{19}")  # in texts too: then reading is slower, and right
 _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
     re.DOTALL,
@@ -36,7 +37,7 @@ def read_events(path: Path, *, several: bool = False) -> Events:
     try:
         with open_text(path) as text:
             watched = _Watched(path, text.stream)
-            parser = ijson.get_backend("python") if _has_half_pairs(path) else ijson
+            parser = ijson.get_backend("python") if _needs_slow_parser(path) else ijson
             for event in parser.basic_parse(watched, use_float=True, multiple_values=several):
                 watched.num_bytes = 0
                 yield event
@@ -44,21 +45,26 @@ def read_events(path: Path, *, several: bool = False) -> Events:
         raise not_json(path, _first_lines(error)) from error
 
 
-def _has_half_pairs(path: Path) -> bool:
-    """Whether a text is written with half of a surrogate pair, such as \\ud83d alone: the fast parser puts a question mark in its place."""
+def _needs_slow_parser(path: Path) -> bool:
+    """Whether something is in the file that the fast parser gets wrong.
+
+    For half of a surrogate pair, such as \\ud83d alone, it puts a question mark; a number beyond 64 bits it takes for an error.
+    """
     rest = b""
     with open_text(path) as text:
         while block := text.stream.read(2**20):
             rest += block
+            if _LARGE_NUMBER.search(rest):
+                return True
             end = 0
             if b"\\" in rest:
                 for found in _ESCAPE.finditer(rest):
-                    if found.start() > len(rest) - _ESCAPED_PAIR:
+                    if found.start() > len(rest) - _KEPT_BYTES:
                         break
                     if found.lastgroup:
                         return True
                     end = found.end()
-            rest = rest[max(end, len(rest) - _ESCAPED_PAIR) :]
+            rest = rest[max(end, len(rest) - _KEPT_BYTES) :]
     return any(found.lastgroup for found in _ESCAPE.finditer(rest))
 
 
@@ -158,7 +164,7 @@ def _first_lines(error: BaseException) -> str:
     """What the parser said and the text around the place, without its drawing of an arrow."""
     said = error.args[0] if error.args else error
     text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
-    lines = [line.strip() for line in text.splitlines() if line.strip() and "(right here)" not in line]
+    lines = [short(line.strip(), 200) for line in text.splitlines() if line.strip() and "(right here)" not in line]
     message = lines[0].rstrip(".") if lines else "cannot be parsed"
     near = f", near {short(lines[1])!r}" if len(lines) > 1 else ""
     return message + near

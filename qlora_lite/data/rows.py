@@ -4,6 +4,7 @@ Readers make these, `fit.py` turns them into token ids. Only a `QuestionRow` may
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import isfinite
@@ -80,24 +81,27 @@ def row_name(given: Any, place: str) -> tuple[str, bool]:
     return (place, False) if problem_with_text(name) else (name, True)
 
 
-def content_hash(row: Row) -> int:
-    """A signed 64-bit number for all that is learned from a row; its id, and white space at the ends of texts, do not count."""
+def content_hash(row: Row, without_ends: Callable[[str], str] = str.strip) -> int:
+    """A signed 64-bit number for all that is learned from a row; its id does not count.
+
+    `without_ends` takes off what does not count at the ends of texts: white space, and a template's stop tokens.
+    """
     if isinstance(row, QuestionRow):
         content: list[Any] = [row.context, row.question, row.answers[0] if row.answers else None]
     elif isinstance(row, Document):
         content = [row.text]
     else:
         content = [*row.messages, *row.tools, row.trained_turns]
-    text = json.dumps(_stripped(content), sort_keys=True, default=str)
+    text = json.dumps(_without_ends(content, without_ends), sort_keys=True, default=str)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
-def _stripped(value: Any) -> Any:
+def _without_ends(value: Any, take_off: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return value.strip()
+        return take_off(value)
     if isinstance(value, dict):
-        return {key: _stripped(item) for key, item in value.items()}
-    return [_stripped(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _without_ends(item, take_off) for key, item in value.items()}
+    return [_without_ends(item, take_off) for item in value] if isinstance(value, list | tuple) else value
 
 
 def problem_with_text(text: Any) -> str:

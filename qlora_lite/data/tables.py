@@ -4,6 +4,7 @@ In: a path. Out: `Table`: the names of its columns, and (place, values) per row;
 What a file is, is decided by what is in it; its name only tells csv and jsonl from other text. Nothing is cached, fetched or unpickled.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from qlora_lite.data.json_documents import (
     not_a_row,
     row_of,
 )
+from qlora_lite.data.rows import short
 from qlora_lite.errors import DataError
 from qlora_lite.foreign import foreign
 from qlora_lite.json_text import RepeatedKey, parse_json
@@ -176,6 +178,11 @@ def _json_rows(path: Path) -> Rows:
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
     if len(columns) > COLUMNS:
         raise DataError(f"{path}: {len(columns):,} columns, allowed {COLUMNS:,}. Leave out those that are not read.")
+    repeated = [f'"{short(name)}"' for name, count in Counter(columns).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{path}: {', '.join(repeated[:5])} is the name of several columns, and which one counts is not told. Rename or remove one."
+        )
 
 
 def _parquet_table(path: Path) -> Table:

@@ -71,11 +71,12 @@ class Vocabulary:
 
     own_tokens: tuple[str, ...] = ()  # data.special_tokens: spelled in an answer, they are meant, and they have rows
     num_rows: int | None = None  # of the base's embedding, before rows for own tokens; None: not known
+    stops: tuple[int, ...] = ()  # ids that its own settings of generation stop at
 
     @classmethod
-    def of(cls, config: Any, own_tokens: Sequence[str]) -> "Vocabulary":
+    def of(cls, config: Any, own_tokens: Sequence[str], stops: Sequence[int]) -> "Vocabulary":
         """Of a base with this config of transformers."""
-        return cls(tuple(own_tokens), config.get_text_config(decoder=True).vocab_size)
+        return cls(tuple(own_tokens), config.get_text_config(decoder=True).vocab_size, tuple(stops))
 
 
 UNKNOWN_BASE = Vocabulary()
@@ -83,6 +84,10 @@ UNKNOWN_BASE = Vocabulary()
 
 class TokenWithoutRow(ModelError):
     """A token that is used has an id beyond the embedding: not a bad row, but a tokenizer of another base."""
+
+
+class NothingToTrain(ModelError):
+    """A row of stop tokens alone."""
 
 
 class Remark(NamedTuple):
@@ -167,7 +172,7 @@ class ChatTemplate:
         self._space = between[len(self._before) :]  # part of the answer: tokenizers join it to the first word
         self._after, self.stop_token_id = self._split_at_stop(self._tail)
         self._special[self._text_of(self.stop_token_id)] = self.stop_token_id
-        ends = (self.stop_token_id, tokenizer.eos_token_id)
+        ends = (self.stop_token_id, tokenizer.eos_token_id, *(i for i in vocabulary.stops if i in ids))
         self._ends = {self._text_of(i): int(i) for i in ends if i is not None}
         self._any_special = any_of(self._special)
         self._places: Counter[tuple[str, str]] = Counter()  # (role, key) -> messages in which the template left it out
@@ -208,9 +213,11 @@ class ChatTemplate:
         """Token ids of plain text between the tokenizer's begin token (if it puts one) and one end token; what there is to say of it.
 
         Special tokens that the text spells are these tokens: it may be a conversation that a template has rendered. Where the text ends
-        in an end-of-text token, or in the template's stop token, it keeps that one.
+        in an end-of-text token, or in the template's stop token, it keeps that one. Raises NothingToTrain for a text of these alone.
         """
         body, ends = self._split_ends(text)
+        if ends and not body.strip():
+            raise NothingToTrain("a text of nothing but stop tokens")
         ids = [*self.document_ids(body, is_finished=False), self._ends[ends[0]] if ends else self.end_token_id]
         self._refuse_without_row(ids)
         remarks = [Remark("document", token) for token in sorted(found_in(body, self._any_special))]
@@ -236,7 +243,7 @@ class ChatTemplate:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """All that training ends rows with: the stop token of turns, and the end of text."""
+        """All that ends a row: the stop token of turns, the end of text, and what else the base stops at."""
         return sorted(set(self._ends.values()))
 
     @property
@@ -279,7 +286,7 @@ class ChatTemplate:
             message = conversation.messages[turn]
             body, ends = self._split_ends(message["content"])
             if ends and not body.strip() and all(key in ("role", "content", "weight") for key in message):
-                raise ModelError("an answer of nothing but stop tokens")
+                raise NothingToTrain("an answer of nothing but stop tokens")
             said = {**message, "content": body}
             if found_in(said, self._any_special):
                 spelled = found_in(said, self._spelling.pattern)

@@ -5,19 +5,26 @@ Sources: SQuAD arXiv 1606.05250 section 6.1, arXiv 1806.03822, and their scripts
 Surprising: where nothing is left of an answer after normalization (gold "The"), F1 is 1 if nothing is left of the prediction either;
 the v1.1 script gives 0 there, although it grants the exact match. Only ASCII punctuation is removed, as in both scripts.
 
-SQuAD has no answers like "+", "the" or "?", so its rule leaves nothing of them and takes each for any other. Rows of other formats have
-such answers: there a gold answer of which nothing would be left is compared as it is. `score` is the one place that decides this.
+SQuAD has no answers like "+", "-5", "1.5" or "C++", so its rule takes "-5" for "5", "1.5" for "15" and "+" for "-". Rows of other formats
+have such answers. There the signs that make a number or a symbol another one stay, and a gold answer of which nothing would be left is
+compared as it is. `score` is the one place that decides this.
 """
 
 import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SYMBOLS = "+#%*/=<>^"  # that no sentence ends in or is divided by
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # 1,000 is 1000
+# A sign before a number, and points between digits: each is kept as a character that no text has.
+_SIGN, _POINT = re.compile(r"(?<![\w)])-(?=\.?\d)"), re.compile(r"(?<=\d)[.,:](?=\d)|(?<!\w)\.(?=\d)")
+_KEPT = str.maketrans({"-": "\ue000", ".": "\ue001", ",": "\ue002", ":": "\ue003"})
+_SENTENCE = str.maketrans("", "", "".join(set(string.punctuation) - set(_SYMBOLS)))
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ def score(
 
     No golds means the question has no answer: then only an empty prediction is right, or one that says `no_answer_text` (compared after
     normalization); exact match and F1 are both 1 or both 0. The official rule takes a gold answer that normalization empties for
-    none; without `is_squad` it is compared character by character, white space at the ends aside, and F1 is the exact match.
+    none. Without `is_squad`, what makes a number or a symbol another one stays (`normalize_with_signs`), and a gold answer that even that
+    empties is compared character by character, white space at the ends aside; F1 is then the exact match.
     """
     if not is_squad:
         pairs = [_score_as_written(prediction, gold) for gold in golds]
@@ -63,19 +71,27 @@ def normalize_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
+def normalize_with_signs(text: str) -> str:
+    """As `normalize_answer`, but +, #, %, *, /, =, <, > and ^ stay, a minus before a number, and points and colons between digits."""
+    text = _THOUSANDS.sub("", text.lower())
+    for pattern in (_SIGN, _POINT):
+        text = pattern.sub(lambda found: found[0].translate(_KEPT), text)
+    return " ".join(_ARTICLES.sub(" ", text.translate(_SENTENCE)).split())
+
+
 def _score_as_written(prediction: str, gold: str) -> tuple[float, float]:
-    if normalize_answer(gold):
-        return _exact(prediction, gold), _f1(prediction, gold)
+    if normalize_with_signs(gold):
+        return _exact(prediction, gold, normalize_with_signs), _f1(prediction, gold, normalize_with_signs)
     return (float(prediction.strip() == gold.strip()),) * 2
 
 
-def _exact(prediction: str, gold: str) -> float:
-    return float(normalize_answer(prediction) == normalize_answer(gold))
+def _exact(prediction: str, gold: str, normalize: Callable[[str], str] = normalize_answer) -> float:
+    return float(normalize(prediction) == normalize(gold))
 
 
-def _f1(prediction: str, gold: str) -> float:
+def _f1(prediction: str, gold: str, normalize: Callable[[str], str] = normalize_answer) -> float:
     """Harmonic mean of precision and recall over words, counted with multiplicity; `gold` has at least one word."""
-    predicted, wanted = normalize_answer(prediction).split(), normalize_answer(gold).split()
+    predicted, wanted = normalize(prediction).split(), normalize(gold).split()
     common = (Counter(predicted) & Counter(wanted)).total()
     if common == 0:
         return 0.0

@@ -29,6 +29,9 @@ from qlora_lite.merge.lora import Adapter, LoraFactors
 ENERGY_SHARES = (0.5, 0.9, 0.99)
 
 
+_ROUNDING = 1e-14  # of fp64 products and decompositions, relative to the norms of the factors
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """Singular values of one module's change, largest first."""
@@ -89,10 +92,15 @@ def spectra(adapter: Adapter) -> list[Spectrum]:
 
 
 def decomposed(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
-    """-> left directions [out, R], singular values [R] and right directions [in, R] of scaling * B @ A, in fp64."""
+    """-> left directions [out, R], singular values [R] and right directions [in, R] of scaling * B @ A, in fp64.
+
+    A change that is no larger than the rounding of its factors' product, as of an adapter less itself, is zero.
+    """
     q_b_OR, r_b_RR = torch.linalg.qr(factors.b_OR.double())
     q_a_IR, r_a_RR = torch.linalg.qr(factors.a_RI.double().T)
     u_RR, s_R, v_RR = torch.linalg.svd(factors.scaling * r_b_RR @ r_a_RR.T)
+    rounding = _ROUNDING * abs(factors.scaling) * r_b_RR.norm() * r_a_RR.norm()
+    s_R = s_R.where(s_R > rounding, torch.zeros_like(s_R))
     return q_b_OR @ u_RR, s_R, q_a_IR @ v_RR.T
 
 

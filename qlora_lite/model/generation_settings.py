@@ -32,6 +32,13 @@ def add_stop_tokens(folder: Path, stop_tokens: Iterable[int], *, base: Path) -> 
     (folder / FILE).write_text(text, encoding="utf-8")
 
 
+def base_stops(base: Path) -> tuple[int, ...]:
+    """The ids that plain `generate` of the base stops at. Raises ModelError for settings that are not readable."""
+    path = base / FILE
+    settings = read_json(path) if path.is_file() else _of_config(base)
+    return tuple(stop_ids(settings.get("eos_token_id"), where=path))
+
+
 def stop_ids(given: Any, *, where: Path | str = "generation settings") -> list[int]:
     """`eos_token_id` as transformers has it, nothing, a number or a list of numbers, as a list. Raises ModelError."""
     ids = given if isinstance(given, list | tuple) else [] if given is None else [given]

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_lite.model.artefact import linear_weights
 from qlora_lite.model.base import attention_of, switch_off_dropout
 from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
+from qlora_lite.model.frozen_int8 import FrozenInt8
 from qlora_lite.model.quantization import OUTLIERS, SCALES, Quantization
 from qlora_lite.model.skeleton import empty_model, model_class
 
@@ -85,7 +86,7 @@ def four_bit_state(
 def _int8_layer(
     linear: torch.nn.Linear, name: str, parts: dict[str, torch.Tensor], quantization: Quantization, compute: torch.dtype
 ) -> torch.nn.Module:
-    layer = bitsandbytes.nn.Linear8bitLt(
+    layer = FrozenInt8(
         linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=OUTLIERS, device="meta"
     )
     values, scales = parts[name], parts[f"{name.removesuffix('.weight')}.{SCALES}"]

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear, pad
 
-from qlora_lite.model.bnb import bitsandbytes, dequantized
+from qlora_lite.model.bnb import dequantized
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.products import product_in_fp32
 
@@ -33,7 +33,8 @@ class TunedLinear(torch.nn.Module, LoraLayer):
         layer: Any = self  # peft's classes are typed in part only
         base = layer.get_base_layer()
         if self.disable_adapters:
-            return _frozen(base, x)
+            alone: torch.Tensor = base(x)
+            return alone
         assert self.active_adapters == ["default"], "one adapter, of peft's default name"
         a, b, dropout = (parts["default"] for parts in (layer.lora_A, layer.lora_B, layer.lora_dropout))
         hidden = a(dropout(x.to(a.weight.dtype))) * layer.scaling["default"]
@@ -41,14 +42,6 @@ class TunedLinear(torch.nn.Module, LoraLayer):
             return _OneProduct.apply(x, hidden, b.weight, base, False)
         stretched = layer.dora.stretch(layer) * _OneProduct.apply(x, hidden, b.weight, base, True)
         return (stretched if base.bias is None else stretched + base.bias).to(x.dtype)
-
-
-def _frozen(base: Any, x: torch.Tensor) -> torch.Tensor:
-    """The layer alone. bitsandbytes' int8 layer would round its inputs to int8 too; ours computes as it does with an adapter."""
-    if isinstance(base, bitsandbytes.nn.Linear8bitLt):
-        return linear(x, dequantized(base, x.dtype), base.bias)
-    plain: torch.Tensor = base(x)
-    return plain
 
 
 class _OneProduct(torch.autograd.Function):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from qlora_lite.errors import ModelError
 from qlora_lite.model.bnb import bitsandbytes
 from qlora_lite.model.finite import refuse_not_finite
+from qlora_lite.model.frozen_int8 import FrozenInt8
 from qlora_lite.model.published import open_tensors
 from qlora_lite.model.quantization import OUTLIERS, SCALES, parts_of, read_quant_state
 
@@ -135,7 +136,7 @@ def _put_int8(
     compute: torch.dtype,
 ) -> None:
     linear = _linear(model, name)
-    layer = bitsandbytes.nn.Linear8bitLt(
+    layer = FrozenInt8(
         linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=OUTLIERS, device="meta"
     )
     values, scales = tensors[name].to(device), tensors[f"{name.removesuffix('.weight')}.{SCALES}"].to(device)

@@ -28,6 +28,7 @@ from qlora_lite.model.attention import why_not_shared
 from qlora_lite.model.base import load_tokenizer
 from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import NumberTypes, choose_types, types_of_run
+from qlora_lite.model.generation_settings import base_stops
 from qlora_lite.model.meta import meta_model
 from qlora_lite.model.quantization import Quantization, stored_quantization
 from qlora_lite.model.skeleton import model_class
@@ -370,7 +371,7 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
         no_answer_text=recipe.data.no_answer_text,
         max_seq_length=None if asked == "auto" else asked,
         cache_dir=cache / "data",
-        vocabulary=Vocabulary.of(load_config(source), recipe.data.special_tokens),
+        vocabulary=Vocabulary.of(load_config(source), recipe.data.special_tokens, base_stops(source)),
     )
     found = _sharing_of(recipe, examples) if may_share else None
     if asked != "auto":

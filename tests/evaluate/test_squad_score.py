@@ -120,6 +120,30 @@ def test_an_answer_of_which_squads_rule_leaves_nothing_is_compared_as_it_is_in_r
         assert as_written(wrong) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        ("-5", ["-5.", "(-5)", "the -5"], ["5", "+5", "--"]),
+        ("+1", ["+1"], ["1", "-1"]),
+        ("1.5", ["1.5.", "1.5!"], ["15", "1,5", "1 5"]),
+        (".5", [".5"], ["5"]),
+        ("1,000", ["1000", "1,000."], ["1.000", "1"]),
+        ("3:15", ["3:15"], ["315"]),
+        ("C++", ["c++"], ["C", "C#"]),
+        ("a + b", ["+ b"], ["b", "b +"]),
+        ("50%", ["50%"], ["50"]),
+        ("well-known", ["wellknown", "Well-known."], ["known"]),
+        ("x, y", ["x y", "x, y."], ["xy"]),
+    ],
+)
+def test_signs_that_make_a_number_or_a_symbol_another_one_count_in_rows_of_other_formats(gold, right, wrong):
+    def exact(prediction):
+        return score(prediction, (gold,), no_answer_text="none", is_squad=False)[0]
+
+    assert [exact(prediction) for prediction in right] == [1.0] * len(right)
+    assert [exact(prediction) for prediction in wrong] == [0.0] * len(wrong)
+
+
 def test_squad_rows_keep_the_official_rule_for_such_answers():
     assert score("+", ("-",), no_answer_text="none") == (1, 1)
     assert score("The Nile.", ("nile",), no_answer_text="none", is_squad=False) == (1, 1)
