@@ -317,14 +317,18 @@ def test_questions_from_stdin_go_to_the_runs_own_adapter_without_a_mix(
 
 
 def test_an_adapters_folder_inside_a_run_is_that_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    inside = open_source(runs[0] / "adapter")
-    assert inside.run is not None and inside.run.path == runs[0] and inside.folder == runs[0] / "adapter"
+    source = open_source(runs[0] / "adapter")
+    assert source.run is not None and source.run.path == runs[0] and source.folder == runs[0] / "adapter"
     shutil.copytree(runs[1], tmp_path / "other")
     (tmp_path / "other" / "manifest.json").unlink(missing_ok=True)  # the record is changed here
     env = json.loads((tmp_path / "other" / "env.json").read_text())
     (tmp_path / "other" / "env.json").write_text(json.dumps(env | {"base_sha256": "0" * 64}))
-    for words in (["rank", runs[0], "--with"], ["mix", f"{runs[0]}:1", "--out", tmp_path / "sum"]):
-        assert "were trained on different bases" in run_cli(*words, tmp_path / "other" / "adapter").last_line
+    inside = tmp_path / "other" / "adapter"
+    for words in (
+        ["rank", runs[0], "--with", inside],
+        ["mix", f"{runs[0]}:1", f"{inside}:1", "--out", tmp_path / "sum"],
+    ):
+        assert "were trained on different bases" in run_cli(*words).last_line
 
 
 def test_an_adapter_less_itself_has_learned_nothing(runs: tuple[Path, Path], tmp_path: Path) -> None:
