@@ -177,6 +177,8 @@ _SENTENCES = {
     "guarded": "{rows} spell special tokens inside an answer that no answer may say ({what}): there they stay ordinary characters",
     "spelled": "{rows} spell special tokens inside an answer that neither the chat template nor data.special_tokens names ({what}): "
     "there they stay ordinary characters; name them in data.special_tokens if they are meant",
+    "prompt": "{rows} spell stop tokens or markers of roles inside a prompt ({what}): there each is that token. If the prompts are "
+    "conversations that a template has rendered, they are wrapped once more: give their turns as messages, or all of it as text",
     "document": "{rows} of text spell special tokens ({what}): there each is that token",
 }
 

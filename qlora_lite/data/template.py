@@ -280,7 +280,7 @@ class ChatTemplate:
         return examples
 
     def _remarks(self, conversation: Conversation) -> set[Remark]:
-        """Which stop tokens were taken from the ends of answers, and which special tokens stay ordinary characters in them."""
+        """Stop tokens taken from the ends of answers, special tokens that stay ordinary characters in them, and marks that prompts spell."""
         remarks: set[Remark] = set()
         for turn in conversation.trained_turns:
             message = conversation.messages[turn]
@@ -292,6 +292,10 @@ class ChatTemplate:
                 spelled = found_in(said, self._spelling.pattern)
                 remarks |= {Remark("guarded" if self._is_guarded(each) else "spelled", each) for each in spelled}
             remarks |= {Remark("ended", token) for token in ends}
+        for index, message in enumerate(conversation.messages[: conversation.trained_turns[-1]]):
+            if index not in conversation.trained_turns:
+                marks = found_in(self._without_ends(message)["content"], self._any_special)
+                remarks |= {Remark("prompt", mark) for mark in marks if self._is_guarded(mark)}
         return remarks
 
     def _left_out(self, messages: list[Message], turns: list[int], tools: Sequence[Any]) -> set[Remark]:

@@ -97,3 +97,13 @@ def test_a_held_out_row_that_differs_by_a_stop_token_is_a_training_row(tmp_path)
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     train, held_out = (load(tmp_path / f"{name}.jsonl", tokenizer, tmp_path) for name in ("train", "eval"))
     assert find_repeats(train, held_out).num_in_training == 4
+
+
+def test_a_prompt_that_is_a_rendered_conversation_is_said(tmp_path):
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    wrapped = {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "completion": "yo"}
+    for name, row in (("plain", {"prompt": "hi", "completion": "yo"}), ("wrapped", wrapped)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    plain, said = (load(tmp_path / f"{name}.jsonl", tokenizer, tmp_path).counts.notes for name in ("plain", "wrapped"))
+    assert plain == () and len(said) == 1
+    assert "inside a prompt (<|im_end|>, <|im_start|>)" in said[0] and "wrapped once more" in said[0]
