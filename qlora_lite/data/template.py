@@ -280,7 +280,7 @@ class ChatTemplate:
         return examples
 
     def _remarks(self, conversation: Conversation) -> set[Remark]:
-        """Stop tokens taken from the ends of answers, special tokens that stay ordinary characters in them, and marks that prompts spell."""
+        """Stop tokens taken from the ends of answers, special tokens that stay plain characters in them, marks that prompts spell."""
         remarks: set[Remark] = set()
         for turn in conversation.trained_turns:
             message = conversation.messages[turn]
