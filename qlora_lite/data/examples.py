@@ -30,7 +30,7 @@ from qlora_lite.errors import DataError
 from qlora_lite.model.made_once import making
 from qlora_lite.model.staging import new_staging, remove_left_over, unlock
 
-CODE_VERSION = 5  # raise it when the same file and tokenizer should give other rows
+CODE_VERSION = 6  # raise it when the same file and tokenizer should give other rows
 _WRITE_ROWS = 256  # rows held in memory while writing
 _NUM_KEPT, _NUM_SAID = 20, 3  # names of rows that are kept, and said
 
@@ -64,6 +64,7 @@ class Examples:
         column = dataset.data.column  # whole columns without building Python objects
         self.lengths = column("num_tokens").to_numpy().astype(np.int64)
         self.contents = column("content").to_numpy().astype(np.int64)
+        self.row_numbers = column("row").to_numpy().astype(np.int64)
         self.num_label_tokens = column("num_label_tokens").to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
@@ -222,7 +223,12 @@ class _Records:
         self.is_text = True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        number, last = 0, None
         for row in self.fitter.mix:
+            number, last = (
+                number + (row is not last),
+                row,
+            )  # a weight takes the same row several times, one after the other
             fitted = self.fitter.fit(row)
             if fitted is None:
                 continue
@@ -237,7 +243,7 @@ class _Records:
             self.cut += [row.id] if was_cut and len(self.cut) < _NUM_KEPT else []
             self.notes.count(self.fitter.template, row, examples)
             content = content_hash(row, lambda text: self.fitter.template.answer_text(text).strip())
-            yield from ({**_record(example), "content": content} for example in examples)
+            yield from ({**_record(example), "content": content, "row": number} for example in examples)
         self.fitter.refuse_too_many()
 
     @property
@@ -293,6 +299,7 @@ def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCount
             "answers": List(Value("large_string")),  # null: none to compare (text, a call)
             "whole_prompt_ids": List(Value("int32")),  # null: the ids before the last span
             "is_squad": Value("bool"),
+            "row": Value("int64"),  # its number
             "content": Value("int64"),  # of the row that the example comes from (repeats.py)
         }
     )

@@ -82,6 +82,8 @@ def _kind(events: Events) -> DocumentKind:
         found: DocumentKind | None = None
         if event == "start_array":
             found, is_plain = _kind_by_list(key, events, has_columns="columns" in seen)
+            if found == "objects" and any(known_name(name) in KNOWN_NAMES for name in lists):
+                found = "columns"  # of lists, such as the answers of SQuAD's rows
             lists += [key] if is_plain else []
         elif event == "start_map":
             found = _kind_by_object(key, events)

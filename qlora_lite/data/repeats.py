@@ -7,7 +7,6 @@ Out: counts, and a sentence each. No row is read again.
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
 
 from qlora_lite.data.examples import Examples
 
@@ -51,8 +50,6 @@ def find_repeats(train: Examples, held_out: Examples | None) -> Repeats:
 
 def _contents(examples: Examples) -> np.ndarray:
     """The hash of each row, once for what one row made: pieces of a text, turns, and what a weight takes several times stand together."""
-    ids, contents = examples.dataset.data.column("id"), examples.contents
-    is_next = np.ones(len(contents), bool)
-    is_same_id = pc.equal(ids.slice(1), ids.slice(0, max(0, len(ids) - 1))).to_numpy()
-    is_next[1:] = ~(is_same_id.astype(bool) & (contents[1:] == contents[:-1]))
-    return contents[is_next]
+    is_first = np.ones(len(examples.contents), bool)
+    is_first[1:] = examples.row_numbers[1:] != examples.row_numbers[:-1]
+    return examples.contents[is_first]

@@ -107,3 +107,19 @@ def test_a_prompt_that_is_a_rendered_conversation_is_said(tmp_path):
     plain, said = (load(tmp_path / f"{name}.jsonl", tokenizer, tmp_path).counts.notes for name in ("plain", "wrapped"))
     assert plain == () and len(said) == 1
     assert "inside a prompt (<|im_end|>, <|im_start|>)" in said[0] and "wrapped once more" in said[0]
+
+
+def test_identical_rows_that_share_an_id_are_repeated(tmp_path):
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "same", "prompt": "p", "completion": "c"}\n' * 40)
+    found = find_repeats(load([(path, 2.0)], tokenizer, tmp_path), None)
+    assert (found.num_rows, found.num_repeated, found.most_times) == (40, 39, 40)
+
+
+def test_squads_rows_by_column_are_read(tmp_path):
+    """What `Dataset.to_dict()` makes of them."""
+    answers = [{"text": ["a"], "answer_start": [0]}, {"text": ["b"], "answer_start": [2]}]
+    columns = {"id": ["1", "2"], "context": ["a b", "a b"], "question": ["which?", "who?"], "answers": answers}
+    (tmp_path / "rows.json").write_text(json.dumps(columns))
+    assert rows_of(tmp_path / "rows.json") == [{name: column[i] for name, column in columns.items()} for i in range(2)]
