@@ -164,7 +164,7 @@ def _sharegpt(values: dict[str, Any], name: str) -> Conversation:
 
 def _prompt_completion(values: dict[str, Any], name: str) -> Conversation:
     columns = _COLUMNS["prompt_completion"]
-    prompt_column, completion_column = columns[0] if "prompt" in values else columns[1]
+    prompt_column, completion_column = columns[0] if any(name in values for name in columns[0]) else columns[1]
     prompt = _as_messages(values.get(prompt_column), "user", prompt_column)
     if not _is_blank(values.get("context")):
         if isinstance(values[prompt_column], list):

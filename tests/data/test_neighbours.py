@@ -123,3 +123,10 @@ def test_squads_rows_by_column_are_read(tmp_path):
     columns = {"id": ["1", "2"], "context": ["a b", "a b"], "question": ["which?", "who?"], "answers": answers}
     (tmp_path / "rows.json").write_text(json.dumps(columns))
     assert rows_of(tmp_path / "rows.json") == [{name: column[i] for name, column in columns.items()} for i in range(2)]
+
+
+def test_a_missing_prompt_is_called_by_its_columns_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"completion": "x"}\n' + '{"prompt": "p", "completion": "c"}\n' * 100)
+    examples = load(path, FAMILIES["chatml"].tokenizer(), tmp_path)
+    assert examples.counts.bad == ("line 1: prompt: missing",)
