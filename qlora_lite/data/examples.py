@@ -24,7 +24,7 @@ import numpy as np
 from qlora_lite.data.files import hash_file
 from qlora_lite.data.fit import Example, RowFitter, TemplateNotes
 from qlora_lite.data.read import Source, as_pairs, file_identity, read_mix
-from qlora_lite.data.rows import Document, content_hash
+from qlora_lite.data.rows import Document, Row, content_hash
 from qlora_lite.data.template import UNKNOWN_BASE, ChatTemplate, Encoded, Tokenizer, Vocabulary, tokenizer_identity
 from qlora_lite.errors import DataError
 from qlora_lite.model.made_once import making
@@ -223,12 +223,11 @@ class _Records:
         self.is_text = True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        number, last = 0, None
+        number = 0
+        last: Row | None = None
         for row in self.fitter.mix:
-            number, last = (
-                number + (row is not last),
-                row,
-            )  # a weight takes the same row several times, one after the other
+            number += row is not last  # a weight takes the same row several times, one after the other
+            last = row
             fitted = self.fitter.fit(row)
             if fitted is None:
                 continue

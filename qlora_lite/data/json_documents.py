@@ -23,7 +23,7 @@ from typing import Any, Literal
 from qlora_lite.data import json_stream
 from qlora_lite.data.files import EXPECTED
 from qlora_lite.data.formats import KNOWN_NAMES, are_known, known_name
-from qlora_lite.data.json_stream import Events, build, keys, skip
+from qlora_lite.data.json_stream import Events, build, keys, skip_value
 from qlora_lite.data.rows import kind, short
 from qlora_lite.errors import DataError
 from qlora_lite.json_text import RepeatedKey
@@ -152,10 +152,10 @@ def _first_keys(events: Events) -> tuple[list[str], bool]:
         names.append(name)
         if len(names) == _NUM_KEYS or name == "paragraphs":
             event, _ = next(events)
-            skip(event, events)
+            skip_value(event, events)
             return names, False
         event, _ = next(events)
-        skip(event, events)
+        skip_value(event, events)
     return names, True
 
 
@@ -173,7 +173,7 @@ def _wrapped(path: Path) -> Rows:
     for key in keys(events):
         event, _ = next(events)
         if event != "start_array":
-            skip(event, events)
+            skip_value(event, events)
             continue
         before: list[Any] = []  # items before the first that tells that this is the list of rows
         for item_event, item_value in json_stream.items(events):
@@ -215,7 +215,7 @@ def _split(path: Path) -> Rows:
                     dict(zip(names, cells, strict=True)) if fits else f"expected {len(names)} values",
                 )
         else:
-            skip(event, events)
+            skip_value(event, events)
     for _ in events:
         pass
 
@@ -269,7 +269,7 @@ def _column_names(path: Path) -> list[str]:
         names.append(name)
         if len(names) > _COLUMNS_AT_ONCE:
             raise DataError(f"{path}: read by columns, at most {_COLUMNS_AT_ONCE}; write rows. {RECORDS}")
-        skip(event, events)
+        skip_value(event, events)
     for _ in events:
         pass
     return names
@@ -282,7 +282,7 @@ def _column(path: Path, position: int) -> Iterator[tuple[str, Any]]:
     for number, _ in enumerate(keys(events)):
         event, _ = next(events)
         if number < position:
-            skip(event, events)
+            skip_value(event, events)
             continue
         if event == "start_map":
             for label in keys(events):

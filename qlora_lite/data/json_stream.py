@@ -100,7 +100,7 @@ def items(events: Events) -> Events:
         yield event, value
 
 
-def skip(event: str, events: Events) -> None:
+def skip_value(event: str, events: Events) -> None:
     """Read on to the end of the value that begins with this event."""
     depth = int(event.startswith("start_"))
     while depth:

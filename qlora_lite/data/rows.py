@@ -81,7 +81,7 @@ def row_name(given: Any, place: str) -> tuple[str, bool]:
     return (place, False) if problem_with_text(name) else (name, True)
 
 
-def content_hash(row: Row, without_ends: Callable[[str], str] = str.strip) -> int:
+def content_hash(row: Row, without_ends: Callable[[str], str]) -> int:
     """A signed 64-bit number for all that is learned from a row; its id does not count.
 
     `without_ends` takes off what does not count at the ends of texts: white space, and a template's stop tokens.

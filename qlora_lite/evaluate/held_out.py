@@ -94,9 +94,8 @@ def left_out_of(examples: Examples) -> LeftOut:
 
 def account_of(examples: Examples) -> list[str]:
     """What became of rows that are not scored, a sentence each; [] when all are."""
-    length_key = (
-        "data.max_seq_length" if examples.is_text else KEY
-    )  # a text is scored in the pieces that training would cut
+    # A text is scored in the pieces that training would cut.
+    length_key = "data.max_seq_length" if examples.is_text else KEY
     return examples.account("held-out rows", limit="eval.num_examples", length_key=length_key)
 
 

@@ -94,7 +94,7 @@ def spectra(adapter: Adapter) -> list[Spectrum]:
 def decomposed(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
     """-> left directions [out, R], singular values [R] and right directions [in, R] of scaling * B @ A, in fp64.
 
-    A change that is no larger than the rounding of its factors' product, as of an adapter less itself, is zero.
+    A change no larger than the rounding error of B @ A counts as zero: an adapter minus itself leaves only that.
     """
     q_b_OR, r_b_RR = torch.linalg.qr(factors.b_OR.double())
     q_a_IR, r_a_RR = torch.linalg.qr(factors.a_RI.double().T)

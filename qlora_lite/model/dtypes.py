@@ -8,7 +8,7 @@
     asked for fp32             fp32          fp32     fp32       fp32            no
 
 The frozen weights are NF4 in every row; "base compute" is what they are dequantized to. A CPU without instructions for bf16 computes in it
-too when asked to: in less memory than fp32 and several times more slowly (tools/bench_step with `--set model.dtype=bf16` and `fp32`).
+too when asked to: in less memory than fp32, and it converts for every product.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Inputs next to those that once were read wrongly: what is right is said in each test."""
+"""Inputs like the ones that were once misread; each test states the right reading."""
 
 import json
 
