@@ -4,11 +4,12 @@ The margin of a card is what its allocator may waste: the bytes that `doctor --m
 the card, which is assumed.
 """
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_lite.device.accelerator import card_here, free_memory
+from qlora_lite.device.accelerator import card_here, free_memory, give_back_cache
 from qlora_lite.device.card import MARGIN_BYTES, MARGIN_SHARE, Card, usable_memory
 from qlora_lite.device.host import host_memory
 from qlora_lite.measured import KEPT, kept_measurement
@@ -36,7 +37,7 @@ def budget_of(asked: int | str, card: Card, *, measured: Mapping[str, Any] | Non
         return asked, f"{format_bytes(asked)}: asked for"
     if not card.is_cpu and card != card_here():
         return usable_memory(card)
-    free, total = host_memory() if card.is_cpu else free_memory()
+    free, total = host_memory() if card.is_cpu else _free_on_card()
     share, least = (_HOST_MARGIN_SHARE, _HOST_MARGIN_BYTES) if card.is_cpu else (MARGIN_SHARE, MARGIN_BYTES)
     holes = (measured or {}).get("fragmentation_bytes")
     is_measured = isinstance(holes, int)
@@ -49,3 +50,10 @@ def budget_of(asked: int | str, card: Card, *, measured: Mapping[str, Any] | Non
         budget,
         f"{format_bytes(budget)}: of {where}'s {format_bytes(total)}, {format_bytes(free)} are free, less a margin for {why}",
     )
+
+
+def _free_on_card() -> tuple[int, int]:
+    """-> (free, all) bytes, after this process has returned what it no longer uses: an earlier run's model, cached blocks."""
+    gc.collect()
+    give_back_cache()
+    return free_memory()

@@ -1,6 +1,7 @@
 """The whole program on the stand-in, through its verbs: what a CUDA card would be asked, with values that the CPU's can be held against."""
 
 import contextlib
+import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -243,6 +244,20 @@ def test_a_plan_for_the_card_that_is_here_takes_its_memory_and_types(recipe: Pat
             assert plan.recipe.device == "cuda"
             free = torch.standin.mem_get_info()[0]
             assert 0.9 * free < plan.budget_bytes < free
+
+
+def test_what_an_earlier_run_left_to_the_garbage_collector_is_not_taken_off_the_budget(recipe: Path) -> None:
+    """A trained model hangs in cycles: a second plan in the same process must not count it as used."""
+    with standin.card(AMPERE):
+        empty = api.make_plan(load_recipe(recipe)).budget_bytes
+        cycle: list[object] = [torch.empty(2**30, dtype=torch.uint8, device=standin.NAME)]
+        cycle.append(cycle)
+        gc.disable()
+        try:
+            del cycle
+            assert api.make_plan(load_recipe(recipe)).budget_bytes == empty
+        finally:
+            gc.enable()
 
 
 def test_two_cards_in_one_process_and_the_cpu_after_them(recipe: Path, tmp_path: Path) -> None:
