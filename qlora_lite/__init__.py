@@ -23,12 +23,12 @@ OFFLINE_ASKED = any(
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# torch's CPU allocator on huge pages: with give_back_free_memory (train/measure.py) 985 instead of 1,490 MiB resident
+# torch's CPU allocator on huge pages: with give_back_free_memory (memory/measuring.py) 985 instead of 1,490 MiB resident
 # after the first step of the default recipe, at about equal speed. Read when torch allocates for the first time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # oneDNN and ideep keep the code and the operands of bf16 products by their shape, 1,024 of each by default. No two packed rows have the
 # same length, so that is memory for nothing: for one layer of 1,536 x 576, forward and backward, 214 MiB after 170 lengths. With 32,
-# which hold the shapes of one micro-batch, it is 9 MiB, in the same time (torch 2.13; tests/train/test_measure.py).
+# which hold the shapes of one micro-batch, it is 9 MiB, in the same time (torch 2.13; tests/memory/test_measuring.py).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler that measures allocations announces itself otherwise
@@ -63,7 +63,7 @@ class _FrontPage(ModuleType):
     """`train`, `evaluate` and `merge` are functions here and stages below: importing a stage must not take the name away.
 
     Python puts a submodule into its package's namespace; these properties ignore that. The stages' own names are reached
-    by `from qlora_lite.train import loop`, not by `import qlora_lite.train.loop as loop`.
+    by `from qlora_lite.training import loop`, not by `import qlora_lite.training.loop as loop`.
     """
 
     train = property(lambda _: __getattr__("train"), lambda _, stage: None)

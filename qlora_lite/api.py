@@ -12,10 +12,21 @@ from typing import Any, Literal
 
 from peft import PeftModel
 
+from qlora_lite.base.quantization import stored_quantization
+from qlora_lite.base.source import read_config
 from qlora_lite.data.template import Encoded
 from qlora_lite.errors import RunError
-from qlora_lite.evaluate import EvalResult, evaluate_model
-from qlora_lite.loading import (
+from qlora_lite.evaluation import EvalResult, evaluate_model
+from qlora_lite.merging import MergeResult
+from qlora_lite.merging import merge as merge_files
+from qlora_lite.merging.adapter_proof import EffectLost
+from qlora_lite.merging.adapter_proof import effect_lost as adapters_effect_lost
+from qlora_lite.merging.proof import PROOF_TOKENS
+from qlora_lite.model.load import load_tokenizer
+from qlora_lite.plan import Plan, make_plan
+from qlora_lite.recipe import load_recipe, load_run_recipe
+from qlora_lite.runs.folder import RunDir
+from qlora_lite.runs.loading import (
     LoadedModel,
     base_folder,
     base_sha256,
@@ -25,21 +36,10 @@ from qlora_lite.loading import (
     template_of,
     training_examples,
 )
-from qlora_lite.merge import MergeResult
-from qlora_lite.merge import merge as merge_files
-from qlora_lite.merge.adapter_proof import EffectLost
-from qlora_lite.merge.adapter_proof import effect_lost as adapters_effect_lost
-from qlora_lite.merge.proof import PROOF_TOKENS
-from qlora_lite.model.base import load_tokenizer
-from qlora_lite.model.quantization import stored_quantization
-from qlora_lite.model.source import read_config
-from qlora_lite.plan import Plan, make_plan
-from qlora_lite.recipe import load_recipe, load_run_recipe
-from qlora_lite.resuming import go_on_with, refuse_missing_base, refuse_other_base, refuse_other_recipe
-from qlora_lite.run_dir import RunDir
-from qlora_lite.train.seeds import purpose_seed
-from qlora_lite.training import train
-from qlora_lite.verify import refuse_damaged
+from qlora_lite.runs.resume import go_on_with, refuse_missing_base, refuse_other_base, refuse_other_recipe
+from qlora_lite.runs.session import train
+from qlora_lite.runs.verify import refuse_damaged
+from qlora_lite.training.seeds import purpose_seed
 
 Which = Literal["base", "adapter", "merged"]
 

@@ -81,7 +81,7 @@ def fetch(
     """Bring a model into the cache. The only command that opens a connection."""
     if name not in SHIPPED_MODELS:
         parse_hub_name(name)  # says what is wrong with a name before torch is imported
-    from qlora_lite import pipeline
+    from qlora_lite.commands import pipeline
 
     _print(pipeline.fetch(name), json)
 
@@ -93,7 +93,7 @@ def check(
     json: JsonOption = False,
 ) -> None:
     """Everything short of training: recipe, data, rendered rows with their trained tokens, lengths."""
-    from qlora_lite import pipeline
+    from qlora_lite.commands import pipeline
 
     found = pipeline.check(recipe, set_)
     _print(found[0] if len(found) == 1 else {"recipes": found}, json)
@@ -115,7 +115,7 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """What a training needs, by every method, and what would fit, on this machine or on a card that is not here. Needs a config only."""
-    from qlora_lite import pipeline
+    from qlora_lite.commands import pipeline
 
     if cards:
         _print(pipeline.cards(), json)
@@ -148,7 +148,7 @@ def train(
 ) -> None:
     """Plan, load, train, evaluate, report."""
     _recipe_first(recipe, set_, resume=resume, base=base)
-    from qlora_lite import pipeline
+    from qlora_lite.commands import pipeline
 
     _print(pipeline.train(recipe, set_, run_dir=run_dir, resume=resume, profile=profile, base=base), json)
 
@@ -169,11 +169,11 @@ def evaluate(
     """Exact match, F1 and loss of one of the run's models."""
     _refuse_other_keys(set_, "eval")
     if scales is not None:
-        from qlora_lite import change
+        from qlora_lite.commands import change
 
         _print(change.sweep_scale(run_dir, _numbers(scales, "--scales"), data=data, overrides=set_, base=base), json)
         return
-    from qlora_lite import pipeline
+    from qlora_lite.commands import pipeline
 
     _print(pipeline.evaluate(run_dir, which=which, data=data, overrides=set_, base=base), json)
 
@@ -189,11 +189,11 @@ def merge(
 ) -> None:
     """A dequantized 16-bit checkpoint with the adapter added, proved to be the same model."""
     if mix:
-        from qlora_lite import change
+        from qlora_lite.commands import change
 
         _print(change.merge_mix(run_dir, out, mix, set_, base=base), json)
         return
-    from qlora_lite import pipeline
+    from qlora_lite.commands import pipeline
 
     _print(pipeline.merge(run_dir, out, set_, base=base), json)
 
@@ -209,10 +209,10 @@ def ask(
     json: JsonOption = False,
 ) -> None:
     """A streamed answer, with the template of training. With --mix the adapters' sum; with - a line `/use NAME:WEIGHT ...` switches."""
-    from qlora_lite import pipeline
+    from qlora_lite.commands import pipeline
 
     if question == "-":
-        from qlora_lite import change
+        from qlora_lite.commands import change
 
         refuse_closed_stdin("ask")
         if which != "adapter":
@@ -225,7 +225,7 @@ def ask(
         )
         return
     if mix:
-        from qlora_lite import change
+        from qlora_lite.commands import change
 
         _print(change.ask_mix(run_dir, question, mix, passage=pipeline.read_context(context), base=base), json)
         return
@@ -235,7 +235,7 @@ def ask(
 @app.command()
 def report(run_dir: RunArgument, json: JsonOption = False) -> None:
     """One HTML page about the run."""
-    from qlora_lite import pipeline
+    from qlora_lite.commands import pipeline
 
     _print(pipeline.report(run_dir), json)
 
@@ -282,7 +282,7 @@ def rank(
                 f"rank: {option} is about an adapter that is there, and --try trains a recipe. Leave one of them out"
             )
         _recipe_first(what, set_)
-    from qlora_lite import change
+    from qlora_lite.commands import change
 
     if try_ is not None:
         found = change.try_ranks(what, set_, ranks=ranks, share=0.5 if share is None else share)
@@ -308,7 +308,7 @@ def mix(
     json: JsonOption = False,
 ) -> None:
     """Add adapters up: 0.7 of one and 0.3 of another, or one less another. Exact, or the best of a rank."""
-    from qlora_lite import change
+    from qlora_lite.commands import change
 
     _print(change.mix_runs(parts, out, rank=rank, dtype=dtype, score=score, base=base), json)
 
@@ -316,7 +316,7 @@ def mix(
 @app.command()
 def verify(run_dir: RunArgument, json: JsonOption = False) -> None:
     """Every file against its hash: checkpoints, adapter, merged model, records. Exits with 2 when one has changed."""
-    from qlora_lite import pipeline
+    from qlora_lite.commands import pipeline
 
     found = pipeline.verify(run_dir)
     _print(found, json)
@@ -332,7 +332,9 @@ def doctor(
     json: JsonOption = False,
 ) -> None:
     """What this machine is, and whether training will work here. Exits with 2 when it cannot."""
-    from qlora_lite.doctor import doctor  # not by way of pipeline, which cannot be imported where a library is broken
+    from qlora_lite.commands.doctor import (
+        doctor,  # not by way of pipeline, which cannot be imported where a library is broken
+    )
 
     found = doctor(measure=measure)
     _print(found, json)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_lite.model.artefact import quantize_base
+from qlora_lite.base.artefact import quantize_base
 from tests.data.tiny_tokenizer import make_tokenizer
 
 LLAMA_SIZES = {

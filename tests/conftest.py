@@ -63,7 +63,7 @@ def small_gguf() -> Path:
     """The small real model's file; skips when `tools/test` did not bring it. For tests marked slow."""
     path = Path(REAL_HOME).expanduser() / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not path.is_file():
-        pytest.skip("the small real model is not in the cache: python -m qlora_lite.model.bring smollm2-135m")
+        pytest.skip("the small real model is not in the cache: python -m qlora_lite.base.shipped smollm2-135m")
     return path
 
 

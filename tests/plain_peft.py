@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from qlora_lite.base.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.model.adapter import load_adapter, save_adapter
-from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 
 
 def assert_plain_peft_computes_the_same(

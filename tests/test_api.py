@@ -13,7 +13,7 @@ from qlora_lite import evaluate, load_model, load_recipe, make_plan, merge, trai
 from qlora_lite.api import open_run, run_models
 from qlora_lite.errors import RunError
 from qlora_lite.recipe import load_run_recipe
-from qlora_lite.run_dir import RunDir
+from qlora_lite.runs.folder import RunDir
 from tests.tiny_run import NUM_STEPS, write_recipe
 
 
@@ -40,7 +40,7 @@ def test_the_package_offers_these_names_and_no_other() -> None:
 
 def test_a_name_is_the_function_also_after_the_stage_of_its_name_was_imported() -> None:
     names = ", ".join(qlora_lite.__all__)
-    code = f"import qlora_lite.train.loop\nfrom qlora_lite import {names}\nassert all(map(callable, ({names})))"
+    code = f"import qlora_lite.training.loop\nfrom qlora_lite import {names}\nassert all(map(callable, ({names})))"
     # A fresh process: the order of imports is the point. An import that cannot be bound to its package would warn.
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], check=True)
 

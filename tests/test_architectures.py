@@ -11,24 +11,24 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qlora_lite.base.artefact import linear_weights
+from qlora_lite.base.bnb import keep_weights_unpacked
+from qlora_lite.base.published import published_weights
+from qlora_lite.base.skeleton import empty_model
+from qlora_lite.base.source import ARCHITECTURES, load_config
 from qlora_lite.data.batches import pack_trees
 from qlora_lite.device.card import CPU
-from qlora_lite.evaluate.generate import generate_answers
-from qlora_lite.merge import merge
+from qlora_lite.evaluation.generate import generate_answers
+from qlora_lite.merging import merge
 from qlora_lite.model.adapter import attach_adapter, save_adapter
-from qlora_lite.model.artefact import linear_weights
 from qlora_lite.model.attention import packs_rows, padded_attention, why_not_shared
-from qlora_lite.model.base import checkpoint_activations, load_base
-from qlora_lite.model.bnb import keep_weights_unpacked
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import project
-from qlora_lite.model.published import published_weights
-from qlora_lite.model.skeleton import empty_model
-from qlora_lite.model.source import ARCHITECTURES, load_config
+from qlora_lite.model.load import checkpoint_activations, load_base
 from qlora_lite.model.trained import load_trained, make_trainable, save_trained, trained_parameters
 from qlora_lite.plan import MicroBatch, Settings, Stage
-from qlora_lite.train.optimizer import make_optimizer
-from qlora_lite.train.step import batch_loss, forward_backward
+from qlora_lite.training.optimizer import make_optimizer
+from qlora_lite.training.step import batch_loss, forward_backward
 from tests.architectures import PUBLISHED, artefact, own_weights, published, widen_windows
 from tests.conftest import REPOSITORY
 from tests.plain_peft import compute_in_fp32

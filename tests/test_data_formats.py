@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_lite import pipeline
+from qlora_lite.commands import pipeline
 from qlora_lite.data.prompts import squad_text
 from qlora_lite.recipe import load_recipe
 from tests.data.tiny_tokenizer import make_tokenizer

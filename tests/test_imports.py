@@ -1,10 +1,8 @@
 """The import rule, and what no file of the package may do, read from the source without running it.
 
-A stage imports only stages before it in STAGES and leaf modules; `cli` -> `pipeline` -> `api` -> `training` -> `loading` -> stages, and
-`cli` -> `change` -> `adapters` -> `loading` for the verbs about adapters; what `pipeline` puts in order is in `checking`, `running` and
-`stopping`, when `training` may go on in `resuming`. Of these only those between `cli` and the stages import `plan`; only they, `recipe` and
-`plan` (and the package's front page) know a Recipe; only `show` knows rich. `doctor` must work where a library is missing, so `cli` calls
-it by itself, and it imports none of them when it is imported.
+A room (a folder, or a loose module) imports only rooms above it in ROOMS: so there is no circle, and nothing reaches upward. Only runs, api
+and commands import `plan`; only these, `recipe` and `plan` (and the package's front page) know a Recipe; only `show` knows rich, and knows
+no stage. `commands.doctor` must work where a library is missing, so it imports none of them when it is imported.
 """
 
 import ast
@@ -17,37 +15,39 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qlora_lite"
-STAGES = ("recipe", "model", "data", "train", "evaluate", "merge", "plan", "show")
-LEAVES = (
-    "device",
+ROOMS = (
+    # small things that everything may use
     "errors",
-    "foreign",
-    "units",
-    "ledger",
     "limits",
-    "measured",
-    "meta_ops",
-    "paths",
-    "json_text",
-    "text_file",
+    "units",
+    "import_guard",
     "standard_streams",
-)
-MAY_SEE_RECIPE = (
+    "device",
+    "foreign",
+    "files",
+    "memory",
+    # the stages, in the order of the data
     "recipe",
-    "plan",
-    "loading",
-    "resuming",
+    "base",
+    "model",
+    "data",
     "training",
+    "evaluation",
+    "merging",
+    "plan",
+    # what people see, and what puts the stages in order
+    "show",
+    "runs",
     "api",
-    "adapters",
-    "pipeline",
-    "checking",
-    "running",
-    "change",
-    "",
-)  # "" is qlora_lite/__init__.py
-MAY_IMPORT_PLAN = ("plan", "loading", "training", "api", "adapters", "pipeline", "checking", "running", "change", "")
-CLI_IMPORTS = ("pipeline", "change", "doctor", "recipe", "show", *LEAVES)
+    "commands",
+    "cli",
+    "__main__",
+)
+FRONT_PAGE = ""  # qlora_lite/__init__.py
+MAY_SEE_RECIPE = ("recipe", "plan", "runs", "api", "commands", FRONT_PAGE)
+MAY_IMPORT_PLAN = ("plan", "runs", "api", "commands", FRONT_PAGE)
+SHOW_IMPORTS = ("show", "errors", "units", "memory")
+CLI_IMPORTS = ("commands", "docs", "recipe", "show", "errors", "standard_streams", "device")
 NO_TORCH = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"}
 
 FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -61,7 +61,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def module_of(path: Path) -> str:
-    """`qlora_lite/model/bnb.py` -> `model.bnb`; the package's own `__init__` -> ``."""
+    """`qlora_lite/base/bnb.py` -> `model.bnb`; the package's own `__init__` -> ``."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
 
 
@@ -87,23 +87,21 @@ def import_problems(source: str, module: str, *, is_package: bool = False) -> li
             problems.append(f"{module} imports rich; only show does")
         if top in NO_TORCH and here in ("recipe", "errors", "units", "cli"):
             problems.append(f"{module} imports {name}; recipe errors and --help must come without {top}")
-        if top == "bitsandbytes" and module != "model.bnb":
-            problems.append(f"{module} imports bitsandbytes; use model.bnb, which closes two traps")
+        if top == "bitsandbytes" and module != "base.bnb":
+            problems.append(f"{module} imports bitsandbytes; use base.bnb, which closes two traps")
         if top in FORBIDDEN_MODULES:
             problems.append(f"{module} imports {name}; nothing is unpickled")
         if top != "qlora_lite" or not rest:
             continue
         there = rest[0]
         if there == "plan" and here not in MAY_IMPORT_PLAN:
-            problems.append(f"{module} imports {name}; only loading, training, api and pipeline import plan")
-        if here in LEAVES and there not in LEAVES:
-            problems.append(f"{module} is a leaf and imports {name}")
-        if here in STAGES and there not in LEAVES and there not in STAGES[: STAGES.index(here) + 1]:
-            problems.append(
-                f"{module} imports {name}; {here} may import {', '.join(STAGES[: STAGES.index(here)])} and leaves"
-            )
+            problems.append(f"{module} imports {name}; only runs, api and commands import plan")
+        if here != FRONT_PAGE and there in ROOMS and ROOMS.index(there) > ROOMS.index(here):
+            problems.append(f"{module} imports {name}; {there} comes after {here}")
+        if here == "show" and there not in SHOW_IMPORTS:
+            problems.append(f"{module} imports {name}; show takes plain values")
         if here == "cli" and there not in CLI_IMPORTS:
-            problems.append(f"{module} imports {name}; the command line calls pipeline")
+            problems.append(f"{module} imports {name}; the command line calls commands")
     if here not in MAY_SEE_RECIPE and mentions(ast.parse(source), "Recipe"):
         problems.append(f"{module} mentions Recipe; it takes plain values")
     return problems
@@ -144,26 +142,28 @@ def test_nothing_is_unpickled_and_no_foreign_code_is_run(path: Path) -> None:
     assert danger_problems(path.read_text(encoding="utf-8")) == []
 
 
-def test_every_folder_of_the_package_is_a_stage_or_a_leaf() -> None:
+def test_every_room_has_its_place_in_the_order() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
-    assert folders <= {*STAGES, *LEAVES}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert folders | modules == set(ROOMS)
+    assert len(modules) <= 11
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("data.examples", "from qlora_lite.train.loop import train"),
-        ("data.examples", "from ..train import loop"),
-        ("data.examples", "from qlora_lite import train"),
-        ("train.loop", "def f():\n    import qlora_lite.plan.search"),
-        ("train.loop", "import rich.table"),
-        ("train.loop", "from qlora_lite.recipe import Recipe"),
-        ("train.loop", "def f(recipe: schema.Recipe): ..."),
-        ("merge.merge", "import bitsandbytes as bnb"),
+        ("data.examples", "from qlora_lite.training.loop import train"),
+        ("data.examples", "from ..training import loop"),
+        ("data.examples", "from qlora_lite import training"),
+        ("training.loop", "def f():\n    import qlora_lite.plan.search"),
+        ("training.loop", "import rich.table"),
+        ("training.loop", "from qlora_lite.recipe import Recipe"),
+        ("training.loop", "def f(recipe: schema.Recipe): ..."),
+        ("merging.write", "import bitsandbytes as bnb"),
         ("recipe.load", "import torch"),
         ("units", "from qlora_lite.model import base"),
-        ("cli", "from qlora_lite.train import loop"),
-        ("model.base", "import pickle"),
+        ("cli", "from qlora_lite.training import loop"),
+        ("base.source", "import pickle"),
     ],
 )
 def test_the_import_rule_sees_a_breach(module: str, source: str) -> None:
@@ -179,7 +179,7 @@ def test_the_danger_rule_sees_a_breach(source: str) -> None:
 
 
 def test_allowed_neighbours_are_not_breaches() -> None:
-    assert import_problems("from qlora_lite.model.bnb import bitsandbytes\nfrom . import head", "merge.merge") == []
+    assert import_problems("from qlora_lite.base.bnb import bitsandbytes\nfrom . import head", "model.load") == []
     assert danger_problems("yaml.safe_load(text)\nrun(x, shell=False)\nmodel.eval()") == []
 
 
@@ -188,7 +188,7 @@ def test_allowed_neighbours_are_not_breaches() -> None:
     [
         "from qlora_lite.cli import main; main(['--help'])",
         "import qlora_lite, qlora_lite.recipe",
-        "import qlora_lite.doctor",
+        "import qlora_lite.commands.doctor",
     ],
 )
 def test_help_and_recipes_do_not_import_torch(statement: str) -> None:

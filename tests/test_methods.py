@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from qlora_lite import evaluate, load_model, load_recipe, make_plan, merge, train
 from qlora_lite.api import open_run, run_models
+from qlora_lite.base.bnb import dequantized
 from qlora_lite.errors import RunError
-from qlora_lite.loading import base_folder
-from qlora_lite.model.bnb import dequantized
 from qlora_lite.model.frozen_int8 import FrozenInt8
+from qlora_lite.runs.loading import base_folder
 from tests.tiny_run import write_recipe
 
 METHODS = ("qlora", "lora", "full")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from qlora_lite import show
+from qlora_lite.commands.stopping import stop_signals
 from qlora_lite.errors import UserError
 from qlora_lite.recipe import hub_names
 from qlora_lite.show.text import WIDTH_OF_A_LOG, console
 from qlora_lite.standard_streams import standard_streams
-from qlora_lite.stopping import stop_signals
 from tests.conftest import REPOSITORY
 from tests.tiny_run import NUM_STEPS, write_recipe
 

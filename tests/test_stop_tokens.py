@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from qlora_lite.base.generation_settings import add_stop_tokens, stop_ids
 from qlora_lite.data.template import ChatTemplate, Vocabulary
 from qlora_lite.errors import ModelError, RecipeError
-from qlora_lite.evaluate.generate import answer_tokenizer, generate_answers, stop_tokens
-from qlora_lite.model.generation_settings import add_stop_tokens, stop_ids
+from qlora_lite.evaluation.generate import answer_tokenizer, generate_answers, stop_tokens
 from qlora_lite.recipe import load_recipe
 from tests.data.tiny_tokenizer import CHATML, make_tokenizer
 from tests.tiny_model import save_tiny_llama

@@ -14,13 +14,13 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlora_lite.base.artefact import quantize_base
 from qlora_lite.data.batches import Batch, pack_batch
 from qlora_lite.data.rows import QuestionRow
 from qlora_lite.data.template import Encoded
 from qlora_lite.model.adapter import attach_adapter
-from qlora_lite.model.artefact import quantize_base
-from qlora_lite.model.base import LoadedBase, load_base
-from qlora_lite.train.step import forward_backward
+from qlora_lite.model.load import LoadedBase, load_base
+from qlora_lite.training.step import forward_backward
 from tests.data.tiny_tokenizer import make_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -147,6 +147,6 @@ def relative_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Te
 
 
 def linear4bit_layers(model: torch.nn.Module) -> dict[str, Any]:
-    from qlora_lite.model.bnb import bitsandbytes
+    from qlora_lite.base.bnb import bitsandbytes
 
     return {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}

@@ -82,5 +82,5 @@ tool_env() { # NAME VERSION: prints the path of a tool that only developers use,
 }
 
 bring_model() { # the small real model of the quickstart and of the slow tests; 93 MB, once
-    "$VENV/bin/python" -m qlora_lite.model.bring smollm2-135m
+    "$VENV/bin/python" -m qlora_lite.base.shipped smollm2-135m
 }

@@ -27,8 +27,8 @@ from qlora_lite.data.read import Source, as_pairs, file_identity, read_mix
 from qlora_lite.data.rows import Document, Row, content_hash
 from qlora_lite.data.template import UNKNOWN_BASE, ChatTemplate, Encoded, Tokenizer, Vocabulary, tokenizer_identity
 from qlora_lite.errors import DataError
-from qlora_lite.model.made_once import making
-from qlora_lite.model.staging import new_staging, remove_left_over, unlock
+from qlora_lite.files.made_once import making
+from qlora_lite.files.staging import new_staging, remove_left_over, unlock
 
 CODE_VERSION = 6  # raise it when the same file and tokenizer should give other rows
 _WRITE_ROWS = 256  # rows held in memory while writing

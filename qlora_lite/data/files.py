@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qlora_lite.errors import DataError
+from qlora_lite.files.text_file import NotText, OpenedText, decode_utf8, open_utf8
 from qlora_lite.limits import DATA_FILE_BYTES
-from qlora_lite.text_file import NotText, OpenedText, decode_utf8, open_utf8
 from qlora_lite.units import format_bytes
 
 EXPECTED = "Expected SQuAD JSON, or rows as json, jsonl, csv, Parquet or a folder that `datasets` saved."

@@ -30,7 +30,7 @@ from qlora_lite.data.prompts import alpaca_text, text_with_context
 from qlora_lite.data.rows import BadRow, Conversation, Document, Message, Row, kind, problem_with_text, row_name, short
 from qlora_lite.data.squad import check_columns
 from qlora_lite.data.turn_flags import FLAGS, WrongFlag, is_untrained
-from qlora_lite.json_text import parse_json
+from qlora_lite.files.json_text import parse_json
 
 # Format -> the sets of columns it may have; the first format that has one of its sets is the one.
 _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {

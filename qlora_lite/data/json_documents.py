@@ -26,7 +26,7 @@ from qlora_lite.data.formats import KNOWN_NAMES, are_known, known_name
 from qlora_lite.data.json_stream import Events, build, keys, skip_value
 from qlora_lite.data.rows import kind, short
 from qlora_lite.errors import DataError
-from qlora_lite.json_text import RepeatedKey
+from qlora_lite.files.json_text import RepeatedKey
 
 DocumentKind = Literal["squad", "wrapped", "columns", "split", "index", "objects"]
 HOW_READ = {

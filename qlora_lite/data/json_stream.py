@@ -14,7 +14,7 @@ import ijson  # type: ignore[import-untyped]
 from qlora_lite.data.files import EXPECTED, open_text, refuse_other_encodings
 from qlora_lite.data.rows import short
 from qlora_lite.errors import DataError
-from qlora_lite.json_text import RepeatedKey
+from qlora_lite.files.json_text import RepeatedKey
 from qlora_lite.limits import JSON_DEPTH, ROW_BYTES, ROW_VALUES
 
 KINDS = {"start_array": "a list", "start_map": "an object", "string": "text", "number": "a number", "null": "null"}

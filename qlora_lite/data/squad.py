@@ -15,7 +15,7 @@ from typing import Any
 from qlora_lite.data import json_stream
 from qlora_lite.data.rows import BadRow, QuestionRow, kind, problem_with_text, row_name, short
 from qlora_lite.errors import DataError
-from qlora_lite.json_text import RepeatedKey, parse_json
+from qlora_lite.files.json_text import RepeatedKey, parse_json
 
 _HINT = " Expected SQuAD JSON (v1.1 or v2.0: data[].paragraphs[].qas[])."
 

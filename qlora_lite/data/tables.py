@@ -26,11 +26,11 @@ from qlora_lite.data.json_documents import (
 )
 from qlora_lite.data.rows import short
 from qlora_lite.errors import DataError
+from qlora_lite.files.json_text import RepeatedKey, parse_json
+from qlora_lite.files.names import inside
+from qlora_lite.files.text_file import NotText
 from qlora_lite.foreign import foreign
-from qlora_lite.json_text import RepeatedKey, parse_json
 from qlora_lite.limits import COLUMNS, JSON_BYTES, JSON_DEPTH, ROW_BYTES
-from qlora_lite.paths import inside
-from qlora_lite.text_file import NotText
 
 FileKind = Literal["json", "jsonl", "csv", "parquet", "saved"] | DocumentKind
 

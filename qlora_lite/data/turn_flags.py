@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_lite.data.rows import short
-from qlora_lite.json_text import parse_json
+from qlora_lite.files.json_text import parse_json
 
 _LEFT_OUT_AT = {
     "weight": False,

@@ -18,13 +18,13 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
+from qlora_lite.base.bnb import bitsandbytes, keep_weights_unpacked
+from qlora_lite.base.finite import NotFiniteWeights
 from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign
 from qlora_lite.model.adapter_config import read_adapter_config
-from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.factors import in_pefts_file, saved_factors
-from qlora_lite.model.finite import NotFiniteWeights
 from qlora_lite.model.new_tokens import set_up_new_tokens, token_modules
 from qlora_lite.model.products import product_in_fp32
 from qlora_lite.model.tuned_linear import TunedLinear

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qlora_lite.base.source import read_json
 from qlora_lite.errors import ModelError
 from qlora_lite.limits import ADAPTER_RANK, PATTERN_CHARS, VOCABULARY
-from qlora_lite.model.source import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Settings that decide where and how factors were trained, but not what they add once they are trained.

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_lite.ledger import card_of
+from qlora_lite.memory.ledger import card_of
 from qlora_lite.model.tree_attention import NO_PARENT, longest_path, parts_of, tree_attention
 
 PACKED, PADDED = "qlora_lite_packed", "qlora_lite_padded"

@@ -7,7 +7,7 @@ every forward; here the norm comes from thin products, of which only W A^T touch
 
     ||W_o + s B_o A||^2 = ||W_o||^2 + 2 s (W A^T)_o . B_o + s^2 B_o (A A^T) B_o^T
 
-`row_norms` is this formula: training and merging (merge/lora.py) both use it. Magnitudes are fp32: they lie near the norms of
+`row_norms` is this formula: training and merging (merging/lora.py) both use it. Magnitudes are fp32: they lie near the norms of
 whole rows, and a step of training is far below the 8 bits of bf16. For the same reason a layer's output is stretched before it is
 rounded (tuned_linear.py): stretching bf16 values by less than 0.2% gives the same bf16 values, so training would not see what
 the merged model does.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qlora_lite.model.bnb import dequantized
+from qlora_lite.base.bnb import dequantized
 
 
 def row_norms(square_O: torch.Tensor, cross_OR: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor) -> torch.Tensor:

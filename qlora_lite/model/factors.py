@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
+from qlora_lite.base.finite import NotFiniteWeights, refuse_not_finite
+from qlora_lite.base.tensor_files import load_tensors
 from qlora_lite.errors import ModelError
 from qlora_lite.model.adapter_config import ADAPTER_CONFIG
-from qlora_lite.model.finite import NotFiniteWeights, refuse_not_finite
 from qlora_lite.model.int8_factors import INT8_FILE, from_int8
-from qlora_lite.model.tensor_files import load_tensors
 
 FACTORS_FILE = "adapter_model.safetensors"
 

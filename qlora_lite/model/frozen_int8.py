@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from qlora_lite.model.bnb import bitsandbytes, dequantized
+from qlora_lite.base.bnb import bitsandbytes, dequantized
 
 
 class FrozenInt8(bitsandbytes.nn.Linear8bitLt):

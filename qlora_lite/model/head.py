@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qlora_lite.ledger import count_as_after, counted_as
+from qlora_lite.memory.ledger import count_as_after, counted_as
 
 CHUNK = 256  # label positions projected at once: 48 MiB of fp32 logits at V = 49,152
 ROWS = (

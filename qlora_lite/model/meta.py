@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qlora_lite.model.artefact import linear_weights
-from qlora_lite.model.base import attention_of, switch_off_dropout
-from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
+from qlora_lite.base.artefact import linear_weights
+from qlora_lite.base.bnb import bitsandbytes, keep_weights_unpacked
+from qlora_lite.base.quantization import OUTLIERS, SCALES, Quantization
+from qlora_lite.base.skeleton import empty_model, model_class
 from qlora_lite.model.frozen_int8 import FrozenInt8
-from qlora_lite.model.quantization import OUTLIERS, SCALES, Quantization
-from qlora_lite.model.skeleton import empty_model, model_class
+from qlora_lite.model.load import attention_of, switch_off_dropout
 
 
 def meta_model(

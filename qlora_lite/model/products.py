@@ -2,7 +2,7 @@
 
 import torch
 
-from qlora_lite.ledger import card_of
+from qlora_lite.memory.ledger import card_of
 
 
 def product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qlora_lite.model.artefact import linear_weights
-from qlora_lite.model.base import attention_of, switch_off_dropout
-from qlora_lite.model.bnb import keep_weights_unpacked
-from qlora_lite.model.quantization import Quantization
-from qlora_lite.model.skeleton import empty_model, model_class
+from qlora_lite.base.artefact import linear_weights
+from qlora_lite.base.bnb import keep_weights_unpacked
+from qlora_lite.base.quantization import Quantization
+from qlora_lite.base.skeleton import empty_model, model_class
+from qlora_lite.model.load import attention_of, switch_off_dropout
 from qlora_lite.model.weights import fill_plain, fill_quantized
 
 _STD = 0.02  # of matrices: what most models start from, so that losses and gradients are finite

@@ -4,7 +4,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from qlora_lite.model.bnb import quantization_constants
+from qlora_lite.base.bnb import quantization_constants
 
 
 def residents(model: PreTrainedModel | PeftModel) -> dict[str, list[torch.Tensor]]:

@@ -12,11 +12,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from qlora_lite.base.companions import copy_companions
+from qlora_lite.base.published import published_weights
+from qlora_lite.base.skeleton import empty_model
+from qlora_lite.base.source import load_config, read_config
 from qlora_lite.model.adapter import save_adapter
-from qlora_lite.model.companions import copy_companions
-from qlora_lite.model.published import published_weights
-from qlora_lite.model.skeleton import empty_model
-from qlora_lite.model.source import load_config, read_config
 
 ADAPTER, WEIGHTS = "adapter", "weights"
 

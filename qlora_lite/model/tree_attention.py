@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qlora_lite.ledger import card_of
+from qlora_lite.memory.ledger import card_of
 
 _aten: Any = torch.ops.aten
 NO_PARENT = -1

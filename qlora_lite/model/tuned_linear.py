@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear, pad
 
-from qlora_lite.model.bnb import dequantized
+from qlora_lite.base.bnb import dequantized
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.products import product_in_fp32
 

@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
+from qlora_lite.base.bnb import bitsandbytes
+from qlora_lite.base.finite import refuse_not_finite
+from qlora_lite.base.published import open_tensors
+from qlora_lite.base.quantization import OUTLIERS, SCALES, parts_of, read_quant_state
 from qlora_lite.errors import ModelError
-from qlora_lite.model.bnb import bitsandbytes
-from qlora_lite.model.finite import refuse_not_finite
 from qlora_lite.model.frozen_int8 import FrozenInt8
-from qlora_lite.model.published import open_tensors
-from qlora_lite.model.quantization import OUTLIERS, SCALES, parts_of, read_quant_state
 
 
 class Source(Protocol):

@@ -11,8 +11,8 @@ from typing import Any
 
 from qlora_lite.device.accelerator import card_here, free_memory, give_back_cache
 from qlora_lite.device.card import MARGIN_BYTES, MARGIN_SHARE, Card, usable_memory
-from qlora_lite.device.host import host_memory
-from qlora_lite.measured import KEPT, kept_measurement
+from qlora_lite.memory.host import host_memory
+from qlora_lite.memory.kept import KEPT, kept_measurement
 from qlora_lite.units import format_bytes
 
 # Left to everything else on the machine, and to what a process takes beside its tensors (profiler events, file pages).

@@ -12,6 +12,11 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedConfig
 
+from qlora_lite.base.generation_settings import base_stops
+from qlora_lite.base.quantization import Quantization, stored_quantization
+from qlora_lite.base.shipped import default_cache
+from qlora_lite.base.skeleton import model_class
+from qlora_lite.base.source import context_window, find_base, load_config, read_config
 from qlora_lite.data.batches import sampler_of
 from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
@@ -21,18 +26,13 @@ from qlora_lite.data.trees import Sharing, sharing
 from qlora_lite.device.accelerator import choose_device, recipe_word
 from qlora_lite.device.card import Card, name_of
 from qlora_lite.errors import DataError, DoesNotFit, ModelError
-from qlora_lite.evaluate.generate import BATCH_TOKENS
-from qlora_lite.evaluate.held_out import held_out_rows, longest_scored
+from qlora_lite.evaluation.generate import BATCH_TOKENS
+from qlora_lite.evaluation.held_out import held_out_rows, longest_scored
 from qlora_lite.model.adapter import modules_trained_whole
 from qlora_lite.model.attention import why_not_shared
-from qlora_lite.model.base import load_tokenizer
-from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import NumberTypes, choose_types, types_of_run
-from qlora_lite.model.generation_settings import base_stops
+from qlora_lite.model.load import load_tokenizer
 from qlora_lite.model.meta import meta_model
-from qlora_lite.model.quantization import Quantization, stored_quantization
-from qlora_lite.model.skeleton import model_class
-from qlora_lite.model.source import context_window, find_base, load_config, read_config
 from qlora_lite.plan.budget import budget_of, measured_here
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json, own_method
 from qlora_lite.plan.planner import Concession, Fit, Needs, concessions, fit, shortage
@@ -40,7 +40,7 @@ from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.strategy import OPTIMIZERS, Free, next_leaner
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe.hub_names import commit_of, is_hub_name
-from qlora_lite.train.footprint import Footprint
+from qlora_lite.training.footprint import Footprint
 
 SAMPLED_STEPS = 64  # whose rows tell what sharing saves
 SIZED_STEPS = 4096  # after these, whose rows are counted only

@@ -21,10 +21,10 @@ from functools import cache, cached_property
 
 from transformers import PreTrainedConfig
 
+from qlora_lite.base.skeleton import model_class
+from qlora_lite.base.source import context_window
 from qlora_lite.model.attention import QUERY_BLOCK, packs_rows, sliding_window, why_not_shared
 from qlora_lite.model.head import CHUNK
-from qlora_lite.model.skeleton import model_class
-from qlora_lite.model.source import context_window
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, num_labels
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)

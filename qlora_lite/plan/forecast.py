@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from qlora_lite.merge.proof import PROOF_TOKENS
+from qlora_lite.merging.proof import PROOF_TOKENS
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
 from qlora_lite.plan.fits import Cell, Growth, Labels, Room, longest_length, memory_map, totals
 from qlora_lite.plan.largest import largest_model

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from qlora_lite.model.known import known_config
-from qlora_lite.model.known_shapes import SHAPES
+from qlora_lite.base.known import known_config
+from qlora_lite.base.known_shapes import SHAPES
 from qlora_lite.plan.compare import Comparison, Rehearsals
 from qlora_lite.plan.rehearsal import MicroBatch, Settings
 

@@ -23,18 +23,18 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
+from qlora_lite.base.artefact import linear_weights
+from qlora_lite.base.quantization import Quantization
+from qlora_lite.base.skeleton import empty_model
 from qlora_lite.data.template import Encoded
 from qlora_lite.device.card import CPU
-from qlora_lite.ledger import PAGED, Ledger
-from qlora_lite.merge.checkpoint import Checkpoint
-from qlora_lite.merge.lora import Adapter, LoraFactors
-from qlora_lite.merge.proof import Models
-from qlora_lite.merge.rounding import DTYPES
-from qlora_lite.merge.write import merged_blocks
-from qlora_lite.model.artefact import linear_weights
+from qlora_lite.memory.ledger import PAGED, Ledger
+from qlora_lite.merging.checkpoint import Checkpoint
+from qlora_lite.merging.lora import Adapter, LoraFactors
+from qlora_lite.merging.proof import Models
+from qlora_lite.merging.rounding import DTYPES
+from qlora_lite.merging.write import merged_blocks
 from qlora_lite.model.meta import four_bit_state
-from qlora_lite.model.quantization import Quantization
-from qlora_lite.model.skeleton import empty_model
 from qlora_lite.plan.rehearsal import Body, Settings, attention_on, layer_period, names_layers, running, with_depth
 from qlora_lite.plan.workspace import workspace_of
 

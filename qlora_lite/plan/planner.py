@@ -25,7 +25,7 @@ from qlora_lite.plan.strategy import (
     choose,
     strategies,
 )
-from qlora_lite.train.footprint import Footprint
+from qlora_lite.training.footprint import Footprint
 from qlora_lite.units import format_bytes
 
 

@@ -27,25 +27,25 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qlora_lite.base.quantization import Quantization
 from qlora_lite.data.batches import Batch
 from qlora_lite.device.card import COMMON_CARD, Card
 from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign, is_of_our_code
-from qlora_lite.ledger import PAGED, PHASES, Ledger, count_as_after, counted_as
+from qlora_lite.memory.ledger import PAGED, PHASES, Ledger, count_as_after, counted_as
 from qlora_lite.model.adapter import attach_adapter
-from qlora_lite.model.base import checkpoint_activations
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import CHUNK
+from qlora_lite.model.load import checkpoint_activations
 from qlora_lite.model.meta import meta_model
-from qlora_lite.model.quantization import Quantization
 from qlora_lite.model.resident import residents
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.model.tree_attention import NO_PARENT
 from qlora_lite.model.tuned_linear import TunedLinear
 from qlora_lite.plan.workspace import workspace_of
-from qlora_lite.train.optimizer import make_optimizer
-from qlora_lite.train.update import accumulate, update
+from qlora_lite.training.optimizer import make_optimizer
+from qlora_lite.training.update import accumulate, update
 
 PARTS = ("weights", "quant_constants", "adapter", "gradients", "optimizer", "activations", "recompute", "logits",
          "workspace", "runtime")  # fmt: skip

@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
 
+from qlora_lite.base.known import KNOWN, known_config, known_name, known_shape
+from qlora_lite.base.shipped import default_cache
+from qlora_lite.base.source import context_window, find_base, load_config
 from qlora_lite.data.trees import Sharing
 from qlora_lite.device.accelerator import card_here, choose_device
 from qlora_lite.device.card import COMMON_CARD, Card
 from qlora_lite.errors import ModelError, UserError
-from qlora_lite.model.bring import default_cache
 from qlora_lite.model.dtypes import choose_types
-from qlora_lite.model.known import KNOWN, known_config, known_name, known_shape
-from qlora_lite.model.source import context_window, find_base, load_config
 from qlora_lite.plan.budget import budget_of, measured_here
 from qlora_lite.plan.choose import (
     choose_sharing,

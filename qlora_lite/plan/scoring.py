@@ -27,11 +27,18 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
-from qlora_lite.evaluate.generate import BATCH_TOKENS, generate_batch, generating, greedy, length_batches, read_prompts
-from qlora_lite.ledger import PAGED
+from qlora_lite.evaluation.generate import (
+    BATCH_TOKENS,
+    generate_batch,
+    generating,
+    greedy,
+    length_batches,
+    read_prompts,
+)
+from qlora_lite.memory.ledger import PAGED
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.plan.rehearsal import MicroBatch, Phases, Rehearsal, Scene, Stage, attention_on, meta_batch
-from qlora_lite.train.step import batch_loss
+from qlora_lite.training.step import batch_loss
 
 
 @dataclass(frozen=True)

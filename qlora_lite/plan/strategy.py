@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qlora_lite.device.card import Card
-from qlora_lite.evaluate.generate import BATCH_TOKENS
+from qlora_lite.evaluation.generate import BATCH_TOKENS
 from qlora_lite.model.head import CHUNK
-from qlora_lite.train.footprint import Footprint
+from qlora_lite.training.footprint import Footprint
 
 CPU_MICRO_BATCH_TOKENS, CARD_MICRO_BATCH_TOKENS = (
     2048,

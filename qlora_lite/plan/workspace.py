@@ -20,8 +20,8 @@ import torch
 
 from qlora_lite.device.accelerator import cpu_has_amx
 from qlora_lite.device.card import Card
+from qlora_lite.memory.measuring import measure_allocations
 from qlora_lite.plan.card_workspace import card_workspace
-from qlora_lite.train.measure import measure_allocations
 
 _ops: Any = torch.ops
 Count = Callable[[Sequence[Any], int], int]

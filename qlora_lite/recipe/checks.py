@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lite.json_text import parse_json
+from qlora_lite.files.json_text import parse_json
 from qlora_lite.limits import JSON_BYTES
 from qlora_lite.recipe import hub_names, not_yet, wording
 from qlora_lite.recipe.schema import Recipe

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from qlora_lite.files.text_file import NotText, TooLarge, decode_file
 from qlora_lite.limits import RECIPE_BYTES, RECIPE_DEPTH, RECIPE_VALUES
-from qlora_lite.text_file import NotText, TooLarge, decode_file
 
 _NULL = {"", "~", "null", "Null", "NULL"}
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from qlora_lite.device.host import in_words
+from qlora_lite.memory.host import in_words
 from qlora_lite.show.text import console, say
 from qlora_lite.units import format_bytes, format_seconds
 

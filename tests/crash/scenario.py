@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_lite.model.manifest import sha256_of_file
+from qlora_lite.files.manifest import sha256_of_file
 from tests.crash.server import Outcome, Server
 from tests.tiny_run import write_recipe
 

@@ -99,7 +99,7 @@ def serve() -> None:
     import datasets  # noqa: F401
 
     from qlora_lite import cli, pipeline  # noqa: F401
-    from qlora_lite.model.bnb import bitsandbytes  # noqa: F401
+    from qlora_lite.base.bnb import bitsandbytes  # noqa: F401
 
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not get between the answers

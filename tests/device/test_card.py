@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qlora_lite.base.known import known_config
 from qlora_lite.device.card import CPU, Card, card_named, name_of, with_rates
 from qlora_lite.device.known_cards import KNOWN_CARDS
 from qlora_lite.errors import UserError
 from qlora_lite.model.dtypes import choose_types
-from qlora_lite.model.known import known_config
 from qlora_lite.plan.rehearsal import MicroBatch, Settings, Stage
 from qlora_lite.plan.strategy import dequantizing_tokens
 from qlora_lite.recipe import DEFAULT_RECIPE

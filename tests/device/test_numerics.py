@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qlora_lite.device.numerics import exact_sums
-from qlora_lite.evaluate.generate import generate_batch, generating, greedy
-from qlora_lite.evaluate.scores import validation_loss
-from qlora_lite.merge.proof import full_fp32
+from qlora_lite.evaluation.generate import generate_batch, generating, greedy
+from qlora_lite.evaluation.scores import validation_loss
+from qlora_lite.merging.proof import full_fp32
 from qlora_lite.model.forward import causal_lm
 from tests.tiny_model import gradients, random_rows, split_batches, tiny_adapted
 

@@ -6,10 +6,10 @@ import torch
 from qlora_lite.data.batches import StepSampler
 from qlora_lite.device.accelerator import card_at
 from qlora_lite.model.adapter import attach_adapter
-from qlora_lite.model.base import checkpoint_activations, load_base
 from qlora_lite.model.dtypes import choose_types
 from qlora_lite.model.forward import causal_lm
-from qlora_lite.train import Footprint, TrainState, make_optimizer, train_steps
+from qlora_lite.model.load import checkpoint_activations, load_base
+from qlora_lite.training import Footprint, TrainState, make_optimizer, train_steps
 from tests import tiny_model
 
 pytestmark = pytest.mark.gpu

@@ -15,15 +15,15 @@ import jinja2.ext
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_lite.base.gguf_folder import convert_gguf
+from qlora_lite.base.published import open_tensors
+from qlora_lite.base.quantization import stored_quantization
+from qlora_lite.base.skeleton import empty_model
+from qlora_lite.base.source import context_window, find_base, load_config, read_config
 from qlora_lite.data.rows import Conversation
 from qlora_lite.data.template import ChatTemplate, tokenizer_identity
-from qlora_lite.merge.checkpoint import open_checkpoint
-from qlora_lite.model.base import load_base, load_tokenizer
-from qlora_lite.model.gguf_folder import convert_gguf
-from qlora_lite.model.published import open_tensors
-from qlora_lite.model.quantization import stored_quantization
-from qlora_lite.model.skeleton import empty_model
-from qlora_lite.model.source import context_window, find_base, load_config, read_config
+from qlora_lite.merging.checkpoint import open_checkpoint
+from qlora_lite.model.load import load_base, load_tokenizer
 from qlora_lite.plan import forecast, read_request
 from tests.architectures import PUBLISHED
 from tests.data.tiny_tokenizer import CHATML, make_tokenizer

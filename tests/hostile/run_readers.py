@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load, save
 
 from qlora_lite import show
+from qlora_lite.base.artefact import verify_artefact
 from qlora_lite.errors import ModelError
-from qlora_lite.merge.lora import read_adapter
+from qlora_lite.files.manifest import read_manifest, seal, verify_manifest, weights_sha256, write_manifest
+from qlora_lite.merging.lora import read_adapter
 from qlora_lite.model.adapter import load_adapter, save_adapter
-from qlora_lite.model.artefact import verify_artefact
 from qlora_lite.model.factors import copy_factors
 from qlora_lite.model.int8_factors import INT8_FILE, to_int8
-from qlora_lite.model.manifest import read_manifest, seal, verify_manifest, weights_sha256, write_manifest
 from qlora_lite.recipe import load_recipe
 from qlora_lite.recipe.hub_names import find_fetched
-from qlora_lite.run_dir import RunDir
+from qlora_lite.runs.folder import RunDir
 from qlora_lite.show.run_files import read_run
 from tests.hostile.model_readers import files_of, write_files, write_safetensors
 from tests.hostile.mutations import mutate_bytes, mutate_json

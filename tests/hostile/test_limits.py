@@ -12,21 +12,21 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, normalizers
 
+from qlora_lite.base import source, tensor_files
+from qlora_lite.base.gguf_folder import convert_gguf
+from qlora_lite.base.gguf_head import check_gguf_head
+from qlora_lite.base.quantization import read_quant_state
+from qlora_lite.base.source import find_base, read_config
 from qlora_lite.data import csv_rows, json_stream
 from qlora_lite.data.limited import Limits, TooMuch
 from qlora_lite.data.rows import Conversation
 from qlora_lite.data.tables import file_kind, open_table
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import DataError, ModelError
-from qlora_lite.json_text import parse_json
+from qlora_lite.files.json_text import parse_json
 from qlora_lite.limits import ADAPTER_RANK, GGUF_KEYS, JSON_DEPTH, LAYERS, TEMPLATE_CHARS, TENSORS, VOCABULARY, WIDTH
-from qlora_lite.merge.lora import read_adapter
-from qlora_lite.model import source, tensor_files
-from qlora_lite.model.base import load_tokenizer
-from qlora_lite.model.gguf_folder import convert_gguf
-from qlora_lite.model.gguf_head import check_gguf_head
-from qlora_lite.model.quantization import read_quant_state
-from qlora_lite.model.source import find_base, read_config
+from qlora_lite.merging.lora import read_adapter
+from qlora_lite.model.load import load_tokenizer
 from tests.data.tiny_tokenizer import CHATML, make_tokenizer
 from tests.hostile.model_readers import write_tiny_gguf
 
@@ -149,7 +149,7 @@ def test_a_safetensors_file_that_declares_more_than_it_holds_is_refused(tmp_path
 
 
 def test_quantization_constants_of_another_size_never_reach_a_kernel() -> None:
-    from qlora_lite.model.bnb import bitsandbytes
+    from qlora_lite.base.bnb import bitsandbytes
 
     packed, state = bitsandbytes.functional.quantize_4bit(torch.randn(64, 64), blocksize=64, quant_type="nf4")
     parts = {f"w.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}

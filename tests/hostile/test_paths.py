@@ -10,13 +10,13 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
+from qlora_lite.base.companions import copy_companions
+from qlora_lite.base.published import open_tensors
+from qlora_lite.base.tensor_files import weight_files
 from qlora_lite.data.read import read_mix
 from qlora_lite.errors import ModelError, UserError
-from qlora_lite.merge.checkpoint import Checkpoint
-from qlora_lite.model.companions import copy_companions
-from qlora_lite.model.published import open_tensors
-from qlora_lite.model.tensor_files import weight_files
-from qlora_lite.paths import inside
+from qlora_lite.files.names import inside
+from qlora_lite.merging.checkpoint import Checkpoint
 from tests.tiny_model import tiny_source
 
 OUTSIDE = (

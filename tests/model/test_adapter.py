@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_lite.base.artefact import quantize_base
 from qlora_lite.errors import ModelError
 from qlora_lite.model.adapter import FactorLinear, attach_adapter, load_adapter, save_adapter
-from qlora_lite.model.artefact import quantize_base
-from qlora_lite.model.base import load_base
+from qlora_lite.model.load import load_base
 from tests.plain_peft import assert_plain_peft_computes_the_same
 from tests.tiny_model import (
     NUM_LINEAR,

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from qlora_lite.data.batches import pack_batch
-from qlora_lite.ledger import Ledger
+from qlora_lite.memory.ledger import Ledger
 from qlora_lite.model import attention
 from qlora_lite.model.attention import PACKED, PADDED, attention_for_generation, packed_attention
 from qlora_lite.model.forward import causal_lm, predicting_states

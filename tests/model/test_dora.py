@@ -5,9 +5,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from qlora_lite.merge import merge
+from qlora_lite.base.bnb import dequantized
+from qlora_lite.merging import merge
 from qlora_lite.model.adapter import attach_adapter, save_adapter
-from qlora_lite.model.bnb import dequantized
 from qlora_lite.model.dora import row_norms
 from tests.plain_peft import assert_plain_peft_computes_the_same
 from tests.tiny_model import gradients, move_factors, random_rows, split_batches, tiny_artefact, tiny_base

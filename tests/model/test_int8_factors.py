@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.errors import ModelError
-from qlora_lite.merge.lora import read_adapter
+from qlora_lite.merging.lora import read_adapter
 from qlora_lite.model.int8_factors import INT8_FILE, from_int8, to_int8
-from tests.merge.test_spectrum import dense
+from tests.merging.test_spectrum import dense
 from tests.tiny_run import run_cli, train_cli, write_recipe
 
 A, B = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"

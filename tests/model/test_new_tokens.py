@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lite import evaluate, load_model, load_recipe, make_plan, merge, train
 from qlora_lite.api import open_run, run_models
+from qlora_lite.base.artefact import quantize_base
 from qlora_lite.data.template import Encoded
-from qlora_lite.merge import merge as merge_files
+from qlora_lite.merging import merge as merge_files
 from qlora_lite.model.adapter import attach_adapter, save_adapter
-from qlora_lite.model.artefact import quantize_base
-from qlora_lite.model.base import LoadedBase, load_base, load_tokenizer
-from qlora_lite.train.optimizer import make_optimizer
-from qlora_lite.train.step import forward_backward
+from qlora_lite.model.load import LoadedBase, load_base, load_tokenizer
+from qlora_lite.training.optimizer import make_optimizer
+from qlora_lite.training.step import forward_backward
 from tests.plain_peft import assert_plain_peft_computes_the_same
 from tests.tiny_model import Rows, gradients, save_tiny_llama, split_batches
 from tests.tiny_run import write_recipe

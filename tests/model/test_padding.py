@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from qlora_lite.base.source import load_config, read_config
 from qlora_lite.device.card import CPU
-from qlora_lite.merge import merge
+from qlora_lite.merging import merge
 from qlora_lite.model.adapter import attach_adapter, save_adapter
-from qlora_lite.model.base import load_base
+from qlora_lite.model.load import load_base
 from qlora_lite.model.new_tokens import make_room
-from qlora_lite.model.source import load_config, read_config
 from qlora_lite.model.trained import make_trainable, save_trained
 from qlora_lite.plan import MicroBatch, Settings, Stage
 from qlora_lite.plan.merging import Merging, proof_peak_host_bytes

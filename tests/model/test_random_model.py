@@ -2,11 +2,11 @@
 
 import pytest
 
-from qlora_lite.model.base import load_base
-from qlora_lite.model.bnb import quantization_constants
-from qlora_lite.model.quantization import Quantization
+from qlora_lite.base.bnb import quantization_constants
+from qlora_lite.base.quantization import Quantization
+from qlora_lite.base.source import load_config
+from qlora_lite.model.load import load_base
 from qlora_lite.model.random_model import random_model
-from qlora_lite.model.source import load_config
 from tests.architectures import artefact, published
 
 

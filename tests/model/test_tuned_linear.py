@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
+from qlora_lite.base.bnb import dequantized
 from qlora_lite.model.adapter import attach_adapter
-from qlora_lite.model.bnb import dequantized
 from qlora_lite.model.tuned_linear import TunedLinear
 from tests.tiny_model import NUM_LINEAR, move_factors, set_dropout, tiny_adapted, tiny_base
 

@@ -5,13 +5,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from qlora_lite.base.artefact import quantize_base
 from qlora_lite.errors import ModelError
-from qlora_lite.merge import merge
+from qlora_lite.merging import merge
 from qlora_lite.model.adapter import attach_adapter, save_adapter
-from qlora_lite.model.artefact import quantize_base
-from qlora_lite.model.base import load_base
-from qlora_lite.train.optimizer import make_optimizer
-from qlora_lite.train.step import forward_backward
+from qlora_lite.model.load import load_base
+from qlora_lite.training.optimizer import make_optimizer
+from qlora_lite.training.step import forward_backward
 from tests.plain_peft import assert_plain_peft_computes_the_same
 from tests.tiny_model import gradients, random_rows, save_tiny_llama, split_batches, tiny_artefact, tiny_base
 

@@ -5,9 +5,10 @@ import json
 import psutil
 import pytest
 
-from qlora_lite.device import accelerator, host
+from qlora_lite.device import accelerator
 from qlora_lite.device.card import CPU, Card, card_named
-from qlora_lite.measured import KEPT
+from qlora_lite.memory import host
+from qlora_lite.memory.kept import KEPT
 from qlora_lite.model.dtypes import choose_types
 from qlora_lite.plan import budget
 from qlora_lite.plan.budget import budget_of, measured_here

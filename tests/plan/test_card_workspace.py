@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from qlora_lite.base.bnb import bitsandbytes
 from qlora_lite.device.card import card_named
-from qlora_lite.model.bnb import bitsandbytes
 from qlora_lite.plan.card_workspace import num_splits
 from qlora_lite.plan.workspace import workspace_of
 
@@ -122,7 +122,7 @@ def test_a_4_bit_product_of_many_rows_makes_the_whole_weight_first():
 
 def test_a_frozen_layer_of_a_rehearsal_is_counted_so():
     """Only some layers have factors: the others go through bitsandbytes' own forward."""
-    from qlora_lite.model.known import known_config
+    from qlora_lite.base.known import known_config
     from qlora_lite.plan.rehearsal import MicroBatch, Settings, Stage
 
     config = known_config("llama-3.2-1b")

@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 
-from qlora_lite.model.known import known_config
-from qlora_lite.model.known_shapes import SHAPES
+from qlora_lite.base.known import known_config
+from qlora_lite.base.known_shapes import SHAPES
 from qlora_lite.plan import CARDS, METHODS, MicroBatch, Rehearsals, Room, Settings, Stage, forecast, sweep
 from qlora_lite.plan.compare import Comparison, as_method, own_method
 from qlora_lite.plan.fits import STEP, Growth, Labels, is_straight, longest_length, memory_map

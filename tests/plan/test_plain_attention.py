@@ -5,9 +5,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qlora_lite.device.card import Card
-from qlora_lite.ledger import Ledger
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.measuring import measure_allocations
 from qlora_lite.plan.rehearsal import attention_on
-from qlora_lite.train.measure import measure_allocations
 
 AMPERE = Card("Test Card", "cuda", 16 * 2**30, (8, 0))
 

@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from qlora_lite import api
 from qlora_lite.recipe import load_recipe
-from qlora_lite.run_dir import RunDir
+from qlora_lite.runs.folder import RunDir
 from tests.architectures import published
 from tests.tiny_model import tiny_source
 from tests.tiny_run import run_cli, write_recipe

@@ -5,18 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qlora_lite.base.source import load_config
 from qlora_lite.data.batches import pack_batch
 from qlora_lite.data.template import Encoded
-from qlora_lite.evaluate.generate import generate_answers, generate_batch, generating, greedy, length_batches
-from qlora_lite.ledger import Ledger
+from qlora_lite.evaluation.generate import generate_answers, generate_batch, generating, greedy, length_batches
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.measuring import measure_allocations
 from qlora_lite.model.forward import causal_lm
-from qlora_lite.model.source import load_config
 from qlora_lite.plan.compare import Comparison, Rehearsals, as_json
 from qlora_lite.plan.rehearsal import PARTS, MicroBatch, Scene, Stage, layer_period, num_labels, residents, with_depth
 from qlora_lite.plan.scoring import Scoring, evaluation_moments, rehearse_evaluation
 from qlora_lite.plan.workspace import workspace_of
-from qlora_lite.train.measure import measure_allocations
-from qlora_lite.train.step import batch_loss
+from qlora_lite.training.step import batch_loss
 from tests.architectures import artefact, published
 from tests.promises.test_promise_06_plan import CPU, lengthened, real_model
 from tests.tiny_model import tiny_source

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_lite.device.card import COMMON_CARD, CPU
 from qlora_lite.plan.strategy import CHECKPOINTING, Free, Strategy, choose, next_leaner, strategies
-from qlora_lite.train.footprint import Footprint
+from qlora_lite.training.footprint import Footprint
 
 
 def ways(free: Free = Free(), **changes) -> tuple[Strategy, ...]:  # noqa: B008  # frozen

@@ -7,8 +7,8 @@ import pytest
 from qlora_lite.data.batches import pack_trees
 from qlora_lite.data.template import Encoded
 from qlora_lite.data.trees import Sharing, sharing
-from qlora_lite.evaluate.generate import _Prompts, generating, read_prompts
-from qlora_lite.ledger import Ledger
+from qlora_lite.evaluation.generate import _Prompts, generating, read_prompts
+from qlora_lite.memory.ledger import Ledger
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.resident import residents
 from qlora_lite.plan.planner import largest_tree

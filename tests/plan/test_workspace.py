@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from qlora_lite.base.bnb import bitsandbytes
 from qlora_lite.device.accelerator import cpu_multiplies_bf16
 from qlora_lite.device.card import CPU
-from qlora_lite.model.bnb import bitsandbytes
+from qlora_lite.memory.measuring import measure_allocations
 from qlora_lite.plan.workspace import workspace_of
-from qlora_lite.train.measure import measure_allocations
 
 THREADS = torch.get_num_threads()
 aten, bnb = torch.ops.aten, torch.ops.bitsandbytes

@@ -6,15 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qlora_lite.base.artefact import quantize_base
+from qlora_lite.base.source import find_base
 from qlora_lite.data.batches import make_batches
 from qlora_lite.device.accelerator import cpu_multiplies_bf16
 from qlora_lite.model.adapter import attach_adapter
-from qlora_lite.model.artefact import quantize_base
-from qlora_lite.model.base import checkpoint_activations, load_base
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import summed_loss
-from qlora_lite.model.source import find_base
-from qlora_lite.train.step import batch_loss
+from qlora_lite.model.load import checkpoint_activations, load_base
+from qlora_lite.training.step import batch_loss
 from tests.random_tree import random_tree
 from tests.tiny_model import (
     UNEQUAL_LABELS,

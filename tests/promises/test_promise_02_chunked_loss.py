@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from qlora_lite.data.batches import pack_trees
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import CHUNK, summed_loss
-from qlora_lite.train.step import batch_loss
+from qlora_lite.training.step import batch_loss
 from tests.random_tree import random_tree
 from tests.tiny_model import SIZES, random_rows, relative_difference, split_batches, take_gradients, tiny_adapted
 

@@ -7,10 +7,10 @@ these, and a call of the function that repacks is an error, so the trap would sp
 import pytest
 import torch
 
-from qlora_lite.evaluate.generate import generate_answers
-from qlora_lite.evaluate.scores import validation_loss
+from qlora_lite.base.bnb import bitsandbytes
+from qlora_lite.evaluation.generate import generate_answers
+from qlora_lite.evaluation.scores import validation_loss
 from qlora_lite.model.adapter import load_adapter, save_adapter
-from qlora_lite.model.bnb import bitsandbytes
 from tests.data.tiny_tokenizer import make_tokenizer
 from tests.tiny_model import (
     NUM_LINEAR,

@@ -10,19 +10,20 @@ from importlib.util import module_from_spec, spec_from_loader
 import pytest
 import torch
 
+from qlora_lite.base.artefact import quantize_base
+from qlora_lite.base.quantization import Quantization
+from qlora_lite.base.source import load_config
 from qlora_lite.data.batches import Batch, pack_batch, pack_trees
 from qlora_lite.data.template import Encoded
 from qlora_lite.device.card import CPU as cpu_card
-from qlora_lite.ledger import Ledger, counted_as
+from qlora_lite.memory.ledger import Ledger, counted_as
+from qlora_lite.memory.measuring import measure_allocations
 from qlora_lite.model.adapter import attach_adapter
-from qlora_lite.model.artefact import quantize_base
-from qlora_lite.model.base import checkpoint_activations, load_base
 from qlora_lite.model.dtypes import choose_types
 from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.load import checkpoint_activations, load_base
 from qlora_lite.model.meta import meta_model
-from qlora_lite.model.quantization import Quantization
 from qlora_lite.model.resident import residents
-from qlora_lite.model.source import load_config
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.plan.rehearsal import (
     MicroBatch,
@@ -34,9 +35,8 @@ from qlora_lite.plan.rehearsal import (
     with_depth,
 )
 from qlora_lite.plan.workspace import workspace_of
-from qlora_lite.train.measure import measure_allocations
-from qlora_lite.train.optimizer import make_optimizer
-from qlora_lite.train.update import update
+from qlora_lite.training.optimizer import make_optimizer
+from qlora_lite.training.update import update
 from tests.architectures import artefact, published
 from tests.conftest import REPOSITORY
 from tests.tiny_model import Rows, tiny_artefact, tiny_source

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qlora_lite.model.known import known_config
+from qlora_lite.base.known import known_config
 from qlora_lite.plan import Rehearsals, Settings
 from qlora_lite.plan.planner import Fit, Needs, concessions, fit, shortage
 from qlora_lite.plan.strategy import Free

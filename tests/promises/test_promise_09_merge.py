@@ -20,11 +20,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from qlora_lite.base.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.data.template import Encoded
 from qlora_lite.errors import ModelError, ProofFailed
-from qlora_lite.merge import merge, merge_adapter, proof, prove_merge, write
-from qlora_lite.merge.checkpoint import Checkpoint
-from qlora_lite.model.bnb import bitsandbytes, keep_weights_unpacked
+from qlora_lite.merging import merge, merge_adapter, proof, prove_merge, write
+from qlora_lite.merging.checkpoint import Checkpoint
 
 VOCAB = 120
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}

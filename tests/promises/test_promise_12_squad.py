@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_lite.evaluate.squad_score import score
+from qlora_lite.evaluation.squad_score import score
 
 OFFICIAL = [
     # prediction, golds, exact match, F1

@@ -1,7 +1,7 @@
 """Promise 13: nothing touches the network unless asked to fetch; nothing is unpickled.
 
 The whole program runs once (tests/security/whole_run.py), in an environment that tells the libraries below to go online. What the
-source may not hold is in tests/test_imports.py, and that `fetch` alone opens a connection in tests/test_fetch.py.
+source may not hold is in tests/test_imports.py, and that `fetch` alone opens a connection in tests/commands/test_fetch.py.
 """
 
 import json

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from qlora_lite.base.shipped import SHIPPED
 from qlora_lite.errors import UserError
-from qlora_lite.model.bring import SHIPPED
 from qlora_lite.recipe import (
     DEFAULT_RECIPE,
     SHIPPED_MODELS,

@@ -16,7 +16,7 @@ from tests.tiny_run import run_cli, write_recipe
 NOT_YET = pytest.mark.xfail(
     "trust_remote_code=False" not in (REPOSITORY / "qlora_lite" / "model" / "base.py").read_text(encoding="utf-8"),
     strict=True,
-    reason="model/base.py leaves trust_remote_code out, and model/source.py keeps attn_implementation",
+    reason="model/load.py leaves trust_remote_code out, and base/source.py keeps attn_implementation",
 )
 OF_CODE = {
     "AutoConfig": "code.Config",

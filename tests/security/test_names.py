@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lite import pipeline, show
+from qlora_lite import show
+from qlora_lite.base.artefact import quantize_base
+from qlora_lite.commands import pipeline
 from qlora_lite.errors import Interrupted
-from qlora_lite.model.artefact import quantize_base
-from qlora_lite.train import StepStats
+from qlora_lite.training import StepStats
 from tests.tiny_model import tiny_source
 from tests.tiny_run import run_cli, write_recipe
 

@@ -6,10 +6,10 @@ import subprocess
 
 import pytest
 
+from qlora_lite.base import shipped as bring
+from qlora_lite.base.hub import look_up, open_hub
+from qlora_lite.base.shipped import bring_shipped, without_credentials
 from qlora_lite.errors import ModelError
-from qlora_lite.model import bring
-from qlora_lite.model.bring import bring_shipped, without_credentials
-from qlora_lite.model.hub import look_up, open_hub
 from tests.hub_server import COMMIT, REPO, fake_hub
 from tests.security.whole_run import SECRET, whole_run
 from tests.tiny_run import run_cli
@@ -48,7 +48,7 @@ def test_no_file_or_folder_is_for_others_to_write():
 )  # fmt: skip
 def test_an_address_of_the_hub_with_a_secret_in_it_is_refused_without_showing_it(endpoint, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    monkeypatch.setattr("qlora_lite.pipeline.OFFLINE_ASKED", False)
+    monkeypatch.setattr("qlora_lite.commands.pipeline.OFFLINE_ASKED", False)
     done = run_cli("fetch", REPO)
     assert done.code == 2 and "HF_ENDPOINT: holds a user, a password or a query" in done.last_line
     assert SECRET not in done.stderr + done.stdout
@@ -87,7 +87,7 @@ def test_a_proxy_that_does_not_answer_is_said_without_its_password(monkeypatch):
 
 
 def test_a_listing_without_end_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr("qlora_lite.model.hub.MOST_LISTING_BYTES", 1000)
+    monkeypatch.setattr("qlora_lite.base.hub.MOST_LISTING_BYTES", 1000)
     with fake_hub({REPO: {COMMIT: {"config.json": b"{}"}}}) as hub:
         hub.raw_listing = b" " * 100_000
         monkeypatch.setenv("HF_ENDPOINT", hub.url)

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
+from qlora_lite.base.bnb import bitsandbytes
+from qlora_lite.base.quantization import BLOCK
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.attention import packed_attention, padded_rows_attention
-from qlora_lite.model.base import load_base
-from qlora_lite.model.bnb import bitsandbytes
+from qlora_lite.model.load import load_base
 from qlora_lite.model.products import product_in_fp32
-from qlora_lite.model.quantization import BLOCK
 from qlora_lite.model.tree_attention import parts_of, tree_attention
-from qlora_lite.train.optimizer import is_paged, make_optimizer, state_bytes
+from qlora_lite.training.optimizer import is_paged, make_optimizer, state_bytes
 from tests import standin, tiny_model
 
 standin.install()  # before the first backward pass of the process

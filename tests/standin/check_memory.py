@@ -11,19 +11,20 @@ from qlora_lite.data.template import Encoded
 from qlora_lite.device.accelerator import card_here
 from qlora_lite.device.out_of_memory import is_out_of_memory
 from qlora_lite.errors import DoesNotFit
-from qlora_lite.ledger import Ledger
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.measuring import measure_allocations
 from qlora_lite.model.adapter import attach_adapter
-from qlora_lite.model.base import checkpoint_activations, load_base
 from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.load import checkpoint_activations, load_base
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.plan import rehearsal
 from qlora_lite.plan.rehearsal import MicroBatch, Settings, Stage, num_labels
-from qlora_lite.train import Footprint, TrainState, make_optimizer, optimizer, try_largest_batch
-from qlora_lite.train.loop import StepStats, train_steps
-from qlora_lite.train.measure import measure_allocations
-from qlora_lite.train.update import update
+from qlora_lite.runs.session import optimizer
+from qlora_lite.training import Footprint, TrainState, make_optimizer, try_largest_batch
+from qlora_lite.training.loop import StepStats, train_steps
+from qlora_lite.training.update import update
 from tests import standin, tiny_model
-from tests.train.test_loop import sampler_of
+from tests.training.test_loop import sampler_of
 
 standin.install()  # before the first backward pass of the process
 LABELS = (30, 25, 1, 7, 3, 30, 2, 5)
@@ -198,7 +199,7 @@ def test_a_preflight_that_the_allocator_refuses_goes_leaner_and_leaves_the_rando
     ],
 )
 def test_every_spelling_of_a_lack_of_memory_is_answered_with_a_leaner_step(error, monkeypatch):
-    from qlora_lite.train import step
+    from qlora_lite.runs.session import step
 
     real, raised = step.batch_loss, []
 

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_lite import api, overheads
+from qlora_lite import api
+from qlora_lite.base.shipped import default_cache
+from qlora_lite.commands import overheads
 from qlora_lite.device.accelerator import card_here
-from qlora_lite.measured import KEPT
-from qlora_lite.model.bring import default_cache
+from qlora_lite.memory.kept import KEPT
 from qlora_lite.recipe import load_recipe
-from qlora_lite.run_dir import RunDir
+from qlora_lite.runs.folder import RunDir
 from tests import standin
 from tests.tiny_run import Done, run_cli, train_cli, write_recipe
 

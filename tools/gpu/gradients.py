@@ -8,7 +8,7 @@ from gpu.common import Found, device
 from qlora_lite.data.batches import Batch, pack_batch, pack_trees
 from qlora_lite.data.template import Encoded
 from qlora_lite.model.adapter import attach_adapter
-from qlora_lite.model.base import load_base
+from qlora_lite.model.load import load_base
 from tests import tiny_model
 
 

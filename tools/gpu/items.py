@@ -28,10 +28,10 @@ from gpu.operators import operators
 from gpu.peaks import peaks
 from gpu.runs import memory, settings, whole_run
 from gpu.speed import paged, shapes, speed
+from qlora_lite.base.bnb import native_library
+from qlora_lite.commands.overheads import cublas_workspace_bytes
 from qlora_lite.device.accelerator import card_here, torch_module
 from qlora_lite.device.numerics import exact_sums
-from qlora_lite.model.bnb import native_library
-from qlora_lite.overheads import cublas_workspace_bytes
 
 
 @dataclass(frozen=True)

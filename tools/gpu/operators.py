@@ -5,13 +5,13 @@ import math
 import torch
 
 from gpu.common import Found, device, distance, each
+from qlora_lite.base.bnb import bitsandbytes
+from qlora_lite.base.quantization import BLOCK
 from qlora_lite.device.accelerator import card_here
 from qlora_lite.device.numerics import exact_sums
-from qlora_lite.model.bnb import bitsandbytes
 from qlora_lite.model.products import product_in_fp32
-from qlora_lite.model.quantization import BLOCK
 from qlora_lite.model.tree_attention import NO_PARENT, parts_of, tree_attention
-from qlora_lite.train import make_optimizer
+from qlora_lite.training import make_optimizer
 
 PRECISION = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 

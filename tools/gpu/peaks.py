@@ -14,20 +14,20 @@ from typing import Any
 import torch
 
 from gpu.common import Found, device, each
+from qlora_lite.base.known import known_config
+from qlora_lite.base.quantization import Quantization
 from qlora_lite.data.batches import Batch, pack_batch
 from qlora_lite.data.template import Encoded
 from qlora_lite.device.accelerator import card_here, torch_module
-from qlora_lite.ledger import PHASES
+from qlora_lite.memory.ledger import PHASES
+from qlora_lite.memory.measuring import measure_allocations
 from qlora_lite.model.adapter import attach_adapter
-from qlora_lite.model.base import checkpoint_activations
 from qlora_lite.model.forward import causal_lm
-from qlora_lite.model.known import known_config
-from qlora_lite.model.quantization import Quantization
+from qlora_lite.model.load import checkpoint_activations
 from qlora_lite.model.random_model import random_model
 from qlora_lite.plan.rehearsal import MicroBatch, Settings, Stage, num_labels
-from qlora_lite.train import make_optimizer
-from qlora_lite.train.measure import measure_allocations
-from qlora_lite.train.update import update
+from qlora_lite.training import make_optimizer
+from qlora_lite.training.update import update
 
 REPO = Path(__file__).resolve().parents[2]
 EIGHT_B = "llama-3.1-8b"
@@ -151,7 +151,7 @@ def _varied_in_a_process(allocator: str) -> Found:
 
 def print_varied() -> None:
     """Child of `_varied_in_a_process`."""
-    from qlora_lite.overheads import CARD_MODEL, measure_card
+    from qlora_lite.commands.overheads import CARD_MODEL, measure_card
 
     found = measure_card(device())
     print(json.dumps(found | {"model": list(CARD_MODEL)}))

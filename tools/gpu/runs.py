@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from gpu.common import Found, device
+from qlora_lite.base.known import known_config
+from qlora_lite.base.quantization import Quantization
 from qlora_lite.data.batches import StepSampler
 from qlora_lite.device.accelerator import torch_module
 from qlora_lite.model.adapter import attach_adapter
-from qlora_lite.model.known import known_config
-from qlora_lite.model.quantization import Quantization
 from qlora_lite.model.random_model import random_model
-from qlora_lite.train import Footprint, TrainState, make_optimizer
-from qlora_lite.train.loop import train_steps
+from qlora_lite.training import Footprint, TrainState, make_optimizer
+from qlora_lite.training.loop import train_steps
 from tests import tiny_model
 from tests.tiny_run import run_cli, write_recipe
 

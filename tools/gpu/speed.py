@@ -12,11 +12,11 @@ from gpu.common import Found, device, timed
 from gpu.peaks import EIGHT_B, batch_of, step_of
 from qlora_lite.device.accelerator import card_here
 from qlora_lite.device.numerics import exact_sums
-from qlora_lite.evaluate.generate import generate_batch, generating, greedy
+from qlora_lite.evaluation.generate import generate_batch, generating, greedy
 from qlora_lite.model.tree_attention import NO_PARENT, parts_of, tree_attention
 from qlora_lite.plan.rehearsal import MicroBatch
-from qlora_lite.train import make_optimizer, state_bytes
-from qlora_lite.train.update import accumulate
+from qlora_lite.training import make_optimizer, state_bytes
+from qlora_lite.training.update import accumulate
 
 
 def speed() -> Found:

@@ -1,0 +1,36 @@
+"""The files of a model folder that are no weights and say nothing about weights: tokenizer, templates, licence, generation settings."""
+
+import shutil
+from pathlib import Path
+
+from qlora_lite.files.names import inside
+
+_PATTERNS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates",
+    "LICENSE*",
+)
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy them from one model folder to another; what is there already stays.
+
+    Raises UserError for a link that leads out of `source`: what it leads to (a key, say) would be published with the model.
+    """
+    for path in sorted({path for pattern in _PATTERNS for path in source.glob(pattern)}):
+        if (out / path.name).exists() or ".safetensors" in path.name:
+            continue
+        for one in [path, *path.rglob("*")] if path.is_dir() else [path]:
+            inside(source, one.relative_to(source).as_posix(), named_by=str(source))
+        if path.is_dir():
+            shutil.copytree(path, out / path.name)
+        else:
+            shutil.copyfile(path, out / path.name)

@@ -1,0 +1,449 @@
+"""Fetch a model from the hub. The only file here that opens a connection to it; everything else reads what was fetched.
+
+    look_up       ORG/NAME, revision -> Listing: one commit, and what the hub says of its files
+    fetch_files   Listing -> CACHE/hub/ORG/NAME@COMMIT/ with a manifest, every hash checked, in place by one rename
+
+Until then the files are in CACHE/hub/ORG/.NAME@COMMIT.partial/, which stays when the connection breaks: the next fetch asks only
+for the bytes that are missing (HTTP Range). Of a repository's files we take config.json, the safetensors that config and index
+name, the tokenizer, the licence and the model card: no pickles, no code, no second copies of the weights.
+
+Surprising:
+- The protocol's addresses and errors are huggingface_hub's, the connection is our own. Its hf_hub_download throws a broken download
+  away (2.4), and in this process the library is kept offline. A token is sent only when HF_TOKEN is set, and never to another host.
+- The server is not trusted. A file is taken under a name from our own list, up to the size it was said to have, and kept
+  if its hash is the one that was said before: SHA-256 for large files, git's own hash for the others.
+- What is shown and stored holds no credentials: HF_ENDPOINT may hold none, and those of a proxy are cut out of error messages.
+- config.json comes first, so that a model that we cannot use is refused before its weights are fetched.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote, urlsplit
+
+import httpx2
+from huggingface_hub import hf_hub_url
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import hf_raise_for_status
+from pydantic import BaseModel, Field, ValidationError
+
+from qlora_lite.base.quantization import stored_quantization
+from qlora_lite.base.shipped import without_credentials
+from qlora_lite.base.source import read_config, read_json
+from qlora_lite.errors import ModelError
+from qlora_lite.files.made_once import making
+from qlora_lite.files.manifest import sha256_manifest, sha256_of_file, verify_manifest, write_manifest
+from qlora_lite.files.staging import publish_folder, write_text_durably
+from qlora_lite.recipe.hub_names import (
+    DEFAULT_REVISION,
+    commit_folder,
+    fetch_command,
+    is_commit,
+    read_revisions,
+    revisions_file,
+)
+from qlora_lite.units import format_bytes
+
+TIMEOUT_S = 30.0  # of connecting, and of waiting for the next bytes
+MOST_LISTING_BYTES = 2**26  # of a listing, which is kept in memory; one of 10,000 files has some 3 MB
+ATTEMPTS, RETRY_S = 4, 1.0  # that bring nothing before giving up, and the wait before the next one
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
+_TAKEN_TOO = re.compile(
+    r"(generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|merges\.txt|vocab\.txt|(tokenizer|spiece|sentencepiece)\.model|chat_template\.jinja"
+    r"|(LICEN[SC]E|NOTICE|README|USE_POLICY)(\.txt|\.md)?"
+)
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+Progress = Callable[[int, int], None]
+
+
+class _LargeFile(BaseModel):
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Sibling(BaseModel):
+    rfilename: str
+    size: Annotated[int, Field(ge=0)]
+    blobId: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    lfs: _LargeFile | None = None
+
+
+class _Answer(BaseModel):
+    """What we read of `GET /api/models/ORG/NAME/revision/REVISION?blobs=true`."""
+
+    sha: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    siblings: list[_Sibling]
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file as the hub describes it: `sha256` of large files, git's blob hash `git_sha1` of the others."""
+
+    num_bytes: int
+    sha256: str | None
+    git_sha1: str | None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One commit of a model, and all its files by name; `revision` is what was asked for (None: the default branch)."""
+
+    repo: str
+    revision: str | None
+    commit: str
+    files: Mapping[str, HubFile]
+
+
+@dataclass(frozen=True)
+class Hub:
+    """An open connection to `endpoint`."""
+
+    endpoint: str
+    client: httpx2.Client
+
+
+@contextmanager
+def open_hub() -> Iterator[Hub]:
+    """A connection to `$HF_ENDPOINT` or huggingface.co, with the token in `$HF_TOKEN` if there is one. Raises ModelError."""
+    endpoint, token = _endpoint(), os.environ.get("HF_TOKEN", "").strip()
+    headers = {"User-Agent": f"qlora-lite/{version('qlora-lite')}", "Accept-Encoding": "identity"}
+    if token:
+        if not re.fullmatch(r"[!-~]+", token):
+            raise ModelError("HF_TOKEN: holds blanks or letters that no token has; copy it again")
+        if endpoint.startswith("http://") and urlsplit(endpoint).hostname not in _THIS_MACHINE:
+            raise ModelError(
+                f"HF_TOKEN: would travel readable for all to {endpoint}. Give HF_ENDPOINT an https:// address, or unset HF_TOKEN"
+            )
+        headers["Authorization"] = f"Bearer {token}"  # httpx2 drops it when a redirect leads to another host
+    try:
+        client = httpx2.Client(headers=headers, timeout=TIMEOUT_S, follow_redirects=True)
+    except (ValueError, ImportError, httpx2.InvalidURL) as error:
+        found = without_credentials(str(error))
+        raise ModelError(f"HTTPS_PROXY, HTTP_PROXY or ALL_PROXY names a proxy that cannot be used ({found})") from error
+    with client:
+        yield Hub(endpoint, client)
+
+
+def _endpoint() -> str:
+    """`$HF_ENDPOINT`, which is shown and kept in manifests: so it may hold nothing but an address."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
+    if re.search(r"[@?#]", endpoint):
+        raise ModelError(
+            "HF_ENDPOINT: holds a user, a password or a query, and is shown and stored. Give the address alone there, and a "
+            "token in HF_TOKEN"
+        )
+    try:
+        parts = urlsplit(endpoint)
+    except ValueError:  # half an IPv6 address
+        parts = urlsplit("")
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise ModelError(f"HF_ENDPOINT: expected an address such as https://huggingface.co, got {endpoint!r}")
+    return endpoint
+
+
+def look_up(hub: Hub, repo: str, revision: str | None) -> Listing:
+    """Ask which commit `revision` is now, and for the sizes and hashes of its files.
+
+    Raises ModelError when there is no such model, revision or connection, when a token is needed, when the answer cannot be
+    one of the hub's, and when the model has no safetensors weights.
+    """
+    url = f"{hub.endpoint}/api/models/{repo}/revision/{quote(revision or DEFAULT_REVISION, safe='')}"
+    with _clear_errors(hub, repo, revision), hub.client.stream("GET", url, params={"blobs": True}) as response:
+        _raise_for_status(response)
+        content = bytearray()
+        for chunk in response.iter_bytes():
+            content += chunk
+            if len(content) > MOST_LISTING_BYTES:
+                raise ModelError(f"{hub.endpoint}: its answer about {repo} has no end (above {len(content):,} bytes)")
+    try:
+        answer = _Answer.model_validate_json(bytes(content))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "all of it"
+        raise ModelError(
+            f"{hub.endpoint}: its answer about {repo} is not the hub's protocol ({where}: {first['msg']})"
+        ) from error
+    if revision is not None and is_commit(revision) and answer.sha != revision:
+        raise ModelError(f"{hub.endpoint}: answered with commit {answer.sha} when asked for {repo}@{revision}")
+    for sibling in answer.siblings:
+        _refuse_odd_name(repo, sibling.rfilename)
+    files = {
+        file.rfilename: HubFile(file.size, file.lfs.sha256 if file.lfs else None, None if file.lfs else file.blobId)
+        for file in answer.siblings
+    }
+    listing = Listing(repo, revision, answer.sha, files)
+    _refuse_without_weights(listing)
+    return listing
+
+
+def fetch_files(hub: Hub, listing: Listing, *, cache: Path, progress: Progress | None = None) -> Path:
+    """The folder of `listing`'s commit, fetched as far as it is not there yet; a folder that is there is verified, not fetched.
+
+    `progress(done, total)` counts bytes. Raises ModelError for a model that cannot be used, a broken connection (what came is
+    kept), too little room, or a file that is not the one that was listed.
+    """
+    folder = commit_folder(listing.repo, listing.commit, cache=cache)
+    partial = folder.with_name(f".{folder.name}.partial")
+    # Two that fetch the same model would write into the same files: the second waits, and finds it there.
+    with _clear_errors(hub, listing.repo, listing.revision, partial), making(partial, stays=True):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        if folder.is_dir() and verify_manifest(folder):  # damaged since: what is still right need not come again
+            folder.replace(partial)
+            _remove(partial, _wrong_files(listing, partial, _hashes(sha256_manifest(partial))))
+        if not folder.is_dir():
+            partial.mkdir(exist_ok=True)
+            _download(hub, listing, partial, progress)
+            facts = {"repo": listing.repo, "commit": listing.commit, "endpoint": hub.endpoint}
+            _refuse_wrong(listing, partial, _hashes(write_manifest(partial, facts)["files"]))
+            publish_folder(partial, folder)
+        _remember(listing, cache=cache)
+    return folder
+
+
+def _refuse_odd_name(repo: str, name: str) -> None:
+    parts = name.split("/")
+    if "\\" in name or not name.isprintable() or any(part in ("", ".", "..") for part in parts):
+        raise ModelError(
+            f"{repo}: lists a file called {name!a}, which could lead out of its folder; nothing was fetched"
+        )
+
+
+@contextmanager
+def _clear_errors(hub: Hub, repo: str, revision: str | None, partial: Path | None = None) -> Iterator[None]:
+    """What the hub, the network and the disk can answer, as one ModelError that says what to do."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise ModelError(_refusal(error, hub.endpoint, repo, revision) + _what_stays(partial)) from error
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        why = without_credentials(f"{type(error).__name__}: {error}")
+        what = f"no connection to {hub.endpoint}, or it broke ({why})"
+        raise ModelError(f"{repo}: {what}{_what_stays(partial)}") from error
+    except OSError as error:
+        what = f"cannot be written ({error.strerror or error}); free some room there, or set QLORA_LITE_HOME to another place"
+        raise ModelError(f"{error.filename or partial}: {what}{_what_stays(partial)}") from error
+
+
+def _raise_for_status(response: httpx2.Response) -> None:
+    """The library's errors, also where the body of one is nothing that the library can read."""
+    try:
+        hf_raise_for_status(response)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise httpx2.RemoteProtocolError(f"status {response.status_code}, in no form of the hub's") from error
+
+
+def _what_stays(partial: Path | None) -> str:
+    """The end of such a message; a folder in which nothing has come goes away."""
+    if partial is None:
+        return ""
+    with suppress(OSError):
+        partial.rmdir()  # refuses one that holds something
+    return f". What has come is kept in {partial}: the same command goes on from there" if partial.is_dir() else ""
+
+
+def _refusal(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | None) -> str:
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{repo}: is gated. Accept its terms at {endpoint}/{repo}, then set HF_TOKEN to a token of that account "
+            "(it is sent and never stored)"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo}: has no branch, tag or commit called {revision or DEFAULT_REVISION}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repo}: no such model at {endpoint}, or a private one. Check its name; for a private one, set HF_TOKEN"
+    if status in (401, 403):
+        return f"{repo}: {endpoint} does not let us read it (status {status}). Check HF_TOKEN and what it may read"
+    if status == 429:
+        return f"{repo}: {endpoint} has had too many requests from here (status 429). Wait some minutes"
+    return f"{repo}: {endpoint} answered with status {status} to {error.response.request.url.path}. Try again later"
+
+
+def _download(hub: Hub, listing: Listing, partial: Path, progress: Progress | None) -> None:
+    """Bring every file that is taken into `partial`, whatever is there already; nothing else stays there."""
+    described = [CONFIG, *([INDEX] if INDEX in listing.files else [])]
+    _refuse_full_disk(listing, partial, described)
+    for name in described:
+        _bring(hub, listing, partial, name)
+        _refuse_wrong(listing, partial, {name: sha256_of_file(partial / name)})
+    _refuse_unusable(listing, partial)
+    names = _taken(listing, partial)
+    _remove(partial, [path.name for path in partial.iterdir() if path.name not in names])
+    _refuse_full_disk(listing, partial, names)
+    total = sum(listing.files[name].num_bytes for name in names)
+    done = sum(path.stat().st_size for path in partial.iterdir())
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
+    for name in names:
+        _bring(hub, listing, partial, name, count)
+
+
+def _refuse_without_weights(listing: Listing) -> None:
+    files = [name for name in listing.files if "/" not in name]
+    if CONFIG in files and (WEIGHTS in files or INDEX in files):
+        return
+    what = f"{listing.repo}@{listing.commit[:12]}"
+    pickles = [name for name in files if name.endswith(_PICKLES)]
+    if pickles and not any(name.endswith(".safetensors") for name in files):
+        raise ModelError(
+            f"{what}: has only pickle weights ({pickles[0]}), which can run code when they are read. Ask for a safetensors "
+            f"conversion; if a pull request has one: {fetch_command(listing.repo, 'refs/pr/NUMBER')}"
+        )
+    if any(name.endswith(".gguf") for name in files):
+        raise ModelError(f"{what}: holds GGUF files. Download one and give its path as model.base")
+    raise ModelError(
+        f"{what}: holds no base model as transformers writes it ({CONFIG} with {WEIGHTS} or {INDEX}); it has "
+        f"{', '.join(sorted(files)[:8]) or 'no files'}"
+    )
+
+
+def _refuse_unusable(listing: Listing, partial: Path) -> None:
+    """Ask of config.json what training will ask, before 15 GB are fetched in vain."""
+    try:
+        stored_quantization(read_config(partial), partial / CONFIG)
+    except ModelError as error:
+        shutil.rmtree(partial)
+        reason = str(error).replace(str(partial), listing.repo)
+        raise ModelError(f"{reason}. No weights were fetched") from error
+
+
+def _taken(listing: Listing, partial: Path) -> list[str]:
+    """The files to fetch, the weights last: those that the index names, or the only one."""
+    if INDEX in listing.files:
+        weight_map = read_json(partial / INDEX).get("weight_map")
+        shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        odd = [
+            name for name in shards if not (isinstance(name, str) and _SHARD.fullmatch(name) and name in listing.files)
+        ]
+        if odd or not shards:
+            raise ModelError(f"{listing.repo}: its {INDEX} does not name weights that are there, such as {odd[:1]}")
+        weights = [INDEX, *sorted(set(shards))]
+    else:
+        weights = [WEIGHTS]
+    return [CONFIG, *sorted(name for name in listing.files if _TAKEN_TOO.fullmatch(name)), *weights]
+
+
+def _refuse_full_disk(listing: Listing, partial: Path, names: Iterable[str]) -> None:
+    missing = sum(listing.files[name].num_bytes for name in names)
+    missing -= sum(path.stat().st_size for path in partial.iterdir())
+    free = shutil.disk_usage(partial).free
+    if missing > free:
+        raise ModelError(
+            f"{partial.parent}: {listing.repo} needs {format_bytes(missing)} more, and {format_bytes(free)} are free. "
+            "Free some room there, or set QLORA_LITE_HOME to a folder on a larger disk"
+        )
+
+
+def _bring(
+    hub: Hub, listing: Listing, partial: Path, name: str, count: Callable[[int], None] = lambda num_bytes: None
+) -> None:
+    """The whole of one file, from where an earlier attempt stopped; tries again while that brings anything."""
+    path, num_bytes = partial / name, listing.files[name].num_bytes
+    url = hf_hub_url(listing.repo, name, revision=listing.commit, endpoint=hub.endpoint)
+    if _size(path) > num_bytes:
+        path.unlink()
+    failures = 0
+    while not path.is_file() or _size(path) < num_bytes:
+        before = _size(path)
+        try:
+            _append(hub, url, path, num_bytes=num_bytes, count=count)
+        except httpx2.TransportError:
+            failures = 0 if _size(path) > before else failures + 1
+            if failures == ATTEMPTS:
+                raise
+            time.sleep(RETRY_S)
+
+
+def _append(hub: Hub, url: str, path: Path, *, num_bytes: int, count: Callable[[int], None]) -> None:
+    """Write what `path` lacks of `num_bytes`. Raises httpx2.TransportError where the connection ends too early."""
+    have = _size(path)
+    with hub.client.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as response:
+        _raise_for_status(response)
+        if have and response.status_code != httpx2.codes.PARTIAL_CONTENT:  # the whole file comes instead
+            path.unlink()
+            count(-have)
+            have = 0
+        with path.open("ab") as file:
+            for chunk in response.iter_bytes():
+                have += len(chunk)
+                if have > num_bytes:
+                    raise ModelError(f"{url}: sends more than the {num_bytes:,} bytes that it was said to have")
+                file.write(chunk)
+                count(len(chunk))
+    if have < num_bytes:
+        raise httpx2.RemoteProtocolError(f"{path.name} ended after {have:,} of {num_bytes:,} bytes")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _refuse_wrong(listing: Listing, folder: Path, hashes: Mapping[str, str]) -> None:
+    wrong = _wrong_files(listing, folder, hashes)
+    if wrong:
+        _remove(folder, wrong)
+        others = f" with {len(wrong) - 1} others" if wrong[1:] else ""
+        raise ModelError(
+            f"{listing.repo}: {wrong[0]} did not come as the hub says it is (its hash differs), so it was removed{others}. "
+            "Run the same command again"
+        )
+
+
+def _wrong_files(listing: Listing, folder: Path, hashes: Mapping[str, str]) -> list[str]:
+    """Those of `hashes` (name -> SHA-256 of what is there) that are not what the hub lists."""
+    return [name for name, sha256 in hashes.items() if not _is_right(folder / name, sha256, listing.files.get(name))]
+
+
+def _is_right(path: Path, sha256: str, listed: HubFile | None) -> bool:
+    if listed is None or path.stat().st_size != listed.num_bytes:
+        return False
+    if listed.sha256 is not None:
+        return sha256 == listed.sha256
+    return listed.git_sha1 is None or _git_sha1(path) == listed.git_sha1
+
+
+def _hashes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """A manifest's files -> SHA-256 by name."""
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
+def _git_sha1(path: Path) -> str:
+    """The name that git gives a file's contents: SHA-1 over a short header and the bytes (Pro Git, 10.2 Git Objects)."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (folder / name).unlink()
+
+
+def _remember(listing: Listing, *, cache: Path) -> None:
+    """Keep that this commit is the newest fetched, and what its revision meant today."""
+    _, revisions = read_revisions(listing.repo, cache=cache)
+    asked = listing.revision or DEFAULT_REVISION
+    if not is_commit(asked):
+        revisions[asked] = listing.commit
+    kept = {"schema_version": 1, "newest": listing.commit, "revisions": revisions}
+    write_text_durably(revisions_file(listing.repo, cache=cache), json.dumps(kept, indent=2) + "\n")

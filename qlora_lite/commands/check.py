@@ -1,0 +1,145 @@
+"""The verb `check` for one recipe: everything short of training, shown, and as what `--json` prints."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qlora_lite import show
+from qlora_lite.base.generation_settings import base_stops
+from qlora_lite.base.shipped import default_cache
+from qlora_lite.base.source import context_window, find_base, load_config
+from qlora_lite.data.examples import Examples, load_examples
+from qlora_lite.data.inspect import inspect_rows
+from qlora_lite.data.read import find_format, format_of_held_out
+from qlora_lite.data.repeats import find_repeats
+from qlora_lite.data.template import Vocabulary
+from qlora_lite.errors import UserError
+from qlora_lite.evaluation.held_out import account_of, held_out_rows, left_out_of, longest_scored
+from qlora_lite.model.load import load_tokenizer
+from qlora_lite.plan import refuse_wrong_modules, what_is_shared
+from qlora_lite.recipe import Recipe
+
+
+def check_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Well-formed or not, three rendered rows, lengths, sharing, held-out rows. Raises UserError where nothing could be trained."""
+    show.say(f"{recipe.path or recipe.name}: the recipe is well-formed", style="bold")
+    for note in recipe.notes:
+        show.say(note)
+    source = find_base(recipe.model.base, cache=default_cache(), revision=recipe.model.revision)
+    config = load_config(source)
+    refuse_wrong_modules(recipe, config)
+    tokenizer = load_tokenizer(source, special_tokens=recipe.data.special_tokens)
+    vocabulary = Vocabulary.of(config, recipe.data.special_tokens, base_stops(source))
+    asked = recipe.data.max_seq_length
+    found = inspect_rows(
+        recipe.data.train_files,
+        tokenizer,
+        format=recipe.data.format,
+        num_rows=recipe.data.num_train,
+        no_answer_text=recipe.data.no_answer_text,
+        max_seq_length=asked if isinstance(asked, int) else None,
+        limit=context_window(config),
+        vocabulary=vocabulary,
+    )
+    for row in found.bad:
+        show.say_warning(f"bad row, left out: {row}")
+    show.show_rows([(row.id, row.tokens) for row in found.rows])
+    show.show_truncation(found.truncation)
+    show.say(f"format: {found.format} ({found.format_reason})")
+    if found.num_left_out:
+        total = found.num_rows + found.num_left_out
+        show.say(f"the first {found.num_rows:,} of {total:,} rows; data.num_train: null takes all")
+    show.say(
+        f"{found.num_rows} rows, {found.num_dropped} dropped; template: {found.template}; stop token: {found.stop_token}"
+    )
+    for note in found.notes:
+        show.say(note)
+    show.say(f"proposed data.max_seq_length: {found.proposed_max_seq_length} ({found.reason})")
+    if found.num_rows and found.num_dropped >= found.num_rows:
+        raise UserError(
+            f"data.max_seq_length: at {asked} tokens every row would lose its labels. Use {found.proposed_max_seq_length}, or auto"
+        )
+    length = asked if isinstance(asked, int) else found.proposed_max_seq_length
+    shared, sharing_reason = what_is_shared(recipe, source)
+    show.say(f"data.share_prefixes: {sharing_reason}")
+    eval_rows = None if recipe.data.eval is None else _held_out(recipe, recipe.data.eval, source, tokenizer, length)
+    held_out = None if eval_rows is None else _check_held_out(recipe, eval_rows)
+    repeats = find_repeats(_trained(recipe, tokenizer, length, vocabulary), eval_rows)
+    for sentence in repeats.sentences:
+        show.say_warning(sentence)
+    return {
+        "recipe": str(recipe.path or recipe.name),
+        "num_rows": found.num_rows,
+        "num_left_out": found.num_left_out,
+        "num_dropped": found.num_dropped,
+        "num_bad": found.num_bad,
+        "format": found.format,
+        "format_reason": found.format_reason,
+        "notes": list(found.notes),
+        "truncation": [asdict(line) for line in found.truncation],
+        "rows": [asdict(row) for row in found.rows],
+        "proposed_max_seq_length": found.proposed_max_seq_length,
+        "reason": found.reason,
+        "sharing": shared and shared.to_json_dict(),
+        "sharing_reason": sharing_reason,
+        "eval": held_out and held_out | {"num_in_training": repeats.num_in_training},
+        "num_repeated": repeats.num_repeated,
+    }
+
+
+def _trained(recipe: Recipe, tokenizer: Any, max_seq_length: int, vocabulary: Vocabulary) -> Examples:
+    data = recipe.data
+    return load_examples(
+        data.train_files,
+        tokenizer,
+        format=data.format,
+        num_rows=data.num_train,
+        no_answer_text=data.no_answer_text,
+        max_seq_length=max_seq_length,
+        cache_dir=default_cache() / "data",
+        vocabulary=vocabulary,
+    )
+
+
+def _held_out(recipe: Recipe, file: str, source: Path, tokenizer: Any, trained_length: int) -> Examples:
+    """Which rows of data.eval will be scored, as scoring itself decides it."""
+    data, config = recipe.data, load_config(source)
+    window = context_window(config)
+    longest, reason = longest_scored(recipe.eval.max_seq_length, window=window, trained_length=trained_length)
+    show.say(f"eval.max_seq_length: {longest}, {reason}")
+    return held_out_rows(
+        file,
+        tokenizer,
+        format=_trained_format(recipe),
+        num_rows=recipe.eval.num_examples,
+        no_answer_text=data.no_answer_text,
+        max_seq_length=longest,
+        text_length=trained_length,
+        window=window,
+        cache_dir=default_cache() / "data",
+        vocabulary=Vocabulary.of(config, data.special_tokens, base_stops(source)),
+    )
+
+
+def _trained_format(recipe: Recipe) -> str:
+    return find_format(recipe.data.train_files, format=recipe.data.format)[0]
+
+
+def _check_held_out(recipe: Recipe, rows: Examples) -> dict[str, Any]:
+    counts, left_out = rows.counts, left_out_of(rows)
+    assert recipe.data.eval is not None
+    format = format_of_held_out(recipe.data.eval, format=_trained_format(recipe))
+    for row in counts.bad:
+        show.say_warning(f"data.eval: bad row, left out: {row}")
+    num_scored = counts.num_read - counts.num_dropped
+    show.say(f"data.eval: {num_scored} rows are scored, {left_out.total} are not; format: {format}")
+    for note in account_of(rows):
+        show.say(f"data.eval: {note.removeprefix('held-out rows: ')}")
+    return {
+        "num_rows": counts.num_read,
+        "num_dropped": counts.num_dropped,
+        "num_bad": counts.num_bad,
+        **left_out.to_json_dict(),
+        "format": format,
+        "notes": list(counts.notes),
+    }

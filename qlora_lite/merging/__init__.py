@@ -1,0 +1,140 @@
+"""From base and adapter files to a 16-bit model folder that is proved to compute the same: gives `MergeResult`.
+
+checkpoint.py   reads a base: NF4 or 16-bit files -> fp32 row blocks      lora.py      reads a PEFT adapter
+rounding.py     fp32 -> bf16 without systematic loss                      write.py     the merge itself
+proof.py        adapter model against merged files, on held-out rows      memory.py    what it took
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_lite.base.generation_settings import add_stop_tokens
+from qlora_lite.files.manifest import folder_weights_sha256, read_manifest, verify_manifest, write_manifest
+from qlora_lite.files.staging import staged_folder
+from qlora_lite.merging.proof import Proof, prove_merge
+from qlora_lite.merging.write import MAX_SHARD_BYTES, WriteResult, merge_adapter, write_merged
+
+if TYPE_CHECKING:
+    from qlora_lite.data.template import Encoded
+
+__all__ = ["MergeResult", "Proof", "WriteResult", "merge", "merge_adapter", "prove_merge"]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was merged and how well. Ratios are shares of the adapter's effect; None where no proof was asked for."""
+
+    out: Path
+    dtype: str
+    rounding: str
+    seed: int
+    scale: float
+    num_merged: int
+    total_bytes: int
+    adapter_effect: float | None
+    arithmetic_ratio: float | None
+    storage_ratio: float | None
+    nearest_ratio: float | None
+    ratio: float | None
+    equal_greedy_share: float | None
+    num_rows: int
+    num_label_tokens: int
+    peak_host_bytes: int | None
+    proof_peak_host_bytes: int | None
+    warnings: tuple[str, ...]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out), "warnings": list(self.warnings)}
+
+
+def merge(
+    base_dir: Path | str,
+    adapter_dir: Path | str,
+    out_dir: Path | str,
+    encoded_rows: "Sequence[Encoded] | None",
+    *,
+    dtype: str = "bf16",
+    rounding: str = "stochastic",
+    scale: float = 1.0,
+    seed: int = 0,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    compute_dtype: str | None = "bf16",
+    device: str = "cpu",
+    stop_tokens: Sequence[int] = (),
+) -> MergeResult:
+    """Merge, prove the written files on `encoded_rows`, and only then give them the name `out_dir`.
+
+    `out_dir` must not exist or be empty, or hold the outcome of this very call, which is then returned. A couple of dozen held-out
+    rows are plenty; None skips the proof, with a warning. `compute_dtype` is the training run's, `device` is where the proof computes.
+    Plain `generate` of the merged model stops at `stop_tokens` too.
+    Raises ProofFailed for a wrong merge, ModelError for a base and an adapter that do not fit, UserError for options; then no folder
+    is left.
+    """
+    options = {"dtype": dtype, "rounding": rounding, "scale": scale, "seed": seed, "compute_dtype": compute_dtype}
+    made_of = {"base": Path(base_dir).name, "adapter_sha256": folder_weights_sha256(adapter_dir), **options}
+    made_of |= {"stop_tokens": list(stop_tokens)} if stop_tokens else {}
+    done = _done_before(Path(out_dir), made_of)
+    if done is not None:
+        return done
+    with staged_folder(out_dir) as folder:
+        written = write_merged(
+            base_dir,
+            adapter_dir,
+            folder,
+            dtype=dtype,
+            rounding=rounding,
+            scale=scale,
+            seed=seed,
+            max_shard_bytes=max_shard_bytes,
+            compute_dtype=compute_dtype,
+        )
+        if stop_tokens:
+            add_stop_tokens(folder, stop_tokens, base=Path(base_dir))
+        proof = None
+        if encoded_rows is not None:
+            proof = prove_merge(
+                base_dir, adapter_dir, folder, encoded_rows, scale=scale, compute_dtype=compute_dtype, device=device
+            )
+        result = MergeResult(
+            out=Path(out_dir),
+            dtype=dtype,
+            rounding=rounding,
+            seed=seed,
+            scale=scale,
+            num_merged=written.num_merged,
+            total_bytes=written.total_bytes,
+            adapter_effect=proof.adapter_effect if proof else None,
+            arithmetic_ratio=proof.arithmetic_ratio if proof else None,
+            storage_ratio=proof.storage_ratio if proof else None,
+            nearest_ratio=proof.nearest_ratio if proof else None,
+            ratio=proof.ratio if proof else None,
+            equal_greedy_share=proof.equal_greedy_share if proof else None,
+            num_rows=proof.num_rows if proof else 0,
+            num_label_tokens=proof.num_label_tokens if proof else 0,
+            peak_host_bytes=written.peak_host_bytes,
+            proof_peak_host_bytes=proof.peak_host_bytes if proof else None,
+            warnings=written.warnings + _proof_warnings(proof, dtype=dtype, rounding=rounding),
+        )
+        kept = {key: value for key, value in result.to_json_dict().items() if key != "out"}
+        write_manifest(folder, {"made_of": made_of, "result": kept})
+    return result
+
+
+def _done_before(out: Path, made_of: dict[str, Any]) -> MergeResult | None:
+    """What an earlier call returned for this very merge into `out`, if that is there, whole and unchanged."""
+    manifest = read_manifest(out) or {}
+    if manifest.get("made_of") != made_of or verify_manifest(out):
+        return None
+    found = manifest["result"]
+    return MergeResult(out=out, **found | {"warnings": tuple(found["warnings"])})
+
+
+def _proof_warnings(proof: Proof | None, *, dtype: str, rounding: str) -> tuple[str, ...]:
+    if proof is None:
+        return ("the merge was not proved: no held-out rows were given",)
+    if rounding == "nearest" and dtype != "fp32":
+        lost = f"rounding to the nearest {dtype} changed the model by {proof.storage_ratio:.1%} of the adapter's effect"
+        return (*proof.warnings, f"{lost}; merge.rounding: stochastic usually changes it less")
+    return proof.warnings

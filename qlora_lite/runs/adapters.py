@@ -1,0 +1,276 @@
+"""Adapters as changes: looked at (rank), shortened, added up (mix), and tried side by side on one loaded base (Blend). No screen.
+
+What comes out of `truncate` and `mix` is a run and an adapter in one folder: adapter_config.json and adapter_model.safetensors, so plain
+peft reads it, and the recipe.yaml and env.json of the run it comes from, so `ask`, `eval`, `merge` and `rank` take it like any run.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+
+from qlora_lite.errors import ModelError, RunError, UserError
+from qlora_lite.runs.loading import LoadedModel, load_model
+from qlora_lite.merging.advice import advice, by_kind
+from qlora_lite.merging.checkpoint import read_json
+from qlora_lite.merging.lora import Adapter, read_adapter
+from qlora_lite.merging.mix import Part, mix_adapters, write_adapter
+from qlora_lite.merging.spectrum import (
+    Spectrum,
+    lost_share,
+    overlaps,
+    ranks_of_budget,
+    ranks_of_equal,
+    spectra,
+    truncated_adapter,
+)
+from qlora_lite.files.manifest import folder_weights_sha256
+from qlora_lite.plan import Plan
+from qlora_lite.runs.folder import RunDir
+from qlora_lite.runs.verify import refuse_damaged
+
+_OF_A_RUN = ("recipe.yaml", "env.json")  # what makes an adapter's folder a run
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter lies, and the run that made it; None for a folder of peft's."""
+
+    folder: Path
+    run: RunDir | None
+
+    def read(self) -> Adapter:
+        return read_adapter(self.folder)
+
+    @property
+    def base_sha256(self) -> str | None:
+        return None if self.run is None else self.run.read_json("env.json").get("base_sha256")
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The records that an adapter made from this one takes along."""
+        if self.run is None:
+            return {}
+        return {name: (self.run.path / name).read_text(encoding="utf-8") for name in _OF_A_RUN}
+
+
+def open_source(path: Path | str) -> Source:
+    """The adapter of a run, or of a folder in PEFT's format; verified where there is a manifest. Raises RunError."""
+    path = Path(path)
+    if RunDir(path.parent).has_begun and RunDir(path.parent).trained == path:
+        path = path.parent  # RUN/adapter is the run's, which says what base it is for
+    if not RunDir(path).has_begun:
+        if not (path / "adapter_config.json").is_file():
+            raise RunError(f"{path}: neither a run nor an adapter in PEFT's format (it has no adapter_config.json)")
+        if (path / "manifest.json").exists():
+            refuse_damaged(path)
+        return Source(path, None)
+    run = RunDir.open(path)
+    if run.trained is None:
+        raise RunError(f"{path}: training is not finished, so there is no adapter. Continue it with --resume")
+    if run.trained == run.weights:
+        raise RunError(f"{path}: method full trained the weights themselves, so there is no adapter")
+    refuse_damaged(run.trained)
+    return Source(run.trained, run)
+
+
+def rank_report(source: Source, other: Source | None = None) -> dict[str, Any]:
+    """Spectra by module and by kind, the advice, and the overlap with another adapter: what `rank --json` prints. Raises ModelError."""
+    if other is not None:
+        _refuse_different_bases([source, other], "their directions have nothing to do with each other")
+    adapter = source.read()
+    if not adapter.factors:
+        raise ModelError(
+            f"{source.folder}: whole modules were trained and no factors, so there are no directions to look at"
+        )
+    found = spectra(adapter)
+    kinds = by_kind(found)
+    return {
+        "modules": [_as_json(each) for each in found],
+        "kinds": [asdict(kind) for kind in kinds],
+        "advice": advice(kinds),
+        "num_parameters": _num_parameters(found, {each.module: each.r for each in found}),
+        "uses_dora": any(factors.magnitude_O is not None for factors in adapter.factors.values()),
+        "overlap": [] if other is None else [asdict(each) for each in overlaps(adapter, other.read())],
+    }
+
+
+def truncate(
+    source: Source, out: Path, *, rank: int | None = None, num_parameters: int | None = None, dtype: str = "fp32"
+) -> dict[str, Any]:
+    """Write the best approximation of the adapter by `rank` a module, or by so many parameters in all; says what it loses.
+
+    `dtype` is that of the factors on disk: fp32, bf16 or int8. Raises RunError, ModelError, UserError.
+    """
+    if (rank is None) == (num_parameters is None) or (rank or num_parameters or 0) < 1:
+        raise UserError("rank: give either --to R or --parameters N, above 0")
+    adapter = source.read()
+    _refuse_more_than_factors(adapter, source.folder)
+    found = spectra(adapter)
+    trained = max(each.r for each in found)
+    if rank is not None and rank > trained:
+        raise UserError(f"--to {rank}: the adapter's rank is {trained} and cannot be raised. Use at most {trained}")
+    ranks = ranks_of_equal(found, rank) if rank is not None else ranks_of_budget(found, num_parameters or 0)
+    if not any(ranks.values()):
+        smallest = min(sum(each.shape) for each in found)
+        raise UserError(
+            f"--parameters {num_parameters}: no direction of any module is that small; the smallest takes {smallest}"
+        )
+    made_of = {"adapter_sha256": folder_weights_sha256(source.folder), "ranks": ranks}
+    shortened = truncated_adapter(adapter, ranks)
+    write_adapter(shortened, out, base_name=_base_name(source), made_of=made_of, dtype=dtype, texts=source.texts)
+    return {
+        "out": str(out),
+        "ranks": ranks,
+        "lost_share": lost_share(found, ranks),
+        "dtype": dtype,
+        "adapter_bytes": {"before": factor_bytes(source.folder), "after": factor_bytes(out)},
+        "num_parameters": {
+            "before": _num_parameters(found, {each.module: each.r for each in found}),
+            "after": _num_parameters(found, ranks),
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`runs/a:0.7,down_proj=0.2`: an adapter, its weight, and the weights of some of its modules."""
+
+    path: Path
+    weight: float
+    weights: dict[str, float]
+
+
+def parse_part(text: str) -> Asked:
+    """Raises UserError that shows what was expected."""
+    path, colon, rest = text.rpartition(":")
+    try:
+        first, *others = rest.split(",")
+        weights = {name: float(value) for name, _, value in (other.partition("=") for other in others)}
+        if not (colon and path) or "" in weights:
+            raise ValueError
+        return Asked(Path(path), float(first), weights)
+    except ValueError as error:
+        raise UserError(
+            f"{text!r}: expected RUN_DIR:WEIGHT, such as runs/a:0.7, or with weights of single modules runs/a:0.7,down_proj=0.2"
+        ) from error
+
+
+def parts_of(asked: Sequence[Asked]) -> tuple[list[Part], list[Source]]:
+    """The adapters of a mix, which must be of one base. Raises RunError."""
+    sources = [open_source(each.path) for each in asked]
+    _refuse_different_bases(sources, "their changes do not add up")
+    names = [str(each.path) for each in asked]
+    parts = [Part(n, s.read(), a.weight, a.weights) for n, s, a in zip(names, sources, asked, strict=True)]
+    return parts, sources
+
+
+def _refuse_different_bases(sources: Sequence[Source], consequence: str) -> None:
+    """Where the runs say what their bases were."""
+    bases = {source.base_sha256: source.run.path for source in sources if source.run is not None and source.base_sha256}
+    if len(bases) > 1:
+        raise RunError(f"{' and '.join(map(str, bases.values()))}: were trained on different bases, so {consequence}")
+
+
+def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None, dtype: str = "fp32") -> dict[str, Any]:
+    """Write the weighted sum of adapters as one: exact, or the best of `rank`; factors as `dtype` (fp32, bf16 or int8).
+
+    Raises RunError, ModelError, UserError.
+    """
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank: expected a whole number above 0, got {rank}")
+    parts, sources = parts_of(asked)
+    mixed = mix_adapters(parts, rank=rank)
+    first = next((source for source in sources if source.run is not None), sources[0])
+    made_of = [
+        {"adapter_sha256": folder_weights_sha256(source.folder), "weight": each.weight, "weights": each.weights}
+        for each, source in zip(asked, sources, strict=True)
+    ]
+    write_adapter(
+        mixed.adapter, out, base_name=_base_name(first), made_of={"mix": made_of}, dtype=dtype, texts=first.texts
+    )
+    return {
+        "out": str(out),
+        "r": mixed.r,
+        "lost_share": mixed.lost_share,
+        "dtype": dtype,
+        "adapter_bytes": factor_bytes(out),
+        "num_modules": len(mixed.adapter.factors),
+        "parts": [{"path": str(each.path), "weight": each.weight, "weights": each.weights} for each in asked],
+    }
+
+
+def factor_bytes(folder: Path) -> int:
+    """What an adapter's tensors take on disk."""
+    return sum(path.stat().st_size for path in folder.glob("adapter_model*.safetensors"))
+
+
+class Blend:
+    """One loaded base with the factors of several adapters beside each other; which counts how much is changed in no time.
+
+    In: a plan and adapters by name. `use(weights)` makes `loaded` the base plus the weighted sum of changes: A_1; A_2; ... are all there,
+    and the columns of [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] are written anew. So several adapters are served, mixed or swept over a scale
+    without loading again. Factors are in the type that the plan trains in. Raises ModelError for what cannot be mixed.
+    """
+
+    def __init__(self, plan: Plan, adapters: Mapping[str, Adapter]) -> None:
+        self.names = tuple(adapters)
+        side_by_side = mix_adapters([Part(name, adapter, 1.0, {}) for name, adapter in adapters.items()]).adapter
+        with tempfile.TemporaryDirectory(prefix="qlora-lite-") as folder:
+            path = write_adapter(side_by_side, Path(folder) / "blend", base_name="", made_of={})
+            self.loaded: LoadedModel = load_model(plan, adapter=path)
+        self._columns = {
+            module: [
+                (name, each.factors[module].a_RI.shape[0]) for name, each in adapters.items() if module in each.factors
+            ]
+            for module in side_by_side.factors
+        }
+        self._b = {module: factors.b_OR for module, factors in side_by_side.factors.items()}
+
+    @torch.no_grad()
+    def use(self, weights: Mapping[str, float]) -> LoadedModel:
+        """The base plus `weights[name]` of each adapter's change; those that are not named have 0."""
+        unknown = weights.keys() - set(self.names)
+        if unknown:
+            raise UserError(f"{min(unknown)}: no such adapter here; there are {', '.join(self.names)}")
+        assert isinstance(self.loaded.model, PeftModel)
+        state = get_peft_model_state_dict(self.loaded.model, save_embedding_layers=False)
+        for module, columns in self._columns.items():
+            scale_R = torch.cat([torch.full((r,), float(weights.get(name, 0.0))) for name, r in columns])
+            state[f"base_model.model.{module}.lora_B.weight"].copy_(self._b[module] * scale_R)
+        return self.loaded
+
+
+def _as_json(found: Spectrum) -> dict[str, Any]:
+    ranks = {f"{share:.0%}": found.energy_rank(share) for share in (0.5, 0.9, 0.99)}
+    return {
+        "module": found.module,
+        "kind": found.kind,
+        "layer": found.layer,
+        "shape": list(found.shape),
+        "r": found.r,
+        "norm": found.norm,
+        "effective_rank": found.effective_rank,
+        "energy_ranks": ranks,
+        "singular_values": list(found.singular_values),
+    }
+
+
+def _num_parameters(found: Sequence[Spectrum], ranks: Mapping[str, int]) -> int:
+    return sum(ranks[each.module] * sum(each.shape) for each in found)
+
+
+def _base_name(source: Source) -> str:
+    return str(read_json(source.folder / "adapter_config.json").get("base_model_name_or_path") or "")
+
+
+def _refuse_more_than_factors(adapter: Adapter, folder: Path) -> None:
+    others = sorted({*adapter.whole, *adapter.rows})
+    if others:
+        raise RunError(
+            f"{folder}: {others[0]} was trained besides the factors, which a truncated adapter would lose. Merge it instead"
+        )

@@ -1,0 +1,158 @@
+"""From a plan to what training, scoring and merging begin with: the model on its device, and the rows as tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from qlora_lite.data.examples import Examples, load_examples
+from qlora_lite.data.template import ChatTemplate, Vocabulary
+from qlora_lite.errors import DataError
+from qlora_lite.evaluation.held_out import held_out_rows
+from qlora_lite.model.adapter import attach_adapter, load_adapter
+from qlora_lite.base.artefact import quantize_base, verify_artefact
+from qlora_lite.model.load import LoadedBase, load_base
+from qlora_lite.model.factors import copy_factors
+from qlora_lite.base.generation_settings import base_stops
+from qlora_lite.files.manifest import folder_weights_sha256
+from qlora_lite.base.source import context_window, load_config
+from qlora_lite.model.trained import make_trainable
+from qlora_lite.plan import Plan
+from qlora_lite.training import apply_footprint
+from qlora_lite.training.seeds import purpose_seed
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to train, ask or score."""
+
+    model: PeftModel | PreTrainedModel
+    tokenizer: Any
+    base: Path  # folder of the base model: quantized in the cache, or in 16 bits where it was found
+    base_sha256: str
+    static_bytes: dict[str, int]  # resident before the first step: weights, constants, adapter
+
+
+def load_model(
+    plan: Plan, *, adapter: Path | None = None, progress: Callable[[int, int], None] | None = None
+) -> LoadedModel:
+    """Load the plan's base (quantized the first time) and put a new adapter on it, or the saved one at `adapter`.
+
+    A new one has the factors of the recipe's lora.init_from, where that is given. With method full there is no adapter, and
+    every weight is trainable. `progress(done, total)` counts tensors while quantizing. Raises ModelError.
+    """
+    recipe = plan.recipe
+    folder = base_folder(plan, progress=progress)
+    sha256 = base_sha256(plan, folder)
+    tokens = recipe.data.special_tokens
+    base = load_base(folder, device=plan.device, compute=plan.types.compute, special_tokens=tokens)
+    model: PeftModel | PreTrainedModel = base.model
+    if adapter is not None:
+        model = load_adapter(base.model, adapter, factor_dtype=plan.types.factors)
+    elif recipe.method == "full":
+        make_trainable(base.model)
+    else:
+        model = _new_adapter(plan, base)
+    apply_footprint(model, plan.chosen.footprint)
+    return LoadedModel(model, base.tokenizer, folder, sha256, _static_bytes(base, model))
+
+
+def load_plain(plan: Plan, folder: Path) -> LoadedModel:
+    """A 16-bit model folder as it is, nothing trainable."""
+    tokens = plan.recipe.data.special_tokens
+    base = load_base(folder, device=plan.device, compute=plan.types.compute, special_tokens=tokens)
+    return LoadedModel(base.model, base.tokenizer, folder, "", {})
+
+
+def base_folder(plan: Plan, *, progress: Callable[[int, int], None] | None = None) -> Path:
+    """The folder that the base is read from: the quantized artefact, made the first time, or the 16-bit source itself."""
+    if plan.quantization is None:
+        return plan.source
+    return quantize_base(plan.source, cache=plan.cache, quantization=plan.quantization, progress=progress)
+
+
+def base_sha256(plan: Plan, folder: Path) -> str:
+    return folder_weights_sha256(folder) if plan.quantization is None else verify_artefact(folder)
+
+
+def training_examples(plan: Plan, tokenizer: Any) -> Examples:
+    """The plan's training rows, tokenized. Raises DataError."""
+    data = plan.recipe.data
+    return load_examples(
+        data.train_files,
+        tokenizer,
+        format=data.format,
+        num_rows=data.num_train,
+        no_answer_text=data.no_answer_text,
+        max_seq_length=_length(plan),
+        cache_dir=plan.cache / "data",
+        vocabulary=vocabulary_of(plan),
+    )
+
+
+def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = None) -> Examples:
+    """The rows of data.eval or `path` that are scored, tokenized: at most eval.num_examples of data.eval. Raises DataError."""
+    data = plan.recipe.data
+    file = path or data.eval
+    if file is None:
+        raise DataError("data.eval: null, so there are no held-out rows to score. Set data.eval, or give --data FILE")
+    longest = plan.recipe.eval.max_seq_length
+    assert isinstance(longest, int)  # a plan has no auto
+    return held_out_rows(
+        file,
+        tokenizer,
+        format=data.format,
+        num_rows=plan.recipe.eval.num_examples if path is None else None,
+        no_answer_text=data.no_answer_text,
+        max_seq_length=longest,
+        text_length=_length(plan),
+        window=context_window(plan.rehearsals.config),
+        cache_dir=plan.cache / "data",
+        vocabulary=vocabulary_of(plan),
+    )
+
+
+def template_of(plan: Plan, tokenizer: Any) -> ChatTemplate:
+    """How the plan's model is asked. Raises ModelError."""
+    return ChatTemplate(tokenizer, vocabulary_of(plan))
+
+
+def vocabulary_of(plan: Plan) -> Vocabulary:
+    """Which tokens the plan's base has rows for, and which are the recipe's own. Raises ModelError."""
+    return Vocabulary.of(load_config(plan.source), plan.recipe.data.special_tokens, base_stops(plan.source))
+
+
+def _new_adapter(plan: Plan, base: LoadedBase) -> PeftModel:
+    lora, targets = plan.recipe.lora, plan.recipe.lora.target_modules
+    adapted = attach_adapter(
+        base.model,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=lora.modules_to_save,
+        new_token_ids=base.new_token_ids,
+        factor_dtype=plan.types.factors,
+        seed=purpose_seed(plan.recipe.train.seed, "factors"),
+    )
+    if lora.init_from is not None:
+        copy_factors(adapted, Path(lora.init_from))
+    return adapted
+
+
+def _length(plan: Plan) -> int:
+    length = plan.recipe.data.max_seq_length
+    assert isinstance(length, int)  # a plan has no auto
+    return length
+
+
+def _static_bytes(base: LoadedBase, model: PeftModel | PreTrainedModel) -> dict[str, int]:
+    ours = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
+    adapter = sum(p.nbytes for name, p in model.named_parameters() if any(part in name for part in ours))
+    weights = {"weights_bytes": base.weights_bytes, "quant_constants_bytes": base.quant_constants_bytes}
+    return {**weights, "adapter_bytes": adapter}

@@ -1,0 +1,71 @@
+"""memory.json: what a run planned to hold, what it held, and the difference, by part and by phase.
+
+resident     tensors that lie there all the time, by their own size
+phases       the allocator's peaks of the largest step: forward, head, backward, update
+paged        optimizer state in managed memory, which lies on the card or the host as it is used: no part of a peak
+allocator    what the card's caching allocator says at the end; null on the CPU
+parts        at the highest of these peaks; what the allocator counts and no tensor explains is workspace,
+                 the device's libraries' own memory included
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_lite.training.preflight import Preflight
+
+_RESIDENT = ("weights", "quant_constants", "adapter", "optimizer")
+_MADE = ("activations", "recompute", "logits")
+
+
+def memory_of_run(
+    planned: Mapping[str, Any],
+    resident: Mapping[str, int],
+    *,
+    gradients_bytes: int,
+    steps: Sequence[Mapping[str, Any]],
+    tried: Preflight | None,
+) -> dict[str, Any]:
+    """`planned` is one of a plan's `methods`; `resident` has the sizes of _RESIDENT; `steps` are the lines of steps.jsonl."""
+    phases = _measured_phases(sum(resident.values()), steps)
+    peak = max(phases.values(), default=None)
+    parts = _measured_parts(resident, gradients_bytes, phases, tried)
+    return {
+        "peak_bytes": {"planned": planned["peak_bytes"], "measured": peak},
+        "rss_bytes": max((step["rss_bytes"] for step in steps), default=0),
+        "parts": {
+            part: compared(size, parts.get(part.removesuffix("_bytes"))) for part, size in planned["parts"].items()
+        },
+        "phases": {
+            phase: compared(found["peak_bytes"], phases.get(phase)) for phase, found in planned["phases"].items()
+        },
+        "timeline": [
+            {"phase": m.phase, "layer": m.name, "bytes": m.num_bytes} for m in (tried.moments if tried else ())
+        ],
+    }
+
+
+def compared(planned: int, measured: int | None) -> dict[str, int | None]:
+    """One line of the file; what was not measured has no difference."""
+    return {"planned": planned, "measured": measured, "difference": None if measured is None else measured - planned}
+
+
+def _measured_phases(resident: int, steps: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The highest of all steps that were measured, all sittings of the run together."""
+    found: dict[str, int] = {}
+    for step in steps:
+        for phase, peak in (step.get("phase_peaks") or {}).items():
+            found[phase] = max(found.get(phase, 0), resident + peak)
+    return found
+
+
+def _measured_parts(
+    resident: Mapping[str, int], gradients_bytes: int, phases: Mapping[str, int], tried: Preflight | None
+) -> dict[str, int]:
+    if not phases:
+        return {}
+    phase = max(phases, key=lambda name: phases[name])
+    made = tried.phases.get(phase, {}) if tried is not None else {}
+    parts = {name: resident[f"{name}_bytes"] for name in _RESIDENT}
+    parts["gradients"] = made.get("gradients", 0) if made else gradients_bytes  # all of them before an update
+    parts |= {name: made.get(name, 0) for name in _MADE}
+    return parts | {"workspace": phases[phase] - sum(parts.values()), "runtime": 0}

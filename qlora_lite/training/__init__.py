@@ -1,0 +1,37 @@
+"""Train: a loaded model and tokenized examples -> `StepStats`, one an optimizer step, and a `TrainState` that can be saved.
+
+loop.py   the generator        update.py    one whole optimizer step            step.py        forward, backward, one divisor
+preflight.py   the largest micro-batch, tried first; what to do when memory runs out      footprint.py   how a step is computed
+optimizer.py   AdamW that keeps small steps
+state.py  all that changes     checkpoint.py   it on disk                        best.py        the lowest validation loss
+trackers.py  for dashboards    measure.py  what it takes   trace.py  a timeline            schedule.py
+"""
+
+from qlora_lite.memory.measuring import allocator_statistics
+from qlora_lite.training.checkpoint import best_valid, newest_valid, save_checkpoint
+from qlora_lite.training.footprint import Footprint, apply_footprint
+from qlora_lite.training.loop import StepStats, train_steps
+from qlora_lite.training.optimizer import make_optimizer, state_bytes
+from qlora_lite.training.preflight import Preflight, try_largest_batch
+from qlora_lite.training.state import TrainState
+from qlora_lite.training.trace import Trace
+from qlora_lite.training.trackers import open_trackers, refuse_missing_trackers
+
+__all__ = [
+    "Footprint",
+    "Preflight",
+    "StepStats",
+    "Trace",
+    "TrainState",
+    "allocator_statistics",
+    "apply_footprint",
+    "best_valid",
+    "make_optimizer",
+    "newest_valid",
+    "open_trackers",
+    "refuse_missing_trackers",
+    "save_checkpoint",
+    "state_bytes",
+    "train_steps",
+    "try_largest_batch",
+]
