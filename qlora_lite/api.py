@@ -1,7 +1,7 @@
 """The Python interface: load_recipe -> make_plan -> load_model -> train -> evaluate -> merge. No screen, no exit codes.
 
-The command line (pipeline.py) uses nothing else. loading.py brings the model and the rows, training.py is the run; what a finished
-run is asked for is here.
+The commands use nothing else. runs/loading.py brings the model and the rows, runs/session.py trains; what a finished run can be asked
+for is here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from peft import PeftModel
 from qlora_lite.base.quantization import stored_quantization
 from qlora_lite.base.source import read_config
 from qlora_lite.data.template import Encoded
-from qlora_lite.errors import RunError
+from qlora_lite.errors import RunError, UserError
 from qlora_lite.evaluation import EvalResult, evaluate_model
 from qlora_lite.merging import MergeResult
 from qlora_lite.merging import merge as merge_files
@@ -42,8 +42,10 @@ from qlora_lite.runs.verify import refuse_damaged
 from qlora_lite.training.seeds import purpose_seed
 
 Which = Literal["base", "adapter", "merged"]
+WHICH: tuple[Which, ...] = ("base", "adapter", "merged")
 
 __all__ = [
+    "WHICH",
     "EffectLost",
     "LoadedModel",
     "effect_lost",
@@ -54,6 +56,7 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "merge",
+    "model_of_run",
     "open_run",
     "refuse_missing_base",
     "refuse_other_recipe",
@@ -168,6 +171,14 @@ def run_models(plan: Plan, run: RunDir, wanted: Sequence[Which]) -> Iterator[Loa
         with _adapter_off(loaded) if which == "base" else nullcontext():
             yield loaded
         del loaded
+
+
+def model_of_run(word: str) -> Which:
+    """`--which` as people write it. Raises UserError."""
+    for which in WHICH:
+        if word == which:
+            return which
+    raise UserError(f"--which: expected one of {', '.join(WHICH)}, got {word!r}")
 
 
 def _load_run_model(plan: Plan, run: RunDir, which: Which, wanted: Sequence[Which]) -> LoadedModel:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_lite.commands import pipeline
+from qlora_lite.commands import ask
 from qlora_lite.data.prompts import squad_text
 from qlora_lite.recipe import load_recipe
 from tests.data.tiny_tokenizer import make_tokenizer
@@ -59,7 +59,7 @@ def test_a_format_goes_from_check_to_ask(format: str, tmp_path: Path, monkeypatc
         prompts.append(tokenizer.decode(prompt))
         return ["x"]
 
-    monkeypatch.setattr(pipeline, "stream_answer", answer)
+    monkeypatch.setattr(ask, "stream_answer", answer)
     (tmp_path / "context.txt").write_text("C\n")
     rows.unlink()  # a run can be asked when its data are gone
     asked = run_cli("ask", run, "Q?", "--context", tmp_path / "context.txt", "--json").json
@@ -122,7 +122,7 @@ def test_held_out_rows_of_another_format_do_not_change_how_a_question_is_asked(
         prompts.append(tokenizer.decode(prompt))
         return ["x"]
 
-    monkeypatch.setattr(pipeline, "stream_answer", answer)
+    monkeypatch.setattr(ask, "stream_answer", answer)
     assert run_cli("ask", run, "Q?", "--json").code == 0
     assert prompts == [ASKED.format(squad_text("Q?", None))]
 

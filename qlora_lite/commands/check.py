@@ -1,5 +1,6 @@
-"""The verb `check` for one recipe: everything short of training, shown, and as what `--json` prints."""
+"""The verb `check`: recipe, data, rendered rows with their trained tokens, lengths; everything short of training."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from qlora_lite.errors import UserError
 from qlora_lite.evaluation.held_out import account_of, held_out_rows, left_out_of, longest_scored
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.plan import refuse_wrong_modules, what_is_shared
-from qlora_lite.recipe import Recipe
+from qlora_lite.recipe import Recipe, load_recipe
+
+
+def check(recipes: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Each recipe in turn; see `check_recipe`."""
+    return [check_recipe(load_recipe(name, overrides=overrides)) for name in recipes]
 
 
 def check_recipe(recipe: Recipe) -> dict[str, Any]:

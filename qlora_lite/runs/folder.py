@@ -1,7 +1,7 @@
 """A run's folder: which files it holds and how they are written. Records are replaced in one step, the log is appended to.
 
 recipe.yaml  plan.json  env.json  steps.jsonl  memory.json  eval.json  predictions.jsonl  train.json  merge.json  report.html
-manifest.json (their hashes: run_manifest.py)
+manifest.json (their hashes: records.py)
 checkpoints/step-XXXXXX/   adapter/ (PEFT's format, and a manifest that names its step)   merged/   trackers/   profile/
 weights/ (method: full; an ordinary model folder, with the same manifest)
 """

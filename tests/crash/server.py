@@ -5,8 +5,10 @@ an empty past: the server itself has computed nothing, started no thread and ope
 (`Outcome`). The children's output goes to files.
 """
 
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -98,9 +100,11 @@ def serve() -> None:
     """Import everything that a command would, then fork one after the other."""
     import datasets  # noqa: F401
 
-    from qlora_lite import cli, pipeline  # noqa: F401
+    from qlora_lite import commands
     from qlora_lite.base.bnb import bitsandbytes  # noqa: F401
 
+    for module in pkgutil.iter_modules(commands.__path__, "qlora_lite.commands."):
+        importlib.import_module(module.name)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not get between the answers
     for line in sys.stdin:

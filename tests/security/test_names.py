@@ -10,7 +10,7 @@ import pytest
 
 from qlora_lite import show
 from qlora_lite.base.artefact import quantize_base
-from qlora_lite.commands import pipeline
+from qlora_lite.commands.train import train
 from qlora_lite.errors import Interrupted
 from qlora_lite.training import StepStats
 from tests.tiny_model import tiny_source
@@ -50,7 +50,7 @@ def stopped_on_the_way(recipe: Path, run: Path, monkeypatch: pytest.MonkeyPatch)
 
         patch.setattr(show.TrainScreen, "update", stop)
         with pytest.raises(Interrupted) as caught:
-            pipeline.train(str(recipe), [], run_dir=run, resume=False)
+            train(str(recipe), [], run_dir=run, resume=False)
     return show.safe_text(caught.value)
 
 

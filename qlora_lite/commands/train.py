@@ -1,6 +1,6 @@
-"""The parts of the verb `train`, in the order in which pipeline.py calls them, and the run's page.
+"""The verb `train`: plan, load, score, train, score again, report.
 
-In: a plan, the loaded model, a run directory, where each part keeps its records: a killed run goes on behind the last one.
+A run that was killed continues after the last record it wrote: each part below reads what is there before it computes.
 """
 
 import shlex
@@ -12,13 +12,85 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite import api, show
-from qlora_lite.commands.stopping import stop_signals
-from qlora_lite.errors import Interrupted, RunError
-from qlora_lite.evaluation import EvalResult, by_phrasing
+from qlora_lite.commands.report import write_report
+from qlora_lite.commands.scoring import score
+from qlora_lite.commands.stopping import resume_command, stop_signals, told_how_to_go_on
+from qlora_lite.errors import Interrupted, RunError, UserError
+from qlora_lite.evaluation import by_phrasing
 from qlora_lite.files.manifest import read_manifest
 from qlora_lite.plan import Plan
+from qlora_lite.recipe import Recipe, load_recipe, load_run_recipe
 from qlora_lite.runs.folder import RunDir, in_command
+from qlora_lite.training import refuse_missing_trackers
 from qlora_lite.units import format_bytes
+
+
+def train(
+    recipe_name: str,
+    overrides: Sequence[str],
+    *,
+    run_dir: Path | None,
+    resume: bool,
+    profile: bool = False,
+    base: Path | None = None,
+) -> dict[str, Any]:
+    """Plan, load, score, train, score again, and show what it took. `base` is where the base of a run that is resumed lies now."""
+    begin = time.perf_counter()
+    recipe = load_recipe(recipe_name, overrides=overrides, files_must_exist=base is None)
+    if base is not None and not resume:
+        raise UserError(
+            "train: --base names the moved base of a run that is resumed; of a new run set it: --set model.base=DIR"
+        )
+    if resume and run_dir is None:
+        raise RunError("--resume needs the run to continue: add --run-dir DIR")
+    # A missing package and an unusable folder are said before the long work, not after it.
+    refuse_missing_trackers(recipe.train.trackers)
+    run_dir, made = (run_dir, []) if run_dir is not None else RunDir.claim_next(Path("runs"), recipe.name)
+    command = resume_command(recipe_name, overrides, run_dir)
+    if resume and RunDir.is_unbegun(run_dir):
+        show.say(f"{run_dir}: nothing was trained here yet, so this run begins at step 1")
+        resume = False
+    with (
+        told_how_to_go_on(RunDir(run_dir), command),
+        RunDir.writing(run_dir) if resume else RunDir.creating(run_dir, made=made) as run,
+    ):
+        spent: dict[str, float] = {}
+        like = load_run_recipe(run.recipe) if resume else None
+        if like is not None and base is not None:
+            recipe = _with_base_of(like, recipe)
+        elif like is not None:
+            api.refuse_missing_base(run, like)
+        with show.phase("planning", spent=spent):
+            plan = api.make_plan(recipe, like=like, base=base if resume else None)
+        if not resume:  # what ran once has shown that it fits, or has a leaner footprint in its checkpoint
+            plan.refuse_what_does_not_fit()
+        else:
+            api.refuse_other_recipe(run, plan.recipe)
+            if lacks_only_its_report(run):
+                return report_at_last(run)
+            refuse_finished(run)
+            for sentence in api.go_on_with(run, plan.recipe):
+                show.say(sentence)
+        show.show_reasons(plan.reasons)
+        loaded = load(plan, spent)
+        scores, answers = scores_before(plan, loaded, run, spent)
+        train_steps(plan, loaded, run, scores, answers, resume=resume, profile=profile, command=command, spent=spent)
+        if plan.recipe.data.eval is not None:
+            scores = scores_after(plan, loaded, run, scores, spent)
+        memory = run.read_json("memory.json")
+        show.show_memory(memory)
+        summary = train_summary(run, memory, wall_s=time.perf_counter() - begin, spent=spent)
+        show.show_time(spent, wall_s=summary["wall_s"])
+        run.write_json("train.json", summary)
+        write_report(run)
+    show.say(f"done: {run.path} ({published(run).name}/, report.html). Next: {shlex.join(next_command(run))}")
+    return summary | {"eval": scores}
+
+
+def _with_base_of(like: Recipe, recipe: Recipe) -> Recipe:
+    """The run's word for its base: where that lies now is no part of the recipe."""
+    model = {"base": like.model.base, "revision": like.model.revision}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
 
 
 def load(plan: Plan, spent: dict[str, float]) -> api.LoadedModel:
@@ -28,31 +100,6 @@ def load(plan: Plan, spent: dict[str, float]) -> api.LoadedModel:
         loaded = api.load_model(plan, progress=phase.progress)
         phase.note(f"{format_bytes(sum(loaded.static_bytes.values()))} in memory, SHA-256 {loaded.base_sha256[:12]}")
     return loaded
-
-
-def score(
-    plan: Plan,
-    loaded: api.LoadedModel,
-    title: str,
-    *,
-    data: Path | None = None,
-    spent: dict[str, float] | None = None,
-) -> EvalResult:
-    """Exact match, F1 and loss on the plan's held-out rows, or those of `data`."""
-    with show.phase(title, spent=spent) as phase:
-        result = api.evaluate(plan, loaded, data=data, progress=phase.progress)
-        phase.note(_scores_in_words(result))
-    for sentence in result.account:
-        show.say_warning(sentence)
-    return result
-
-
-def _scores_in_words(result: EvalResult) -> str:
-    if result.exact_match is None or result.f1 is None:
-        return (
-            f"loss {result.loss:.3f}, {result.num_examples} texts; exact match and F1 need answers, plain text has none"
-        )
-    return f"exact match {result.exact_match:.1f}, F1 {result.f1:.1f}, {result.num_examples} questions"
 
 
 def refuse_finished(run: RunDir) -> None:
@@ -207,10 +254,3 @@ def next_command(run: RunDir) -> list[str]:
     if published(run) == run.weights:
         return ["qlora-lite", "ask", in_command(run.path), "..."]
     return ["qlora-lite", "merge", in_command(run.path)]
-
-
-def write_report(run: RunDir) -> Path:
-    """The run's page anew from its files."""
-    path = run.path / "report.html"
-    run.write_text(path.name, show.render_report(run.path))
-    return path

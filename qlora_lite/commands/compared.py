@@ -1,0 +1,42 @@
+"""What a shorter or mixed adapter loses of the exact one's effect, on the held-out rows of the run it was made from."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_lite import api, show
+from qlora_lite.plan import Plan
+from qlora_lite.runs.adapters import Source
+from qlora_lite.runs.folder import RunDir
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A run whose base is at hand and whose held-out rows two adapters can be compared on."""
+
+    run: RunDir
+    plan: Plan
+
+    def effect_lost(self, exact: Path, other: Path) -> dict[str, Any]:
+        """The share of the effect of the adapter at `exact` that the one at `other` loses, as `--json` has it. Raises ModelError."""
+        with show.phase("comparing the two on held-out rows") as phase:
+            lost = api.effect_lost(self.plan, self.run, exact, other)
+            phase.note(f"{lost.lost_share:.2%} of the adapter's effect lost, {lost.num_label_tokens} label tokens")
+        return asdict(lost)
+
+
+def judge_of(source: Source | None, base: Path | None) -> Judge | None:
+    """None where no run made the adapter, or where it has no held-out rows (any more).
+
+    Called before anything is written: raises RunError where the run's base is missing or is another one.
+    """
+    if source is None or source.run is None:
+        return None
+    run, plan = api.open_run(source.run.path, base=base)
+    if plan.recipe.data.eval is None:
+        return None
+    if not Path(plan.recipe.data.eval).exists():
+        show.say(f"{plan.recipe.data.eval}: the run's held-out file is missing, so nothing is scored")
+        return None
+    api.run_base(plan, run)
+    return Judge(run, plan)

@@ -1,0 +1,43 @@
+"""The verb `mix`: the weighted sum of several adapters, written as one."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_lite import show
+from qlora_lite.commands.compared import judge_of
+from qlora_lite.runs.adapters import mix as mix_adapters
+from qlora_lite.runs.adapters import open_source, parse_part
+from qlora_lite.units import format_bytes
+
+
+def mix(
+    parts: Sequence[str],
+    out: Path,
+    *,
+    rank: int | None,
+    dtype: str = "fp32",
+    score: bool = True,
+    base: Path | None = None,
+) -> dict[str, Any]:
+    """Write the weighted sum of several adapters as one; where a rank or `dtype` loses something, say how much of the effect."""
+    asked = [parse_part(part) for part in parts]
+    is_exact = rank is None and dtype == "fp32"
+    sources = [] if is_exact or not score else [open_source(each.path) for each in asked]
+    judge = judge_of(next((source for source in sources if source.run is not None), None), base)
+    with show.phase("adding the changes up"):
+        mixed = mix_adapters(asked, out, rank=rank, dtype=dtype)
+    exact = "exact" if dtype == "fp32" else f"exact but for storing it as {dtype}"
+    lost = f", {mixed['lost_share']:.2%} of the sum lost" if rank is not None else f", {exact}"
+    show.say(
+        f"written: {out} (rank {mixed['r']}{lost}, {format_bytes(mixed['adapter_bytes'])}). Next: qlora-lite eval {out}, or merge it"
+    )
+    if judge is not None:
+        with tempfile.TemporaryDirectory(prefix="qlora-lite-") as folder:
+            whole = Path(folder) / "mix"
+            mix_adapters(asked, whole)
+            mixed["proof"] = judge.effect_lost(whole, out)
+    elif sources:
+        mixed["proof"] = None
+    return mixed

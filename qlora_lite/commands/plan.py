@@ -1,0 +1,97 @@
+"""The verb `plan`: the memory that training needs by every method, and what fits; `--sweep`: every known model; `--cards`: known cards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_lite import show
+from qlora_lite.base.known import KNOWN, known_config
+from qlora_lite.base.shipped import default_cache
+from qlora_lite.base.source import context_window
+from qlora_lite.device.card import Card, card_in_table, card_named, name_of
+from qlora_lite.device.known_cards import KNOWN_CARDS
+from qlora_lite.errors import UserError
+from qlora_lite.memory.kept import disk_speed
+from qlora_lite.plan import forecast, read_request, sweep
+from qlora_lite.units import parse_budget
+
+
+def plan(
+    what: str, overrides: Sequence[str], *, budget: str | None, card: str | None = None, html: Path | None = None
+) -> dict[str, Any]:
+    """The memory budget report of a model or a recipe: what it needs by every method, and what would fit; as a page too."""
+    named, budget_bytes = None if card is None else card_named(card), _budget(budget)
+    with show.phase(f"rehearsing {what} on the meta device"):
+        request = read_request(what, overrides=overrides, budget_bytes=budget_bytes, named=named)
+        found = forecast(
+            request.rehearsals,
+            request.chosen,
+            request.leanest,
+            request.room,
+            method=request.method,
+            merging=request.merging,
+        )
+    document = {
+        "model": request.model,
+        "card": name_of(request.card),
+        "settings": request.recipe,
+        "reasons": list(request.reasons),
+        "sharing": request.sharing and request.sharing.to_json_dict(),
+        **found.to_json_dict(),
+        **disk_speed(default_cache()),
+    }
+    show.show_plan(document)
+    if html is not None:
+        show.say(f"page: {show.write_plan_page(document, html)}")
+    if not found.fits:
+        show.say_warning(found.shortage())
+    return document
+
+
+def sweep_models(overrides: Sequence[str]) -> dict[str, Any]:
+    """What fits which card: the longest sequence that QLoRA can train, for every model of the built-in table."""
+    request = read_request(KNOWN[0], overrides=overrides)
+    rows: list[dict[str, Any]] = []
+    with show.phase("rehearsing every known model") as phase:
+        models = ((name, config, context_window(config)) for name in KNOWN for config in [known_config(name)])
+        for row in sweep(models, request.leanest, label_share=request.room.label_share):
+            rows.append(row)
+            phase.progress(len(rows), len(KNOWN))
+    show.show_reasons(request.reasons[2:])
+    show.show_sweep(rows)
+    return {"settings": request.recipe, "reasons": list(request.reasons[2:]), "models": rows}
+
+
+def cards() -> dict[str, Any]:
+    """The cards that a plan can be made for without having one."""
+    rows = [card_row(name, card_in_table(name)) for name in KNOWN_CARDS]
+    show.show_cards(rows)
+    return {"cards": rows}
+
+
+def card_row(name: str, card: Card) -> dict[str, Any]:
+    """One of `plan --cards`."""
+    assert card.capability is not None
+    return {
+        "name": name,
+        "full_name": card.name,
+        "memory_bytes": card.memory_bytes,
+        "compute_capability": "{}.{}".format(*card.capability),
+        "dtype": "bf16" if card.has_bf16 else "fp16",
+        "attention": card.attention_kernel(torch.bfloat16 if card.has_bf16 else torch.float16, 128),
+        "operations_per_s": card.flops,
+        "memory_bytes_per_s": card.bytes_per_s,
+        "power_w": card.power_w,
+    }
+
+
+def _budget(text: str | None) -> int | None:
+    try:
+        num_bytes = None if text is None else parse_budget(text)
+    except ValueError as error:
+        raise UserError(f"--budget: {error}") from error
+    if num_bytes == 0:
+        raise UserError("--budget: 0 is no memory at all; give a size such as 24GiB, or leave it out")
+    return num_bytes

@@ -1,0 +1,43 @@
+"""The verb `rank`: the spectrum of an adapter's change, and which rank to take."""
+
+from pathlib import Path
+from typing import Any
+
+from qlora_lite import show
+from qlora_lite.commands.compared import judge_of
+from qlora_lite.commands.report import write_report
+from qlora_lite.commands.shorten import shorten
+from qlora_lite.errors import UserError
+from qlora_lite.runs.adapters import open_source, rank_report
+
+
+def rank(
+    run_dir: Path,
+    *,
+    other: Path | None = None,
+    to: int | None = None,
+    num_parameters: int | None = None,
+    out: Path | None = None,
+    dtype: str = "fp32",
+    score: bool = True,
+    base: Path | None = None,
+) -> dict[str, Any]:
+    """The spectrum of a run's change, and the advice; with `to` or `num_parameters` a shorter adapter at `out`, and what it costs.
+
+    `dtype` is what the shorter adapter's factors are stored in.
+    """
+    source = open_source(run_dir)
+    with show.phase("singular values of every change"):
+        report = rank_report(source, None if other is None else open_source(other))
+    show.show_spectra(report)
+    if to is not None or num_parameters is not None:
+        if out is None:
+            raise UserError("rank: --to and --parameters write a shorter adapter; say where with --out DIR")
+        judge = judge_of(source, base) if score else None
+        report["truncated"] = shorten(source, out, rank=to, num_parameters=num_parameters, dtype=dtype, judge=judge)
+    elif source.run is not None:
+        with source.run.locked():
+            source.run.write_json("rank.json", report)
+            write_report(source.run)
+    show.say(report["advice"])
+    return report
