@@ -83,6 +83,16 @@ def print_json(document: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def print_markdown(text: str) -> None:
+    """Print a page on stdout: laid out on a terminal, as Markdown elsewhere."""
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return
+    from rich.markdown import Markdown  # takes longer to import than most verbs take without torch
+
+    Console(width=_size_of("COLUMNS"), height=_size_of("LINES")).print(Markdown(safe_text(text), hyperlinks=False))
+
+
 def plain(value: Any) -> Any:
     """`value` in JSON's own types: dataclasses and mappings -> dict, sequences -> list, paths -> str, NaN -> None.
 
