@@ -219,7 +219,7 @@ class TrainSection(Section):
     micro_batch_tokens: Auto | Count = Field(
         "auto",
         description="Tokens packed into one forward pass; a step is split into as many passes as it needs. Changes memory and "
-        "speed, not the result. Fewer tokens need less memory. auto: the most that fits.",
+        "speed, not the result. Fewer tokens need less memory. auto: chosen for speed within the budget.",
     )
     learning_rate: float = Field(
         2e-4, gt=0, le=1, description="Peak learning rate (QLoRA table 9: 2e-4 up to 13B, 1e-4 above)."
