@@ -86,11 +86,12 @@ def options() -> dict[str, set[str]]:
 
 
 def commands_in(text: str) -> Iterator[tuple[str, str]]:
-    """(verb, the rest) of every `qlora-lite VERB ...` in code, `a|b` taken apart."""
+    """(verb, the rest) of every `qlora-lite VERB ...` in code, and of every `VERB --option`; `a|b` taken apart."""
     for code in code_of(text):
         for part in re.split(r" && | \| ", code.replace("\\|", "|")):
-            match = re.search(r"(?:^|[ /])qlora-lite (\S+)(.*)", part)
-            if match and match[1] not in ("VERB", "--help"):
+            match = re.search(r"(?:^|[ /])qlora-lite (\S+)(.*)", part) or re.search(r"^([a-z|]+)( .*--.*)", part)
+            is_ours = match and ("qlora-lite" in part or set(match[1].split("|")) <= set(options()))
+            if match and is_ours and match[1] not in ("VERB", "--help"):
                 for verb in match[1].split("|"):
                     yield verb, match[2]
 
@@ -157,10 +158,11 @@ def test_docs_imports_no_torch():
     assert done.returncode == 0, done.stderr
 
 
-def test_on_a_terminal_a_page_is_laid_out():
+@pytest.mark.parametrize("columns", ["100", "0"])
+def test_on_a_terminal_a_page_is_laid_out(columns):
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "qlora_lite", "docs", "glossary"]
-    environment = os.environ | {"COLUMNS": "100", "TERM": "xterm"}
+    environment = os.environ | {"COLUMNS": columns, "TERM": "xterm"}
     with subprocess.Popen(command, stdout=follower, stderr=subprocess.PIPE, cwd=REPOSITORY, env=environment) as process:
         os.close(follower)
         shown = b""

@@ -46,11 +46,20 @@ def console() -> Console:
     """The one console of the program: stderr, no markup, no emoji codes, no guessing at what to colour."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     width = _size_of("COLUMNS") or (None if is_terminal else WIDTH_OF_A_LOG)
-    # rich would take COLUMNS=0 at its word and print nothing
-    environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     return Console(
-        stderr=True, markup=False, highlight=False, emoji=False, width=width, height=_size_of("LINES"), _environ=environ
+        stderr=True,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        width=width,
+        height=_size_of("LINES"),
+        _environ=_without_sizes(),
     )
+
+
+def _without_sizes() -> dict[str, str]:
+    """The environment for rich, which would take COLUMNS=0 at its word and print nothing."""
+    return {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
 
 
 def _size_of(variable: str) -> int | None:
@@ -90,7 +99,8 @@ def print_markdown(text: str) -> None:
         return
     from rich.markdown import Markdown  # takes longer to import than most verbs take without torch
 
-    Console(width=_size_of("COLUMNS"), height=_size_of("LINES")).print(Markdown(safe_text(text), hyperlinks=False))
+    screen = Console(width=_size_of("COLUMNS"), height=_size_of("LINES"), _environ=_without_sizes())
+    screen.print(Markdown(safe_text(text), hyperlinks=False))
 
 
 def plain(value: Any) -> Any:
