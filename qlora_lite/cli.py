@@ -17,6 +17,7 @@ import typer
 
 from qlora_lite import show
 from qlora_lite.device.out_of_memory import is_out_of_memory
+from qlora_lite.docs import list_pages, read_page
 from qlora_lite.errors import QloraLiteError, RecipeError, UserError
 from qlora_lite.recipe import (
     SHIPPED_MODELS,
@@ -345,6 +346,27 @@ def doctor(
     _print(document, json)
     if not document["can_train"]:
         raise typer.Exit(2)
+
+
+@app.command()
+def docs(
+    page: Annotated[
+        str | None, typer.Argument(metavar="[PAGE]", help="A page's name; without it, all are listed.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Print a page of the documentation, or list the pages."""
+    if page is not None:
+        text = read_page(page)
+        if not json:
+            show.print_markdown(text)
+        _print({"page": page.removesuffix(".md"), "text": text}, json)
+        return
+    pages = list_pages()
+    if not json:
+        width = max(len(each.name) for each in pages)
+        typer.echo("\n".join(f"{each.name:<{width}}  {each.title}" for each in pages))
+    _print({"pages": [{"name": each.name, "title": each.title} for each in pages]}, json)
 
 
 @recipes_app.command("list")

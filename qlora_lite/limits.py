@@ -1,4 +1,4 @@
-"""How much is read of a file that somebody else wrote. Above a limit a reader says so and stops; the README lists them.
+"""How much is read of a file that somebody else wrote. Above a limit a reader says so and stops; docs/safety.md lists them.
 
 Each is far above what honest files have (the comment says how far), so that whoever meets one has the wrong file or a hostile one.
 """

@@ -40,6 +40,7 @@ ROOMS = (
     "runs",
     "api",
     "commands",
+    "docs",
     "cli",
     "__main__",
 )
@@ -85,7 +86,7 @@ def import_problems(source: str, module: str, *, is_package: bool = False) -> li
         top, *rest = name.split(".")
         if top == "rich" and here != "show":
             problems.append(f"{module} imports rich; only show does")
-        if top in NO_TORCH and here in ("recipe", "errors", "units", "cli"):
+        if top in NO_TORCH and here in ("recipe", "docs", "errors", "units", "cli"):
             problems.append(f"{module} imports {name}; recipe errors and --help must come without {top}")
         if top == "bitsandbytes" and module != "base.bnb":
             problems.append(f"{module} imports bitsandbytes; use base.bnb, which closes two traps")

@@ -51,21 +51,21 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The frozen base model, and how it is held."""
+    """The frozen base model, and how its weights are stored."""
 
     base: Text = Field(
         "smollm2-135m",
         description="The model to tune: a folder with config.json and safetensors, a .gguf file, a shipped name "
-        "(smollm2-135m), or a hub name such as org/name that `qlora-lite fetch org/name` brought. "
+        "(smollm2-135m), or a hub name such as org/name that `qlora-lite fetch org/name` has downloaded. "
         "A relative path is looked up beside the recipe, then in the current folder.",
     )
     revision: Text | None = Field(
-        None, description="Branch, tag or commit of a hub name; null: what was fetched last. The run keeps the commit."
+        None, description="Branch, tag or commit of a hub name; null: the one fetched last. The run records the commit."
     )
     quantization: Literal["nf4", "fp4", "int8", "none"] = Field(
         "nf4",
         description="How the frozen weights of method qlora are stored. nf4: 4 bits a weight (QLoRA section 3, arXiv "
-        "2305.14314); fp4: 4 bits, worse; int8: 8 bits (arXiv 2208.07339); none: 16 bits, which is method lora.",
+        "2305.14314); fp4: 4 bits, less accurate; int8: 8 bits (arXiv 2208.07339); none: 16 bits, which is method lora.",
     )
     double_quant: bool = Field(
         True,
@@ -74,7 +74,8 @@ class ModelSection(Section):
     )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
-        description="Type the arithmetic is done in. auto: bf16 where the device has it, else fp16 with fp32 factors.",
+        description="Type of the arithmetic. auto: bf16 where the device computes in it; otherwise fp16 with fp32 factors on a card, "
+        "fp32 on a CPU.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         "auto", description="Attention implementation, by its name in transformers. auto: sdpa."
@@ -89,7 +90,7 @@ class LoraSection(Section):
         32, ge=1, le=LARGEST_COUNT, description="The update is scaled by lora_alpha / r (with use_rslora / sqrt(r))."
     )
     lora_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of the factor's inputs set to zero while training; 0.0: none."
+        0.0, ge=0, lt=1, description="Share of the factors' inputs set to zero during training; 0.0: none."
     )
     target_modules: Literal["all-linear"] | Names = Field(
         "all-linear",
@@ -99,14 +100,15 @@ class LoraSection(Section):
     use_rslora: bool = Field(
         False, description="Scale by lora_alpha / sqrt(r), which keeps large ranks learning (rsLoRA, arXiv 2312.03732)."
     )
-    use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA, arXiv 2402.09353).")
+    use_dora: bool = Field(False, description="Train magnitude and direction separately (DoRA, arXiv 2402.09353).")
     init_from: Text | None = Field(
         None,
-        description="An adapter folder (PEFT's format, such as RUN_DIR/adapter) whose factors training starts from; r, "
-        "lora_alpha, use_rslora and target_modules must be its own. null: B = 0, A random.",
+        description="Adapter folder in PEFT's format, such as RUN_DIR/adapter, whose factors training starts from; r, "
+        "lora_alpha, use_rslora and target_modules must equal the adapter's. null: B = 0, A random.",
     )
     modules_to_save: Names = Field(
-        (), description="Layers trained whole and stored with the adapter, such as [lm_head]; []: none."
+        (),
+        description="Layers trained as whole 16-bit weights and stored with the adapter, such as [lm_head]; []: none.",
     )
 
 
@@ -153,44 +155,44 @@ DataFiles = Annotated[
 
 
 class DataSection(Section):
-    """The rows that are learned and the rows that are scored."""
+    """The rows to train on and the rows to score."""
 
     train: Text | DataFiles = Field(
         "country_qa/train.json",
         description="Training rows: SQuAD JSON (arXiv 1606.05250, 1806.03822), or rows as json, jsonl, csv, Parquet or a "
-        "folder that datasets saved; or a list of files, each a path or {path: ..., weight: ...}: weight 2 takes every row "
-        "twice, 0.5 the same half of them in every epoch. "
+        "folder saved by datasets; or a list of files, each a path or {path: ..., weight: ...}: weight 2 uses every row "
+        "twice, 0.5 the same half of the rows in every epoch. "
         "A relative path is looked up beside the recipe, then in the current folder.",
     )
     eval: Text | None = Field(
         "country_qa/test.json",
-        description="Held-out rows, for scores and for the proof of the merge; null: no evaluation.",
+        description="Held-out rows for the scores and for the proof of the merge; null: no evaluation.",
     )
     format: Literal["auto", "squad", "chat", "sharegpt", "prompt_completion", "alpaca", "text"] = Field(
-        "auto", description="Format of the data files. auto: recognised from the columns, for each file."
+        "auto", description="Format of the data files. auto: recognized from the columns of each file."
     )
     max_seq_length: Auto | Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = Field(
         "auto",
-        description="Longest example in tokens, question and answer included; longer contexts are cut, longer texts cut in "
-        "pieces, other longer rows left out, all of it counted. auto: chosen from the rows. Fewer tokens need less memory.",
+        description="Longest example in tokens, question and answer included. Longer contexts are shortened, longer texts are split, "
+        "other longer rows are left out, and all of them are counted. auto: chosen from the rows. Fewer tokens need less memory.",
     )
     num_train: Count | None = Field(
         600,
-        description="Use only the first so many training rows, of several files in proportion to what each gives; "
-        "null: all of them.",
+        description="Number of training rows to use, from the first on; with several files, in proportion to the rows of each. "
+        "null: all.",
     )
     special_tokens: Names = Field(
         (),
-        description="Strings that become one token each, such as [<|tool|>]; rows that the model lacks for them are added to its "
-        "embedding and head, and trained with the adapter. []: none.",
+        description="Strings that become one token each, such as [<|tool|>]. Rows that the model lacks for them are added to its "
+        "embedding and head and trained with the adapter. []: none.",
     )
     share_prefixes: Auto | bool = Field(
         "auto",
-        description="Compute what rows begin with in common once (a passage, a system prompt), the rest as branches; the same loss and "
-        "gradient. auto: where that saves at least 5% of the tokens, and the model can.",
+        description="Compute a prefix that several rows share (a passage, a system prompt) once and the rest of the rows as branches, "
+        "with the same loss and gradient. auto: on where it saves at least 5% of the tokens and the model supports it.",
     )
     no_answer_text: Text = Field(
-        "unanswerable", description="What the model is taught to say when the context holds no answer (SQuAD v2.0)."
+        "unanswerable", description="Answer to train when the context holds no answer (SQuAD v2.0)."
     )
 
     @property
@@ -202,21 +204,22 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    """How long, how fast, and what is kept."""
+    """Length of the training, learning rate, checkpoints."""
 
     epochs: Annotated[float, Field(gt=0, le=100_000)] | None = Field(
-        1.0, description="Passes over the training rows, also a part of one such as 0.5; null: max_steps decides."
+        1.0, description="Passes over the training rows; 0.5 is half a pass. null: max_steps decides."
     )
     max_steps: Count | None = Field(
-        None, description="Optimizer steps; when given it wins over epochs, in either direction. null: epochs decides."
+        None,
+        description="Optimizer steps; a number overrides epochs, whether it is more or fewer steps. null: epochs decides.",
     )
     examples_per_step: int = Field(
         16, ge=1, le=1_000_000, description="Examples per optimizer step (the batch size of the paper's tables)."
     )
     micro_batch_tokens: Auto | Count = Field(
         "auto",
-        description="Tokens packed in one forward pass; a step is cut in as many passes as it needs. Changes memory and "
-        "speed, not the result. Fewer tokens need less memory.",
+        description="Tokens packed into one forward pass; a step is split into as many passes as it needs. Changes memory and "
+        "speed, not the result. Fewer tokens need less memory. auto: chosen for speed within the budget.",
     )
     learning_rate: float = Field(
         2e-4, gt=0, le=1, description="Peak learning rate (QLoRA table 9: 2e-4 up to 13B, 1e-4 above)."
@@ -224,95 +227,104 @@ class TrainSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Learning rate after the warm-up: falls to 0 along a cosine or a line, or stays constant."
     )
-    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps in which the learning rate rises.")
+    warmup_ratio: float = Field(
+        0.03, ge=0, le=1, description="Share of the steps during which the learning rate rises."
+    )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay (AdamW, arXiv 1711.05101).")
     max_grad_norm: float = Field(
-        1.0, gt=0, le=1e9, description="Gradients are scaled down to this L2 norm (QLoRA used 0.3)."
+        1.0,
+        gt=0,
+        le=1e9,
+        description="Largest L2 norm of the gradient; a larger one is scaled down to it (QLoRA used 0.3).",
     )
     optimizer: Literal["auto", "paged_adamw_8bit", "paged_adamw_32bit", "adamw"] = Field(
         "paged_adamw_8bit",
         description="AdamW. 8bit: 2 bytes of state a trained weight (arXiv 2110.02861), 32bit: 8; "
-        "paged: state may move to host memory when the card is full (QLoRA section 3). auto: the most exact that fits.",
+        "paged: the state may move to host memory when the card is full (QLoRA section 3). auto: the most exact that fits.",
     )
     loraplus_ratio: float = Field(
         1.0, ge=1, le=1e6, description="Learning rate of B divided by that of A (LoRA+, arXiv 2402.12354); 1.0: equal."
     )
     eval_every_steps: Count | None = Field(
         None,
-        description="Validation loss on data.eval after every so many steps and after the last; the adapter with the lowest "
-        "is kept. null: never.",
+        description="Measure the validation loss on data.eval every N steps and after the last step; the adapter with the lowest "
+        "loss is kept. null: never.",
     )
     save_every_steps: int = Field(
-        50, ge=1, le=LARGEST_COUNT, description="A checkpoint after every so many steps; one is always made at the end."
+        50, ge=1, le=LARGEST_COUNT, description="Write a checkpoint every N steps; one is always written at the end."
     )
     keep_checkpoints: int = Field(
-        2, ge=1, le=100_000, description="How many of the newest checkpoints stay on disk, besides the best."
+        2, ge=1, le=100_000, description="Number of newest checkpoints to keep on disk, besides the best one."
     )
     early_stop: Count | None = Field(
-        None, description="Stop when the validation loss has not fallen for so many evaluations; null: never."
+        None, description="Stop after N evaluations in a row without a lower validation loss; null: never."
     )
     trackers: Trackers = Field(
         (),
-        description="Dashboards that are fed: tensorboard, wandb (offline), trackio (local); files in RUN_DIR/trackers. "
-        "[]: none.",
+        description="Trackers to write files for, in RUN_DIR/trackers: tensorboard, wandb (offline), trackio (local). []: none.",
     )
     seed: int = Field(
-        0, ge=0, le=2**32 - 1, description="Fixes the order of rows, the initial factors and the dropout."
+        0, ge=0, le=2**32 - 1, description="Seed of the order of rows, the initial factors and the dropout."
     )
 
 
 class MemorySection(Section):
-    """How it fits."""
+    """How the run fits into memory."""
 
     budget: Auto | Size = Field(
         "auto",
-        description='Memory to stay within, such as "24GiB" or 24; what this section and train leave to auto is chosen so that it '
-        "fits, the fastest way first. auto: what the device has free, less a margin.",
+        description='Memory to stay within, such as "24GiB" or 24. Every auto in this section and in train is chosen to fit, the '
+        "fastest way first. auto: the free memory of the device, less a margin.",
     )
     gradient_checkpointing: Auto | bool | Annotated[int, Field(ge=2, le=1000)] = Field(
         "auto",
-        description="Keep one hidden state a layer and compute the rest again in the backward pass (arXiv 1604.06174): "
-        "true saves memory and costs about a third of the speed; 2: in every second layer only. auto: as little as fits.",
+        description="Keep one hidden state a layer and recompute the rest in the backward pass (arXiv 1604.06174). "
+        "true: every layer, which saves memory and costs about a third of the speed; 2: every second layer. auto: as few as fit.",
     )
     head_chunk: Auto | Count = Field(
         "auto",
-        description="Label tokens whose logits are in memory at once; does not change the result. auto: 256, fewer where "
-        "that does not fit.",
+        description="Label tokens whose logits are in memory at once; does not change the result. auto: 256, or fewer where "
+        "256 do not fit.",
     )
     eval_batch_tokens: Auto | Count = Field(
         "auto",
-        description="Prompt tokens of a batch of answers, padding included. auto: 4096, fewer where that does not fit.",
+        description="Prompt tokens in one batch of generated answers, padding included. auto: 4096, or fewer where 4096 do not fit.",
     )
 
 
 class EvalSection(Section):
-    """How the model is scored before and after."""
+    """How the model is scored before and after training."""
 
-    num_examples: Count | None = Field(100, description="Score the first so many rows of data.eval; null: all of them.")
+    num_examples: Count | None = Field(
+        100, description="Number of rows of data.eval to score, from the first on; null: all."
+    )
     max_seq_length: Auto | Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = Field(
         "auto",
-        description="Longest held-out row that is scored, in tokens; longer ones are left out and counted, texts are scored in the "
+        description="Longest held-out row to score, in tokens. Longer rows are left out and counted; texts are scored in the "
         "pieces that training makes. auto: the model's context window, or data.max_seq_length where the config names none.",
     )
-    max_new_tokens: int = Field(32, ge=1, le=65_536, description="Longest answer that is generated, in tokens.")
+    max_new_tokens: int = Field(32, ge=1, le=65_536, description="Longest answer to generate, in tokens.")
 
 
 class MergeSection(Section):
     """How the adapter is added into a 16-bit checkpoint."""
 
-    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Type the merged weights are stored in.")
+    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Type of the stored merged weights.")
     rounding: Literal["stochastic", "nearest"] = Field(
         "stochastic",
         description="How sums are rounded to dtype (fp32 needs none). nearest loses small changes systematically; "
         "stochastic is unbiased, seeded and repeatable.",
     )
     base: Literal["dequantized", "original"] = Field(
-        "dequantized", description="Weights the adapter is added to. dequantized: exactly what training saw."
+        "dequantized",
+        description="Weights to add the adapter to. dequantized: exactly the weights of training; original: the 16-bit weights "
+        "that the quantized base was made from.",
     )
-    scale: float = Field(1.0, gt=0, le=100, description="The adapter's update is multiplied by this; 1.0: as trained.")
+    scale: float = Field(1.0, gt=0, le=100, description="Factor on the adapter's update; 1.0: as trained.")
     proof: Auto | Count = Field(
         "auto",
-        description="Rows of data.eval on which merged and adapter model are compared. auto: chosen, with reason.",
+        description="Number of rows of data.eval on which the merged model and the adapter model are compared. auto: chosen, with the "
+        "reason printed.",
     )
 
 
@@ -331,7 +343,9 @@ class Recipe(Section):
     memory: MemorySection = Field(MemorySection(), description=MemorySection.__doc__)
     eval: EvalSection = Field(EvalSection(), description=EvalSection.__doc__)
     merge: MergeSection = Field(MergeSection(), description=MergeSection.__doc__)
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: cuda if there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Device to train on. auto: cuda where there is one, else cpu."
+    )
 
     # Where it came from: no part of what it says, so no part of equality.
     _name: str = PrivateAttr("recipe")

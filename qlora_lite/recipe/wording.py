@@ -45,6 +45,11 @@ def allowed_words(key: str) -> tuple[str, ...]:
     return tuple(word for part in parts for word in (part.get("enum") or [part.get("const")]) if word is not None)
 
 
+def description(key: str) -> str:
+    """The meaning of a key, as schema.py has it."""
+    return str(_schemas()[key]["description"])
+
+
 def expected(key: str, *, is_refused: Callable[[Any], bool] = lambda value: False) -> str:
     """`lora.r` -> "a whole number from 1 to 4,096"; leaves out the values for which `is_refused` is true."""
     schema = _schemas()[key]
@@ -119,9 +124,13 @@ def printable_path(path: str) -> str:
 
 def nearest(word: str, words: Sequence[str]) -> str | None:
     """The word that is nearest in spelling, or None when none is near."""
+    return next(iter(near_names(word, words, most=1)), None)
+
+
+def near_names(word: str, words: Sequence[str], *, most: int = 3) -> list[str]:
+    """Up to `most` of the words, the nearest in spelling first; none that is far."""
     lower = {candidate.lower(): candidate for candidate in words}
-    found = difflib.get_close_matches(word.lower()[:100], lower, n=1, cutoff=0.6)
-    return lower[found[0]] if found else None
+    return [lower[name] for name in difflib.get_close_matches(word.lower()[:100], lower, n=most, cutoff=0.6)]
 
 
 def nearest_key(key: str) -> str:

@@ -1,6 +1,6 @@
 """Show: the last stage, and the only one that knows a terminal or HTML.
 
-    text        safe_text, console, print_json     what may be printed, and where: people's text on stderr, JSON on stdout
+    text        safe_text, console, print_json     what may be printed, and where: people's text on stderr, JSON and pages on stdout
     phases      phase                              "loading the base: 3.2 s"
     screen      TrainScreen                        a live progress bar on a terminal, plain lines elsewhere
     rows        part_rows, score_rows, ...         the rows that tables and pages both show
@@ -40,7 +40,7 @@ from qlora_lite.show.tables import (
     show_truncation,
     stream_answer,
 )
-from qlora_lite.show.text import console, print_json, safe_text, say, say_error, say_warning
+from qlora_lite.show.text import console, print_json, print_markdown, safe_text, say, say_error, say_warning
 
 __all__ = [
     "Phase",
@@ -48,6 +48,7 @@ __all__ = [
     "console",
     "phase",
     "print_json",
+    "print_markdown",
     "render_report",
     "safe_text",
     "say",

@@ -46,11 +46,20 @@ def console() -> Console:
     """The one console of the program: stderr, no markup, no emoji codes, no guessing at what to colour."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     width = _size_of("COLUMNS") or (None if is_terminal else WIDTH_OF_A_LOG)
-    # rich would take COLUMNS=0 at its word and print nothing
-    environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     return Console(
-        stderr=True, markup=False, highlight=False, emoji=False, width=width, height=_size_of("LINES"), _environ=environ
+        stderr=True,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        width=width,
+        height=_size_of("LINES"),
+        _environ=_without_sizes(),
     )
+
+
+def _without_sizes() -> dict[str, str]:
+    """The environment for rich, which would take COLUMNS=0 at its word and print nothing."""
+    return {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
 
 
 def _size_of(variable: str) -> int | None:
@@ -81,6 +90,17 @@ def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document on one line of stdout, `schema_version` first; NaN and infinities become null."""
     print(json.dumps({"schema_version": SCHEMA_VERSION, **plain(document)}, allow_nan=False))
     sys.stdout.flush()
+
+
+def print_markdown(text: str) -> None:
+    """Print a page on stdout: laid out on a terminal, as Markdown elsewhere."""
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return
+    from rich.markdown import Markdown  # takes longer to import than most verbs take without torch
+
+    screen = Console(width=_size_of("COLUMNS"), height=_size_of("LINES"), _environ=_without_sizes())
+    screen.print(Markdown(safe_text(text), hyperlinks=False))
 
 
 def plain(value: Any) -> Any:

@@ -92,6 +92,7 @@ def whole_run() -> WholeRun:
     run_dir, plan_page = made / HOSTILE_NAME, made / f"plan {HOSTILE_NAME}.html"
     commands = [
         ["recipes", "list"],
+        ["docs", "install"],
         ["doctor"],
         ["check", str(recipe)],
         ["plan", str(recipe), "--html", str(plan_page)],
