@@ -1,19 +1,27 @@
 """Show: the last stage, and the only one that knows a terminal or HTML.
 
-    text        safe_text, console, print_json     what may be printed, and where: people's text on stderr, JSON and pages on stdout
-    phases      phase                              "loading the base: 3.2 s"
-    screen      TrainScreen                        a live progress bar on a terminal, plain lines elsewhere
-    rows        part_rows, score_rows, ...         the rows that tables and pages both show
-    tables      show_memory, show_scores, ...      one function a table, for the terminal
-    run_tables  show_run                           all of a run's tables, for the terminal
-    spectra     show_spectra, show_rank_curve      what an adapter has learned
-    report      render_report                      a run directory -> the text of one self-contained page
-    plan_page   write_plan_page                    a plan -> one self-contained page
+    text.py         safe_text, console, print_json: text for people on stderr, JSON and pages on stdout
+    phases.py       phase: "loading the base: 3.2 s"
+    screen.py       TrainScreen: a live progress bar on a terminal, plain lines elsewhere
+    tables.py       show_memory, show_scores, ...: one function per table, for the terminal
+    run_tables.py   show_run: all tables of a run, for the terminal
+    spectra.py      show_spectra, show_rank_curve: the spectrum of an adapter's change
+    rows.py         part_rows, score_rows, ...: the rows that tables and pages share
+    report.py       render_report: a run directory -> the text of one self-contained page
+    plan_page.py    write_plan_page: a plan -> one self-contained page
+    page.py         the shell of a page (style sheet: page.css), headings, tables, figures
+    summary.py      the opening of a run's report
+    answers.py      questions with the answers of base and tuned model side by side
+    learning.py     loss, learning rate, gradient norm, pace
+    sections.py     sections that both pages have
+    bars.py         bars of memory, as SVG
+    curves.py       curves over steps, as SVG
+    sharing.py      shared prefixes, drawn as a tree
+    timeline.py     memory over one step by layer, as SVG
+    run_files.py    read the files of a run directory, damaged or not
+    lenient.py      read JSON documents of any shape
 
-A page is put together by page.py (shell, style sheet page.css, tables) from pieces of summary.py, answers.py, learning.py and sections.py;
-bars.py, curves.py, sharing.py and timeline.py draw; run_files.py and lenient.py read what a run left, damaged or not.
-
-Everything here takes plain values or the small dataclasses of the stages before it, and returns nothing that they need.
+Input: plain values or the small dataclasses of earlier stages. Output: nothing that those stages need.
 """
 
 from qlora_lite.show.phases import Phase, phase

@@ -1,6 +1,6 @@
 """Questions with the answers of the base and of the tuned model side by side, and the answers that count as right.
 
-Shown are the first ones of the file, not picked by how good they are; the rest of those on request.
+The page shows the first rows of the file, not selected by quality, and a few more on request.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ LONGEST = 700  # characters of one text
 
 
 def answers_side_by_side(predictions: Sequence[Mapping[str, Any]]) -> Html:
-    """`predictions.jsonl`: question, prediction, gold, exact_match, f1 and, where it was kept, base_prediction."""
+    """`predictions.jsonl`: question, prediction, gold, exact_match, f1 and, where recorded, base_prediction."""
     if not predictions:
         return Html()
     first, more = predictions[:NUM_SHOWN], predictions[NUM_SHOWN : NUM_SHOWN + NUM_ON_REQUEST]
@@ -23,7 +23,7 @@ def answers_side_by_side(predictions: Sequence[Mapping[str, Any]]) -> Html:
     return join(
         [
             heading("Answers side by side"),
-            note(f"{count} as they come, good and bad."),
+            note(f"{count} in file order, good and bad."),
             _list(first),
             details(f"{len(more)} more", _list(more, start=1 + len(first))) if more else "",
         ]
@@ -36,10 +36,10 @@ def _list(predictions: Sequence[Mapping[str, Any]], *, start: int = 1) -> Html:
 
 
 def _answer(prediction: Mapping[str, Any]) -> Html:
-    columns = [_column("tuned model, now", prediction.get("prediction"), _verdict(prediction))]
+    columns = [_column("tuned model (after)", prediction.get("prediction"), _verdict(prediction))]
     if prediction.get("base_prediction") is not None:
-        columns.insert(0, _column("base model, before", prediction["base_prediction"]))
-    columns.append(_column("counts as right", _gold(prediction)))
+        columns.insert(0, _column("base model (before)", prediction["base_prediction"]))
+    columns.append(_column("accepted answers", _gold(prediction)))
     question = Html(f'<p class="question">{_shortened(prediction.get("question", ""))}</p>')
     return Html(f"<li>{question}<dl>{join(columns)}</dl></li>")
 
@@ -49,7 +49,7 @@ def _column(name: str, answer: Any, verdict: str = "") -> Html:
 
 
 def _verdict(prediction: Mapping[str, Any]) -> str:
-    """Right, partly right with the F1, or wrong: in words, and in colour."""
+    """Right, partly right with its F1, or wrong: in words and in colour."""
     exact, f1 = number(prediction.get("exact_match")), number(prediction.get("f1"))
     if exact is None and f1 is None:
         return ""
@@ -65,7 +65,7 @@ def _verdict(prediction: Mapping[str, Any]) -> str:
 def _gold(prediction: Mapping[str, Any]) -> str:
     gold = prediction.get("gold")
     texts = [str(text) for text in gold] if isinstance(gold, list) else [str(gold or "")]
-    return " | ".join(dict.fromkeys(texts)) or "that the passage does not say it"
+    return " | ".join(dict.fromkeys(texts)) or "no answer in the passage"
 
 
 def _shortened(text: Any) -> Html:

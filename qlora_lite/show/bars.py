@@ -1,7 +1,7 @@
-"""Bars of memory: one a row, made of numbered parts, all to one scale, with the budget as a line across them or a row below.
+"""Bars of memory: one per row, of numbered parts, all to one scale, with the budget as a line across them or as a row below.
 
-Places are given in percent, so a bar is as wide as the page and its text stays readable on a phone. Colours come from the style sheet by
-the class of a part ("part-3" for the third of rows.PARTS); the number of the part stands in it wherever there is room.
+Positions are in percent, so a bar is as wide as the page and its text stays readable on a phone. The style sheet colours each part by
+its class ("part-3" for the third of rows.PARTS); a part that is wide enough shows its number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,15 @@ from qlora_lite.show.lenient import number, numbers
 from qlora_lite.show.page import html
 from qlora_lite.show.rows import PARTS, in_order, size
 
-REST = "part-rest"  # the class of what the parts leave of the whole
-_TOP, _PITCH, _NAME, _HEIGHT = 24, 58, 14, 26  # pixels: the budget's words, a row, its name, its bar
+REST = "part-rest"  # the class of the remainder: the whole less its parts
+_TOP, _PITCH, _NAME, _HEIGHT = 24, 58, 14, 26  # pixels: the budget's label, a row, its name, its bar
 _ROOM_FOR_A_NUMBER = 3.5  # percent of the width
-FARTHEST_BUDGET = 4.0  # times the longest bar: further out, the line would leave too little of the bars to see
+FARTHEST_BUDGET = 4.0  # times the longest bar: beyond that, the bars would be too short to read
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A name, bytes part by part, and their whole; what the parts leave of it is drawn without a colour."""
+    """A name, the bytes of each part, and their whole; the remainder is drawn without a colour."""
 
     name: str
     parts: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Bar:
 
 
 def part_number(key: str) -> int:
-    """The place of a part in rows.PARTS, counted from 1; 0 for one that is not there."""
+    """The position of a part in rows.PARTS, counted from 1; 0 for an unknown part."""
     return 1 + list(PARTS).index(key) if key in PARTS else 0
 
 
@@ -49,7 +49,7 @@ def part_class(key: str) -> str:
 
 
 def svg_bars(bars: Sequence[Bar], *, budget_bytes: float | None = None) -> str:
-    """The bars under each other; "" when there is nothing to draw. A budget far beyond them gets a row of its own."""
+    """The bars, one below the other; "" when there is nothing to draw. A budget far beyond them gets its own row."""
     bars = [bar for bar in bars if bar.length > 0]
     if not bars:
         return ""
@@ -71,7 +71,7 @@ def svg_bars(bars: Sequence[Bar], *, budget_bytes: float | None = None) -> str:
 
 
 def _bar(bar: Bar, *, top: int, scale: float) -> str:
-    """The name, the whole, and the parts below both."""
+    """The name and the whole, with the parts below."""
     pieces = [
         f'<text class="name" x="0" y="{top + _NAME}">{html(bar.name)}</text>',
         f'<text class="whole" x="100%" y="{top + _NAME}" text-anchor="end">{size(bar.length)}</text>',
@@ -88,7 +88,7 @@ def _bar(bar: Bar, *, top: int, scale: float) -> str:
 
 
 def _line(budget: float, *, x: float, height: int) -> str:
-    """The budget across all bars, with its words on the side that has room."""
+    """The budget across all bars, its label on the side that has room."""
     anchor = "end" if x > 50 else "start"
     return (
         f'<text class="budget" x="{x:.2f}%" y="13" text-anchor="{anchor}">budget {size(budget)}</text>'
@@ -97,7 +97,7 @@ def _line(budget: float, *, x: float, height: int) -> str:
 
 
 def _gauge(longest: Bar, budget: float, *, top: int) -> str:
-    """The whole width is the budget, filled as far as the longest bar reaches."""
+    """A gauge as wide as the budget, filled to the length of the longest bar."""
     share, y = 100 * longest.length / budget, top + _NAME + 6
     return (
         f'<text class="name" x="0" y="{top + _NAME}">{html(longest.name)}: {share:.2g}% of the budget</text>'

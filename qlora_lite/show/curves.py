@@ -1,8 +1,8 @@
-"""Curves of a run as inline SVG: steps from left to right, one or more lines over one scale.
+"""Curves of a run as inline SVG: steps from left to right, one or more lines on one scale.
 
     in    points (step, value), finite, in the order of their steps        out    <svg ...>, or "" where there is no line to draw
 
-Colours come from the page's style sheet by the class of a line: "each", "mean", "eval".
+The page's style sheet colours each line by its class: "each", "mean", "eval".
 """
 
 import math
@@ -24,7 +24,7 @@ class Line:
 
 
 def svg_curve(lines: Sequence[Line], *, label: str, height: int = 260) -> str:
-    """The lines over a common scale; "" unless two steps are there to connect. `label` must be harmless in an attribute."""
+    """Draw the lines on a common scale; "" for fewer than two steps. `label` must be escaped already."""
     xs, ys = ([point[axis] for line in lines for point in line.points] for axis in (0, 1))
     if len(set(xs)) < 2:
         return ""
@@ -54,14 +54,14 @@ def svg_curve(lines: Sequence[Line], *, label: str, height: int = 260) -> str:
 
 
 def running_mean(points: Points, window: int) -> list[tuple[float, float]]:
-    """Each value replaced by the mean of itself and up to `window - 1` values before it."""
+    """Replace each value by the mean of itself and up to `window - 1` values before it."""
     values = [value for _, value in points]
     windows = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
     return [(step, sum(recent) / len(recent)) for (step, _), recent in zip(points, windows, strict=True)]
 
 
 def sampled(points: Points, num: int) -> list[tuple[float, float]]:
-    """At most `num` of the points, evenly spread, the first and the last among them."""
+    """At most `num` of the points, evenly spread, including the first and the last."""
     if len(points) <= num:
         return list(points)
     return [points[round(index * (len(points) - 1) / (num - 1))] for index in range(num)]

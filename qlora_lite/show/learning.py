@@ -1,4 +1,4 @@
-"""How a run learned: its loss as a curve and in numbers, its learning rate and gradient norm, and its pace.
+"""The training of a run: its loss as a curve and in numbers, its learning rate and gradient norm, and its pace.
 
 in    the lines of steps.jsonl: step, loss, eval_loss, learning_rate, grad_norm, step_s, num_examples, num_label_tokens
 """
@@ -17,12 +17,12 @@ NUM_IN_TABLE = 12  # steps in the table beside a curve
 
 
 def learning(steps: Sequence[Mapping[str, Any]]) -> Html:
-    """Empty for less than two steps."""
+    """The section; empty for fewer than two steps."""
     return join([_loss(steps), _pace(steps), _optimizer_curves(steps)])
 
 
 def _loss(steps: Sequence[Mapping[str, Any]]) -> Html:
-    """Each step's loss as a faint line, their running mean as a strong one, and the validation loss where it was measured."""
+    """Each step's loss as a thin line, the running mean as a thick one, and the validation loss where it was measured."""
     losses, validation = _points(steps, "loss"), _points(steps, "eval_loss")
     if len(losses) < 2:
         return Html()
@@ -37,11 +37,11 @@ def _loss(steps: Sequence[Mapping[str, Any]]) -> Html:
     return join(
         [
             paragraph(
-                "Training goes in steps: the model answers a few examples, and the numbers that are trained move a little towards",
-                "the right answers. The loss says how surprised the model was by these; a falling curve means that it learns.",
+                "Training proceeds in steps: the model answers a few examples, and its trainable parameters move slightly towards",
+                "the right answers. The loss measures how unlikely the model found these answers; a falling curve shows learning.",
             ),
             drawing(svg_curve(lines, label=label), _legend(end, validation)),
-            details("the loss in numbers", _loss_table(losses, means, validation)),
+            details("loss values", _loss_table(losses, means, validation)),
         ]
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ def _legend(end: float, validation: Points) -> str:
     if validation:
         best_step, best = min(validation, key=lambda point: point[1])
         words += (
-            f" Dots: validation loss, on examples that are not trained on; lowest {best:.3f} after step {best_step:g}, "
+            f" Dots: validation loss, on examples not used for training; lowest {best:.3f} after step {best_step:g}, "
             f"{validation[-1][1]:.3f} at the end."
         )
     return words
@@ -64,17 +64,17 @@ def _loss_table(losses: Points, means: Points, validation: Points) -> Html:
         for step, mean in sorted({*sampled(means, NUM_IN_TABLE), *(point for point in means if point[0] in held_out)})
     ]
     columns = ["step", "loss", f"mean of the last {SMOOTH_STEPS}", "validation loss"]
-    return table("Loss at some of the steps", columns, lines)
+    return table("Loss at selected steps", columns, lines)
 
 
 def _optimizer_curves(steps: Sequence[Mapping[str, Any]]) -> Html:
-    """On request: how far each step may move, and how strongly it wanted to."""
+    """Learning rate and gradient norm, on request."""
     return details(
         "learning rate and gradient norm",
         join(
             [
-                _curve(steps, "learning_rate", "Learning rate", "how far a step may move the trained numbers"),
-                _curve(steps, "grad_norm", "Gradient norm", "how strongly a step wanted to, before it was limited"),
+                _curve(steps, "learning_rate", "Learning rate", "the size of an update"),
+                _curve(steps, "grad_norm", "Gradient norm", "the size of the gradient before clipping"),
             ]
         ),
     )
@@ -86,12 +86,12 @@ def _curve(steps: Sequence[Mapping[str, Any]], key: str, name: str, meaning: str
     if not svg:
         return Html()
     lines = [(f"{step:g}", f"{value:.3g}") for step, value in sampled(points, NUM_IN_TABLE)]
-    caption = f"{name} at some of the steps"
+    caption = f"{name} at selected steps"
     return join([drawing(svg, f"{name}: {meaning}."), table(caption, ["step", name.lower()], lines)])
 
 
 def _points(steps: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of each step that has a finite value; a resumed run may hold a step twice: the later line counts."""
+    """(step, value) of each step that has a finite value; a resumed run may record a step twice: the later line counts."""
     by_step = {step["step"]: step[key] for step in steps if is_number(step.get("step")) and is_number(step.get(key))}
     return sorted(by_step.items())
 

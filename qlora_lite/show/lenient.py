@@ -1,6 +1,6 @@
-"""Reading JSON documents that may have any shape: what is of another shape than expected counts as missing.
+"""Read JSON documents of any shape: a value of an unexpected shape counts as missing.
 
-A report is also written of a run that was stopped half-way or whose files somebody edited, and must not fail there.
+A report must not fail on a run that was stopped half-way, or whose files somebody edited.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """A finite number; True and False are none."""
+    """Whether `value` is a finite number; True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -32,7 +32,7 @@ def numbers(value: Any) -> dict[str, float]:
 
 
 def dig(document: Mapping[str, Any], *keys: str) -> Any:
-    """`dig(plan, "methods", "qlora")` is `plan["methods"]["qlora"]`, or None where that is not there."""
+    """`dig(plan, "methods", "qlora")` is `plan["methods"]["qlora"]`, or None where a key is missing."""
     value: Any = document
     for key in keys:
         value = mapping(value).get(key)

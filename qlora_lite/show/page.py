@@ -1,7 +1,7 @@
-"""A page: its shell, and the few pieces of HTML that the report of a run and the page of a plan are made of.
+"""A page: its shell, and the few pieces of HTML that make up the report of a run and the page of a plan.
 
-One file without scripts, fonts or images; nothing is asked of any other place, and the page's own policy forbids it too. Every piece
-is `Html`; whatever else comes in is text of somebody else's, and is escaped after control characters are taken out.
+One file without scripts, fonts or images; it loads nothing, and its own content policy forbids loading. Every piece is `Html`; any other
+value is foreign text: control characters are removed, then it is escaped.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,16 +13,16 @@ from qlora_lite.errors import RunError
 from qlora_lite.show.rows import looks_like_numbers
 from qlora_lite.show.text import safe_text
 
-_NUM_COLUMNS_OF_A_PHONE = 3  # more than these, and a narrow screen scrolls the table sideways
+_NUM_COLUMNS_OF_A_PHONE = 3  # with more, a narrow screen scrolls the table sideways
 
 
 class Html(str):
-    """A piece of a page, escaped already."""
+    """A piece of a page, already escaped."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with a heading that the table of contents links to; without a body it is left out."""
+    """A part of the page with a heading in the table of contents; omitted when its body is empty."""
 
     anchor: str
     title: str
@@ -31,7 +31,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Figure:
-    """One of the few numbers that open a page: `Figure("peak memory", "368 MiB", "85% less than full fine-tuning")`."""
+    """One of the few numbers at the top of a page: `Figure("peak memory", "368 MiB", "85% less than full fine-tuning")`."""
 
     label: str
     value: str
@@ -39,7 +39,7 @@ class Figure:
 
 
 def write_page(path: Path | str, page: Html) -> Path:
-    """Write or replace the file in one step. Raises RunError when it cannot be written."""
+    """Write or replace the file atomically. Raises RunError when it cannot be written."""
     path = Path(path)
     staged = path.with_name(f".{path.name}.part")
     try:
@@ -52,19 +52,19 @@ def write_page(path: Path | str, page: Html) -> Path:
 
 
 def render_page(title: str, *, kind: str, lead: Html, sections: Sequence[Section]) -> Html:
-    """The whole page: `lead` says in a few sentences what the sections then show."""
+    """The whole page: `lead` summarizes the sections in a few sentences."""
     shown = [section for section in sections if section.body]
-    links = join(Html(f'<li><a href="#{each.anchor}">{html(each.title)}</a></li>') for each in shown)
+    links = join(Html(f'<li><a href="#{section.anchor}">{html(section.title)}</a></li>') for section in shown)
     nav = f'<nav aria-label="Sections"><ul>{links}</ul></nav>' if len(shown) > 1 else ""
     body = "\n".join(_section(section) for section in shown)
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     return Html(
         _SHELL.format(style=style, title=html(title), kind=html(kind), lead=lead, nav=nav, body=body)
-    )  # format fills one pass, so braces in data stay as they are
+    )  # format makes one pass, so braces in data stay
 
 
 def html(value: object) -> Html:
-    """Text made harmless; `Html` as it is."""
+    """Escape text; return `Html` unchanged."""
     return value if isinstance(value, Html) else Html(escape(safe_text(value)))
 
 
@@ -73,25 +73,25 @@ def join(pieces: Iterable[object], *, by: str = "") -> Html:
 
 
 def paragraph(*words: object) -> Html:
-    """Sentences; "" when there are none."""
+    """A paragraph of sentences; "" when there are none."""
     words = tuple(word for word in words if word)
     return Html(f"<p>{join(words, by=' ')}</p>") if words else Html()
 
 
 def note(*words: object) -> Html:
-    """A remark beside what it is about."""
+    """A remark in small print; "" when there are no words."""
     return Html(f'<p class="note">{join(words, by=" ")}</p>') if any(words) else Html()
 
 
 def heading(words: str) -> Html:
-    """Of a part of a section."""
+    """The heading of a part of a section."""
     return Html(f"<h3>{html(words)}</h3>")
 
 
 def table(
     caption: str, columns: Sequence[object], rows: Sequence[Sequence[object]], *, last_is_total: bool = False
 ) -> Html:
-    """Rows under named columns; the first cell of a row is its heading. "" when there are no rows."""
+    """A table with named columns; the first cell of each row is its heading. "" when there are no rows."""
     if not rows:
         return Html()
     cells = [[html(value) for value in row] for row in rows]
@@ -102,37 +102,37 @@ def table(
     whole = f"<table><caption>{html(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     if len(columns) <= _NUM_COLUMNS_OF_A_PHONE:
         return Html(f'<div class="wide">{whole}</div>')
-    # A region that scrolls must be reachable by the keyboard, and have a name.
+    # A scrolling region must have a name and be reachable by keyboard.
     return Html(f'<div class="wide" role="region" tabindex="0" aria-label="{html(caption)}">{whole}</div>')
 
 
 def figures(entries: Sequence[Figure]) -> Html:
-    """The numbers that open a page, side by side."""
+    """The numbers at the top of a page, side by side."""
     items = join(
-        Html(f"<div><dt>{html(each.label)}</dt><dd>{html(each.value)}</dd><dd>{html(each.remark)}</dd></div>")
-        for each in entries
+        Html(f"<div><dt>{html(figure.label)}</dt><dd>{html(figure.value)}</dd><dd>{html(figure.remark)}</dd></div>")
+        for figure in entries
     )
     return Html(f'<dl class="figures">{items}</dl>') if entries else Html()
 
 
 def drawing(svg: str, caption: object = "") -> Html:
-    """A drawing with what it shows below it; "" without one."""
+    """A drawing with its caption below; "" without a drawing."""
     below = f"<figcaption>{html(caption)}</figcaption>" if caption else ""
     return Html(f"<figure>{svg}{below}</figure>") if svg else Html()
 
 
 def details(summary: str, body: str) -> Html:
-    """Shown on request; a printed page shows it always."""
+    """A part that is folded on the screen and open in print; "" without a body."""
     return Html(f"<details><summary>{html(summary)}</summary>{body}</details>") if body else Html()
 
 
 def swatch(kind: str, number: int) -> Html:
-    """The little numbered square that stands for a colour of a drawing."""
+    """The small numbered square that identifies a colour of a drawing."""
     return Html(f'<span class="swatch {kind}" aria-hidden="true">{number}</span>')
 
 
 def share_bar(percent: float) -> Html:
-    """A bar in a cell of a table, beside the number that it shows."""
+    """A bar in a table cell, beside its number."""
     return Html(f'<span class="share" aria-hidden="true"><span style="width: {percent:.1f}%"></span></span>')
 
 

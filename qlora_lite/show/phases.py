@@ -1,6 +1,6 @@
-"""Say what the program is busy with and, afterwards, how long it took: `with phase("loading the base"): ...`.
+"""Show the current phase and, at its end, the time it took: `with phase("loading the base"): ...`.
 
-On a terminal a spinner turns meanwhile; elsewhere a line opens and a line closes the phase, so that a log shows both.
+A terminal shows a spinner; elsewhere one line opens the phase and one closes it, so a log shows both.
 """
 
 import time
@@ -19,7 +19,7 @@ LINE_EVERY_S = 10.0
 
 @dataclass
 class Phase:
-    """A phase in progress. `note` adds a remark to its closing line; `elapsed_s` is set when it is over."""
+    """A phase in progress. `note` adds a remark to its closing line; `elapsed_s` is set at its end."""
 
     name: str
     remark: str = ""
@@ -35,7 +35,7 @@ class Phase:
         """Show `done` of `total`: in place on a terminal, a line every ten seconds elsewhere."""
         words = f"{safe_text(self.name)}: {done} of {total}"
         if self.live is not None:
-            self.live.update(Text(words))  # a string would be read as markup there, whatever the console is told
+            self.live.update(Text(words))  # rich reads a string as markup here, even with markup=False
         elif time.perf_counter() - self._last_line_s >= LINE_EVERY_S:
             self._last_line_s = time.perf_counter()
             say(words)
@@ -43,9 +43,9 @@ class Phase:
 
 @contextmanager
 def phase(name: str, *, spent: dict[str, float] | None = None) -> Iterator[Phase]:
-    """Show `name` while the block runs, then its seconds; a block that raises is shown as failed and raises on.
+    """Show `name` while the block runs, then its seconds; an exception is shown as "failed after" and propagates.
 
-    The seconds also go into `spent`, by name.
+    Also store the seconds in `spent[name]`.
     """
     current, begin, ending = Phase(name), time.perf_counter(), "failed after "
     live: Any = console().status(Text(safe_text(name))) if console().is_terminal else nullcontext()

@@ -1,4 +1,4 @@
-"""One page about a plan, before anything is trained: what `plan --json` prints, for people.
+"""One page about a plan, before any training: the document of `plan --json`, for people.
 
 in    the JSON document of `plan`: methods, budget, grid of lengths and batches, checkpoint sizes, settings, reasons
 out   one self-contained HTML file (page.py)
@@ -33,16 +33,16 @@ def write_plan_page(plan: Mapping[str, Any], path: Path | str) -> Path:
 
 
 def render_plan(plan: Mapping[str, Any]) -> Html:
-    """The page of the JSON document; what is missing in it is left out."""
+    """Render the JSON document; sections whose data are missing are omitted."""
     disk, chosen = sections.checkpoints(plan), join([sections.decisions(plan), sections.settings(plan)])
     return render_page(
         f"Memory plan: {plan.get('model') or 'a model'}",
-        kind="qlora_lite · plan of a fine-tuning",
+        kind="qlora_lite · fine-tuning plan",
         lead=_lead(plan),
         sections=[
             Section("memory", "Memory, by method", _memory(plan)),
-            Section("fits", "What fits", _what_fits(plan)),
-            Section("sharing", "What is read once", sharing(plan)),
+            Section("fits", "Sizes that fit", _sizes_that_fit(plan)),
+            Section("sharing", "Shared prefixes", sharing(plan)),
             Section("disk", "Disk", disk),
             Section("decisions", "Decisions and settings", chosen),
         ],
@@ -53,9 +53,9 @@ def _lead(plan: Mapping[str, Any]) -> Html:
     return join(
         [
             paragraph(
-                "Fine-tuning means to train an existing language model a little further, on examples of one's own.",
-                "This page says how much memory that takes, before anything is trained: every operation of a training step was gone",
-                "through without weights, and its memory added up.",
+                "Fine-tuning trains an existing language model further, on your own examples.",
+                "This page shows the memory that this needs, before any training: every operation of a training step was simulated",
+                "without weights, and its memory was added up.",
             ),
             _answer(plan),
             figures(_figures(plan)),
@@ -64,7 +64,7 @@ def _lead(plan: Mapping[str, Any]) -> Html:
 
 
 def _answer(plan: Mapping[str, Any]) -> Html:
-    """Whether it fits, in a sentence."""
+    """One sentence: it fits, or it does not."""
     own = sections.own_method(plan)
     peak, budget = number(dig(plan, "methods", own, "peak_bytes")), number(plan.get("budget_bytes"))
     if peak is None or budget is None or own not in METHODS:
@@ -81,24 +81,26 @@ def _figures(plan: Mapping[str, Any]) -> list[Figure]:
     budget, longest = number(plan.get("budget_bytes")), plan.get("max_seq_length")
     share = f"{100 * ours / budget:.0f}% of the budget, {rows.size(budget)}" if ours and budget else ""
     tokens = f"{longest:,} tokens" if is_number(longest) else "none fits"
-    found = [
+    entries = [
         Figure("Peak memory", rows.size(ours), share),
         Figure("Less than full fine-tuning", rows.savings(ours, full), f"which needs {rows.size(full)}"),
-        Figure("Longest text", tokens, "one example at a time; a token is a piece of a word"),
+        Figure("Longest text", tokens, "for one example at a time; a token is a piece of a word"),
         _weights(plan),
     ]
-    return [figure for figure in found if figure.value not in ("", "–")]
+    return [figure for figure in entries if figure.value not in ("", "–")]
 
 
 def _weights(plan: Mapping[str, Any]) -> Figure:
     weights, trained = number(plan.get("num_weights")), number(plan.get("num_trained"))
     if not weights or not trained:
-        return Figure("Numbers trained", "")
-    return Figure("Numbers trained", f"{trained / 1e6:,.1f} million", f"the model has {weights / 1e6:,.0f} million")
+        return Figure("Trainable parameters", "")
+    return Figure(
+        "Trainable parameters", f"{trained / 1e6:,.1f} million", f"the model has {weights / 1e6:,.0f} million"
+    )
 
 
 def _memory(plan: Mapping[str, Any]) -> Html:
-    """The methods, what the parts are, and the own method's phases."""
+    """The methods, the meaning of the parts, and the phases of the plan's own method."""
     methods = mapping(plan.get("methods"))
     taken = sections.taken_parts(*(dig(method, "parts") for method in methods.values() if isinstance(method, dict)))
     parts = sections.legend(taken)
@@ -106,7 +108,7 @@ def _memory(plan: Mapping[str, Any]) -> Html:
     return join(
         [
             sections.methods_side_by_side(plan),
-            join([heading("What the parts are"), parts]) if parts else "",
+            join([heading("Meaning of the parts"), parts]) if parts else "",
             join([heading("Phases of a step"), phases]) if phases else "",
             _merging(plan),
         ]
@@ -114,7 +116,7 @@ def _memory(plan: Mapping[str, Any]) -> Html:
 
 
 def _phases(plan: Mapping[str, Any]) -> Html:
-    """How high memory rises in each phase of a step, by the plan's own method."""
+    """Peak memory in each phase of a step, by the plan's own method."""
     own = sections.own_method(plan)
     phases = mapping(dig(plan, "methods", own, "phases"))
     lines = [
@@ -122,33 +124,33 @@ def _phases(plan: Mapping[str, Any]) -> Html:
         for name in rows.in_order(phases, rows.PHASES)
     ]
     name = METHODS[own][0] if own in METHODS else own
-    return table(f"Highest memory in each phase, {name}", ["phase", "peak"], lines)
+    return table(f"Peak memory in each phase, {name}", ["phase", "peak"], lines)
 
 
 def _merging(plan: Mapping[str, Any]) -> Html:
-    """What adding the change to the weights takes, afterwards and on any machine."""
+    """Host memory that a merge needs."""
     lines = rows.merge_rows(mapping(plan.get("merge")))
     if not lines:
         return Html()
     return join(
         [
             heading("Merging"),
-            paragraph(
-                "After training the change is added to the model's weights, piece by piece, in the machine's own memory."
-            ),
-            table("Highest memory of the machine", ["step", "peak"], lines),
+            paragraph("After training, the change is added to the model's weights piece by piece, in host memory."),
+            table("Peak host memory", ["step", "peak"], lines),
         ]
     )
 
 
-def _what_fits(plan: Mapping[str, Any]) -> Html:
+def _sizes_that_fit(plan: Mapping[str, Any]) -> Html:
     """The longest text and the largest model of each method, and the map of lengths and batches."""
     methods = mapping(plan.get("methods"))
-    longest = rows.longest_rows(methods) if any("max_seq_length" in mapping(each) for each in methods.values()) else []
+    longest = (
+        rows.longest_rows(methods) if any("max_seq_length" in mapping(method) for method in methods.values()) else []
+    )
     return join(
         [
             table(
-                "What each method could train in the budget",
+                "Limits of each method within the budget",
                 ["method", "longest text in tokens", "largest well-known model"],
                 longest,
             ),
@@ -158,11 +160,11 @@ def _what_fits(plan: Mapping[str, Any]) -> Html:
 
 
 def _memory_map(plan: Mapping[str, Any]) -> Html:
-    """Lengths downwards, examples at once to the right; each cell says whether it fits, and is coloured so."""
+    """Lengths downwards, micro-batch sizes to the right; each cell states whether it fits, and its colour shows it."""
     batches, lines = rows.memory_map(plan.get("grid"))
     own = sections.own_method(plan)
     name = METHODS[own][0] if own in METHODS else own
-    caption = f"{name}: memory for texts of so many tokens (rows), so many at once (columns)"
+    caption = f"{name}: memory by text length in tokens (rows) and texts at once (columns)"
     shown = [(f"{length:,} tokens", *(_map_cell(cell) for cell in cells)) for length, cells in lines]
     columns = ["length", *(f"{batch} at once" for batch in batches)]
     return table(caption, columns, shown)

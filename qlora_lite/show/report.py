@@ -1,9 +1,9 @@
-"""One page about a run: RUN_DIR/report.html, from the files that the run left there.
+"""One page about a run: RUN_DIR/report.html, from the files in the run directory.
 
     in    the JSON files, logs and folders of a run (run_files.py); any may be missing
-    out   one self-contained HTML file (page.py), written for someone who has never trained a model
+    out   one self-contained HTML file (page.py), for a reader who has never trained a model
 
-A section whose file is missing is left out; a damaged file is named at the end of the page.
+A section whose file is missing is omitted; the end of the page lists damaged files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,21 +41,21 @@ _PLANNED_AND_MEASURED = ["planned", "measured", "difference"]
 
 
 def render_report(run_dir: Path) -> Html:
-    """The page of the files that are there, the text of `report.html`. Raises RunError when there is no such folder."""
+    """The text of `report.html`, from the files that exist. Raises RunError when the folder does not exist."""
     if not run_dir.is_dir():
         raise RunError(f"{run_dir}: no such run directory")
     run = read_run(run_dir)
     body = [
-        Section("answers", "How well it answers", join([_scores(run.scores), answers_side_by_side(run.predictions)])),
+        Section("answers", "Scores and answers", join([_scores(run.scores), answers_side_by_side(run.predictions)])),
         Section("memory", "Memory", _memory(run)),
         Section("methods", "Compared with other methods", sections.methods_side_by_side(run.plan)),
-        Section("sharing", "What was read once", sharing(run.plan)),
-        Section("learning", "How it learned", learning(run.steps)),
-        Section("rank", "What was learned, in how many directions", spectra_section(run.rank)),
+        Section("sharing", "Shared prefixes", sharing(run.plan)),
+        Section("learning", "Training curves", learning(run.steps)),
+        Section("rank", "Rank of the learned change", spectra_section(run.rank)),
         Section("time", "Time", _time(run)),
         Section("disk", "Disk", _disk(run)),
         Section("decisions", "Decisions and settings", join([sections.decisions(run.plan), _recipe(run.recipe)])),
-        Section("proof", "Proof of the merge", _proof(run.merge)),
+        Section("proof", "Merge proof", _proof(run.merge)),
         Section("environment", "Environment", _environment(run.env)),
         Section("problems", "Files that could not be read", join(paragraph(problem) for problem in run.problems)),
     ]
@@ -63,14 +63,14 @@ def render_report(run_dir: Path) -> Html:
 
 
 def _scores(scores: Mapping[str, Any]) -> Html:
-    """Before and after, with what each score means."""
+    """Scores before and after, with the meaning of each score."""
     lines = rows.score_rows(mapping(scores.get("before")), mapping(scores.get("after")))
-    found = [name for name, (label, _) in SCORES.items() if any(line[0] == label for line in lines)]
+    names = [name for name, (label, _) in SCORES.items() if any(line[0] == label for line in lines)]
     lines += rows.group_rows(mapping(scores.get("groups")))
     return join(
         [
-            sections.terms((SCORES[name][0], SCORES[name][1]) for name in found),
-            table("Scores before and after the training", ["score", "before", "after", "change"], lines),
+            sections.terms((SCORES[name][0], SCORES[name][1]) for name in names),
+            table("Scores before and after training", ["score", "before", "after", "change"], lines),
             join(note(sentence) for sentence in rows.left_out(scores)),
         ]
     )
@@ -85,7 +85,7 @@ def _memory(run: Run) -> Html:
     return join(
         [
             parts,
-            join([heading("What the parts are"), meanings]) if meanings else "",
+            join([heading("Meaning of the parts"), meanings]) if meanings else "",
             join([heading("Phases of a step"), phases]) if phases else "",
             join([heading("One step, layer by layer"), layers]) if layers else "",
             _asides(run.memory),
@@ -102,8 +102,8 @@ def _parts(memory: Mapping[str, Any], *, budget_bytes: float | None) -> Html:
     return join(
         [
             paragraph(
-                "Training takes far more memory than using a model. What counts is the peak: the moment of a step at which most is",
-                "in use. It was planned part by part before the training, and measured during it.",
+                "Training takes far more memory than using a model. The peak decides whether it fits: the moment of a step with the",
+                "highest use. It was planned part by part before training, and measured during it.",
             ),
             drawing(svg_bars(bars, budget_bytes=budget), join(_caption(bars), by=" ")),
             table("Memory at the peak of a step", ["part", *_PLANNED_AND_MEASURED], sections.with_swatches(lines), last_is_total=True),
@@ -113,8 +113,8 @@ def _parts(memory: Mapping[str, Any], *, budget_bytes: float | None) -> Html:
 
 def _caption(bars: Sequence[Bar]) -> list[str]:
     is_whole = all(kind != REST for bar in bars for kind, _ in bar.segments)
-    said = "The numbers in the bars are those of the table. The budget is the memory that the training may use."
-    return [said] if is_whole else [said, "The dashed piece is what could not be told apart."]
+    caption = "The numbers in the bars are those of the table. The budget is the memory that training may use."
+    return [caption] if is_whole else [caption, "The dashed piece could not be assigned to a part."]
 
 
 def _columns(memory: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -125,33 +125,33 @@ def _columns(memory: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _phases(memory: Mapping[str, Any]) -> Html:
     lines = [(sections.phase_with_meaning(name), *rest) for name, *rest in rows.phase_rows(memory)]
-    phases = table("Highest memory in each phase of a step", ["phase", *_PLANNED_AND_MEASURED], lines)
-    return join([phases, table("Beside the peaks", ["", ""], rows.beside_rows(memory))])
+    phases = table("Peak memory in each phase of a step", ["phase", *_PLANNED_AND_MEASURED], lines)
+    return join([phases, table("Outside the peaks", ["", ""], rows.beside_rows(memory))])
 
 
 def _by_layer(timeline: Sequence[Mapping[str, Any]]) -> Html:
-    """What is held when each layer ends: rising while the model reads, falling on the way back."""
+    """Memory held at the end of each layer: rising in the forward pass, falling in the backward pass."""
     svg = svg_timeline(timeline)
     if not svg:
         return Html()
     phases, lines = layer_rows(timeline)
-    numbers = table("Memory held when each layer ends, in each phase", ["layer", *phases], lines)
+    numbers = table("Memory held at the end of each layer, by phase", ["layer", *phases], lines)
     caption = (
-        "A model is a stack of layers. A column is the memory held when one of them ends, in the order of the step; "
-        "what a layer needs only while it computes comes on top."
+        "A model is a stack of layers. A column is the memory held at the end of a layer, in the order of the step; "
+        "memory that a layer needs only while it computes comes on top."
     )
-    return join([drawing(svg, caption), details("these columns in numbers", numbers)])
+    return join([drawing(svg, caption), details("column values", numbers)])
 
 
 def _asides(memory: Mapping[str, Any]) -> Html:
-    """The whole process, and what had to be tried again."""
+    """Memory of the whole process, and retries."""
     rss = number(memory.get("rss_bytes"))
-    words = f"The whole process, with Python and its libraries, took up to {rows.size(rss)} of the computer's memory."
-    return join([note(words if rss else ""), *(note(f"Tried again: {retry}") for retry in rows.retries_of(memory))])
+    words = f"The whole process, with Python and its libraries, took up to {rows.size(rss)} of host memory."
+    return join([note(words if rss else ""), *(note(f"Retried: {retry}") for retry in rows.retries_of(memory))])
 
 
 def _time(run: Run) -> Html:
-    """Where the time went; without phases, training and the rest."""
+    """Time by phase; without phases, training and the rest."""
     lines = [
         (name, shown, join([share, share_bar(float(share.removesuffix("%")))]))
         for name, shown, share in rows.time_rows(rows.phases_of(run.train), number(run.train.get("wall_s")))
@@ -160,12 +160,12 @@ def _time(run: Run) -> Html:
 
 
 def _disk(run: Run) -> Html:
-    """What the folder holds, beside what checkpoints of other kinds would take."""
+    """Contents of the run directory, and the size of checkpoints of other kinds."""
     held = [(name, _meaning_of_folder(name), size) for name, size in rows.disk_rows(run.disk)]
-    columns = ["folder", "what it is", "size"]
+    columns = ["folder", "contents", "size"]
     return join(
         [
-            table("What this run's folder holds", columns, held, last_is_total=True),
+            table("Contents of the run directory", columns, held, last_is_total=True),
             sections.checkpoints(run.plan),
         ]
     )
@@ -173,9 +173,9 @@ def _disk(run: Run) -> Html:
 
 def _meaning_of_folder(name: str) -> str:
     meanings = {
-        "adapter/": "the trained addition to the base model",
+        "adapter/": "the trained change of the base model",
         "weights/": "the trained model",
-        "checkpoints/": "a state to continue the training from",
+        "checkpoints/": "a state to resume training from",
         "merged/": "base and adapter as one ordinary model",
         "records": "text files",
     }
@@ -184,7 +184,7 @@ def _meaning_of_folder(name: str) -> str:
 
 def _recipe(text: str) -> Html:
     return details(
-        "the recipe, every setting written out", Html(f'<pre tabindex="0">{html(text)}</pre>') if text.strip() else ""
+        "the recipe with every setting", Html(f'<pre tabindex="0">{html(text)}</pre>') if text.strip() else ""
     )
 
 
@@ -197,15 +197,15 @@ def _proof(merge: Mapping[str, Any]) -> Html:
     return join(
         [
             paragraph(
-                "Merging builds the adapter into the base model, so that the result is one ordinary model. The proof compares what both",
-                "compute: the difference must be small beside what the adapter itself changes.",
+                "Merging adds the adapter to the base model; the result is one ordinary model. The proof compares the outputs of both:",
+                "the difference must be small relative to the effect of the adapter.",
             ),
-            table("The merged model beside base and adapter", ["what", "value", "meaning"], lines),
-            table("Scores of both", ["score", "base and adapter", "merged", "change"], scores),
+            table("Merged model compared with base and adapter", ["quantity", "value", "meaning"], lines),
+            table("Scores of both models", ["score", "base and adapter", "merged", "change"], scores),
         ]
     )  # fmt: skip
 
 
 def _environment(env: Mapping[str, Any]) -> Html:
     pairs = [(rows.words(name), value) for name, value in sections.flat(env, by=" ") if name != "schema_version"]
-    return table("What the run was made with", ["what", "value"], pairs)
+    return table("Software and hardware of the run", ["item", "value"], pairs)

@@ -1,7 +1,7 @@
-"""The rows that the screen and the page both show: plain values in, words out, so that both say the same.
+"""The rows that the screen and the page share: plain values in, words out.
 
-Documents are those of a run directory (`eval.json`, `memory.json`, `merge.json`, `plan.json`); sizes in them are bytes. What is
-missing or no number is a dash.
+Documents are those of a run directory (`eval.json`, `memory.json`, `merge.json`, `plan.json`); sizes in them are bytes. A missing value
+or one that is not a number becomes a dash.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,63 +14,67 @@ from qlora_lite.units import format_bytes, format_seconds
 Row = tuple[str, ...]
 
 SCORES = {
-    "exact_match": ("exact match", "share of questions whose answer is word for word right, from 0 to 100"),
-    "f1": ("F1", "how far the words of the answer and of the right one overlap, from 0 to 100"),
-    "loss": ("loss", "how surprised the model is by the right answer; lower is better, 0 is none"),
+    "exact_match": ("exact match", "share of answers that match an accepted answer word for word, from 0 to 100"),
+    "f1": ("F1", "overlap of the words of the answer with an accepted answer, from 0 to 100"),
+    "loss": ("loss", "how unlikely the model finds the right answer; lower is better, 0 is perfect"),
 }
 _LEFT_OUT = {
-    "too_long": "rows that are longer than eval.max_seq_length",
-    "unusable": "rows that cannot be used",
+    "too_long": "rows longer than eval.max_seq_length",
+    "unusable": "unusable rows",
     "beyond_limit": "rows beyond eval.num_examples",
 }
 METHODS = {
-    "qlora": ("QLoRA", "the base in 4 bits, only an adapter is trained"),
-    "lora": ("LoRA", "the base in 16 bits, only an adapter is trained"),
+    "qlora": ("QLoRA", "base in 4 bits, only an adapter is trained"),
+    "lora": ("LoRA", "base in 16 bits, only an adapter is trained"),
     "full_8bit": ("full, 8-bit AdamW", "every weight is trained, with a small optimizer state"),
     "full": ("full", "every weight is trained"),
 }
 PARTS = {
-    "weights_bytes": ("weights", "the base model's numbers, which stay as they are unless every weight is trained"),
-    "quant_constants_bytes": ("quant constants", "the scales that turn 4-bit weights back into numbers"),
-    "adapter_bytes": ("adapter", "the small addition that is trained"),
-    "gradients_bytes": ("gradients", "for every trained number, in which direction it should move"),
-    "optimizer_bytes": ("optimizer", "what AdamW remembers of earlier gradients"),
-    "activations_bytes": ("activations", "what each layer computed, kept until the way back"),
-    "recompute_bytes": ("recompute", "one layer's activations, computed again instead of kept"),
-    "logits_bytes": ("logits", "a score for each word of the vocabulary, at every trained position"),
-    "workspace_bytes": ("workspace", "scratch room of single operations"),
-    "runtime_bytes": ("runtime", "what torch and the driver take for themselves"),
+    "weights_bytes": ("weights", "the parameters of the base model, frozen unless every weight is trained"),
+    "quant_constants_bytes": ("quant constants", "the scales that convert 4-bit weights to numbers"),
+    "adapter_bytes": ("adapter", "the small trained addition"),
+    "gradients_bytes": ("gradients", "the direction in which each trained parameter should move"),
+    "optimizer_bytes": ("optimizer", "AdamW's averages of earlier gradients"),
+    "activations_bytes": ("activations", "outputs of each layer, kept for the backward pass"),
+    "recompute_bytes": ("recompute", "activations of one layer, recomputed instead of kept"),
+    "logits_bytes": ("logits", "a score for each token of the vocabulary, at every trained position"),
+    "workspace_bytes": ("workspace", "temporary memory of single operations"),
+    "runtime_bytes": ("runtime", "memory of torch and the driver"),
 }
 PHASES = {
     "forward": ("forward", "the model reads a text, layer by layer"),
-    "head": ("head", "its guesses are compared with the answer"),
-    "backward": ("backward", "the error goes back through the layers"),
-    "update": ("update", "the optimizer moves the trained numbers"),
-    "evaluate": ("evaluate", "answers are written and scored, nothing is trained"),
+    "head": ("head", "its predictions are compared with the answer"),
+    "backward": ("backward", "gradients flow back through the layers"),
+    "update": ("update", "the optimizer changes the trained parameters"),
+    "evaluate": ("evaluate", "answers are generated and scored, without training"),
 }
 _PROOF = {
-    "adapter_effect": ("adapter's effect", "how far the adapter moves log-probabilities; the yardstick below", ".4g"),
+    "adapter_effect": (
+        "adapter's effect",
+        "the change of log-probabilities by the adapter; the unit of the rows below",
+        ".4g",
+    ),
     "arithmetic_ratio": (
         "arithmetic error",
-        "merged in fp32 against the adapter model, relative to the effect; above 1% is refused",
+        "merged in fp32 against the adapter model, relative to the effect; more than 1% is refused",
         ".3%",
     ),
-    "storage_ratio": ("storage error", "what storing in 16 bits adds, relative to the effect", ".3%"),
-    "ratio": ("whole error", "the stored model against the adapter model, relative to the effect", ".3%"),
+    "storage_ratio": ("storage error", "added by storing in 16 bits, relative to the effect", ".3%"),
+    "ratio": ("total error", "the stored model against the adapter model, relative to the effect", ".3%"),
 }
 _CHECKPOINTS = {
-    "adapter": "adapter, to use",
-    "adapter_resume": "adapter, to train on",
-    "full": "whole model in 16 bits, to use",
-    "full_resume": "whole model, to train on",
+    "adapter": "adapter, for use",
+    "adapter_resume": "adapter, to resume training",
+    "full": "whole model in 16 bits, for use",
+    "full_resume": "whole model, to resume training",
 }
 
 
-_ALLOCATOR = {  # key -> (name, whether it is in bytes)
-    "reserved_bytes": ("taken from the card by the allocator", True),
-    "largest_free_bytes": ("its largest free block", True),
-    "num_retries": ("times it had to give back what it kept", False),
-    "num_out_of_memory": ("times the card had nothing left", False),
+_ALLOCATOR = {  # key -> (name, is in bytes)
+    "reserved_bytes": ("reserved by the allocator", True),
+    "largest_free_bytes": ("largest free block in it", True),
+    "num_retries": ("allocations retried after emptying its cache", False),
+    "num_out_of_memory": ("out-of-memory errors", False),
 }
 
 
@@ -88,14 +92,14 @@ def score_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]
 
 
 def left_out(scores: Mapping[str, Any]) -> list[str]:
-    """Of eval.json: which held-out rows were not scored, a sentence; none where all were."""
+    """From eval.json: a sentence about held-out rows that were not scored; [] when all were."""
     result = mapping(scores.get("after")) or mapping(scores.get("before"))
-    found = numbers(mapping(result.get("left_out")))
-    named = [f"{found[key]:,.0f} {why}" for key, why in _LEFT_OUT.items() if found.get(key)]
+    counts = numbers(mapping(result.get("left_out")))
+    reasons = [f"{counts[key]:,.0f} {reason}" for key, reason in _LEFT_OUT.items() if counts.get(key)]
     scored = number(result.get("num_examples"))
-    if not named:
+    if not reasons:
         return []
-    return [f"Not scored: {', '.join(named)}." + (f" Scored: {scored:,.0f}." if scored is not None else "")]
+    return [f"Not scored: {', '.join(reasons)}." + (f" Scored: {scored:,.0f}." if scored is not None else "")]
 
 
 def group_rows(groups: Mapping[str, Any]) -> list[Row]:
@@ -108,9 +112,9 @@ def group_rows(groups: Mapping[str, Any]) -> list[Row]:
 
 
 def part_rows(memory: Mapping[str, Any]) -> list[Row]:
-    """Part, planned, measured and difference; parts that take nothing are left out. The last row is the peak.
+    """Part, planned, measured and difference; parts of 0 bytes are omitted. The last row is the peak.
 
-    The peak is given, not summed: a measured one is the allocator's, and its parts need not be complete.
+    The peak is not a sum of the rows: the allocator measures it, and the measured parts may be incomplete.
     """
     parts = {key: mapping(part) for key, part in mapping(memory.get("parts")).items()}
     taken = {key: part for key, part in parts.items() if any(numbers(part).values())}
@@ -126,7 +130,7 @@ def phase_rows(memory: Mapping[str, Any]) -> list[Row]:
 
 
 def beside_rows(memory: Mapping[str, Any]) -> list[Row]:
-    """What no peak shows: managed memory, and what the card's allocator says of itself."""
+    """Memory outside the peaks: managed memory, and the statistics of the card's allocator."""
     paged, allocator = mapping(memory.get("paged_bytes")), mapping(memory.get("allocator"))
     lines: list[Row] = (
         [("optimizer state that may page to the host", size(paged["measured"]))] if paged.get("measured") else []
@@ -138,17 +142,17 @@ def beside_rows(memory: Mapping[str, Any]) -> list[Row]:
 
 
 def method_rows(methods: Mapping[str, Any]) -> list[Row]:
-    """Part by part, one column a method as in `method_names`; then what may page to the host, and the peak."""
-    found = [mapping(methods[key]) for key in in_order(methods, METHODS)]
-    parts = [mapping(method.get("parts")) for method in found]
+    """One row per part, one column per method as in `method_names`; then memory that may page to the host, and the peak."""
+    ordered = [mapping(methods[key]) for key in in_order(methods, METHODS)]
+    parts = [mapping(method.get("parts")) for method in ordered]
     taken = dict.fromkeys(key for part in parts for key, size in part.items() if is_number(size) and size)
     rows: list[Row] = [
         (part_name(key), *(size(part.get(key) or None) for part in parts)) for key in in_order(taken, PARTS)
     ]
-    hosts = [number(method.get("host_bytes")) for method in found]
+    hosts = [number(method.get("host_bytes")) for method in ordered]
     if any(hosts):
         rows.append(("(may page to the host)", *(size(host or None) for host in hosts)))
-    return [*rows, ("peak", *(size(method.get("peak_bytes")) for method in found))] if found else []
+    return [*rows, ("peak", *(size(method.get("peak_bytes")) for method in ordered))] if ordered else []
 
 
 def method_names(methods: Mapping[str, Any]) -> list[str]:
@@ -156,7 +160,7 @@ def method_names(methods: Mapping[str, Any]) -> list[str]:
 
 
 def longest_rows(methods: Mapping[str, Any]) -> list[Row]:
-    """Method, the longest text in tokens that it can train on within the budget, and the largest well-known model that it could."""
+    """Method, the longest text in tokens that fits the budget, and the largest well-known model that fits."""
     keys = in_order(methods, METHODS)
     longest = [dig(methods, key, "max_seq_length") for key in keys]
     shown = [f"{tokens:,}" if is_number(tokens) else "none fits" for tokens in longest]
@@ -165,30 +169,30 @@ def longest_rows(methods: Mapping[str, Any]) -> list[Row]:
 
 
 def merge_rows(merge: Mapping[str, Any]) -> list[Row]:
-    """What merging will take of the machine's memory, whatever the card."""
-    steps = {"peak_host_bytes": "writing the merged checkpoint", "proof_peak_host_bytes": "proving it"}
+    """Host memory that a merge needs."""
+    steps = {"peak_host_bytes": "writing the merged checkpoint", "proof_peak_host_bytes": "the proof"}
     return [(name, size(merge[key])) for key, name in steps.items() if is_number(merge.get(key))]
 
 
 def memory_map(grid: Any) -> tuple[list[int], list[tuple[int, list[dict[str, Any] | None]]]]:
-    """The batches, and for each length its cells in their order (None where there is none)."""
-    found = {
+    """-> (batches, (length, its cells in the order of the batches) for each length); None for a missing cell."""
+    cells = {
         (cell["max_seq_length"], cell["batch"]): cell
         for cell in mappings(grid)
         if is_number(cell.get("max_seq_length")) and is_number(cell.get("batch"))
     }
-    batches = sorted({batch for _, batch in found})
-    lengths = sorted({length for length, _ in found})
-    return batches, [(length, [found.get((length, batch)) for batch in batches]) for length in lengths]
+    batches = sorted({batch for _, batch in cells})
+    lengths = sorted({length for length, _ in cells})
+    return batches, [(length, [cells.get((length, batch)) for batch in batches]) for length in lengths]
 
 
 def checkpoint_columns(plan: Mapping[str, Any]) -> list[str]:
-    """Of `checkpoint_rows`."""
+    """The columns of `checkpoint_rows`."""
     return ["checkpoint", "one", "ten"] + (["to write one", "to write ten"] if _disk_speed(plan) else [])
 
 
 def checkpoint_rows(plan: Mapping[str, Any]) -> list[Row]:
-    """Kind of checkpoint, what one and ten take on disk, and how long by the disk's measured speed; then adapters of other ranks."""
+    """Kind of checkpoint, the size of one and of ten, and the time to write them if the disk was measured; then adapters of other ranks."""
     sizes = numbers(mapping(plan.get("checkpoint_bytes")))
     named = [(_CHECKPOINTS.get(key, words(key)), sizes[key]) for key in in_order(sizes, _CHECKPOINTS)]
     ranks = numbers(mapping(plan.get("adapter_bytes")))
@@ -218,7 +222,7 @@ def _disk_speed(plan: Mapping[str, Any]) -> float | None:
 
 
 def time_rows(phases_s: Mapping[str, Any], wall_s: float | None) -> list[Row]:
-    """Phase, its time, its share of the whole; what no phase accounts for is "everything else"."""
+    """Phase, its time, its share of the total; time outside all phases is "everything else"."""
     spent = numbers(phases_s)
     whole = max(wall_s or 0.0, sum(spent.values()))
     rest = whole - sum(spent.values())
@@ -226,35 +230,35 @@ def time_rows(phases_s: Mapping[str, Any], wall_s: float | None) -> list[Row]:
     rows: list[Row] = [
         (name, format_seconds(seconds), f"{100 * seconds / whole:.0f}%") for name, seconds in spent.items() if whole
     ]
-    return [*rows, ("in all", format_seconds(whole), "100%")] if rows else []
+    return [*rows, ("total", format_seconds(whole), "100%")] if rows else []
 
 
 def phases_of(train: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each phase of `train.json`; where it names none, of the training."""
+    """Seconds of each phase of `train.json`; without phases, of training."""
     phases_s = numbers(train.get("phases_s"))
     return phases_s or {name: s for name, s in {"training": number(train.get("train_s"))}.items() if s}
 
 
 def disk_rows(disk: Sequence[tuple[str, int]]) -> list[Row]:
-    """Folder and its size; the last row is the whole."""
+    """Folder and its size; the last row is the total."""
     rows: list[Row] = [(name, size(num_bytes)) for name, num_bytes in disk]
-    return [*rows, ("in all", size(sum(num_bytes for _, num_bytes in disk)))] if rows else []
+    return [*rows, ("total", size(sum(num_bytes for _, num_bytes in disk)))] if rows else []
 
 
 def retries_of(memory: Mapping[str, Any]) -> list[str]:
-    """What did not fit at first, and what did then."""
+    """The retries after running out of memory, a sentence each."""
     retries = memory.get("retries")
     return [str(retry) for retry in retries] if isinstance(retries, list) else []
 
 
 def reasons_of(plan: Mapping[str, Any]) -> list[str]:
-    """Why the plan's settings are what they are, one line each."""
+    """The reasons for the plan's settings, one line each."""
     reasons = plan.get("reasons")
     return [str(reason) for reason in reasons] if isinstance(reasons, list) else []
 
 
 def concession_rows(concessions: Any) -> list[Row]:
-    """Setting, what it saves, and the peak with it; in the order in which they were made."""
+    """Setting, bytes it saves, and the peak with it; in the order in which they were made."""
     return [
         (
             str(concession.get("setting", "–")),
@@ -265,27 +269,28 @@ def concession_rows(concessions: Any) -> list[Row]:
     ]
 
 
-def savings(ours: float | None, theirs: float | None) -> str:
-    """`2.1 GiB (81%)`: what `ours` is below `theirs`; "" when there is nothing to compare or nothing saved."""
-    if not ours or not theirs or ours >= theirs:
+def savings(own_bytes: float | None, reference_bytes: float | None) -> str:
+    """`2.1 GiB (81%)`: the bytes by which the own peak is below the reference; "" when one is missing or nothing is saved."""
+    if not own_bytes or not reference_bytes or own_bytes >= reference_bytes:
         return ""
-    return f"{format_bytes(theirs - ours)} ({100 * (theirs - ours) / theirs:.0f}%)"
+    saved_bytes = reference_bytes - own_bytes
+    return f"{format_bytes(saved_bytes)} ({100 * saved_bytes / reference_bytes:.0f}%)"
 
 
 def proof_rows(proof: Mapping[str, Any]) -> list[Row]:
-    """Label, value and meaning, for every field of a proof that is there."""
+    """Label, value and meaning of every field that the proof has."""
     shown: list[Row] = [
         (label, f"{proof[key]:{form}}", meaning)
         for key, (label, meaning, form) in _PROOF.items()
         if is_number(proof.get(key))
     ]
     sizes = (("peak_host_bytes", "peak memory, merge"), ("proof_peak_host_bytes", "peak memory, proof"))
-    return shown + [(label, size(proof[key]), "of the host") for key, label in sizes if is_number(proof.get(key))]
+    return shown + [(label, size(proof[key]), "host memory") for key, label in sizes if is_number(proof.get(key))]
 
 
-def in_order(found: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
-    """The keys of `found`: those that are known in their usual order, then the others."""
-    return [key for key in known if key in found] + [key for key in found if key not in known]
+def in_order(values: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """The keys of `values`: known ones in the order of `known`, then the rest."""
+    return [key for key in known if key in values] + [key for key in values if key not in known]
 
 
 def part_name(key: str) -> str:
@@ -306,7 +311,7 @@ def decimal(value: float | None, digits: int) -> str:
 
 
 def looks_like_numbers(cells: Sequence[str]) -> bool:
-    """Whether a column of these is read digit under digit: every cell begins like a number or is a dash, and one is a number."""
+    """Whether to align a column of these right: every cell starts like a number or is a dash, and at least one is a number."""
     are_numbers = [cell.lstrip("+-")[:1].isdigit() for cell in cells]
     return any(are_numbers) and all(is_one or cell == "–" for is_one, cell in zip(are_numbers, cells, strict=True))
 

@@ -1,4 +1,4 @@
-"""What a run left in its folder, read for the report: what is missing is empty, what is damaged is empty and named in `problems`."""
+"""Read the files of a run directory for the report: a missing file is empty; a damaged one is empty and named in `problems`."""
 
 import json
 import stat
@@ -12,7 +12,7 @@ from qlora_lite.show.lenient import mapping
 
 @dataclass(frozen=True)
 class Run:
-    """The documents of a run, and what its folder weighs: `disk` is (name, bytes), large parts by themselves, small files together."""
+    """The documents of a run, and the sizes in its folder: `disk` is (name, bytes), one per large part and one for all small files."""
 
     name: str
     plan: dict[str, Any]
@@ -30,7 +30,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Never raises for a file: a run that was stopped or damaged is shown as far as it can be read."""
+    """Read what a stopped or damaged run has; never raises for a file."""
     files = _Files(folder)
     return Run(
         name=folder.resolve().name,
@@ -50,7 +50,7 @@ def read_run(folder: Path) -> Run:
 
 
 def disk_sizes(folder: Path) -> list[tuple[str, int]]:
-    """Bytes of each folder that holds weights, each checkpoint by itself, and of all other files together."""
+    """Bytes of each folder that holds weights, of each checkpoint, and of all other files together."""
     large = [folder / "adapter", folder / "weights", *_sorted(folder / "checkpoints"), folder / "merged"]
     sizes = [(f"{path.relative_to(folder).as_posix()}/", _size(path)) for path in large if path.is_dir()]
     rest = _size(folder) - sum(size for _, size in sizes)
@@ -58,7 +58,7 @@ def disk_sizes(folder: Path) -> list[tuple[str, int]]:
 
 
 class _Files:
-    """Reads files of a folder, and remembers once what is wrong with each."""
+    """Reads files of a folder, and collects their problems."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,7 +99,7 @@ def _size(folder: Path) -> int:
 
 
 def _file_sizes(folder: Path) -> Iterator[int]:
-    """Of the files below a folder; links are not followed, and what goes away meanwhile is not counted."""
+    """The bytes of each file below a folder; links are not followed, vanished files not counted."""
     for path in folder.rglob("*"):
         try:
             info = path.lstat()

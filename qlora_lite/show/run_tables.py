@@ -1,4 +1,4 @@
-"""The report of a run in the terminal: the tables of its page, from the same files and the same rows."""
+"""The report of a run on the terminal: the tables of its page, from the same files and rows."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from qlora_lite.show.text import say_warning
 
 
 def show_run(run_dir: Path | str) -> None:
-    """Scores, memory, methods, time, disk, decisions and proof; what the run does not have is left out."""
+    """Scores, memory, methods, time, disk, decisions and proof; tables without data are omitted."""
     run = read_run(Path(run_dir))
     before, after = (mapping(run.scores.get(side)) for side in ("before", "after"))
     if rows.score_rows(before, after):

@@ -4,10 +4,9 @@
         for stats in train(...):
             screen.update(stats)
 
-Losses and speeds are means over the last `WINDOW` steps, the loss weighted by label tokens: a single step of a few
-questions jumps too much to read. Time left is the remaining steps at the mean pace of that window, evaluations not counted.
-A step with a validation loss always gets its line. Where other programs take a good part of the processor, the line says how much: a step
-is then slower than the machine could do it.
+Losses and speeds are means over the last `WINDOW` steps, the loss weighted by label tokens: single steps of a few questions are too
+noisy to read. Time left is the remaining steps at the mean pace of that window, without evaluations. A step with a validation loss
+always gets a line. When other programs use much of the processor and slow the steps down, the line shows how much.
 """
 
 import time
@@ -26,7 +25,7 @@ LINE_EVERY_S = 5.0
 
 
 class StepLike(Protocol):
-    """What the screen reads of a step; `train`'s StepStats has it."""
+    """The fields of a step that the screen reads; `train`'s StepStats has them."""
 
     @property
     def step(self) -> int: ...
@@ -57,7 +56,7 @@ class StepLike(Protocol):
 
 
 class TrainScreen:
-    """Shows StepStats as they come. Writes to stderr only, and owns no number that the program needs."""
+    """Shows each StepStats. Writes to stderr only, and holds nothing that the program needs."""
 
     def __init__(self, num_steps: int, *, first_step: int = 0, line_every_s: float = LINE_EVERY_S) -> None:
         self.num_steps = num_steps
@@ -65,7 +64,7 @@ class TrainScreen:
         self._recent: deque[StepLike] = deque(maxlen=WINDOW)
         self._highest_rss_bytes = 0
         self._last_line_s = float("-inf")
-        self._validation = ""  # words about the newest evaluation
+        self._validation = ""  # text about the newest evaluation
         self._progress = _progress() if console().is_terminal else None
         self._task = TaskID(0)
         if self._progress is not None:
@@ -106,7 +105,7 @@ class TrainScreen:
         left_s = (stats.num_steps - stats.step) * busy_s / len(self._recent)
         if stats.peak_bytes is None:
             memory = f"{format_bytes(stats.rss_bytes)}, peak {format_bytes(self._highest_rss_bytes)}"
-        else:  # two different meters, so both are named
+        else:  # two different meters, so name both
             memory = f"process {format_bytes(stats.rss_bytes)}, allocator peak {format_bytes(stats.peak_bytes)}"
         remark = in_words(sum((step.other_cores or 0.0) * step.step_s for step in self._recent) / busy_s)
         return "  ".join(

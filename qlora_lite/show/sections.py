@@ -1,6 +1,6 @@
-"""Sections that the page of a run and the page of a plan have in common: all of them show a plan's JSON.
+"""Sections that the page of a run and the page of a plan share: all of them show a plan's JSON.
 
-Each takes the plan and returns Html, "" where the plan says nothing of it.
+Each takes the plan and returns Html, "" where the plan has no data for it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,14 +16,14 @@ _KEYS_OF_PARTS = {name: key for key, (name, _) in PARTS.items()}
 
 
 def own_method(plan: Mapping[str, Any]) -> str:
-    """Which of the plan's methods its settings ask for."""
+    """The method that the plan's settings ask for."""
     method = str(dig(plan, "settings", "method") or "qlora")
     is_8bit = method == "full" and dig(plan, "settings", "train", "optimizer") == "paged_adamw_8bit"
     return "full_8bit" if is_8bit else method
 
 
 def methods_side_by_side(plan: Mapping[str, Any]) -> Html:
-    """A bar and a column for each method, with what the own one saves."""
+    """A bar and a column for each method, and the saving of the plan's own method."""
     methods = mapping(plan.get("methods"))
     keys, names = rows.in_order(methods, METHODS), rows.method_names(methods)
     lines = rows.method_rows(methods)
@@ -34,7 +34,7 @@ def methods_side_by_side(plan: Mapping[str, Any]) -> Html:
         for key, name in zip(keys, names, strict=True)
     ]
     budget = number(plan.get("budget_bytes"))
-    caption = "The same texts, trained by each method. The numbers in the bars are explained in the list of parts."
+    caption = "The same texts, trained with each method. The list of parts explains the numbers in the bars."
     return join(
         [
             paragraph(savings_in_words(plan)),
@@ -51,28 +51,28 @@ def methods_side_by_side(plan: Mapping[str, Any]) -> Html:
 
 
 def savings_in_words(plan: Mapping[str, Any]) -> str:
-    """One sentence; "" where nothing is saved."""
+    """The saving against full fine-tuning in one sentence; "" where nothing is saved."""
     own = own_method(plan)
-    ours, theirs = (number(dig(plan, "methods", key, "peak_bytes")) for key in (own, "full"))
-    saved = rows.savings(ours, theirs)
+    own_bytes, full_bytes = (number(dig(plan, "methods", key, "peak_bytes")) for key in (own, "full"))
+    saved = rows.savings(own_bytes, full_bytes)
     if not saved or own not in METHODS:
         return ""
-    return f"{METHODS[own][0]} saves {saved} against full fine-tuning, which would need {rows.size(theirs)}."
+    return f"{METHODS[own][0]} saves {saved} against full fine-tuning, which would need {rows.size(full_bytes)}."
 
 
 def legend(parts: Iterable[str]) -> Html:
-    """What the numbers in a bar stand for, in the order of the bar."""
+    """The meaning of the numbers in a bar, in the order of the bar."""
     shown = rows.in_order(dict.fromkeys(parts), PARTS)
     return terms((part_with_swatch(key), PARTS[key][1]) for key in shown if key in PARTS)
 
 
 def taken_parts(*parts: Any) -> list[str]:
-    """The parts that take something in one of the mappings."""
-    return list(dict.fromkeys(key for each in parts for key, size in numbers(each).items() if size > 0))
+    """The parts of more than 0 bytes in at least one of the mappings."""
+    return list(dict.fromkeys(key for sizes in parts for key, size in numbers(sizes).items() if size > 0))
 
 
 def with_swatches(lines: Sequence[Row]) -> list[Sequence[object]]:
-    """Rows of parts, each name with the colour and number that it has in the bars."""
+    """Rows of parts, each name with its colour and number in the bars."""
     return [(part_with_swatch(_KEYS_OF_PARTS.get(name, name)), *rest) for name, *rest in lines]
 
 
@@ -89,13 +89,13 @@ def phase_with_meaning(name: str) -> Html:
 
 
 def terms(entries: Iterable[tuple[object, object]]) -> Html:
-    """Words and what they mean."""
+    """A list of words with their meanings."""
     items = join(Html(f"<div><dt>{html(word)}</dt><dd>{html(meaning)}</dd></div>") for word, meaning in entries)
     return Html(f'<dl class="terms">{items}</dl>') if items else Html()
 
 
 def checkpoints(plan: Mapping[str, Any]) -> Html:
-    """What a saved state takes on disk: one, and ten."""
+    """The size of checkpoints on disk: one, and ten."""
     sizes = numbers(plan.get("checkpoint_bytes"))
     full, adapter = sizes.get("full"), sizes.get("adapter")
     words = (
@@ -103,38 +103,36 @@ def checkpoints(plan: Mapping[str, Any]) -> Html:
         if full and adapter and full > adapter
         else ""
     )
-    meaning = "A checkpoint is a saved state. To use the model, the weights are enough; to train on, the optimizer's memory is saved too."
+    meaning = "A checkpoint is a saved state. Using the model needs the weights only; resuming training needs the optimizer's state too."
     caption = "Planned size of checkpoints on disk"
-    found = table(caption, rows.checkpoint_columns(plan), rows.checkpoint_rows(plan))
-    return join([paragraph(words, meaning), found]) if sizes else Html()
+    sizes_table = table(caption, rows.checkpoint_columns(plan), rows.checkpoint_rows(plan))
+    return join([paragraph(words, meaning), sizes_table]) if sizes else Html()
 
 
 def decisions(plan: Mapping[str, Any]) -> Html:
-    """What was chosen and why; what was given up until it fits, and what that costs in speed."""
+    """The choices with their reasons; the settings that were changed until it fits, and their cost in speed."""
     chosen = [_decision(reason) for reason in rows.reasons_of(plan)]
     slowdown = plan.get("slowdown")
     slower = f"A step takes about {slowdown:.2f} times as long as without these changes." if is_number(slowdown) else ""
     given_up = table(
-        "What was changed, one after the other, until it fits",
+        "Settings changed, one after the other, until it fits",
         ["setting", "saves", "peak then"],
         rows.concession_rows(plan.get("concessions")),
     )
-    intro = paragraph(
-        "Settings that the recipe left open, or that ask for an explanation, and why they are what they are."
-    )
+    intro = paragraph("Settings that the recipe left open or that need an explanation, each with its reason.")
     return join(
         [
             join([intro, table("Decisions", ["setting", "decision and reason"], chosen)]) if chosen else "",
-            join([heading("What would help it fit"), given_up]) if given_up else "",
+            join([heading("Changes to make it fit"), given_up]) if given_up else "",
             note(slower),
         ]
     )
 
 
 def settings(plan: Mapping[str, Any]) -> Html:
-    """Every setting, on request."""
+    """All settings, on request."""
     pairs = [(breakable(name), value) for name, value in flat(mapping(plan.get("settings")))]
-    return details("every setting", table("Settings", ["setting", "value"], pairs))
+    return details("all settings", table("Settings", ["setting", "value"], pairs))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "", *, by: str = ".") -> list[tuple[str, str]]:
@@ -157,11 +155,11 @@ def in_words(value: Any) -> str:
 
 
 def breakable(setting: str) -> Html:
-    """A setting's name, which a narrow screen may break at its dots and underscores."""
+    """A setting's name that a narrow screen may break at dots and underscores."""
     return Html(html(setting).replace(".", ".<wbr>").replace("_", "_<wbr>"))
 
 
 def _decision(reason: str) -> tuple[object, str]:
-    """`lora.r: 16: asked for` -> the setting, and the rest."""
+    """`lora.r: 16: asked for` -> (the setting, the rest)."""
     setting, colon, rest = reason.partition(": ")
     return (breakable(setting), rest) if colon and " " not in setting else ("in general", reason)

@@ -1,6 +1,6 @@
-"""What rows share at their beginning, drawn: each row by itself, and the passage once with its questions as branches.
+"""Shared prefixes, drawn: each example separately, and the shared passage once with its questions as branches.
 
-In: a plan's JSON. The drawing is of an average tree, to scale; the numbers are those of the steps that were looked at.
+In: a plan's JSON. The drawing shows an average tree, to scale; the numbers are those of the steps that the plan sampled.
 """
 
 from collections.abc import Mapping
@@ -17,25 +17,25 @@ _GAP = 4  # percent of the width, where trunk and branches are joined
 
 
 def sharing(plan: Mapping[str, Any]) -> Html:
-    """ "" where nothing is shared."""
-    found = mapping(plan.get("sharing"))
+    """The section; "" where nothing is shared."""
+    counts = mapping(plan.get("sharing"))
     alone, packed, trunk, branch, rows = (
-        number(found.get(key))
+        number(counts.get(key))
         for key in ("tokens_alone", "tokens_packed", "trunk_tokens", "branch_tokens", "rows_per_trunk")
     )
     if not (alone and packed and trunk and branch and rows):
         return Html()
     words = (
-        "Several examples begin with the same text, such as a passage with several questions. That text is read once: "
+        "Several examples start with the same text, such as a passage with several questions. The model reads that text once: "
         f"{packed:,.0f} tokens (pieces of words) are computed instead of {alone:,.0f}, {alone / packed:.2f} times fewer."
     )
-    caption = "Left to right: the tokens of a typical group of examples, to scale. Blue is shared, violet is an example's own."
+    caption = "Left to right: the tokens of a typical group of examples, to scale. Blue is shared, violet belongs to one example."
     lines = [
-        ("all examples looked at, each by itself", f"{alone:,.0f}"),
-        ("the same, what is shared once", f"{packed:,.0f}"),
-        ("shared by an example, on average", f"{trunk:,.0f}"),
-        ("an example's own, on average", f"{branch:,.0f}"),
-        ("examples on one shared text, on average", f"{rows:.1f}"),
+        ("all sampled examples, each separately", f"{alone:,.0f}"),
+        ("the same, shared text once", f"{packed:,.0f}"),
+        ("shared tokens per example, on average", f"{trunk:,.0f}"),
+        ("own tokens per example, on average", f"{branch:,.0f}"),
+        ("examples per shared text, on average", f"{rows:.1f}"),
     ]
     return join(
         [
@@ -47,14 +47,14 @@ def sharing(plan: Mapping[str, Any]) -> Html:
 
 
 def svg_tree(trunk: float, branch: float, num_branches: int) -> str:
-    """Rows by themselves above, the tree below."""
+    """Separate examples above, the tree below."""
     num_branches = min(max(2, num_branches), MOST_BRANCHES)
     scale = (100 - _GAP) / (trunk + branch)
     split, own = trunk * scale, branch * scale  # percent of the width
     below = _TOP + num_branches * _PITCH + 28
     tall = (num_branches - 1) * _PITCH + _HEIGHT
     middle = below + tall / 2
-    pieces = [_words("each example by itself", _TOP - 6), _words("the shared text once", below - 6)]
+    pieces = [_words("each example separately", _TOP - 6), _words("the shared text once", below - 6)]
     for index in range(num_branches):
         y, branch_y = _TOP + index * _PITCH, below + index * _PITCH
         pieces += [

@@ -1,4 +1,4 @@
-"""The opening of a run's report: what was trained, how well it answers now, what it took; in words, then in a few numbers."""
+"""The opening of a run's report: the model and method, its scores, its cost; in words, then in a few numbers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,23 +12,23 @@ from qlora_lite.show.sections import own_method
 from qlora_lite.units import format_seconds
 
 _HOW = {
-    "qlora": "QLoRA: the base model is kept in 4 bits a number and stays as it is; only a small addition, the adapter, is trained",
-    "lora": "LoRA: the base model is kept in 16 bits a number and stays as it is; only a small addition, the adapter, is trained",
-    "full": "full fine-tuning: every number of the model is trained",
-    "full_8bit": "full fine-tuning: every number of the model is trained, with a small optimizer state",
+    "qlora": "QLoRA: the base model is stored in 4 bits per parameter and stays frozen; only a small addition, the adapter, is trained",
+    "lora": "LoRA: the base model is stored in 16 bits per parameter and stays frozen; only a small addition, the adapter, is trained",
+    "full": "full fine-tuning: every parameter of the model is trained",
+    "full_8bit": "full fine-tuning: every parameter of the model is trained, with a small optimizer state",
 }  # fmt: skip
 
 
 def summary(run: Run) -> Html:
-    """Left out is what the run does not know (yet)."""
+    """The paragraphs and figures; those without data (yet) are omitted."""
     entries = [_answers(run.scores), _memory(run), _time(run.train), _adapter(run)]
     shown = figures([entry for entry in entries if entry is not None])
-    done = join([paragraph(_what(run)), paragraph(_how_well(run.scores))])
-    return join([done, shown]) if done or shown else paragraph("This run has left no results yet.")
+    sentences = join([paragraph(_method(run)), paragraph(_score(run.scores))])
+    return join([sentences, shown]) if sentences or shown else paragraph("This run has no results yet.")
 
 
 def title(run: Run) -> str:
-    """The model and the method; a run that knows neither (yet) has its folder's name."""
+    """The model and the method; the folder's name for a run without a plan (yet)."""
     model, method = _model(run), own_method(run.plan)
     how = f" with {METHODS[method][0]}" if method in ("qlora", "lora") else " in full"
     return f"{model}, fine-tuned{how}" if model else f"Run {run.name}"
@@ -38,33 +38,33 @@ def _model(run: Run) -> str:
     return str(run.plan.get("model") or dig(run.plan, "settings", "model", "base") or "")
 
 
-def _what(run: Run) -> str:
+def _method(run: Run) -> str:
     model = _model(run)
     if not model:
         return ""
     seen = sum(step["num_examples"] for step in run.steps if is_number(step.get("num_examples")))
     examples = f" on {seen:,} examples in {len(run.steps):,} steps" if seen else ""
     return (
-        f"{model} is a language model: given a text, it writes on, piece by piece. Here it was trained a little further{examples}, "
+        f"{model} is a language model: given a text, it continues it, piece by piece. Here it was trained further{examples}, "
         f"which is called fine-tuning. The method is {_HOW.get(own_method(run.plan), own_method(run.plan))}."
     )
 
 
-def _how_well(scores: Mapping[str, Any]) -> str:
-    """The score that a newcomer understands best, before and after."""
+def _score(scores: Mapping[str, Any]) -> str:
+    """One sentence: the score that a newcomer understands best, before and after."""
     before, after = mapping(scores.get("before")), mapping(scores.get("after"))
     asked, now, then = (
-        number(each) for each in (after.get("num_examples"), after.get("exact_match"), before.get("exact_match"))
+        number(value) for value in (after.get("num_examples"), after.get("exact_match"), before.get("exact_match"))
     )
     loss_then, loss_now = number(before.get("loss")), number(after.get("loss"))
     if now is not None:
-        earlier = f"; before the training it was {then:.1f}%" if then is not None else ""
+        earlier = f"; before training it was {then:.1f}%" if then is not None else ""
         count = f"{asked:,.0f} " if asked else ""
-        return f"Asked {count}questions that were kept apart for the test, it now answers {now:.1f}% word for word right{earlier}."
+        return f"Of {count}test questions held out of training, it now answers {now:.1f}% word for word right{earlier}."
     if loss_now is None:
         return ""
-    earlier = f", {loss_then:.3f} before the training" if loss_then is not None else ""
-    return f"Its loss on texts kept apart for the test is {loss_now:.3f}{earlier}; the loss says how surprised it is by them."
+    earlier = f", {loss_then:.3f} before training" if loss_then is not None else ""
+    return f"Its loss on test texts held out of training is {loss_now:.3f}{earlier}; the loss measures how unlikely it finds them."
 
 
 def _answers(scores: Mapping[str, Any]) -> Figure | None:
@@ -80,7 +80,7 @@ def _answers(scores: Mapping[str, Any]) -> Figure | None:
 
 
 def _memory(run: Run) -> Figure | None:
-    """The measured peak, or else the planned one, against the plan of full fine-tuning."""
+    """The measured peak, else the planned one, against the plan of full fine-tuning."""
     peaks = mapping(run.memory.get("peak_bytes")) or mapping(run.train.get("peak_bytes"))
     measured, planned = number(peaks.get("measured")), number(peaks.get("planned"))
     own = number(dig(run.plan, "methods", own_method(run.plan), "peak_bytes"))
@@ -96,11 +96,11 @@ def _time(train: Mapping[str, Any]) -> Figure | None:
     wall_s, train_s = number(train.get("wall_s")), number(train.get("train_s"))
     if not wall_s:
         return None
-    return Figure("Time", format_seconds(wall_s), f"{format_seconds(train_s)} of it training" if train_s else "in all")
+    return Figure("Time", format_seconds(wall_s), f"{format_seconds(train_s)} of it training" if train_s else "total")
 
 
 def _adapter(run: Run) -> Figure | None:
-    """What has to be kept, against a copy of the whole model."""
+    """The size of the adapter, against a copy of the whole model."""
     disk, full = dict(run.disk), number(dig(run.plan, "checkpoint_bytes", "full"))
     size = disk.get("adapter/")
     if not size:

@@ -1,6 +1,6 @@
-"""The tables on the screen, one function each. All go to stderr; all text in them passes `safe_text`. The rows come from rows.py.
+"""The tables on the screen, one function each, on stderr. All text passes through `safe_text`. The rows come from rows.py.
 
-On a terminal trained tokens are coloured; elsewhere (a log, a pipe, NO_COLOR) they stand between « and ».
+On a terminal, trained tokens are coloured; elsewhere (a log, a pipe, NO_COLOR) they are between « and ».
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from qlora_lite.units import format_bytes, row_in_words
 def show_table(
     title: str, columns: Sequence[str], lines: Iterable[Sequence[object]], *, last_is_total: bool = False
 ) -> None:
-    """A plain table, left out without lines. Columns whose every cell is a number or a size are aligned right; None is a dash."""
+    """Show a plain table; nothing without lines. Columns of numbers or sizes are aligned right; None is a dash."""
     cells = [[_cell(value) for value in line] for line in lines]
     if not cells:
         return
@@ -43,24 +43,24 @@ def show_memory(memory: Mapping[str, Any]) -> None:
     """`memory.json`: each part at the peak of a step, then the highest point of each phase; planned beside measured."""
     columns = ["", "planned", "measured", "difference"]
     show_table("memory at the peak of a step", columns, rows.part_rows(memory), last_is_total=True)
-    show_table("highest in each phase of a step", columns, rows.phase_rows(memory))
-    show_table("beside the peaks", ["", ""], rows.beside_rows(memory))
+    show_table("peak in each phase of a step", columns, rows.phase_rows(memory))
+    show_table("outside the peaks", ["", ""], rows.beside_rows(memory))
     for retry in rows.retries_of(memory):
-        say_warning(f"tried again: {retry}")
+        say_warning(f"retried: {retry}")
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
-    """What `plan --json` prints, for people: the methods side by side, what fits, what lies on disk, and why."""
+    """Show the document of `plan --json`: reasons, methods side by side, limits, disk, memory by length and batch."""
     show_reasons(plan["reasons"])
     show_methods(plan["methods"])
     show_table(
-        "what each method could train in the budget",
+        "limits of each method within the budget",
         ["", "longest sequence in tokens", "largest model"],
         rows.longest_rows(plan["methods"]),
     )
     show_table("on disk", rows.checkpoint_columns(plan), rows.checkpoint_rows(plan))
-    show_table("memory of the machine, merging", ["", "peak"], rows.merge_rows(plan.get("merge") or {}))
-    show_table("what would help it fit", ["", "saves", "peak then"], rows.concession_rows(plan.get("concessions")))
+    show_table("host memory, merging", ["", "peak"], rows.merge_rows(plan.get("merge") or {}))
+    show_table("changes to make it fit", ["", "saves", "peak then"], rows.concession_rows(plan.get("concessions")))
     show_memory_map(plan["grid"], budget_bytes=plan["budget_bytes"])
 
 
@@ -74,23 +74,23 @@ def show_methods(methods: Mapping[str, Any]) -> None:
 
 
 def show_memory_map(grid: Sequence[Mapping[str, Any]], *, budget_bytes: int) -> None:
-    """Rows are sequence lengths, columns are examples a micro-batch; a cell is its peak, marked where it does not fit."""
+    """Lines are sequence lengths, columns are examples per micro-batch; a cell is the peak, marked where it does not fit."""
     batches, lines = rows.memory_map(grid)
     shown = [
         [f"{length:,}", *(f"{rows.size(cell['peak_bytes'])}{'' if cell['fits'] else ' x'}" if cell else "–" for cell in cells)]
         for length, cells in lines
     ]  # fmt: skip
-    title = f"examples a micro-batch, by length in tokens (x: more than {format_bytes(budget_bytes)})"
+    title = f"examples per micro-batch, by length in tokens (x: more than {format_bytes(budget_bytes)})"
     show_table(title, ["tokens", *map(str, batches)], shown)
 
 
 def show_time(phases_s: Mapping[str, float], *, wall_s: float | None) -> None:
-    """Where the time of a run went."""
+    """Show the time of a run by phase."""
     show_table("time", ["", "time", "share"], rows.time_rows(phases_s, wall_s), last_is_total=True)
 
 
 def show_sweep(models: Sequence[Mapping[str, Any]]) -> None:
-    """One line a model: its weights, and the longest sequence on each card."""
+    """Show one line per model: its weights, and the longest sequence on each card."""
     cards = list(models[0]["max_seq_length"])
     shown = [
         [
@@ -100,11 +100,11 @@ def show_sweep(models: Sequence[Mapping[str, Any]]) -> None:
         for row in models
     ]  # fmt: skip
     heads = ["model", "billion weights", "peak at 1,024 tokens", *(f"{int(card) // 2**30} GiB" for card in cards)]
-    show_table("longest sequence in tokens, QLoRA, one example a micro-batch", heads, shown)
+    show_table("longest sequence in tokens, QLoRA, one example per micro-batch", heads, shown)
 
 
 def show_cards(cards: Sequence[Mapping[str, Any]]) -> None:
-    """One line a card: what plans ask of it."""
+    """Show one line per card: its figures that plans use."""
     shown = [
         [
             card["name"], rows.size(card["memory_bytes"]), card["compute_capability"], card["dtype"], card["attention"],
@@ -113,7 +113,7 @@ def show_cards(cards: Sequence[Mapping[str, Any]]) -> None:
         for card in cards
     ]  # fmt: skip
     heads = ["--card", "memory", "capability", "computes in", "attention", "TFLOP/s", "GB/s", "W"]
-    show_table("cards that a plan can be made for, by published figures", heads, shown)
+    show_table("cards for plan --card, with published figures", heads, shown)
 
 
 def show_scores(
@@ -125,8 +125,8 @@ def show_scores(
 ) -> None:
     """Exact match, F1 (both 0 to 100) and loss, before and after.
 
-    `groups[name]["before" | "after"]` adds lines for a part of the questions, for instance those of an untrained phrasing.
-    With nothing before there is one column of scores.
+    `groups[name]["before" | "after"]` adds lines for a part of the questions, such as those in an untrained phrasing.
+    Without scores before, there is one column.
     """
     lines = rows.score_rows(before or {}, after or {}) + rows.group_rows(groups or {})
     if any(old != "–" for _, old, _, _ in lines):
@@ -135,18 +135,18 @@ def show_scores(
         show_table(title, ["", "score"], [(label, new) for label, _, new, _ in lines])
 
 
-def show_truncation(lines: Sequence[Any], *, title: str = "what each sequence length would cut") -> None:
-    """One row a line; the columns are the lines' own fields (dataclasses or mappings)."""
-    found = [
+def show_truncation(lines: Sequence[Any], *, title: str = "truncation by sequence length") -> None:
+    """Show the lines (dataclasses or mappings); the columns are their fields."""
+    records = [
         dict(line) if isinstance(line, Mapping) else {f.name: getattr(line, f.name) for f in fields(line)}
         for line in lines
     ]
-    if found:
-        show_table(title, [rows.words(key) for key in found[0]], [list(line.values()) for line in found])
+    if records:
+        show_table(title, [rows.words(key) for key in records[0]], [list(record.values()) for record in records])
 
 
 def show_rows(examples: Iterable[tuple[str, Sequence[tuple[str, bool]]]]) -> None:
-    """Rendered examples: (id, ((piece of text, whether it is trained), ...)), trained pieces marked."""
+    """Show rendered rows: (id, ((piece of text, is trained), ...)), trained pieces marked."""
     for row_id, pieces in examples:
         say(
             f"{row_in_words(safe_text(row_id, one_line=True))} (trained tokens {'coloured' if _has_colour() else 'between « and »'})",
@@ -157,7 +157,7 @@ def show_rows(examples: Iterable[tuple[str, Sequence[tuple[str, bool]]]]) -> Non
 
 
 def mark_trained(pieces: Sequence[tuple[str, bool]], *, with_colour: bool) -> Text:
-    """The pieces joined to one text, runs of trained pieces coloured or put between « and »."""
+    """Join the pieces to one text, runs of trained pieces coloured or between « and »."""
     text, previous = Text(), False
     for piece, trained in [*pieces, ("", False)]:
         if not with_colour and trained != previous:
@@ -168,21 +168,21 @@ def mark_trained(pieces: Sequence[tuple[str, bool]], *, with_colour: bool) -> Te
 
 
 def show_proof(proof: Mapping[str, Any], *, title: str = "proof of the merge") -> None:
-    """What the merged model computes beside the adapter model, in parts of what the adapter changes (the fields of `merge --json`)."""
+    """Show the difference between merged model and adapter model, relative to the adapter's effect (the fields of `merge --json`)."""
     show_table(title, ["", "value", "meaning"], rows.proof_rows(proof))
 
 
 def show_answers(answers: Mapping[str, str | None], *, question: str = "") -> None:
-    """Answers of the base, the adapter and the merged model side by side; None for one that does not exist."""
+    """Show the answers of base, adapter and merged model side by side; None for a model that does not exist."""
     show_table(
         safe_text(question, one_line=True),
         list(answers),
-        [["not there" if text is None else text.strip() for text in answers.values()]],
+        [["no such model" if text is None else text.strip() for text in answers.values()]],
     )
 
 
 def stream_answer(name: str, pieces: Iterable[str]) -> str:
-    """Show an answer while it is generated; returns the whole text as the model gave it."""
+    """Show an answer while it is generated; return the whole text unchanged."""
     console().print(Text(f"{safe_text(name)}: ", style="bold"), end="", soft_wrap=True)
     whole = []
     for piece in pieces:
@@ -192,8 +192,8 @@ def stream_answer(name: str, pieces: Iterable[str]) -> str:
     return "".join(whole)
 
 
-def show_reasons(reasons: Sequence[str], *, title: str = "chosen by itself") -> None:
-    """What was left to `auto`, what it became, and why: one line each."""
+def show_reasons(reasons: Sequence[str], *, title: str = "automatic choices") -> None:
+    """Show the settings left to `auto`, with their values and reasons: one line each."""
     if reasons:
         say(title, style="bold")
     for reason in reasons:
@@ -201,10 +201,10 @@ def show_reasons(reasons: Sequence[str], *, title: str = "chosen by itself") -> 
 
 
 def show_findings(findings: Sequence[tuple[str, str, str, str]]) -> None:
-    """(what, level, found, advice) a line: level is ok, warning or problem; what to do stands below, where there is something."""
+    """Show (subject, level, state, advice) on a line each: level is ok, warning or problem; the advice, if any, is below."""
     colours = {"ok": "green", "warning": "yellow", "problem": "bold red"}
-    for what, level, found, advice in findings:
-        say(f"{level:8} {safe_text(what, one_line=True)}: {safe_text(found, one_line=True)}", style=colours[level])
+    for subject, level, state, advice in findings:
+        say(f"{level:8} {safe_text(subject, one_line=True)}: {safe_text(state, one_line=True)}", style=colours[level])
         if advice:
             say(f"{'':8} {safe_text(advice, one_line=True)}")
 

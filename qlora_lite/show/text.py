@@ -1,8 +1,8 @@
-"""What may be printed, and where: people's text goes to stderr, a JSON document is the only thing on stdout.
+"""The output rules: text for people goes to stderr; stdout carries one JSON document or a page.
 
-Text from data and from models is not ours: a passage may hold terminal escapes (which can move the cursor, set the window's
-title or, on some terminals, type for the user) or square brackets that rich reads as markup. So nothing reaches the screen
-but through `safe_text`, and our console reads no markup at all.
+Text from data and models is untrusted: a passage may hold terminal escapes (which can move the cursor, set the window's title or, on
+some terminals, type for the user) or square brackets that rich reads as markup. So everything on the screen passes through `safe_text`,
+and our console ignores markup.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from rich.text import Text
 
 SCHEMA_VERSION = 1
 WIDTH_OF_A_LOG = 120
-SMALLEST_SCREEN = 10  # columns or lines; what says less is a mistake
+SMALLEST_SCREEN = 10  # columns or lines; a smaller value is a mistake
 
 # Whole escape sequences first (ECMA-48): CSI, then the strings OSC, DCS, SOS, PM and APC with their terminator, then the short ones.
-# A string ends where another begins: else a megabyte of nothing but beginnings would take hours, each looking for its end.
+# A string ends where another begins: otherwise a megabyte of beginnings would take hours, each scanned to the end.
 _ESCAPES = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
     r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x90\x98\x9b-\x9f]*(?:\x07|\x1b\\|\x9c)"
     r"|\x1b[ -/]*[0-~]"
 )
-# Then what is left of C0 (tab and newline stay), DEL, C1, and the marks that turn the direction of writing around.
+# Then the rest of C0 (tab and newline stay), DEL, C1, and the marks that reverse the writing direction.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -43,7 +43,7 @@ def safe_text(text: object, *, one_line: bool = False) -> str:
 
 @lru_cache(maxsize=1)
 def console() -> Console:
-    """The one console of the program: stderr, no markup, no emoji codes, no guessing at what to colour."""
+    """The one console of the program: stderr, no markup, no emoji codes, no automatic highlighting."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     width = _size_of("COLUMNS") or (None if is_terminal else WIDTH_OF_A_LOG)
     return Console(
@@ -58,31 +58,31 @@ def console() -> Console:
 
 
 def _without_sizes() -> dict[str, str]:
-    """The environment for rich, which would take COLUMNS=0 at its word and print nothing."""
+    """The environment without COLUMNS and LINES: with COLUMNS=0, rich would print nothing."""
     return {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
 
 
 def _size_of(variable: str) -> int | None:
-    """A size that the environment gives; None where it gives none that a screen can have."""
+    """A screen size from the environment; None where it is missing or impossible."""
     text = os.environ.get(variable, "").strip()
     size = int(text) if re.fullmatch("[0-9]{1,5}", text) else 0
     return size if size >= SMALLEST_SCREEN else None
 
 
 def say(text: object, *, style: str = "") -> None:
-    """A line for people."""
+    """Print a line for people."""
     console().print(
         Text(safe_text(text), style=style), soft_wrap=True
     )  # the terminal wraps, so copied lines stay whole
 
 
 def say_warning(text: object) -> None:
-    """A line for people about something that was skipped or chosen otherwise than asked."""
+    """Print a warning: something was skipped, or differs from the request."""
     say(f"warning: {text}", style="yellow")
 
 
 def say_error(text: object) -> None:
-    """The message of an error, as it is."""
+    """Print the message of an error."""
     say(text, style="bold red")
 
 
@@ -97,16 +97,16 @@ def print_markdown(text: str) -> None:
     if not sys.stdout.isatty():
         print(text, end="")
         return
-    from rich.markdown import Markdown  # takes longer to import than most verbs take without torch
+    from rich.markdown import Markdown  # its import takes longer than most verbs without torch
 
     screen = Console(width=_size_of("COLUMNS"), height=_size_of("LINES"), _environ=_without_sizes())
     screen.print(Markdown(safe_text(text), hyperlinks=False))
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's own types: dataclasses and mappings -> dict, sequences -> list, paths -> str, NaN -> None.
+    """Convert to JSON's types: dataclasses and mappings -> dict, sequences -> list, paths -> str, NaN -> None.
 
-    Raises TypeError for anything else, so that no half-readable `repr` gets into a document.
+    Raises TypeError for any other type, so that no `repr` gets into a document.
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value

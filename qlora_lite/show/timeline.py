@@ -1,6 +1,6 @@
 """Memory over one step as inline SVG: a column for each layer, in the order in which the layers end, phase after phase.
 
-in    entries {"phase", "layer", "bytes"} of memory.json's `timeline`        out    <svg ...>, or "" for less than two of them
+in    entries {"phase", "layer", "bytes"} of memory.json's `timeline`        out    <svg ...>, or "" for fewer than two entries
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ _TICK_UNITS = (2**10, 2**20, 2**30, 2**40)
 
 
 def svg_timeline(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Columns from zero up; the phases are named below their columns."""
+    """Draw columns from zero up, with the names of the phases below."""
     entries = [entry for entry in entries if is_number(entry.get("bytes")) and entry["bytes"] >= 0]
     top = max((entry["bytes"] for entry in entries), default=0)
     if len(entries) < 2 or not top:
@@ -36,7 +36,7 @@ def svg_timeline(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def layer_rows(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Row]]:
-    """The phases, and for each layer what was held at its end in each of them; both in the order in which they come."""
+    """-> (phases, for each layer the memory held at its end in each phase), both in order of appearance."""
     entries = [entry for entry in entries if is_number(entry.get("bytes"))]
     held = {(_layer(entry), _phase(entry)): entry["bytes"] for entry in entries}
     phases, layers = (list(dict.fromkeys(pair[side] for pair in held)) for side in (1, 0))
@@ -48,18 +48,18 @@ def _phase(entry: Mapping[str, Any]) -> str:
 
 
 def _phase_class(entry: Mapping[str, Any]) -> str:
-    """Known phases have a colour of their own."""
+    """The style class of a phase; known phases have their own colour."""
     return f"phase-{_phase(entry)}" if _phase(entry) in PHASES else "phase"
 
 
 def _layer(entry: Mapping[str, Any]) -> str:
-    """`"3"` -> `layer 3`; names are kept, and what belongs to no layer is "all"."""
+    """`"3"` -> `layer 3`; names stay, and an entry without a layer is "all"."""
     layer = str(entry.get("layer") or "all")
     return f"layer {layer}" if layer.isdigit() else layer
 
 
 def _scale(top: float, *, height: float, floor: float) -> list[str]:
-    """Lines at round sizes, and what they stand for."""
+    """Grid lines at round sizes, with labels."""
     unit = max((unit for unit in _TICK_UNITS if unit <= top), default=1)
     pieces = []
     for tick in ticks(0, 1.05 * top / unit):
@@ -70,7 +70,7 @@ def _scale(top: float, *, height: float, floor: float) -> list[str]:
 
 
 def _names(entries: Sequence[Mapping[str, Any]], *, width: float) -> str:
-    """Each phase's name below the middle of its columns; the outer ones stay within the drawing."""
+    """The name of each phase below the middle of its columns, kept within the drawing."""
     names, begin = [], 0
     for phase, group in groupby(entries, key=_phase):
         count = len(list(group))

@@ -14,11 +14,11 @@ def test_a_plan_that_fits_says_so_first(tmp_path):
     path = show.write_plan_page(make_plan(), tmp_path / "plan.html")
     page = Parsed(path.read_text())
     for expected in (
-        "It fits. QLoRA (the base in 4 bits, only an adapter is trained) needs 368 MiB at its peak, and the budget is 2 GiB.",
+        "It fits. QLoRA (base in 4 bits, only an adapter is trained) needs 368 MiB at its peak, and the budget is 2 GiB.",
         "Less than full fine-tuning 2.07 GiB (85%) which needs 2.43 GiB",
         "4.9 million the model has 135 million",
         "8,192 tokens",
-        "What was changed, one after the other, until it fits",
+        "Settings changed, one after the other, until it fits",
     ):
         assert expected in page.words, expected
     assert [file.name for file in tmp_path.iterdir()] == ["plan.html"]
@@ -51,7 +51,10 @@ def test_a_plan_of_full_fine_tuning_saves_nothing_against_itself():
     plan = make_plan(budget_bytes=8 * GIB)
     plan["settings"] = {"method": "full", "train": {"optimizer": "adamw"}}
     words = Parsed(render_plan(plan)).words
-    assert "full (every weight is trained) needs 2.43 GiB" in words and "saves" not in words[: words.index("What fits")]
+    assert (
+        "full (every weight is trained) needs 2.43 GiB" in words
+        and "saves" not in words[: words.index("Sizes that fit")]
+    )
 
 
 def test_a_page_that_cannot_be_written_is_the_users_to_mend(tmp_path):

@@ -25,12 +25,12 @@ def change(file, **values):
 
 def test_the_page_opens_with_what_was_trained_how_well_it_answers_and_what_it_took(run_dir):
     words = report(run_dir).words
-    opening = words[: words.index("How well it answers")]
+    opening = words[: words.index("Scores and answers")]
     for expected in (
         "smollm2-135m, fine-tuned with QLoRA",
-        "trained a little further on 600 examples in 60 steps",
-        "Asked 100 questions that were kept apart for the test, it now answers 49.0% word for word right",
-        "before the training it was 6.0%",
+        "trained further on 600 examples in 60 steps",
+        "Of 100 test questions held out of training, it now answers 49.0% word for word right",
+        "before training it was 6.0%",
         "359 MiB measured; saves 2.08 GiB (86%) against full fine-tuning",
         "3 min 34 s 1 min 58 s of it training",
     ):
@@ -40,24 +40,24 @@ def test_the_page_opens_with_what_was_trained_how_well_it_answers_and_what_it_to
 def test_a_whole_run_has_every_section(run_dir):
     page = report(run_dir)
     for expected in (
-        "exact match share of questions whose answer is word for word right",  # a term is explained where it first appears
+        "exact match share of answers that match an accepted answer word for word",  # a term is explained where it first appears
         "exact match 6.0 49.0 +43.0",
         "untrained: exact match 6.0 41.5 +35.5",
-        "What is the capital of Norway? base model, before The capital is a city in Norway that tuned model, now right Oslo",
+        "What is the capital of Norway? base model (before) The capital is a city in Norway that tuned model (after) right Oslo",
         "partly right, F1 67",
         "activations 74 MiB 70 MiB -4 MiB",
         "peak 368 MiB 359 MiB -9 MiB",
-        "backward the error goes back through the layers 368 MiB 359 MiB -9 MiB",
+        "backward gradients flow back through the layers 368 MiB 359 MiB -9 MiB",
         "layer 29 240 MiB – 260 MiB –",
-        "Tried again: a micro-batch of 4096 tokens did not fit; 2048 did",
+        "Retried: a micro-batch of 4096 tokens did not fit; 2048 did",
         "QLoRA saves 2.07 GiB (85%) against full fine-tuning, which would need 2.43 GiB",
-        "Dots: validation loss, on examples that are not trained on; lowest 0.726 after step 60, 0.726 at the end.",
+        "Dots: validation loss, on examples not used for training; lowest 0.726 after step 60, 0.726 at the end.",
         "training 1 min 58 s 55%",
         "everything else 6.0 s 3%",
-        "in all 3 min 34 s 100%",
-        "adapter/ the trained addition to the base model 29.3 KiB",
-        "checkpoints/step-000050/ a state to continue the training from 8.79 KiB",
-        "whole model in 16 bits, to use 257 MiB 2.51 GiB",
+        "total 3 min 34 s 100%",
+        "adapter/ the trained change of the base model 29.3 KiB",
+        "checkpoints/step-000050/ a state to resume training from 8.79 KiB",
+        "whole model in 16 bits, for use 257 MiB 2.51 GiB",
         "cpu: torch finds no CUDA device",
         "in general the recipe was made for another card",
         "A step takes about 1.33 times as long",
@@ -85,8 +85,8 @@ def test_answers_without_those_of_the_base_stand_beside_what_counts_as_right(run
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("\n".join(json.dumps({k: v for k, v in line.items() if k != "base_prediction"}) for line in lines))
     words = report(run_dir).words
-    assert "base model, before" not in words
-    assert "What is the capital of Norway? tuned model, now right Oslo counts as right Oslo" in words
+    assert "base model (before)" not in words
+    assert "What is the capital of Norway? tuned model (after) right Oslo accepted answers Oslo" in words
 
 
 def test_a_long_answer_is_cut(run_dir):
@@ -112,13 +112,13 @@ def test_plain_text_has_a_loss_and_no_answers(run_dir):
         (run_dir / name).unlink()
     change(run_dir / "eval.json", before={"loss": 2.0}, after={"loss": 1.0, "exact_match": None}, groups={})
     words = report(run_dir).words
-    assert "Its loss on texts kept apart for the test is 1.000, 2.000 before the training" in words
+    assert "Its loss on test texts held out of training is 1.000, 2.000 before training" in words
     assert "Loss 2.000 to 1.000" in words and "exact match" not in words and "side by side" not in words
 
 
 def test_time_without_phases_is_training_and_the_rest(run_dir):
     change(run_dir / "train.json", phases_s=None)
-    assert "training 1 min 58 s 55% everything else 1 min 36 s 45% in all" in report(run_dir).words
+    assert "training 1 min 58 s 55% everything else 1 min 36 s 45% total" in report(run_dir).words
 
 
 def test_the_plan_stands_in_for_a_missing_measurement(run_dir):
@@ -172,7 +172,7 @@ def test_files_of_another_shape_are_no_error(run_dir, document):
 def test_links_in_a_run_are_not_followed(run_dir, tmp_path):
     (tmp_path / "elsewhere").write_bytes(bytes(10 * 2**20))
     (run_dir / "adapter" / "link").symlink_to(tmp_path / "elsewhere")
-    assert "adapter/ the trained addition to the base model 29.3 KiB" in report(run_dir).words
+    assert "adapter/ the trained change of the base model 29.3 KiB" in report(run_dir).words
 
 
 def test_a_missing_run_directory_is_the_users_to_mend(tmp_path):

@@ -42,7 +42,7 @@ def test_few_branches_are_drawn_of_many():
 def test_a_page_says_it_in_words_and_numbers():
     page = sharing({"sharing": SHARING})
     assert "4.00 times fewer" in page and "<svg" in page
-    assert re.search(r"examples on one shared text.*?5\.2", page, re.DOTALL)
+    assert re.search(r"examples per shared text.*?5\.2", page, re.DOTALL)
 
 
 @pytest.mark.parametrize("found", [None, {"tokens_alone": "many"}, SHARING | {"trunk_tokens": 0}])
