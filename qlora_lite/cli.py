@@ -1,6 +1,6 @@
-"""The command line: parses and calls, nothing else. `--json` prints one document on stdout; people's text goes to stderr.
+"""The command line: parses and calls, nothing else. `--json` prints one document on stdout; text for people goes to stderr.
 
-Exit codes: 0 done; 1 our bug; 2 the user can mend it; 3 does not fit, or a proof failed; 130 and 143 stopped by a signal.
+Exit codes: 0 done; 1 our bug; 2 the user can repair it; 3 does not fit, or a proof failed; 129, 130 and 143 stopped by a signal.
 """
 
 import errno
@@ -37,32 +37,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+recipes_app = typer.Typer(help="The recipes shipped with the package.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A folder that `train` made.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory that `train` wrote.")]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated.")
 ]
 EvalSetOption = Annotated[
     list[str],
-    typer.Option("--set", metavar="eval.KEY=VALUE", help="How it is scored now, such as eval.max_seq_length=1024."),
+    typer.Option("--set", metavar="eval.KEY=VALUE", help="Change a scoring key, such as eval.max_seq_length=1024."),
 ]
 BaseOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Where the run's base lies now, if it was moved; checked by hash."),
+    typer.Option(metavar="DIR", help="The folder of the run's base, if it was moved; verified by hash."),
 ]
 MixOption = Annotated[
     list[str],
-    typer.Option("--mix", metavar="RUN_DIR:WEIGHT", help="The weighted sum of several adapters instead; repeated."),
+    typer.Option("--mix", metavar="RUN_DIR:WEIGHT", help="Use a weighted sum of adapters; repeat for each adapter."),
 ]
 DtypeOption = Annotated[
-    str, typer.Option(metavar="TYPE", help="Of the factors that are written: fp32, bf16, or int8 (not for plain peft).")
+    str, typer.Option(metavar="TYPE", help="Type of the written factors: fp32, bf16, or int8 (not for plain peft).")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-# Full disks, unwritable and missing places: the user's to mend, wherever in the program they are met.
-_MENDABLE = {
+# Full disks, unwritable and missing paths: the user can repair them, wherever in the program they occur.
+_USER_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
@@ -81,9 +83,9 @@ def fetch(
     name: Annotated[str, typer.Argument(metavar="NAME[@REVISION]", help="ORG/NAME on the hub, or a shipped model.")],
     json: JsonOption = False,
 ) -> None:
-    """Bring a model into the cache. The only command that opens a connection."""
+    """Download a model into the cache. The only command that opens a connection."""
     if name not in SHIPPED_MODELS:
-        parse_hub_name(name)  # says what is wrong with a name before torch is imported
+        parse_hub_name(name)  # report a wrong name before torch is imported
     with _quick_imports():
         from qlora_lite.commands.fetch import fetch
 
@@ -96,7 +98,7 @@ def check(
     set_: SetOption = [],  # noqa: B006  (typer reads the default; it is never changed)
     json: JsonOption = False,
 ) -> None:
-    """Everything short of training: recipe, data, rendered rows with their trained tokens, lengths."""
+    """Check everything except training: recipe, data, rendered rows with their trained tokens, lengths."""
     with _quick_imports():
         from qlora_lite.commands.check import check
 
@@ -109,17 +111,17 @@ def plan(
     what: Annotated[
         str | None, typer.Argument(metavar="[RECIPE_OR_MODEL]", help="A recipe, a model's name or a model folder.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help='Memory to stay within, such as "24GiB" or 24.')] = None,
+    budget: Annotated[str | None, typer.Option(help='Memory limit, such as "24GiB" or 24.')] = None,
     card: Annotated[
         str | None, typer.Option(metavar="NAME", help="Plan for this card, such as rtx-4090 or t4.")
     ] = None,
     cards: Annotated[bool, typer.Option("--cards", help="List the cards that --card knows.")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="F", help="Write it as one page too.")] = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Every known model on every usual card instead.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="F", help="Also write the plan as an HTML page.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Plan every known model on every usual card.")] = False,
     set_: SetOption = [],  # noqa: B006
     json: JsonOption = False,
 ) -> None:
-    """What a training needs, by every method, and what would fit, on this machine or on a card that is not here. Needs a config only."""
+    """Memory for training by every method, and sizes that fit, here or on another card. Needs the model's config only."""
     with _quick_imports():
         from qlora_lite.commands import plan
 
@@ -129,10 +131,10 @@ def plan(
     if sweep == (what is not None):
         raise UserError("plan: give a recipe or a model's name, or --sweep for all known models")
     if sweep and html is not None:
-        raise UserError("plan: --html is the page of one recipe or model; --sweep has none")
+        raise UserError("plan: --html writes the page of one recipe or model, so it does not go with --sweep")
     if sweep and card is not None:
         raise UserError(
-            "plan: --sweep goes through cards by their memory; --card plans one recipe or model for one card"
+            "plan: --card plans one recipe or model for one card, so it does not go with --sweep, which covers all card sizes"
         )
     if what is None:
         _print(plan.sweep_models(set_), json)
@@ -147,7 +149,7 @@ def plan(
 def train(
     recipe: RecipeArgument,
     set_: SetOption = [],  # noqa: B006
-    run_dir: Annotated[Path | None, typer.Option(help="Where to write; default runs/<recipe>-<n>.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder to write; default runs/<recipe>-<n>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir.")] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Record a timeline of two steps in RUN_DIR/profile.")
@@ -170,13 +172,13 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Score this file instead of the recipe's.")] = None,
     scales: Annotated[
         str | None,
-        typer.Option(metavar="S,S,...", help="The adapter's change at each scale: 0 is the base, 1 as trained."),
+        typer.Option(metavar="S,S,...", help="Score the change at each scale: 0 is the base, 1 as trained."),
     ] = None,
     set_: EvalSetOption = [],  # noqa: B006
     base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Exact match, F1 and loss of one of the run's models."""
+    """Score one of the run's models: exact match, F1 and loss."""
     _refuse_other_keys(set_, "eval")
     numbers = None if scales is None else _numbers(scales, "--scales")
     with _quick_imports():
@@ -198,7 +200,7 @@ def merge(
     base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
-    """A dequantized 16-bit checkpoint with the adapter added, proved to be the same model."""
+    """Write a dequantized 16-bit checkpoint with the adapter added, and prove that it is the same model."""
     with _quick_imports():
         from qlora_lite.commands.merge import merge
         from qlora_lite.commands.mixed import merge_mix
@@ -212,21 +214,21 @@ def merge(
 @app.command()
 def ask(
     run_dir: RunArgument,
-    question: Annotated[str, typer.Argument(help="What to ask; - reads one question a line from stdin.")],
+    question: Annotated[str, typer.Argument(help="The question; - reads one question per line from stdin.")],
     context: Annotated[Path | None, typer.Option(help="A text file with the passage to answer from.")] = None,
     which: Annotated[str, typer.Option(help="base, adapter, merged or all.")] = "adapter",
     mix: MixOption = [],  # noqa: B006
     base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
-    """A streamed answer, with the template of training. With --mix the adapters' sum; with - a line `/use NAME:WEIGHT ...` switches."""
+    """Answer a question with the template of training. --mix uses a sum of adapters; with -, a line `/use NAME:WEIGHT ...` changes it."""
     with _quick_imports():
         from qlora_lite.commands import ask, ask_lines, mixed
 
     if question == "-":
         refuse_closed_stdin("ask")
         if which != "adapter":
-            raise UserError("ask: --which goes with one question; for several, /use NAME:0 asks the base")
+            raise UserError("ask: --which needs the question as an argument; with -, a line /use NAME:0 asks the base")
         lines, passage = ask_lines.questions_of_stdin(), ask.read_context(context)
         _print(ask_lines.ask_lines(run_dir, lines, mix, passage=passage, base=base), json)
     elif mix:
@@ -237,7 +239,7 @@ def ask(
 
 @app.command()
 def report(run_dir: RunArgument, json: JsonOption = False) -> None:
-    """One HTML page about the run."""
+    """Write one HTML page about the run, and show its tables."""
     with _quick_imports():
         from qlora_lite.commands.report import report
 
@@ -246,44 +248,44 @@ def report(run_dir: RunArgument, json: JsonOption = False) -> None:
 
 @app.command()
 def rank(
-    what: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run or an adapter; with --try a recipe.")],
+    what: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run or an adapter; with --try, a recipe.")],
     other: Annotated[
-        Path | None, typer.Option("--with", metavar="RUN_DIR", help="How much the two have in common.")
+        Path | None, typer.Option("--with", metavar="RUN_DIR", help="Compare with this adapter: the shared directions.")
     ] = None,
     to: Annotated[int | None, typer.Option(metavar="R", help="Write the best adapter of this rank.")] = None,
     parameters: Annotated[
-        int | None, typer.Option(metavar="N", help="Write the best adapter of so many parameters.")
+        int | None, typer.Option(metavar="N", help="Write the best adapter with at most N parameters.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write it.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the adapter that is written.")] = None,
     dtype: DtypeOption = "fp32",
-    score: Annotated[bool, typer.Option(help="Say what a shorter adapter costs on held-out rows.")] = True,
+    score: Annotated[bool, typer.Option(help="Score a shorter adapter on held-out rows.")] = True,
     try_: Annotated[
         str | None, typer.Option("--try", metavar="R,R,...", help="Train the recipe with each rank and compare.")
     ] = None,
     base: BaseOption = None,
     share: Annotated[
-        float | None, typer.Option(help="With --try: the share of the recipe's epochs for each, by default 0.5.")
+        float | None, typer.Option(help="With --try: the share of the recipe's epochs for each rank, by default 0.5.")
     ] = None,
     set_: SetOption = [],  # noqa: B006
     json: JsonOption = False,
 ) -> None:
-    """How much a run has learned, in how many directions, and what rank to take."""
+    """Show the spectrum of a run's change, and recommend a rank."""
     if try_ is None and set_:
-        raise UserError("rank: --set changes a recipe, so it goes with --try; a run was trained as it was")
+        raise UserError("rank: --set changes a recipe, so it needs --try; a finished run cannot change")
     if dtype != "fp32" and to is None and parameters is None:
-        raise UserError("rank: --dtype says how a shorter adapter is stored, so it goes with --to R or --parameters N")
+        raise UserError("rank: --dtype is the type of a shorter adapter, so it needs --to R or --parameters N")
     if out is not None and to is None and parameters is None and try_ is None:
-        raise UserError("rank: --out says where a shorter adapter goes, so it goes with --to R or --parameters N")
+        raise UserError("rank: --out is the folder of a shorter adapter, so it needs --to R or --parameters N")
     if try_ is None and share is not None:
-        raise UserError("rank: --share says how long each rank is trained, so it goes with --try")
+        raise UserError("rank: --share is the share of the epochs for each rank, so it needs --try")
     if try_ is not None and base is not None:
-        raise UserError("rank: --base goes with a run; for --try set the recipe's own: --set model.base=DIR")
+        raise UserError("rank: --base is the moved base of a run; with --try, use --set model.base=DIR")
     if try_ is not None:
         ranks = _whole_numbers(try_, "--try")
         alone = {"--with": other, "--to": to, "--parameters": parameters, "--out": out}
         for option in (name for name, value in alone.items() if value is not None):
             raise UserError(
-                f"rank: {option} is about an adapter that is there, and --try trains a recipe. Leave one of them out"
+                f"rank: {option} needs an existing adapter, and --try trains a recipe. Leave one of them out"
             )
         _recipe_first(what, set_)
     with _quick_imports():
@@ -302,18 +304,16 @@ def rank(
 @app.command()
 def mix(
     parts: Annotated[list[str], typer.Argument(metavar="RUN_DIR:WEIGHT...", help="Such as runs/a:0.7 runs/b:0.3.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the sum.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the sum.")],
     rank: Annotated[
-        int | None, typer.Option(metavar="R", help="Of the sum; by default it is exact and ranks add up.")
+        int | None, typer.Option(metavar="R", help="Rank of the sum; by default the sum is exact and ranks add up.")
     ] = None,
     dtype: DtypeOption = "fp32",
-    score: Annotated[
-        bool, typer.Option(help="Say how much of the effect a rank or a dtype loses on held-out rows.")
-    ] = True,
+    score: Annotated[bool, typer.Option(help="Measure the share of the effect that --rank or --dtype loses.")] = True,
     base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Add adapters up: 0.7 of one and 0.3 of another, or one less another. Exact, or the best of a rank."""
+    """Add adapters: 0.7 of one and 0.3 of another, or one minus another. Exact, or the best of a rank."""
     with _quick_imports():
         from qlora_lite.commands.mix import mix
 
@@ -322,7 +322,7 @@ def mix(
 
 @app.command()
 def verify(run_dir: RunArgument, json: JsonOption = False) -> None:
-    """Every file against its hash: checkpoints, adapter, merged model, records. Exits with 2 when one has changed."""
+    """Compare every file with its hash: checkpoints, adapter, merged model, records. Exits with 2 when one has changed."""
     with _quick_imports():
         from qlora_lite.commands.verify import verify
 
@@ -335,11 +335,11 @@ def verify(run_dir: RunArgument, json: JsonOption = False) -> None:
 @app.command()
 def doctor(
     measure: Annotated[
-        bool, typer.Option("--measure", help="Also measure what a plan cannot see; half a minute.")
+        bool, typer.Option("--measure", help="Also measure sizes and times that a plan cannot know; half a minute.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """What this machine is, and whether training will work here. Exits with 2 when it cannot."""
+    """Describe this machine, and tell whether training will work here. Exits with 2 when it cannot."""
     from qlora_lite.commands.doctor import doctor
 
     document = doctor(measure=measure)
@@ -351,7 +351,7 @@ def doctor(
 @app.command()
 def docs(
     page: Annotated[
-        str | None, typer.Argument(metavar="[PAGE]", help="A page's name; without it, all are listed.")
+        str | None, typer.Argument(metavar="[PAGE]", help="A page's name; without it, list all pages.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -364,16 +364,16 @@ def docs(
         return
     pages = list_pages()
     if not json:
-        width = max(len(each.name) for each in pages)
-        typer.echo("\n".join(f"{each.name:<{width}}  {each.title}" for each in pages))
-    _print({"pages": [{"name": each.name, "title": each.title} for each in pages]}, json)
+        width = max(len(entry.name) for entry in pages)
+        typer.echo("\n".join(f"{entry.name:<{width}}  {entry.title}" for entry in pages))
+    _print({"pages": [{"name": entry.name, "title": entry.title} for entry in pages]}, json)
 
 
 @recipes_app.command("list")
 def recipes_list(json: JsonOption = False) -> None:
-    """Name and description of each."""
+    """List the recipes with their descriptions."""
     recipes = list_recipes()
-    show.show_table("recipes", ["name", "what"], [[recipe.name, recipe.description] for recipe in recipes])
+    show.show_table("recipes", ["name", "description"], [[recipe.name, recipe.description] for recipe in recipes])
     _print({"recipes": [{"name": recipe.name, "description": recipe.description} for recipe in recipes]}, json)
 
 
@@ -387,7 +387,7 @@ def recipes_show(name: RecipeArgument) -> None:
 def recipes_copy(
     name: RecipeArgument, dest: Annotated[Path, typer.Argument(help="Folder to copy to.")] = Path(".")
 ) -> None:
-    """Copy a recipe and its data, to change it."""
+    """Copy a recipe and its data to a folder."""
     for path in copy_recipe(name, dest):
         show.say(f"written: {path}")
 
@@ -420,26 +420,26 @@ def _run(arguments: list[str]) -> None:
             _leave("stopped", end.code)
         raise
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):  # training answers it itself; scoring, merging and asking do not
+        if not is_out_of_memory(error):  # training handles it; scoring, merging and asking do not
             raise
-        said = (str(error).splitlines() or [""])[0] or "the machine has no memory left"
+        message = (str(error).splitlines() or [""])[0] or "the machine has no memory left"
         _leave(
-            f"out of memory ({said}). Close other programs that use the device, or take less at once: "
+            f"out of memory ({message}). Close other programs that use the device, or reduce the memory: "
             "--set memory.eval_batch_tokens=1024, a smaller memory.budget, data.max_seq_length or model",
             3,
         )
     except OSError as error:
-        if error.errno not in _MENDABLE:
+        if error.errno not in _USER_ERRNOS:
             raise
         where = error.filename or "a file"
         _leave(
-            f"{where}: {error.strerror}. Free some room there, or name another place; what was written before is whole",
+            f"{where}: {error.strerror}. Free some space there, or name another folder; files written before are intact",
             2,
         )
 
 
 def _end_on_signals() -> None:
-    """SIGTERM, and SIGHUP when the terminal goes away, end the program so that half-made folders are removed; `nohup` stays in force."""
+    """Make SIGTERM and SIGHUP (the terminal is gone) exit normally, so that half-written folders are removed; `nohup` stays in force."""
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
@@ -448,9 +448,9 @@ def _end_on_signals() -> None:
 
 @contextmanager
 def _quick_imports() -> Iterator[None]:
-    """Import torch and friends without the garbage collector, which would walk a million objects and free none of them.
+    """Import torch and other large libraries without the garbage collector, which would walk a million objects and free none.
 
-    What was imported is taken out of later collections too: `plan` took 11.0 instead of 13.7 s in all.
+    Later collections skip the imported objects too: `plan` took 11.0 s instead of 13.7 s.
     """
     gc.disable()
     try:
@@ -461,8 +461,10 @@ def _quick_imports() -> Iterator[None]:
 
 
 def _let_segments_grow() -> None:
-    """Have torch's allocator map memory page by page, before torch is imported: then a block is never larger than was asked for, which
-    plans rely on, and rows of many lengths leave no holes behind. What the user has set stays; Windows has no such memory.
+    """Let torch's allocator map memory page by page; call before torch is imported.
+
+    A block is then never larger than requested, which plans rely on, and rows of many lengths leave no holes. The user's own setting
+    stays; Windows has no such memory.
     """
     if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -476,7 +478,7 @@ def _numbers(text: str, option: str) -> list[float]:
 
 
 def _whole_numbers(text: str, option: str) -> list[int]:
-    """Different whole numbers above 0."""
+    """Parse different whole numbers above 0."""
     words = [word.strip() for word in text.split(",")]
     wrong = [word for word in words if not (word.isascii() and word.isdecimal() and len(word) < 10 and int(word) > 0)]
     if wrong:
@@ -485,20 +487,20 @@ def _whole_numbers(text: str, option: str) -> list[int]:
         )
     twice = sorted({number for number in map(int, words) if list(map(int, words)).count(number) > 1})
     if twice:
-        raise UserError(f"{option}: {twice[0]} is there twice; give each number once")
+        raise UserError(f"{option}: {twice[0]} is given twice; give each number once")
     return [int(word) for word in words]
 
 
 def _refuse_other_keys(overrides: list[str], verb: str) -> None:
-    others = [override for override in overrides if not override.startswith("eval.")]
-    if others:
+    foreign = [override for override in overrides if not override.startswith("eval.")]
+    if foreign:
         raise UserError(
-            f"{verb}: --set {others[0]} changes nothing here; only keys of eval do, such as eval.max_seq_length"
+            f"{verb}: --set {foreign[0]} has no effect here; set only keys of eval, such as eval.max_seq_length"
         )
 
 
 def _recipe_first(recipe: str, overrides: list[str], *, resume: bool = False, base: Path | None = None) -> None:
-    """Say what is wrong with a recipe before torch is imported; of one that is resumed with `--base`, files may have moved."""
+    """Report problems of a recipe before torch is imported. On a resume with `--base`, its files may have moved."""
     from qlora_lite.recipe import load_recipe
 
     try:

@@ -1,4 +1,4 @@
-"""The verb `ask`: one question, answered by one model of a run or by all side by side."""
+"""The verb `ask`: one question, answered by one model of a run or by all, side by side."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ _CONTEXT_BYTES = 4 * TEXT_CHARS  # a character has at most four
 
 
 def ask(run_dir: Path, question: str, *, context: Path | None, which: str, base: Path | None = None) -> dict[str, Any]:
-    """Stream an answer with the training template, from one model of the run or from all side by side."""
+    """Stream an answer with the training template, from one model of the run or from all, side by side."""
     passage = read_context(context)
     wanted = list(api.WHICH) if which == "all" else [api.model_of_run(which)]
     run, plan = api.open_run(run_dir, base=base)
@@ -46,7 +46,7 @@ def answer(plan: Plan, loaded: api.LoadedModel, name: str, question: str, passag
 
 
 def read_context(path: Path | None) -> str | None:
-    """The passage of a text file. Raises UserError."""
+    """Read the passage from a text file. Raises UserError."""
     if path is None:
         return None
     advice = "Give --context a text file with the passage"

@@ -1,4 +1,4 @@
-"""The verb `check`: recipe, data, rendered rows with their trained tokens, lengths; everything short of training."""
+"""The verb `check`: recipe, data, rendered rows with their trained tokens, lengths; everything except training."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,12 +22,12 @@ from qlora_lite.recipe import Recipe, load_recipe
 
 
 def check(recipes: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Each recipe in turn; see `check_recipe`."""
+    """Check each recipe in turn; see `check_recipe`."""
     return [check_recipe(load_recipe(name, overrides=overrides)) for name in recipes]
 
 
 def check_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Well-formed or not, three rendered rows, lengths, sharing, held-out rows. Raises UserError where nothing could be trained."""
+    """Check one recipe: keys, three rendered rows, lengths, sharing, held-out rows. Raises UserError when no row could be trained."""
     show.say(f"{recipe.path or recipe.name}: the recipe is well-formed", style="bold")
     for note in recipe.notes:
         show.say(note)
@@ -37,7 +37,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     tokenizer = load_tokenizer(source, special_tokens=recipe.data.special_tokens)
     vocabulary = Vocabulary.of(config, recipe.data.special_tokens, base_stops(source))
     asked = recipe.data.max_seq_length
-    found = inspect_rows(
+    inspected = inspect_rows(
         recipe.data.train_files,
         tokenizer,
         format=recipe.data.format,
@@ -47,25 +47,25 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         limit=context_window(config),
         vocabulary=vocabulary,
     )
-    for row in found.bad:
+    for row in inspected.bad:
         show.say_warning(f"bad row, left out: {row}")
-    show.show_rows([(row.id, row.tokens) for row in found.rows])
-    show.show_truncation(found.truncation)
-    show.say(f"format: {found.format} ({found.format_reason})")
-    if found.num_left_out:
-        total = found.num_rows + found.num_left_out
-        show.say(f"the first {found.num_rows:,} of {total:,} rows; data.num_train: null takes all")
+    show.show_rows([(row.id, row.tokens) for row in inspected.rows])
+    show.show_truncation(inspected.truncation)
+    show.say(f"format: {inspected.format} ({inspected.format_reason})")
+    if inspected.num_left_out:
+        total = inspected.num_rows + inspected.num_left_out
+        show.say(f"the first {inspected.num_rows:,} of {total:,} rows; data.num_train: null takes all")
     show.say(
-        f"{found.num_rows} rows, {found.num_dropped} dropped; template: {found.template}; stop token: {found.stop_token}"
+        f"{inspected.num_rows} rows, {inspected.num_dropped} dropped; template: {inspected.template}; stop token: {inspected.stop_token}"
     )
-    for note in found.notes:
+    for note in inspected.notes:
         show.say(note)
-    show.say(f"proposed data.max_seq_length: {found.proposed_max_seq_length} ({found.reason})")
-    if found.num_rows and found.num_dropped >= found.num_rows:
+    show.say(f"proposed data.max_seq_length: {inspected.proposed_max_seq_length} ({inspected.reason})")
+    if inspected.num_rows and inspected.num_dropped >= inspected.num_rows:
         raise UserError(
-            f"data.max_seq_length: at {asked} tokens every row would lose its labels. Use {found.proposed_max_seq_length}, or auto"
+            f"data.max_seq_length: at {asked} tokens every row would lose its labels. Use {inspected.proposed_max_seq_length}, or auto"
         )
-    length = asked if isinstance(asked, int) else found.proposed_max_seq_length
+    length = asked if isinstance(asked, int) else inspected.proposed_max_seq_length
     shared, sharing_reason = what_is_shared(recipe, source)
     show.say(f"data.share_prefixes: {sharing_reason}")
     eval_rows = None if recipe.data.eval is None else _held_out(recipe, recipe.data.eval, source, tokenizer, length)
@@ -75,17 +75,17 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         show.say_warning(sentence)
     return {
         "recipe": str(recipe.path or recipe.name),
-        "num_rows": found.num_rows,
-        "num_left_out": found.num_left_out,
-        "num_dropped": found.num_dropped,
-        "num_bad": found.num_bad,
-        "format": found.format,
-        "format_reason": found.format_reason,
-        "notes": list(found.notes),
-        "truncation": [asdict(line) for line in found.truncation],
-        "rows": [asdict(row) for row in found.rows],
-        "proposed_max_seq_length": found.proposed_max_seq_length,
-        "reason": found.reason,
+        "num_rows": inspected.num_rows,
+        "num_left_out": inspected.num_left_out,
+        "num_dropped": inspected.num_dropped,
+        "num_bad": inspected.num_bad,
+        "format": inspected.format,
+        "format_reason": inspected.format_reason,
+        "notes": list(inspected.notes),
+        "truncation": [asdict(line) for line in inspected.truncation],
+        "rows": [asdict(row) for row in inspected.rows],
+        "proposed_max_seq_length": inspected.proposed_max_seq_length,
+        "reason": inspected.reason,
         "sharing": shared and shared.to_json_dict(),
         "sharing_reason": sharing_reason,
         "eval": held_out and held_out | {"num_in_training": repeats.num_in_training},
@@ -108,7 +108,7 @@ def _trained(recipe: Recipe, tokenizer: Any, max_seq_length: int, vocabulary: Vo
 
 
 def _held_out(recipe: Recipe, file: str, source: Path, tokenizer: Any, trained_length: int) -> Examples:
-    """Which rows of data.eval will be scored, as scoring itself decides it."""
+    """The rows of data.eval that scoring will use, chosen by scoring's own code."""
     data, config = recipe.data, load_config(source)
     window = context_window(config)
     longest, reason = longest_scored(recipe.eval.max_seq_length, window=window, trained_length=trained_length)

@@ -1,4 +1,4 @@
-"""What a shorter or mixed adapter loses of the exact one's effect, on the held-out rows of the run it was made from."""
+"""The share of an adapter's effect that a shortened or mixed one loses, on held-out rows of the run it was made from."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +12,13 @@ from qlora_lite.runs.folder import RunDir
 
 @dataclass(frozen=True)
 class Judge:
-    """A run whose base is at hand and whose held-out rows two adapters can be compared on."""
+    """A run with its base and held-out rows, on which two adapters can be compared."""
 
     run: RunDir
     plan: Plan
 
     def effect_lost(self, exact: Path, other: Path) -> dict[str, Any]:
-        """The share of the effect of the adapter at `exact` that the one at `other` loses, as `--json` has it. Raises ModelError."""
+        """The share of the effect of the adapter at `exact` that the one at `other` loses, as in `--json`. Raises ModelError."""
         with show.phase("comparing the two on held-out rows") as phase:
             lost = api.effect_lost(self.plan, self.run, exact, other)
             phase.note(f"{lost.lost_share:.2%} of the adapter's effect lost, {lost.num_label_tokens} label tokens")
@@ -26,9 +26,9 @@ class Judge:
 
 
 def judge_of(source: Source | None, base: Path | None) -> Judge | None:
-    """None where no run made the adapter, or where it has no held-out rows (any more).
+    """The judge of an adapter; None when no run made it, or when the run has no held-out rows (any more).
 
-    Called before anything is written: raises RunError where the run's base is missing or is another one.
+    Call it before writing anything: raises RunError when the run's base is missing or has changed.
     """
     if source is None or source.run is None:
         return None

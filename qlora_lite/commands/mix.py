@@ -21,14 +21,14 @@ def mix(
     score: bool = True,
     base: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the weighted sum of several adapters as one; where a rank or `dtype` loses something, say how much of the effect."""
+    """Write the weighted sum of several adapters as one; report the share of the effect that a rank or `dtype` loses."""
     asked = [parse_part(part) for part in parts]
     is_exact = rank is None and dtype == "fp32"
-    sources = [] if is_exact or not score else [open_source(each.path) for each in asked]
+    sources = [] if is_exact or not score else [open_source(part.path) for part in asked]
     judge = judge_of(next((source for source in sources if source.run is not None), None), base)
-    with show.phase("adding the changes up"):
+    with show.phase("adding the changes"):
         mixed = mix_adapters(asked, out, rank=rank, dtype=dtype)
-    exact = "exact" if dtype == "fp32" else f"exact but for storing it as {dtype}"
+    exact = "exact" if dtype == "fp32" else f"exact except for storage as {dtype}"
     lost = f", {mixed['lost_share']:.2%} of the sum lost" if rank is not None else f", {exact}"
     show.say(
         f"written: {out} (rank {mixed['r']}{lost}, {format_bytes(mixed['adapter_bytes'])}). Next: qlora-lite eval {out}, or merge it"

@@ -1,4 +1,4 @@
-"""`ask --mix` and `merge --mix`: the weighted sum of several adapters, used without being kept."""
+"""`ask --mix` and `merge --mix`: the weighted sum of several adapters, used and not kept."""
 
 import tempfile
 from collections.abc import Sequence
@@ -31,12 +31,10 @@ def merge_mix(
 ) -> dict[str, Any]:
     """Merge the weighted sum of several adapters into the base of the run, with proof."""
     if out is None:
-        raise UserError(
-            "merge: --mix needs to know where to write: qlora-lite merge RUN_DIR OUT --mix RUN_DIR:WEIGHT ..."
-        )
+        raise UserError("merge: --mix needs an output folder: qlora-lite merge RUN_DIR OUT --mix RUN_DIR:WEIGHT ...")
     with tempfile.TemporaryDirectory(prefix="qlora-lite-") as folder:
         mixed = Path(folder) / "mix"
         mix([parse_part(part) for part in parts], mixed)
         if not RunDir(mixed).has_begun:
-            raise RunError(f"{run_dir}: at least one adapter of a mix must be a run, which says what base it is for")
+            raise RunError(f"{run_dir}: at least one adapter of a mix must be a run, because only a run names its base")
         return merge(mixed, out, overrides, base=base)

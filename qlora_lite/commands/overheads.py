@@ -1,21 +1,21 @@
-"""What a planning ledger cannot see, measured on this machine: what libraries keep, what allocators waste, what 4 bits cost in time.
+"""Measurements on this machine that a planning ledger cannot make: memory of libraries, waste of allocators, time of 4-bit weights.
 
     in    cpu or cuda
-    out   a dict. Sizes end in _bytes, times in _s; `_tokens` is a time in tokens: those whose bf16 product with the same weight takes as
-          long. What was measured more than once is {"median", "low", "high", "num"}
+    out   a dict. Sizes end in _bytes, times in _s; `_tokens` is a time in tokens: the number of tokens whose bf16 product with the same
+          weight takes as long. A repeated measurement is {"median", "low", "high", "num"}
 
-    CPU    imports_rss_bytes         resident when all that training imports is there, before any model
-           step_peak_bytes           of a step of training above its start, by the allocator
-           step_rss_growth_bytes     of the same step, by the system (None where Linux does not tell), and what it is more:
-           allocator_overhead_bytes
-    CUDA   context_bytes             on the card beside what torch's allocator holds: the context, and the kernels that training loads
-           cublas_workspace_bytes    in the allocator since the first bf16 product, for one handle
-           step_allocated_bytes, step_reserved_bytes    the highest in steps of training on rows of many lengths, and
-           fragmentation_bytes       by which the allocator holds more than it gives
-    both   dequantize                NF4 weights of 1,536 x 4,096 dequantized, more than the cache holds, against products with them
+    CPU    imports_rss_bytes         resident memory after training's imports, before any model
+           step_peak_bytes           peak of a training step above its start, by the allocator
+           step_rss_growth_bytes     growth in the same step, by the system (None where Linux does not report it)
+           allocator_overhead_bytes  the difference of the two
+    CUDA   context_bytes             memory of the card outside torch's allocator: the context and the kernels that training loads
+           cublas_workspace_bytes    growth of the allocator in the first bf16 product, for one handle
+           step_allocated_bytes, step_reserved_bytes    peaks in training steps on rows of many lengths
+           fragmentation_bytes       the difference of the two
+    both   dequantize                time to dequantize NF4 weights of 1,536 x 4,096, more than the cache holds, against products with them
 
-It runs in a process of its own that has imported and allocated nothing before; the context is seen from outside, by the process that asks.
-The CUDA half has not met a card yet.
+The measurement runs in its own process, which has imported and allocated nothing before; the calling process measures the context from
+outside. The CUDA half has not run on a card yet.
 """
 
 import json
@@ -51,24 +51,24 @@ from qlora_lite.model.random_model import random_model
 from qlora_lite.training.optimizer import make_optimizer
 from qlora_lite.training.update import update
 
-# Shapes: on the CPU as few layers as tell a step from noise; on a card layers as wide as people tune there, if it holds a few of them.
+# Shapes: on the CPU, the fewest layers that stand out from noise; on a card, layers of a commonly tuned width if it can hold a few.
 CPU_MODEL, CARD_MODEL, SMALL_CARD_MODEL = ("smollm2-135m", 4), ("llama-3.1-8b", 4), ("smollm2-135m", 30)
 LARGE_CARD = 12 * 2**30  # bytes
 LENGTH, LABEL_SHARE = 512, 0.1
 CARD_LENGTHS = tuple(
     range(256, 2817, 128)
-)  # tokens of a micro-batch, in an order that leaves holes: see `measure_card`
+)  # tokens of a micro-batch; `measure_card` orders them so that they leave holes
 NUM_STEPS = 5
 NUM_WRITES = 3
 WEIGHT = (1536, 4096)  # out, in: a layer of a 7B model
 NUM_TOKENS = (64, 128, 256, 512, 1024, 2048)
 NUM_ROUNDS = 9
-CACHES = 4  # times the card's cache that the weights of a round fill; without that they would be read from it
+CACHES = 4  # weights of a round, in multiples of the card's cache, so that they are not read from it
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(device: str) -> dict[str, Any]:
-    """Takes half a minute. Raises UserError when the measuring process fails; its own message is on stderr."""
+    """Measure for half a minute. Raises UserError when the measuring process fails; that process prints its own error on stderr."""
     before = _free_bytes(device)
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([str(_ROOT), *_path()])}
     command = [sys.executable, "-m", "qlora_lite.commands.overheads", device]
@@ -77,20 +77,20 @@ def measure(device: str) -> dict[str, Any]:
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         line = next((line for line in process.stdout if line.startswith("{")), None)
-        held = before - _free_bytes(device)  # while the process is still there
-        process.stdin.close()  # lets it go
+        held = before - _free_bytes(device)  # while the process still runs
+        process.stdin.close()  # ends the process
     if line is None:
-        raise UserError(f"--measure: the measuring process ended with exit code {process.returncode}, and no result")
-    found: dict[str, Any] = json.loads(line)
-    del found["schema_version"]  # of a document on stdout; this becomes a part of one
-    found["disk_write_bytes_per_s"] = disk_write_rate(default_cache())
+        raise UserError(f"--measure: the measuring process ended with exit code {process.returncode} and no result")
+    measured: dict[str, Any] = json.loads(line)
+    del measured["schema_version"]  # belongs to a whole document; this is a part of one
+    measured["disk_write_bytes_per_s"] = disk_write_rate(default_cache())
     if is_accelerator(device):
-        found["context_bytes"] = held - found.pop("reserved_bytes")
-    return found
+        measured["context_bytes"] = held - measured.pop("reserved_bytes")
+    return measured
 
 
 def disk_write_rate(folder: Path, *, num_bytes: int = 64 * 2**20) -> dict[str, float]:
-    """Bytes a second that a file in `folder` is written with until it is durable, as a checkpoint is."""
+    """Durable write speed of `folder` in bytes per second, as for a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     data, rates = os.urandom(num_bytes), []
     for _ in range(NUM_WRITES):
@@ -111,22 +111,22 @@ def _free_bytes(device: str) -> int:
 
 
 def main(device: str) -> None:
-    """The measuring process: prints one JSON document, then waits to be let go, so that what it holds can be seen."""
-    found = measure_card(device) if is_accelerator(device) else measure_cpu()
-    with show.phase("measuring what dequantizing a weight costs"):
-        found["dequantize"] = dequantize_price(device, num_rounds=NUM_ROUNDS)
+    """The measuring process: print one JSON document, then wait for the end of stdin, so that the caller can see its memory."""
+    measured = measure_card(device) if is_accelerator(device) else measure_cpu()
+    with show.phase("measuring the time to dequantize a weight"):
+        measured["dequantize"] = dequantize_price(device, num_rounds=NUM_ROUNDS)
     if is_accelerator(device):
-        found["reserved_bytes"] = torch_module().memory_reserved()
-    show.print_json({"device": device, **found})
+        measured["reserved_bytes"] = torch_module().memory_reserved()
+    show.print_json({"device": device, **measured})
     sys.stdin.read()
 
 
 def measure_cpu() -> dict[str, Any]:
-    """The process and its allocator."""
+    """Measure the process and its allocator."""
     imports = rss_bytes()
     with show.phase("measuring steps of training, by the system and by the allocator"):
         step = partial(training("cpu", *CPU_MODEL), [LENGTH] * 2)
-        step()  # what is made once is there
+        step()  # makes all one-time allocations
         growths = [growth for growth in (rss_growth(step) for _ in range(NUM_STEPS)) if growth is not None]
         with measure_allocations("cpu") as allocations:
             step()
@@ -139,7 +139,7 @@ def measure_cpu() -> dict[str, Any]:
 
 
 def measure_card(device: str) -> dict[str, Any]:
-    """cuBLAS and the caching allocator, which rows of many lengths leave with holes: long and short ones in turn."""
+    """Measure cuBLAS and the caching allocator, in which alternating long and short rows leave holes."""
     card, torch_cuda = card_at(device), torch_module()
     with show.phase("measuring steps of training on the card"):
         workspace = cublas_workspace_bytes(device)
@@ -161,7 +161,7 @@ def measure_card(device: str) -> dict[str, Any]:
 
 
 def cublas_workspace_bytes(device: str) -> int:
-    """What the first product leaves in the allocator, in a process that has made none."""
+    """Bytes that the first product of a process leaves in the allocator."""
     dtype = choose_types("auto", card_at(device)).compute
     left, right = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
     before = torch_module().memory_allocated()
@@ -192,9 +192,9 @@ def training(device: str, model_name: str, num_layers: int) -> Callable[[Sequenc
 
 
 def rss_growth(work: Callable[[], object]) -> int | None:
-    """Highest resident bytes while `work` runs, above those before; None where the system cannot forget the highest so far."""
+    """Peak resident bytes while `work` runs, above the start; None where the system cannot reset the peak."""
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew (proc_pid_clear_refs(5))
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM (proc_pid_clear_refs(5))
     except OSError:
         return None
     before = rss_bytes()
@@ -207,10 +207,10 @@ def rss_growth(work: Callable[[], object]) -> int | None:
 def dequantize_price(
     device: str, *, num_rounds: int, shape: tuple[int, int] = WEIGHT, num_tokens: Sequence[int] = NUM_TOKENS
 ) -> dict[str, Any]:
-    """Seconds of dequantizing a weight [out, in], in tokens of a product with it: in every round both, so that a busy moment meets both.
+    """Seconds to dequantize a weight [out, in], and the same in tokens of a product with it.
 
-    Each time is that of as many weights as fill the device's cache several times, one after the other without waiting between them: so
-    neither the cache nor the launch of a kernel is what is measured.
+    Every round measures both, so that a busy moment affects both. Each time is that of enough weights to fill the device's cache several
+    times, without waiting between them, so that neither the cache nor kernel launches dominate.
     """
     card = card_at(device)
     dtype = choose_types("auto", card).compute
@@ -227,14 +227,14 @@ def dequantize_price(
     dequantize_s: list[float] = []
     product_s: dict[int, list[float]] = {tokens: [] for tokens in num_tokens}
     for _ in range(1 + num_rounds):
-        dequantize = [partial(bitsandbytes.functional.dequantize_4bit, each, state) for each in stored]
+        dequantize = [partial(bitsandbytes.functional.dequantize_4bit, weight, state) for weight in stored]
         dequantize_s.append(_seconds(device, dequantize))
         for tokens, x_TI in inputs_TI.items():
-            product_s[tokens].append(_seconds(device, [partial(torch.matmul, x_TI, each.T) for each in plain]))
-    dequantize_s, product_s = dequantize_s[1:], {tokens: found[1:] for tokens, found in product_s.items()}  # warm now
+            product_s[tokens].append(_seconds(device, [partial(torch.matmul, x_TI, weight.T) for weight in plain]))
+    dequantize_s, product_s = dequantize_s[1:], {tokens: times_s[1:] for tokens, times_s in product_s.items()}  # warm
     price = {
-        tokens: [tokens * one / other for one, other in zip(dequantize_s, found, strict=True)]
-        for tokens, found in product_s.items()
+        tokens: [tokens * one_s / other_s for one_s, other_s in zip(dequantize_s, times_s, strict=True)]
+        for tokens, times_s in product_s.items()
     }
     return {
         "weight_shape": list(shape),
@@ -243,17 +243,17 @@ def dequantize_price(
             {"num_tokens": n, "product_s": spread(product_s[n]), "dequantize_tokens": spread(price[n])}
             for n in num_tokens
         ],
-        "dequantize_tokens": spread([tokens for found in price.values() for tokens in found]),
+        "dequantize_tokens": spread([tokens for tokens_by_round in price.values() for tokens in tokens_by_round]),
     }
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest, and of how many."""
+    """Median, lowest, highest, and the number of values."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "num": len(values)}
 
 
 def _seconds(device: str, work: Sequence[Callable[[], object]]) -> float:
-    """Of one piece of `work`, on average."""
+    """Mean seconds per piece of `work`."""
     synchronize(device)
     begin = time.perf_counter()
     for piece in work:

@@ -1,4 +1,4 @@
-"""The verb `plan`: the memory that training needs by every method, and what fits; `--sweep`: every known model; `--cards`: known cards."""
+"""The verb `plan`: memory that training needs by every method, and sizes that fit; `--sweep`: every known model; `--cards`: known cards."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ from qlora_lite.units import parse_budget
 def plan(
     what: str, overrides: Sequence[str], *, budget: str | None, card: str | None = None, html: Path | None = None
 ) -> dict[str, Any]:
-    """The memory budget report of a model or a recipe: what it needs by every method, and what would fit; as a page too."""
-    named, budget_bytes = None if card is None else card_named(card), _budget(budget)
+    """Plan a model or a recipe: memory by every method, and sizes that fit; also written as a page to `html`."""
+    named_card, budget_bytes = None if card is None else card_named(card), _budget(budget)
     with show.phase(f"rehearsing {what} on the meta device"):
-        request = read_request(what, overrides=overrides, budget_bytes=budget_bytes, named=named)
-        found = forecast(
+        request = read_request(what, overrides=overrides, budget_bytes=budget_bytes, named=named_card)
+        report = forecast(
             request.rehearsals,
             request.chosen,
             request.leanest,
@@ -39,19 +39,19 @@ def plan(
         "settings": request.recipe,
         "reasons": list(request.reasons),
         "sharing": request.sharing and request.sharing.to_json_dict(),
-        **found.to_json_dict(),
+        **report.to_json_dict(),
         **disk_speed(default_cache()),
     }
     show.show_plan(document)
     if html is not None:
         show.say(f"page: {show.write_plan_page(document, html)}")
-    if not found.fits:
-        show.say_warning(found.shortage())
+    if not report.fits:
+        show.say_warning(report.shortage())
     return document
 
 
 def sweep_models(overrides: Sequence[str]) -> dict[str, Any]:
-    """What fits which card: the longest sequence that QLoRA can train, for every model of the built-in table."""
+    """The longest sequence that QLoRA can train on each usual card, for every model of the built-in table."""
     request = read_request(KNOWN[0], overrides=overrides)
     rows: list[dict[str, Any]] = []
     with show.phase("rehearsing every known model") as phase:
@@ -65,14 +65,14 @@ def sweep_models(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def cards() -> dict[str, Any]:
-    """The cards that a plan can be made for without having one."""
+    """The cards that `plan --card` knows."""
     rows = [card_row(name, card_in_table(name)) for name in KNOWN_CARDS]
     show.show_cards(rows)
     return {"cards": rows}
 
 
 def card_row(name: str, card: Card) -> dict[str, Any]:
-    """One of `plan --cards`."""
+    """One row of `plan --cards`."""
     assert card.capability is not None
     return {
         "name": name,
@@ -93,5 +93,5 @@ def _budget(text: str | None) -> int | None:
     except ValueError as error:
         raise UserError(f"--budget: {error}") from error
     if num_bytes == 0:
-        raise UserError("--budget: 0 is no memory at all; give a size such as 24GiB, or leave it out")
+        raise UserError(f"--budget: expected a size above 0, such as 24GiB, got {text}; leave it out for the default")
     return num_bytes

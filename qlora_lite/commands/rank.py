@@ -1,4 +1,4 @@
-"""The verb `rank`: the spectrum of an adapter's change, and which rank to take."""
+"""The verb `rank`: the spectrum of an adapter's change, and a recommended rank."""
 
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ def rank(
     score: bool = True,
     base: Path | None = None,
 ) -> dict[str, Any]:
-    """The spectrum of a run's change, and the advice; with `to` or `num_parameters` a shorter adapter at `out`, and what it costs.
+    """The spectrum of a run's change, and the advice; with `to` or `num_parameters` a shorter adapter at `out`, and its cost.
 
-    `dtype` is what the shorter adapter's factors are stored in.
+    `dtype` is the storage type of the shorter adapter's factors.
     """
     source = open_source(run_dir)
     with show.phase("singular values of every change"):
@@ -32,7 +32,7 @@ def rank(
     show.show_spectra(report)
     if to is not None or num_parameters is not None:
         if out is None:
-            raise UserError("rank: --to and --parameters write a shorter adapter; say where with --out DIR")
+            raise UserError("rank: --to and --parameters write a shorter adapter; name its folder with --out DIR")
         judge = judge_of(source, base) if score else None
         report["truncated"] = shorten(source, out, rank=to, num_parameters=num_parameters, dtype=dtype, judge=judge)
     elif source.run is not None:

@@ -9,11 +9,11 @@ from qlora_lite.runs.records import check_records
 
 
 def report(run_dir: Path) -> dict[str, Any]:
-    """Write the run's one HTML page anew from its files, and show its tables."""
+    """Rewrite the run's HTML page from its files, and show its tables."""
     with RunDir.writing(run_dir) as run:
-        for found in check_records(run.path):
-            if found.why is not None:
-                show.say_warning(f"{found.path}: {found.why}")
+        for record in check_records(run.path):
+            if record.why is not None:
+                show.say_warning(f"{record.path}: {record.why}")
         show.show_run(run.path)
         path = write_report(run)
     show.say(f"page: {path}")
@@ -21,7 +21,7 @@ def report(run_dir: Path) -> dict[str, Any]:
 
 
 def write_report(run: RunDir) -> Path:
-    """The run's page anew from its files."""
+    """Rewrite the run's page from its files."""
     path = run.path / "report.html"
     run.write_text(path.name, show.render_report(run.path))
     return path

@@ -19,7 +19,7 @@ def evaluate_scales(
     overrides: Sequence[str] = (),
     base: Path | None = None,
 ) -> dict[str, Any]:
-    """Loss, exact match and F1 with the change at each scale: 0 is the base, 1 as it was trained."""
+    """Loss, exact match and F1 with the change at each scale: 0 is the base, 1 the trained change."""
     if not scales or not all(map(math.isfinite, scales)):
         raise UserError("--scales: expected numbers, such as 0,0.5,1,1.5")
     run, plan = api.open_run(run_dir, overrides=overrides, base=base)

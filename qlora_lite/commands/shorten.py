@@ -1,4 +1,4 @@
-"""`rank --to` and `rank --parameters`: write a shorter adapter, and show what it costs on held-out rows."""
+"""`rank --to` and `rank --parameters`: write a shorter adapter, and show its cost on held-out rows."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from qlora_lite.units import format_bytes
 def shorten(
     source: Source, out: Path, *, rank: int | None, num_parameters: int | None, dtype: str, judge: Judge | None
 ) -> dict[str, Any]:
-    """Write the best approximation of this rank, or of this many parameters; `judge` scores it beside the whole adapter."""
+    """Write the best approximation of this rank or number of parameters; `judge` compares it with the whole adapter."""
     shorter = truncate(source, out, rank=rank, num_parameters=num_parameters, dtype=dtype)
     size, num = shorter["adapter_bytes"], shorter["num_parameters"]
     show.say(

@@ -1,4 +1,4 @@
-"""Being stopped: the signals that ask for it, and what is said about going on."""
+"""Interruptions: the signals that request a stop, and the command that continues."""
 
 import shlex
 import signal
@@ -14,18 +14,18 @@ from qlora_lite.runs.folder import RunDir, in_command
 
 @contextmanager
 def told_how_to_go_on(run: RunDir, command: str) -> Iterator[None]:
-    """Stopped at once (while loading or scoring, or by a second signal): say what is left and how to continue."""
+    """On an immediate stop (while loading or scoring, or by a second signal), raise Interrupted with the command that continues."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        begun = run.recipe.is_file()
-        message = f"stopped; {'continue with:' if begun else 'nothing was trained yet. Start again with:'}\n  "
-        message += command if begun else command.removesuffix(" --resume")
+        has_begun = run.recipe.is_file()
+        message = f"stopped; {'continue with:' if has_begun else 'nothing was trained yet. Start again with:'}\n  "
+        message += command if has_begun else command.removesuffix(" --resume")
         raise Interrupted(message, exit_code=_code_of(stop)) from stop
 
 
 class _Stop:
-    number: int | None = None  # of the signal that asked to stop
+    number: int | None = None  # of the signal that requested a stop
 
 
 @contextmanager
@@ -53,22 +53,22 @@ def stop_signals() -> Iterator[_Stop]:
 
 @contextmanager
 def told_how_to_fetch_on(command: str) -> Iterator[None]:
-    """The same for files that are being fetched."""
+    """The same for a download."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        message = f"stopped; what has come is kept. Continue with:\n  {command}"
+        message = f"stopped; the partial download is kept. Continue with:\n  {command}"
         raise Interrupted(message, exit_code=_code_of(stop)) from stop
 
 
 def _code_of(stop: KeyboardInterrupt | SystemExit) -> int:
-    """128 and the number of the signal."""
+    """128 plus the number of the signal."""
     if isinstance(stop, KeyboardInterrupt):
         return 130
     return stop.code if isinstance(stop.code, int) and stop.code > 128 else 143
 
 
 def resume_command(recipe_name: str, overrides: Sequence[str], run_dir: Path) -> str:
-    """What continues a run, to be copied into a shell."""
+    """The shell command that continues a run."""
     sets = [word for override in overrides for word in ("--set", override)]
     return shlex.join(["qlora-lite", "train", recipe_name, *sets, "--run-dir", in_command(run_dir), "--resume"])

@@ -15,7 +15,7 @@ from qlora_lite.runs.folder import RunDir
 
 
 def try_ranks(recipe_name: str, overrides: Sequence[str], *, ranks: Sequence[int], share: float) -> dict[str, Any]:
-    """Train each rank for a share of the recipe's epochs and score it: a curve of what more rank brings, and the advice."""
+    """Train each rank for a share of the recipe's epochs and score it: scores by rank, and the advice."""
     if not ranks or min(ranks) < 1 or not 0 < share <= 1:
         raise UserError(
             "rank: --try takes whole numbers above 0, such as 1,2,4,8,16, and --share a number above 0, at most 1"
@@ -27,20 +27,20 @@ def try_ranks(recipe_name: str, overrides: Sequence[str], *, ranks: Sequence[int
         )
     ratio, epochs = recipe.lora.lora_alpha / recipe.lora.r, (recipe.train.epochs or 1.0) * share
     plans: dict[int, Plan] = {}
-    for r in sorted(set(ranks)):  # all of them before the first is trained
+    for r in sorted(set(ranks)):  # plan all ranks before training the first
         own = [f"lora.r={r}", f"lora.lora_alpha={max(1, round(ratio * r))}", f"train.epochs={epochs:g}"]
         own += [f"train.max_steps={max(1, round(recipe.train.max_steps * share))}"] if recipe.train.max_steps else []
         plans[r] = api.make_plan(load_recipe(recipe_name, overrides=[*overrides, *own]))
         plans[r].refuse_what_does_not_fit()
     curve = [_try_rank(plan, r) for r, plan in plans.items()]
-    found = {"curve": curve, "share": share, "advice": advice_of_curve(curve)}
+    report = {"curve": curve, "share": share, "advice": advice_of_curve(curve)}
     show.show_rank_curve(curve)
-    show.say(found["advice"])
-    return found
+    show.say(report["advice"])
+    return report
 
 
 def _try_rank(plan: Plan, r: int) -> dict[str, Any]:
-    """A line of the curve: trained in a folder that goes away again."""
+    """One line of the curve, trained in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="qlora-lite-") as folder:
         run = RunDir(Path(folder) / "run")
         with show.phase(f"r={r}: training"):

@@ -258,7 +258,7 @@ def test_trying_ranks_trains_each_and_says_which_to_take(tmp_path: Path) -> None
             "no direction of any module is that small; the smallest takes 96",
         ),
         (("rank", "{a}", "--parameters", "-3", "--out", "x"), "above 0"),
-        (("rank", "{a}", "--out", "x"), "goes with --to R or --parameters N"),
+        (("rank", "{a}", "--out", "x"), "needs --to R or --parameters N"),
         (("rank", "default", "--try", "1.5"), "--try: expected whole numbers above 0"),
         (("rank", "default", "--try", "1,2.0"), "got '2.0'"),
         (("rank", "default", "--try", "0,1"), "got '0'"),
@@ -267,10 +267,10 @@ def test_trying_ranks_trains_each_and_says_which_to_take(tmp_path: Path) -> None
         (("rank", "default", "--try", "nan"), "got 'nan'"),
         (("rank", "default", "--try", "1,,2"), "got ''"),
         (("rank", "default", "--try", "9" * 5000), "expected whole numbers"),
-        (("rank", "default", "--try", "4,1,4"), "4 is there twice"),
-        (("rank", "default", "--try", "4", "--to", "2"), "--to is about an adapter that is there"),
-        (("rank", "{a}", "--set", "lora.r=2"), "goes with --try"),
-        (("rank", "{a}", "--dtype", "int8"), "goes with --to R or --parameters N"),
+        (("rank", "default", "--try", "4,1,4"), "4 is given twice"),
+        (("rank", "default", "--try", "4", "--to", "2"), "--to needs an existing adapter"),
+        (("rank", "{a}", "--set", "lora.r=2"), "needs --try"),
+        (("rank", "{a}", "--dtype", "int8"), "needs --to R or --parameters N"),
         (("mix", "{a}:0", "--out", "x"), "every weight is 0"),
         (("mix", "{a}:1", "--out", "{a}"), "already exists"),
         (("mix", "{a}:1", "--rank", "0", "--out", "x"), "--rank: expected"),
@@ -293,7 +293,7 @@ def test_questions_from_stdin_are_answered_with_adapters_switched_between_them_o
     done = run_cli("ask", runs[0], "-", "--mix", f"{runs[0]}:1", "--mix", f"{runs[1]}:0", "--json")
     answers = done.json["answers"]
     assert [each["weights"] for each in answers] == [{"a": 1, "b": 0}, {"b": 1}, {"a": 0.5, "b": 0.5}, {"a": 0}]
-    assert "expected /use NAME:WEIGHT ..., with names of a, b" in done.stderr.replace("\n", " ")
+    assert "expected /use NAME:WEIGHT ..., where NAME is one of a, b" in done.stderr.replace("\n", " ")
     assert done.stderr.count("loading the base and the adapters ...") == 1
     alone = [
         run_cli("ask", runs[0], "Why?", "--json").json["answers"]["adapter"],
@@ -313,7 +313,7 @@ def test_questions_from_stdin_go_to_the_runs_own_adapter_without_a_mix(
     done = run_cli("ask", runs[0], "-", "--json")
     assert done.json["answers"][0]["weights"] == {"a": 1}
     wrong = run_cli("ask", runs[0], "-", "--which", "base")
-    assert wrong.code == 2 and "--which goes with one question" in wrong.stderr
+    assert wrong.code == 2 and "--which needs the question as an argument" in wrong.stderr
 
 
 def test_an_adapters_folder_inside_a_run_is_that_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_growth_of_the_process_is_what_work_takes_and_gives_back():
 def test_what_was_measured_with_other_versions_is_said_to_be_old():
     measured = {"measured_at": "2026-01-01", "device": "cpu", "versions": {"torch": "2.10"}, "load_average": 100.0}
     old, busy = doctor.measured_findings(measured, versions={"torch": {"version": "2.13"}})
-    assert old.level == WARNING and "another torch" in old.found and "--measure" in old.advice
+    assert old.level == WARNING and "other versions of torch" in old.found and "--measure" in old.advice
     assert busy.level == WARNING and "busy" in busy.found
     assert list(doctor.measured_findings(None, versions={})) == []
 

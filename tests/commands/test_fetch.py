@@ -87,7 +87,7 @@ def test_a_fetch_that_is_stopped_says_how_to_go_on_and_goes_on(hub):
     started.send_signal(signal.SIGTERM)
     _, err = started.communicate(timeout=60)
     assert started.returncode == 143, err
-    assert err.strip().endswith(f"stopped; what has come is kept. Continue with:\n  qlora-lite fetch {REPO}")
+    assert err.strip().endswith(f"stopped; the partial download is kept. Continue with:\n  qlora-lite fetch {REPO}")
     hub.is_down, hub.cut_after = False, {}
     document = run_cli("fetch", REPO, "--json").json
     assert (Path(document["path"]) / "model.safetensors").read_bytes() == weights
