@@ -1,7 +1,10 @@
-"""The device that computes: what it is and can do.
+"""The device that computes: its properties and abilities.
 
-card.py   `Card`, the value that everything else asks         known_cards.py   the cards that people own, from their data sheets
-accelerator.py   the one that is here, its memory and random numbers           numerics.py   how its libraries shall compute
-host.py   memory of the machine around it                                      tested.py   where the program has been run
-out_of_memory.py   which errors mean a lack of memory
+card.py            `Card`: the properties of a device, in one value
+known_cards.py     figures of common cards, from their data sheets
+accelerator.py     the accelerator of this machine: memory, random numbers
+numerics.py        settings of its libraries: fp32 sums, attention kernels
+out_of_memory.py   recognize errors that mean a lack of memory
+tested.py          the cards on which this program has run
+waiting.py         how long threads spin before they sleep
 """

@@ -1,7 +1,7 @@
-"""The devices that are here: what they can do, their memory, their random numbers. The one place that asks torch about a device by name.
+"""The devices of this machine: abilities, memory, random numbers. Only this module queries torch about a device by name.
 
-`ACCELERATOR` is torch's word for the one kind of accelerator that the program's libraries support: "cuda", which AMD's builds of torch
-answer to as well. Everything else asks a `Card` what it can do. Tests put a stand-in device in its place (tests/standin).
+`ACCELERATOR` is torch's name for the one kind of accelerator that the program's libraries support: "cuda", also in AMD's builds of
+torch. All other code queries a `Card`. Tests replace it by a stand-in device (tests/standin).
 """
 
 import platform
@@ -19,22 +19,22 @@ ACCELERATOR = "cuda"
 
 
 def choose_device(asked: str) -> tuple[Card, str]:
-    """`auto | cpu | cuda` -> (device, reason). Raises UserError for cuda where there is none."""
+    """`auto | cpu | cuda` -> (device, reason). Raises UserError for cuda without a CUDA device."""
     if asked == "cpu":
         return CPU, "cpu: asked for"
     card = card_here()
     if card is not None:
         return card, f"cuda: {card.in_words}" if asked == "auto" else "cuda: asked for"
     if asked == "cuda":
-        raise UserError("device: cuda was asked for, and torch finds no CUDA device. Use device: cpu or auto")
+        raise UserError("device: cuda was asked for, but torch finds no CUDA device. Use device: cpu or auto")
     return CPU, "cpu: torch finds no CUDA device"
 
 
 @cache
 def cpu_multiplies_bf16() -> bool:
-    """Whether this processor has instructions for products of bf16. Without them it converts, which is several times slower than fp32.
+    """Whether this processor has instructions for bf16 products. Without them it converts, which is several times slower than fp32.
 
-    AVX-512 without its bf16 instructions counts as without: oneDNN supports bf16 there by converting.
+    AVX-512 without its bf16 instructions does not count: oneDNN supports bf16 there by converting.
     """
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
@@ -44,7 +44,7 @@ def cpu_multiplies_bf16() -> bool:
 
 @cache
 def cpu_has_amx() -> bool:
-    """Whether products of bf16 go through this processor's tile registers."""
+    """Whether this processor computes bf16 products in tile registers."""
     return cpu_multiplies_bf16() and bool(torch.cpu._is_amx_tile_supported())
 
 
@@ -60,33 +60,33 @@ def is_accelerator(device: str | torch.device) -> bool:
 
 @cache
 def card_here() -> Card | None:
-    """The accelerator that tensors go to by default; None where there is none."""
+    """The default accelerator; None on a machine without one."""
     module = torch_module()
     return card_at_index(module.current_device()) if module.is_available() else None
 
 
 def card_at_index(index: int) -> Card:
-    """One of several, by torch's number."""
-    found = torch_module().get_device_properties(index)
+    """The card with torch's number `index`."""
+    properties = torch_module().get_device_properties(index)
     return with_rates(
         Card(
-            name=found.name,
+            name=properties.name,
             device=ACCELERATOR,
-            memory_bytes=int(found.total_memory),
-            capability=(found.major, found.minor),
-            num_sms=found.multi_processor_count,
-            l2_bytes=int(getattr(found, "L2_cache_size", 0)),  # torch's name for it; older builds have none
+            memory_bytes=int(properties.total_memory),
+            capability=(properties.major, properties.minor),
+            num_sms=properties.multi_processor_count,
+            l2_bytes=int(getattr(properties, "L2_cache_size", 0)),  # torch's name; missing in older builds
         )
     )
 
 
 def forget_cards() -> None:
-    """Ask the device again: a test has changed it."""
+    """Clear the cached card, after a test has changed the device."""
     card_here.cache_clear()
 
 
 def card_at(device: str | torch.device) -> Card:
-    """The card of a torch device that is here."""
+    """The card of a torch device of this machine."""
     if not is_accelerator(device):
         return CPU
     card = card_here()
@@ -95,35 +95,35 @@ def card_at(device: str | torch.device) -> Card:
 
 
 def recipe_word(card: Card) -> str:
-    """How a recipe's `device` says it."""
+    """The value of a recipe's `device` key: "cpu" or "cuda"."""
     return "cpu" if card.is_cpu else "cuda"
 
 
 def fastest_device() -> str:
-    """Where work goes that any device may do: the accelerator where there is one."""
+    """The device for work that any device can do: the accelerator if there is one."""
     return "cpu" if card_here() is None else ACCELERATOR
 
 
 def free_memory(index: int | None = None) -> tuple[int, int]:
-    """-> (free, all) bytes of the accelerator, by the driver."""
+    """-> (free, total) bytes of the accelerator, from the driver."""
     free, total = torch_module().mem_get_info(index)
     return int(free), int(total)
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished its queued work."""
     if is_accelerator(device):
         torch_module().synchronize()
 
 
 def give_back_cache() -> None:
-    """Return what the caching allocator holds and nobody uses."""
+    """Return unused memory of the caching allocator to the card."""
     if card_here() is not None:
         torch_module().empty_cache()
 
 
 def random_state() -> torch.Tensor | None:
-    """Of the accelerator's generator; None where there is none."""
+    """The state of the accelerator's generator; None without an accelerator."""
     return None if card_here() is None else torch_module().get_rng_state()
 
 
@@ -133,7 +133,7 @@ def set_random_state(state: torch.Tensor) -> None:
 
 @contextmanager
 def same_random_numbers(device: str) -> Iterator[None]:
-    """The generators of the CPU and of `device` stand after the block where they stood before."""
+    """Restore the random generators of the CPU and of `device` after the block."""
     devices = [torch_module().current_device()] if is_accelerator(device) else []
     with torch.random.fork_rng(devices=devices, device_type=ACCELERATOR):
         yield

@@ -1,11 +1,11 @@
-"""`Card`: what the program knows of the device that computes, in one value. Types, kernels, rehearsal and strategy ask it.
+"""`Card`: the properties of a device, in one value. Number types, kernels, rehearsal and strategy depend on it.
 
-    made from   the device that is here (accelerator.py), the processor (`CPU`), or a row of known_cards.py (`card_named`)
+    made from   the device of this machine (accelerator.py), the processor (`CPU`), or a row of known_cards.py (`card_named`)
     capability  NVIDIA's compute capability, (8, 9) for an RTX 4090; None for the processor
 
-Which attention kernel a card has for a type and a head width is PyTorch's rule for CUDA (sdp_utils.cpp): FlashAttention-2 from
-capability 8.0 on, for 16 bits, head widths up to 256 and no mask; else the memory-efficient kernel, whose memory also grows linearly with
-the length. cuDNN's attention, which PyTorch prefers on 9.0 and 10.0, is switched off (numerics.py): it makes a new plan for each shape.
+The choice of an attention kernel by type and head width is PyTorch's rule for CUDA (sdp_utils.cpp): FlashAttention-2 from capability 8.0
+on, for 16 bits, head widths up to 256 and no mask; otherwise the memory-efficient kernel, whose memory also grows linearly with the
+length. cuDNN's attention, which PyTorch prefers on 9.0 and 10.0, is switched off (numerics.py): it compiles a plan for each shape.
 """
 
 import difflib
@@ -22,24 +22,24 @@ Kernel = Literal["flash", "efficient", "cpu flash", "plain"]
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 _WITH_BF16 = _WITH_FLASH = (8, 0)
 _FLASH_WIDTH = 256  # the widest head that FlashAttention-2 takes
-_SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # capabilities whose backward pass leaves out the widths:
+_SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # capabilities whose backward pass lacks the widths:
 _NOT_THERE = range(193, 225)
-# A CUDA context with the kernels that training loads, outside torch's allocator: assumed until `doctor --measure` has looked.
+# A CUDA context with training's kernels, outside torch's allocator: assumed until `doctor --measure` has measured it.
 CONTEXT_BYTES = 500 * 2**20
-# Left to the allocator's rounding and holes, of a card's memory: assumed too.
+# Reserve for the allocator's rounding and holes, as a share of a card's memory: also assumed.
 MARGIN_SHARE, MARGIN_BYTES = 0.03, 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Card:
-    """A device. Rates are of dense 16-bit products with fp32 sums and of its own memory; 0 where they are not known."""
+    """A device. Rates are those of dense 16-bit products with fp32 sums and of its own memory; 0 when unknown."""
 
     name: str
-    device: str  # torch's word for where tensors lie: "cpu", "cuda"
+    device: str  # torch's device type of its tensors: "cpu", "cuda"
     memory_bytes: int
     capability: tuple[int, int] | None = None
     num_sms: int = 0
-    flops: float = 0.0  # a second
+    flops: float = 0.0  # per second
     bytes_per_s: float = 0.0
     l2_bytes: int = 0
     link_bytes_per_s: float = 0.0  # to host memory, one direction
@@ -52,29 +52,29 @@ class Card:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it computes in bf16 (emulated before capability 8.0, and slow)."""
+        """Whether it computes in bf16 (before capability 8.0: emulated and slow, so no)."""
         return self.capability is None or self.capability >= _WITH_BF16
 
     @property
     def pages(self) -> bool:
-        """Whether optimizer state may lie in managed memory, which moves to the host when the card is full."""
+        """Whether optimizer state may be in managed memory, which moves to the host when the card is full."""
         return not self.is_cpu
 
     @property
     def round_to(self) -> int:
-        """Bytes that an allocation is a multiple of: the smallest block of CUDA's caching allocator."""
+        """Allocations are multiples of this many bytes: the smallest block of CUDA's caching allocator."""
         return 1 if self.is_cpu else 512
 
     @property
     def cublas_workspace_bytes(self) -> int:
-        """Of one handle: 32 MiB from capability 9.0 on, else 2 x 4,096 KiB + 8 x 16 KiB (CublasHandlePool.cpp of torch 2.12 and later)."""
+        """One handle's workspace: 32 MiB from capability 9.0 on, else 2 x 4,096 KiB + 8 x 16 KiB (torch 2.12's CublasHandlePool.cpp)."""
         if self.capability is None:
             return 0
         return 32 * 2**20 if self.capability >= (9, 0) else (2 * 4096 + 8 * 16) * 2**10
 
     @property
     def runtime_bytes(self) -> int:
-        """What CUDA's libraries take of the allocator: a handle and its workspace for the program's thread and one for autograd's."""
+        """Allocator memory of CUDA's libraries: a handle with workspace for the program's thread and one for autograd's."""
         return 2 * self.cublas_workspace_bytes
 
     @property
@@ -91,7 +91,7 @@ class Card:
         has_mask: bool = False,
         trains: bool = True,
     ) -> Kernel:
-        """The kernel for heads `width` wide (values `value_width`); `trains`: a backward pass follows."""
+        """The kernel for heads of width `width` (values `value_width`); `trains`: a backward pass follows."""
         same_width = value_width in (None, width)
         if self.capability is None:
             return "cpu flash" if same_width else "plain"
@@ -106,7 +106,7 @@ CPU = Card("CPU", "cpu", 0)
 
 
 def card_named(name: str) -> Card:
-    """A row of the table, by its name as `plan --cards` lists it or as the driver has it. Raises UserError with the nearest names."""
+    """The card of the table with this name, from `plan --cards` or from the driver. Raises UserError with the nearest names."""
     key = _key(name)
     if key in KNOWN_CARDS:
         return card_in_table(key)
@@ -122,17 +122,17 @@ def card_named(name: str) -> Card:
     near = parts or difflib.get_close_matches(key, KNOWN_CARDS, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise UserError(
-        f"--card: {name!r} is not the name of one card in the table; {hint}`plan --cards` lists all {len(KNOWN_CARDS)}"
+        f"--card: {name!r} does not name exactly one card of the table; {hint}`plan --cards` lists all {len(KNOWN_CARDS)}"
     )
 
 
 def name_of(card: Card) -> str:
-    """As `--card` takes it, where the table has the card; else the driver's name for it."""
+    """The name for `--card` if the table has the card, else the driver's name."""
     return next((short for short, row in KNOWN_CARDS.items() if row.full_name == card.name), card.name)
 
 
 def card_in_table(short: str) -> Card:
-    """A row of the table as a value; its memory is what CUDA reports."""
+    """A row of the table as a `Card`; its memory is the amount that CUDA reports."""
     row = KNOWN_CARDS[short]
     return Card(
         name=row.full_name,
@@ -149,11 +149,11 @@ def card_in_table(short: str) -> Card:
     )
 
 
-COMMON_CARD = card_in_table("rtx-4090")  # planned for where no card is here and none is named
+COMMON_CARD = card_in_table("rtx-4090")  # the card of a plan when none is present or named
 
 
 def with_rates(card: Card) -> Card:
-    """A card that is here with the table's rates; where its name is not in it, those of the slowest row of the nearest capability."""
+    """A present card with the rates of the table; for an unknown name, those of the slowest card of the nearest capability."""
     assert card.capability is not None
     rows = [card_in_table(short) for short in KNOWN_CARDS]
     own = [row for row in rows if row.name.lower() == card.name.lower()]
@@ -173,7 +173,7 @@ def with_rates(card: Card) -> Card:
 
 
 def usable_memory(card: Card) -> tuple[int, str]:
-    """-> (bytes that a run may take of a card that is not here, why): its memory less the CUDA context and a margin."""
+    """-> (bytes that a run may use of a card that is not present, reason): its memory less the CUDA context and a margin."""
     margin = max(MARGIN_BYTES, int(MARGIN_SHARE * card.memory_bytes))
     usable = card.memory_bytes - CONTEXT_BYTES - margin
     return usable, (

@@ -1,10 +1,10 @@
-"""NVIDIA cards that people own, with the figures a plan needs where the card itself cannot be asked.
+"""Common NVIDIA cards, with the figures that a plan needs when the card is not present.
 
-Each figure is what NVIDIA states or what follows from it: units times clock for a rate, bus width times data rate
+Each figure is NVIDIA's or follows from NVIDIA's: units times clock for a rate, bus width times data rate
 for a bandwidth. No card reaches all of them at once. The columns:
 
-- full_name: what `torch.cuda.get_device_name` returns with a driver of 2021 or later. Older drivers leave "NVIDIA "
-  out. A name does not always tell the memory: the RTX 2060, 3050, 3060, 3080, 4060 Ti and 5060 Ti exist with another
+- full_name: the result of `torch.cuda.get_device_name` with a driver of 2021 or later. Older drivers omit "NVIDIA ".
+  A name does not always determine the memory: the RTX 2060, 3050, 3060, 3080, 4060 Ti and 5060 Ti exist with another
   size too, and the other 2060, 3050 and 3080 have another number of SMs.
 - memory_gib: nominal memory in GiB, as the card is sold.
 - capability: the CUDA compute capability. Tensor cores multiply bfloat16 from 8.0 on; below it `tflops_16` holds for
@@ -16,7 +16,7 @@ for a bandwidth. No card reaches all of them at once. The columns:
   without tensor cores have their float32 rate here.
 - bandwidth_gb_s: of the card's memory, in 10^9 bytes a second.
 - l2_mib: the second-level cache, in MiB.
-- power_w: board power in watts, as delivered. For laptops it is the most that a maker may set, without Dynamic Boost,
+- power_w: default board power in watts. For laptops it is the highest that a maker may set, without Dynamic Boost,
   and `tflops_16` belongs to it; many laptops allow far less.
 - link_gb_s: to the host, in one direction, in 10^9 bytes a second. PCIe 3.0 x16 has 15.75, 4.0 x16 31.5, 5.0 x16 63;
   x8 has half. A slot of an older generation or with fewer lanes lowers it.
@@ -24,12 +24,12 @@ for a bandwidth. No card reaches all of them at once. The columns:
 The sources are NVIDIA's architecture whitepapers (Pascal GP100, Volta GV100, Turing, Ampere GA100 and GA102, Ada,
 Hopper, RTX Blackwell) and the data sheet or product page of each card. GeForce figures are those of reference cards,
 not of Founders Editions with a higher clock. AWS publishes the A10G's data sheet; its SMs and the H200's cache are
-what CUDA reports.
+from CUDA.
 
-`REPORTED_GIB` is the memory that CUDA reports where it is far below the nominal one: with ECC in GDDR6 seven to nine
-percent are missing. The T4's, L40S's and A10G's stand in error messages that users made public ("total capacity of
-14.56 GiB"); the A10's and L4's are taken to be the A10G's. Of all other cards `REPORTED_SHARE` is taken, a little
-below what they report.
+`REPORTED_GIB` is the memory that CUDA reports where it is far below the nominal one: ECC in GDDR6 takes seven to nine
+percent. The values of the T4, L40S and A10G come from error messages that users published ("total capacity of
+14.56 GiB"); the A10 and L4 are assumed equal to the A10G. For all other cards, `REPORTED_SHARE` is used, slightly
+below the reported share.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KnownCard:
-    """One row; the module's docstring says what each column means."""
+    """One row; the module's docstring explains the columns."""
 
     full_name: str
     memory_gib: float
@@ -50,7 +50,7 @@ class KnownCard:
     link_gb_s: float
 
 
-# By generation, then memory, then rate. The columns stand in the order of the fields.
+# By generation, then memory, then rate. The columns are in the order of the fields.
 KNOWN_CARDS: dict[str, KnownCard] = {
     # Pascal
     "gtx-1080-ti": KnownCard("NVIDIA GeForce GTX 1080 Ti", 11.0, (6, 1), 28, 11.3, 484.0, 2.75, 250, 15.75),

@@ -1,9 +1,8 @@
-"""How an accelerator's libraries shall compute: sums in fp32 to the end, and attention by kernels whose memory is known.
+"""Settings of an accelerator's libraries: full fp32 sums, and attention kernels of known memory.
 
-By default cuBLAS may add up parts of a 16-bit product in 16 bits (split-K), which rounds more than once: a small change that an adapter
-makes is lost there. And on capability 9.0 and 10.0 torch prefers cuDNN's attention, which compiles a plan for each new shape, while
-packed rows have a new shape in every step. Both are switched off while our code computes, and put back afterwards. On the CPU nothing
-changes.
+By default cuBLAS may add parts of a 16-bit product in 16 bits (split-K). This rounds more than once, and loses small changes of an
+adapter. On capability 9.0 and 10.0 torch prefers cuDNN's attention, which compiles a plan for each new shape; packed sequences have a
+new shape in every step. Our code switches both off while it computes, and restores them afterwards. On the CPU nothing changes.
 """
 
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import torch
 
 @contextmanager
 def exact_sums() -> Iterator[None]:
-    """Products of 16-bit inputs are summed in fp32 and rounded once, and attention never goes by cuDNN; as before afterwards."""
+    """Inside, sum products of 16-bit inputs in fp32, round once, and never use cuDNN's attention; restore the settings afterwards."""
     products = torch.backends.cuda.matmul
     before = (
         products.allow_bf16_reduced_precision_reduction,

@@ -1,4 +1,4 @@
-"""How much anonymous host memory a stage takes: what the process must really have, memory-mapped files left out."""
+"""Anonymous host memory of a stage: memory that the process must really have, without memory-mapped files."""
 
 import threading
 from pathlib import Path
@@ -8,9 +8,9 @@ _SAMPLE_S = 0.005
 
 
 class HostMemoryMeter:
-    """Context manager; `peak_bytes` is the highest RssAnon seen inside it, above what it was on entry.
+    """Context manager; `peak_bytes` is the highest RssAnon sampled inside, above the value on entry.
 
-    Samples /proc/self/status every 5 ms in a thread. None where that does not exist (outside Linux).
+    Samples /proc/self/status every 5 ms in a thread. None outside Linux, where it does not exist.
     """
 
     def __init__(self) -> None:
@@ -48,5 +48,5 @@ def _anonymous_bytes() -> int | None:
                 if line.startswith("RssAnon:"):
                     return int(line.split()[1]) * 1024
     except OSError:
-        pass  # not Linux: the meter says None
+        pass  # not Linux: the meter stays None
     return None

@@ -1,6 +1,6 @@
-"""What `doctor --measure` kept: sizes of this machine that a plan's ledger cannot see, and its disk.
+"""Stored results of `doctor --measure`: sizes that a plan's ledger cannot see, and the speed of the disk.
 
-doctor writes and shows it, plan uses it.
+doctor writes and shows them; plan uses them.
 """
 
 import json
@@ -11,16 +11,16 @@ KEPT = "doctor.json"  # in the cache
 
 
 def kept_measurement(path: Path) -> dict[str, Any] | None:
-    """What an earlier `--measure` kept; None where there is none or it cannot be read."""
+    """The document of an earlier `--measure`; None when it is missing or unreadable."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        measured = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("versions"), dict) else None
+    return measured if isinstance(measured, dict) and isinstance(measured.get("versions"), dict) else None
 
 
 def disk_speed(cache: Path) -> dict[str, float | None]:
-    """`disk_write_bytes_per_s` as a plan has it; None where it was not measured."""
+    """-> {"disk_write_bytes_per_s": bytes per second, or None when not measured}, as in a plan."""
     spread = (kept_measurement(cache / KEPT) or {}).get("disk_write_bytes_per_s")
-    found = spread.get("median") if isinstance(spread, dict) else None
-    return {"disk_write_bytes_per_s": found if isinstance(found, float) and found > 0 else None}
+    median = spread.get("median") if isinstance(spread, dict) else None
+    return {"disk_write_bytes_per_s": median if isinstance(median, float) and median > 0 else None}

@@ -1,18 +1,18 @@
-"""Who holds how many bytes, storage by storage, while tensor code runs: on meta tensors (nothing is computed) or on real ones.
+"""Count bytes by category, storage by storage, while tensor code runs: on meta tensors (nothing is computed) or on real ones.
 
-    with Ledger(card=card) as ledger:         # its allocator rounds to 512 bytes; the CPU's to 1
+    with Ledger(card=card) as ledger:         # a card's allocator rounds to 512 bytes; the CPU's to 1
         ledger.hold("weights", *model.parameters())
-        loss = model(x)                       # storages that are made count as activations until they are freed
+        loss = model(x)                       # new storages count as activations until they are freed
         with counted_as("workspace"):         # and as workspace here
             optimizer.step()
-    ledger.peaks["workspace"]                 # highest sum while workspace was made: its parts at that instant
+    ledger.peaks["workspace"]                 # parts of the highest sum while new storages counted as workspace
 
-`counted_as`, `count_as` and `count_as_after` speak to whatever is open: a ledger, or another book that wants to know what is made now
-(memory/measuring.py asks the allocator by them).
+`counted_as`, `count_as` and `count_as_after` address every open book: a ledger, or another object that follows the current category
+(memory/measuring.py reads the allocator at these calls).
 
-A dispatch mode sees every operator's results; a storage is counted once, whatever views there are, and leaves when Python's last
-reference and autograd's are gone. What an operator allocates and frees inside itself is invisible here: `workspace` says it,
-a function of the operator and its arguments that returns bytes. Costs about ten microseconds an operator.
+A dispatch mode sees the results of every operator. A storage counts once, however many views it has, and leaves with the last reference
+of Python and autograd. Memory that an operator allocates and frees internally is invisible here; `workspace`, a function of the operator
+and its arguments, returns its bytes. The cost is about ten microseconds per operator.
 """
 
 import sys
@@ -33,40 +33,40 @@ from qlora_lite.device.accelerator import card_at
 from qlora_lite.device.card import CPU, Card
 from qlora_lite.memory.meta_operators import result_of
 
-# The phase of a step in which a category is made.
+# Category of new storages -> phase of a step.
 PHASES = {"activations": "forward", "logits": "head", "recompute": "backward", "workspace": "update"}
-PAGED = "paged"  # a category that lies in managed memory: counted, and no part of what the device must hold
+PAGED = "paged"  # a category in managed memory: counted, but not part of the device's total
 _ADD = torch.ops.aten.add.Tensor
-_ENGINE = _engine_run_backward.__code__  # what calls an operator that no function of Python's calls
+_ENGINE = _engine_run_backward.__code__  # the caller of an operator that no Python function calls
 Workspace = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
 Answer = Callable[[Any], float]
 
 
 class Book(Protocol):
-    """Something that is told what is made from now on."""
+    """An object that follows the category of new storages."""
 
     current: str
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes held at most between the mark before and this one."""
+    """The most bytes held between the previous mark and this one."""
 
-    phase: str  # what was made when the mark was set
+    phase: str  # the category of new storages at the mark
     name: str
     num_bytes: int
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes by category, now and at the peaks: one peak for each category that new storages have counted as.
+    """Bytes by category, now and at the peaks: one peak for each category of new storages.
 
-    `card` is what meta tensors stand for; an allocation there takes a multiple of its `round_to` bytes. Code that asks a meta tensor
-    for its value (`.item()`, `if`) is told `answer(operator)`, of the operator that ran before it asked.
+    Meta tensors stand for tensors on `card`; an allocation there takes a multiple of its `round_to` bytes. Code that reads the value of
+    a meta tensor (`.item()`, `if`) gets `answer(operator)`, for the operator that ran before.
     """
 
     def __init__(self, *, card: Card = CPU, workspace: Workspace | None = None) -> None:
         super().__init__()
-        _holders_of_one()  # while nothing is computed
+        _holders_of_one()  # cache it before anything is computed
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, dict[str, int]] = {}
         self.current = "activations"
@@ -82,12 +82,12 @@ class Ledger(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """torch's own hook: nothing is compiled under a ledger, and the guard against it costs 3 microseconds an operator."""
+        """torch's own hook: nothing is compiled under a ledger, and the guard against it costs 3 microseconds per operator."""
         return False
 
     @property
     def total_bytes(self) -> int:
-        """All that is held now."""
+        """Bytes held now."""
         return self._total
 
     def __enter__(self) -> "Ledger":
@@ -100,17 +100,17 @@ class Ledger(TorchDispatchMode):
         _open.remove(self)
 
     def hold(self, category: str, *tensors: torch.Tensor) -> None:
-        """Count the storages of `tensors` as `category`, whether they are new or known."""
+        """Count the storages of `tensors` as `category`, new or known."""
         for tensor in tensors:
             self._enter(tensor.untyped_storage(), category)
 
     def forget_peaks(self) -> None:
-        """Peaks from now on."""
+        """Restart the peaks."""
         self.peaks.clear()
         self._highest.clear()
 
     def mark(self, name: str) -> None:
-        """Note what was held at most since the last mark."""
+        """Record the most bytes held since the last mark."""
         self.moments.append(Moment(self.current, name, self._since_mark))
         self._since_mark = self._total
 
@@ -174,7 +174,7 @@ _open: list[Book] = []
 
 
 def _is_called_by_autograd() -> bool:
-    """Whether no function of Python's called the operator: the engine does, below its own frame or, in a device's thread, below none."""
+    """Whether autograd's engine called the operator: its frame is the caller's or, in a device's thread, there is no caller."""
     try:
         caller = sys._getframe(2).f_code  # 1 is the dispatch mode
     except ValueError:
@@ -183,9 +183,9 @@ def _is_called_by_autograd() -> bool:
 
 
 def is_added_in_place(gradient: torch.Tensor) -> bool:
-    """Whether autograd, which adds up the gradients of what is used several times, would add to this one where it lies.
+    """Whether autograd, which sums the gradients of a tensor used several times, would add to this one in place.
 
-    It does when nothing else holds it (torch/csrc/autograd/input_buffer.cpp), but never under a dispatch mode, so a ledger does it.
+    It does when nothing else holds it (torch/csrc/autograd/input_buffer.cpp), but never under a dispatch mode, so the ledger does it.
     """
     is_its_own = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
     return is_its_own and _num_holders(gradient) == _holders_of_one()
@@ -198,13 +198,13 @@ def _num_holders(tensor: torch.Tensor) -> int:
 
 @cache
 def _holders_of_one() -> int:
-    """What `_use_count` says in a dispatch mode of a gradient that nothing but autograd holds."""
-    found: list[int] = []
+    """The `_use_count`, in a dispatch mode, of a gradient that only autograd holds."""
+    counts: list[int] = []
 
     class Probe(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is _ADD and torch._C._current_graph_task_id() != -1:
-                found.append(_num_holders(args[0]))
+                counts.append(_num_holders(args[0]))
             return func(*args, **(kwargs or {}))
 
     with torch.enable_grad():
@@ -212,12 +212,12 @@ def _holders_of_one() -> int:
         twice = [(weight * factor).sum() for _ in range(2)]
         with Probe():
             torch.autograd.backward(twice)
-    return found[0]
+    return counts[0]
 
 
 @contextmanager
 def opened(book: Book) -> Iterator[None]:
-    """`book` is told, too, what is made inside this block."""
+    """Add `book` to the open books inside this block."""
     _open.append(book)
     try:
         yield
@@ -227,7 +227,7 @@ def opened(book: Book) -> Iterator[None]:
 
 @contextmanager
 def counted_as(category: str) -> Iterator[None]:
-    """Storages that are made inside this block count as `category` in the books that are open."""
+    """Count new storages inside this block as `category` in all open books."""
     before = [(book, book.current) for book in _open]
     count_as(category)
     try:
@@ -238,19 +238,19 @@ def counted_as(category: str) -> Iterator[None]:
 
 
 def count_as(category: str) -> None:
-    """Storages that are made from now on count as `category`."""
+    """Count new storages as `category` from now on."""
     for book in _open:
         book.current = category
 
 
 def count_as_after(tensor: torch.Tensor, category: str) -> None:
-    """From the moment that the gradient of `tensor` is there, storages count as `category`; only while a book is open."""
+    """Count new storages as `category` once the gradient of `tensor` exists; no effect without an open book."""
     if _open and tensor.requires_grad:
         tensor.register_hook(lambda _: count_as(category))
 
 
 def card_of(tensor: torch.Tensor) -> Card:
-    """The card that `tensor` is on, or, of a meta tensor, the one that the open ledger says it stands for."""
+    """The card of `tensor`; for a meta tensor, the card of the open ledger."""
     if not tensor.is_meta:
         return card_at(tensor.device)
     ledgers = [book for book in _open if isinstance(book, Ledger)]

@@ -1,4 +1,4 @@
-"""What a step really takes: allocation events on the CPU, the caching allocator's peak on CUDA, and the process's memory."""
+"""Measured memory of a step: allocation events on the CPU, the caching allocator's peak on CUDA, and the process's memory."""
 
 import ctypes
 import os
@@ -14,23 +14,23 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from qlora_lite.device.accelerator import is_accelerator, torch_module
 from qlora_lite.memory.ledger import opened
 
-_FIRST = "activations"  # what is made until something else is said
-_MARK = "qlora_lite makes "  # begins the name of an event that separates phases
+_FIRST = "activations"  # the category until another one is set
+_MARK = "qlora_lite makes "  # prefix of the events that separate phases
 
 
 @dataclass
 class Allocations:
-    """Bytes above what was allocated when the measurement began; set when its block ends."""
+    """Bytes above the start of the measurement; set when its block ends."""
 
     peak_bytes: int = 0
-    peaks: dict[str, int] = field(default_factory=dict)  # by what was made then: the ledger's categories
+    peaks: dict[str, int] = field(default_factory=dict)  # by the ledger's category at that time
 
 
 @contextmanager
 def measure_allocations(device: str, into: Allocations | None = None) -> Iterator[Allocations]:
-    """Measure the block's peaks of allocated device memory above its start, from the allocator itself; the result is `into`.
+    """Measure the block's peaks of allocated device memory above its start, from the allocator; the result goes to `into`.
 
-    On the CPU the profiler keeps about 1.5 KB an event until the block is over: measure a micro-batch, not a step.
+    On the CPU the profiler keeps about 1.5 KB per event until the block ends: measure a micro-batch, not a step.
     """
     result = into if into is not None else Allocations()
     with (_accelerators_peaks if is_accelerator(device) else _cpu_peaks)(result):
@@ -40,7 +40,7 @@ def measure_allocations(device: str, into: Allocations | None = None) -> Iterato
 
 @contextmanager
 def _accelerators_peaks(result: Allocations) -> Iterator[None]:
-    """The caching allocator counts on the host, in the order of the calls: nothing need be waited for."""
+    """The caching allocator counts on the host, in the order of the calls, so no synchronization is needed."""
     torch_module().reset_peak_memory_stats()
     phases = _AllocatorPhases(result.peaks, before=torch_module().memory_allocated())
     with opened(phases):
@@ -49,7 +49,7 @@ def _accelerators_peaks(result: Allocations) -> Iterator[None]:
 
 
 class _AllocatorPhases:
-    """A book whose every entry asks the allocator for its peak since the entry before."""
+    """A book that reads the allocator's peak at every change of category."""
 
     def __init__(self, peaks: dict[str, int], *, before: int) -> None:
         self._peaks, self._before, self._current = peaks, before, _FIRST
@@ -79,7 +79,7 @@ def _cpu_peaks(result: Allocations) -> Iterator[None]:
 
 
 class _CpuPhases:
-    """A book whose every entry becomes an event between the allocator's."""
+    """A book that records every change of category as an event among the allocator's."""
 
     def __init__(self) -> None:
         self._current = _FIRST
@@ -96,9 +96,9 @@ class _CpuPhases:
 
 
 def allocator_statistics(device: str) -> dict[str, int] | None:
-    """What torch's caching allocator tells of a card: bytes it has taken, its largest free block, and how often memory ran short.
+    """Statistics of torch's caching allocator: reserved bytes, largest free block, retries and failures; None on the CPU.
 
-    A retry gave back what was cached and asked the card again; there is no such allocator on the CPU (None).
+    A retry is an allocation that succeeded after the allocator had emptied its cache.
     """
     if not is_accelerator(device):
         return None
@@ -113,13 +113,13 @@ def allocator_statistics(device: str) -> dict[str, int] | None:
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process: all of it, imports and page cache of mapped files included. 0 outside Linux."""
+    """Resident bytes of this process, including imports and the page cache of mapped files. 0 outside Linux."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def give_back_free_memory() -> None:
-    """Return freed heap pages to the system: glibc keeps them, and a step would leave hundreds of MiB of holes behind."""
+    """Return freed heap pages to the system: glibc keeps them, and a step would leave hundreds of MiB of holes."""
     if sys.platform == "linux" and _malloc_trim is not None:
         _malloc_trim(0)
 
@@ -135,7 +135,7 @@ _malloc_trim = _find_malloc_trim()
 
 
 def _peaks_of_events(profiler: profile) -> dict[str, int]:
-    """Highest running sum of the allocator's events by what was made; an event's size is negative where memory was freed."""
+    """Highest running sum of the allocator's events by category; an event that frees memory has a negative size."""
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events: list[Any] = [
         event

@@ -1,9 +1,9 @@
-"""What operators make of meta tensors, remembered: results there depend on shapes, strides and types alone.
+"""Remembered results of operators on meta tensors: they depend on shapes, strides and types alone.
 
-torch works many of them out in Python, by its reference implementations, in 0.1 to 0.3 ms a call, and a rehearsal calls the same
-operators on the same shapes in every layer, at every depth, for every method. What lies in memory of its own is
-remembered, and that an argument was written into which looks as before; views are left to torch. That both ways hold the same
-bytes: tests/memory/test_meta_operators.py, tests/promises/test_promise_06_plan.py.
+torch computes many of them in Python, by its reference implementations, in 0.1 to 0.3 ms per call, and a rehearsal calls the same
+operators on the same shapes in every layer, at every depth, for every method. Remembered are results with their own memory, and in-place
+writes that do not change an argument's shape; views are left to torch. Tests that both ways hold the same bytes:
+tests/memory/test_meta_operators.py, tests/promises/test_promise_06_plan.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,13 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 _NEW, _IN_PLACE, _OTHER = "new", "in place", "other"
-_MOST = 50_000  # results that are remembered, about 1 KB each
+_MOST = 50_000  # remembered results, about 1 KB each
 _PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
-_makers: dict[Any, Callable[[], Any] | None] = {}  # None: torch is to be asked each time
+_makers: dict[Any, Callable[[], Any] | None] = {}  # None: call torch each time
 
 
 def result_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What `func` returns, made anew from what it returned before."""
+    """The result of `func`, rebuilt from the description of an earlier result."""
     kind = _kind(func)
     if kind is _OTHER:
         return func(*args, **kwargs)
@@ -49,20 +49,20 @@ class _Indescribable(Exception):
 
 
 def _unknown() -> None:
-    """Stands for a key that is not there."""
+    """Stands for a missing key."""
 
 
 def _first() -> None:
-    """Stands for the first argument, which was written into and looks as it did."""
+    """Stands for the first argument, written in place without a change of shape."""
 
 
 @cache
 def _kind(func: Any) -> str:
-    """_NEW: no result is a view of an argument; _IN_PLACE: the result is the first argument, the only one that is written into."""
+    """_NEW: no result is a view of an argument; _IN_PLACE: the result is the first argument, the only one that is written."""
     schema = getattr(func, "_schema", None)
     if schema is None:
         return _OTHER
-    arguments, returns = ([each.alias_info for each in them] for them in (schema.arguments, schema.returns))
+    arguments, returns = ([value.alias_info for value in side] for side in (schema.arguments, schema.returns))
     if not any((*arguments, *returns)):
         return _NEW
     written = [alias is not None and alias.is_write for alias in arguments]
@@ -71,33 +71,33 @@ def _kind(func: Any) -> str:
 
 
 def _described(values: Sequence[Any]) -> tuple[Any, ...]:
-    """All that a result may depend on, to look it up by."""
-    found: list[Any] = []
+    """The key of a result: everything that it may depend on."""
+    key: list[Any] = []
     for value in values:
         if isinstance(value, torch.Tensor):
             if not value.is_meta:
                 raise _Indescribable
-            found += (value.shape, value.stride(), value.dtype)
+            key += (value.shape, value.stride(), value.dtype)
         elif isinstance(value, (list, tuple)):
-            found.append(_described(value))
+            key.append(_described(value))
         elif value is None or isinstance(value, _PLAIN):
-            found += (type(value), value)  # 1, 1.0 and True are equal and make other types
+            key += (type(value), value)  # 1, 1.0 and True are equal but give other types
         else:
             raise _Indescribable
-    return tuple(found)
+    return tuple(key)
 
 
 def _is_apart(out: Any, given: Any) -> bool:
-    """Whether nothing that came out lies in what went in: not every view says that it is one."""
+    """Whether no result shares a storage with an argument: not every view is declared as one."""
     storages = [
-        {leaf.untyped_storage()._cdata for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)}
-        for each in (out, given)
+        {leaf.untyped_storage()._cdata for leaf in tree_leaves(side) if isinstance(leaf, torch.Tensor)}
+        for side in (out, given)
     ]
     return not storages[0] & storages[1]
 
 
 def _maker_of(out: Any) -> Callable[[], Any] | None:
-    """Makes the like of `out`: a meta tensor, or several, each in a storage of its own that it fills."""
+    """A function that rebuilds `out`: one or several meta tensors, each filling its own storage; None for other results."""
     if isinstance(out, torch.Tensor):
         shape, stride, dtype = out.shape, out.stride(), out.dtype
         if (
@@ -107,9 +107,9 @@ def _maker_of(out: Any) -> Callable[[], Any] | None:
         ):
             return None
         return lambda: torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-    if not isinstance(out, tuple) or not all(isinstance(each, torch.Tensor) for each in out):
+    if not isinstance(out, tuple) or not all(isinstance(part, torch.Tensor) for part in out):
         return None
-    makers = [_maker_of(each) for each in out]
-    if len({each.untyped_storage()._cdata for each in out}) < len(out) or not all(makers):
+    makers = [_maker_of(part) for part in out]
+    if len({part.untyped_storage()._cdata for part in out}) < len(out) or not all(makers):
         return None
     return lambda: tuple(maker() for maker in makers if maker is not None)

@@ -3,9 +3,9 @@
 LoRA (arXiv 2106.09685) learns a change of each weight, W + scaling * B @ A, with A [R, in] and B [out, R]; scaling is
 lora_alpha / R, or lora_alpha / sqrt(R) for rsLoRA (arXiv 2312.03732). B starts at zero, so training starts at the base model.
 
-peft places, names, saves and loads the factors. Two things are ours. Factors get their gradients in fp32 (`FactorLinear`): bf16
-autograd rounds each micro-batch's gradient to 8 bits before it is added up (5e-3 off after 16 micro-batches); in fp32 the split
-of a step no longer shows. And the layers compute base and change in one product (tuned_linear.py).
+peft places, names, saves and loads the factors. Two parts are ours. The gradients of factors are fp32 (`FactorLinear`): bf16 autograd
+rounds the gradient of each micro-batch to 8 bits before the sum (5e-3 off after 16 micro-batches); in fp32 the split of a step has no
+visible effect. And the layers compute base and change in one product (tuned_linear.py).
 """
 
 import warnings
@@ -46,9 +46,8 @@ def attach_adapter(
 ) -> PeftModel:
     """Wrap `model` with a new trainable adapter; the base is frozen. `target_modules` are name endings, or "all-linear".
 
-    `modules_to_save` are name endings of modules that are trained whole, as copies in their own type; of embedding and head
-    the rows of `new_token_ids` are trained.
-    Raises ModelError when a name meets no linear layer of the model, or no module that can be trained whole.
+    `modules_to_save` are name endings of modules that are trained whole, as copies in their own type. In embedding and head, the rows of
+    `new_token_ids` are trained. Raises ModelError when a name matches no linear layer, or no module that can be trained whole.
     """
     whole = modules_trained_whole(
         model, target_modules=target_modules, modules_to_save=modules_to_save, has_new_tokens=bool(new_token_ids)
@@ -61,13 +60,14 @@ def attach_adapter(
         target_modules=target_modules,
         use_rslora=use_rslora,
         use_dora=use_dora,
-        modules_to_save=whole or None,  # in full: peft takes a name for the end of a longer one, with or without a dot
+        modules_to_save=whole
+        or None,  # full names: peft matches a name as the end of a longer one, with or without a dot
         trainable_token_indices={name: list(new_token_ids) for name in token_modules(model)} if new_token_ids else None,
     )
-    with torch.random.fork_rng(devices=[]):  # the seed of the factors does not disturb any other random stream
+    with torch.random.fork_rng(devices=[]):  # the factors' seed must not change other random streams
         torch.manual_seed(seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a deprecated name
+            warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 uses a deprecated name of transformers
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     return _prepare(adapted, factor_dtype, is_new=True)
 
@@ -75,17 +75,15 @@ def attach_adapter(
 def modules_trained_whole(
     model: PreTrainedModel, *, target_modules: str | list[str], modules_to_save: Sequence[str], has_new_tokens: bool
 ) -> list[str]:
-    """The full names of `modules_to_save`. Nothing of `model` is read but names and types, so one on meta will do.
+    """The full names of `modules_to_save`. Only names and types of `model` are read, so it may be on meta.
 
-    Raises ModelError for each name, of these or of `target_modules`, that means nothing in the model or meets another one.
+    Raises ModelError for a name, of these or of `target_modules`, that matches no module or conflicts with another.
     """
     targets = _named_targets(model, target_modules) if isinstance(target_modules, list) else []
     whole = _whole_modules(model, modules_to_save)
     both = sorted(set(targets) & set(whole))
     if both:
-        raise ModelError(
-            f"lora.modules_to_save: {both[0]} would be trained whole, and lora.target_modules names it too. Leave one of them out"
-        )
+        raise ModelError(f"lora.modules_to_save: {both[0]} is also in lora.target_modules. Leave one of them out")
     _refuse_meeting_new_tokens(model, [*targets, *whole], has_new_tokens)
     return whole
 
@@ -93,7 +91,7 @@ def modules_trained_whole(
 def load_adapter(
     model: PreTrainedModel, folder: Path, *, trainable: bool = False, factor_dtype: torch.dtype = torch.bfloat16
 ) -> PeftModel:
-    """Wrap `model` with the adapter saved in `folder` (PEFT's format). Raises ModelError when it does not belong to the model."""
+    """Wrap `model` with the adapter saved in `folder` (PEFT's format). Raises ModelError when it does not fit the model."""
     try:
         read_adapter_config(folder)
         saved = saved_factors(folder)
@@ -110,13 +108,13 @@ def load_adapter(
         adapted = PeftModel.from_pretrained(model, str(plain), is_trainable=trainable, autocast_adapter_dtype=False)
     _refuse_other_factors(adapted, saved.keys(), folder)
     _prepare(adapted, factor_dtype, is_new=False)
-    if adapted.peft_config["default"].use_dora:  # peft has read the fp32 magnitudes into its own 16-bit ones
+    if adapted.peft_config["default"].use_dora:  # peft has rounded the fp32 magnitudes to its own 16-bit ones
         set_peft_model_state_dict(adapted, saved)
     return adapted
 
 
 def save_adapter(model: PeftModel, folder: Path, *, base_name: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, which plain `PeftModel.from_pretrained` reads."""
+    """Write adapter_config.json and adapter_model.safetensors for plain `PeftModel.from_pretrained`."""
     config = model.peft_config["default"]
     before = config.base_model_name_or_path
     config.base_model_name_or_path = base_name
@@ -124,14 +122,14 @@ def save_adapter(model: PeftModel, folder: Path, *, base_name: str) -> None:
         model.save_pretrained(str(folder), save_embedding_layers=False)
     finally:
         config.base_model_name_or_path = before
-    readme = folder / "README.md"  # peft writes a model card of blanks
+    readme = folder / "README.md"  # peft writes an empty model card
     readme.unlink(missing_ok=True)
     for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors creates files only their owner may read
+        file.chmod(0o644)  # safetensors creates files that only their owner may read
 
 
 class _FactorProduct(torch.autograd.Function):
-    """y = x @ W.T as `nn.Linear` has it, with the gradient of W computed and returned in fp32."""
+    """y = x @ W.T as in `nn.Linear`, with the gradient of W computed and returned in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -149,7 +147,7 @@ class _FactorProduct(torch.autograd.Function):
 
 
 class FactorLinear(torch.nn.Linear):
-    """A LoRA factor [out, in] whose gradient is fp32, although it is stored and multiplied in 16 bits."""
+    """A LoRA factor [out, in], stored and multiplied in 16 bits, with an fp32 gradient."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return _FactorProduct.apply(input, self.weight)
@@ -179,8 +177,8 @@ def _factor(linear: torch.nn.Linear, dtype: torch.dtype) -> FactorLinear:
 
 
 def _set_up_whole(adapted: PeftModel, name: str, module: torch.nn.Module) -> None:
-    """A module that is trained whole: gradients are summed in fp32. A linear one's also come in fp32, as for the factors; those of norms
-    and embeddings are rounded once a micro-batch, by autograd.
+    """Set up a module that is trained whole: gradients are summed in fp32. Those of a linear layer are also computed in fp32, as for
+    factors; autograd rounds those of norms and embeddings once per micro-batch.
     """
     if type(module) is torch.nn.Linear and module.bias is None:
         _replace(adapted, name, _factor(module, module.weight.dtype))
@@ -191,7 +189,7 @@ def _set_up_whole(adapted: PeftModel, name: str, module: torch.nn.Module) -> Non
 
 
 def _set_up_dora(layer: LoraLayer, *, is_new: bool) -> Dora:
-    """Magnitudes in fp32: the weight's own for a new adapter, else the loaded ones."""
+    """Set the magnitudes, in fp32: the weight's row norms for a new adapter, else the loaded ones."""
     dora = Dora(layer)
     holder = layer.lora_magnitude_vector["default"]
     loaded = torch.nn.Parameter(holder.weight.detach().float(), requires_grad=holder.weight.requires_grad)
@@ -205,35 +203,38 @@ def _replace(root: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
 
 
 def _refuse_other_factors(adapted: PeftModel, saved: Set[str], folder: Path) -> None:
-    """peft leaves factors that a file lacks at their random start, and passes over those that have no place in the model."""
+    """Raise ModelError unless file and model have the same factors: peft leaves missing ones random, and skips unknown ones."""
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    for names, what in ((expected - saved, "lacks"), (saved - expected, "has, but the model has no place for,")):
+    for names, problem in (
+        (expected - saved, "missing from the file"),
+        (saved - expected, "without a place in the model"),
+    ):
         if names:
             raise ModelError(
-                f"{folder}: not an adapter of this model (it {what} {len(names)} factors, first {min(names)})"
+                f"{folder}: not an adapter of this model ({len(names)} factors are {problem}, first {min(names)})"
             )
 
 
 def _whole_modules(model: PreTrainedModel, modules_to_save: Sequence[str]) -> list[str]:
-    """Their full names. Only what is not quantized can be trained whole, and what is tied to another weight would come apart from it."""
+    """The full names of `modules_to_save`. Raises ModelError for an unknown or quantized module, or one with a tied weight."""
     modules = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
     quantized = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     tied = _tied_modules(model)
     names: list[str] = []
     free = ", ".join(sorted({n.split(".")[-1] for n, module in modules.items() if not isinstance(module, quantized)}))
     for wanted in modules_to_save:
-        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        matches = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         where = f'lora.modules_to_save: "{wanted}"'
-        if not found:
-            raise ModelError(f"{where} is no module with weights of this model; those in 16 bits are {free}")
-        if any(isinstance(modules[name], quantized) for name in found):
-            raise ModelError(f"{where} is quantized, so it cannot be trained whole; those in 16 bits are {free}")
-        if tied.intersection(found):
+        if not matches:
+            raise ModelError(f"{where} matches no module with weights in this model; modules in 16 bits: {free}")
+        if any(isinstance(modules[name], quantized) for name in matches):
+            raise ModelError(f"{where} is quantized, so it cannot be trained whole; modules in 16 bits: {free}")
+        if tied.intersection(matches):
             raise ModelError(
-                f"{where}: this model's head is its embedding (one weight), which an adapter that trains one of them whole would "
-                "take apart. Use method: full, or leave it out"
+                f"{where}: this model ties its head to its embedding (one weight), and training one of them whole would untie them. "
+                "Use method: full, or leave it out"
             )
-        names += found
+        names += matches
     return names
 
 
@@ -245,29 +246,29 @@ def _refuse_meeting_new_tokens(model: PreTrainedModel, names: Sequence[str], has
     both = set(names) & set(token_modules(model)) if has_new_tokens else set()
     if both:
         raise ModelError(
-            f"data.special_tokens: {min(both)} gets rows for new tokens, and lora.modules_to_save or lora.target_modules names it too. "
+            f"data.special_tokens: {min(both)} gets rows for new tokens, but lora.modules_to_save or lora.target_modules names it too. "
             "Leave one of them out"
         )
 
 
 def _named_targets(model: PreTrainedModel, target_modules: list[str]) -> list[str]:
-    """Full names of the linear layers that `target_modules` are endings of."""
+    """Full names of the linear layers whose names end in one of `target_modules`."""
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     endings = sorted({name.split(".")[-1] for name in linear})
     for target in target_modules:
         if not any(name == target or name.endswith("." + target) for name in linear):
             other = next((kind for name, kind in kinds.items() if name == target or name.endswith(f".{target}")), None)
-            what = f" ({target} is of type {other})" if other else ""
+            type_note = f" ({target} is of type {other})" if other else ""
             raise ModelError(
-                f'lora.target_modules: "{target}" is no linear layer of this model; it has {", ".join(endings)}{what}. '
+                f'lora.target_modules: "{target}" is not a linear layer of this model{type_note}; its linear layers: {", ".join(endings)}. '
                 "Use some of these (names or their endings, not patterns), or all-linear instead of a list"
             )
     names = [name for name in sorted(linear) if any(name == t or name.endswith("." + t) for t in target_modules)]
     tied = sorted(_tied_modules(model).intersection(names))
     if tied:
         raise ModelError(
-            f"lora.target_modules: {tied[0]} is one weight with the embedding in this model, and a merge could change only both. "
-            'Leave it out; "all-linear" does'
+            f"lora.target_modules: this model ties {tied[0]} to its embedding (one weight), and a merge could change only both. "
+            'Leave it out, as "all-linear" does'
         )
     return names

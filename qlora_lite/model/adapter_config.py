@@ -1,8 +1,8 @@
 """`adapter_config.json` of a LoRA adapter in PEFT's format, checked before peft or a merge acts on it.
 
-In: an adapter's folder. Out: its settings as a dict whose types and ranges are right. Refused by name: settings that change what the
-factors mean and that are not supported here; settings that make peft import a module or take a file (megatron_core, auto_mapping, ...);
-patterns for layer names that a regular expression would need for ever to match.
+In: an adapter's folder. Out: its settings as a dict with checked types and ranges. Refused by name: unsupported settings that change the
+meaning of the factors; settings that make peft import a module or read a file (megatron_core, auto_mapping, ...); layer patterns that a
+regular expression could take for ever to match.
 """
 
 import re
@@ -14,13 +14,13 @@ from qlora_lite.errors import ModelError
 from qlora_lite.limits import ADAPTER_RANK, PATTERN_CHARS, VOCABULARY
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Settings that decide where and how factors were trained, but not what they add once they are trained.
+# Settings that affect where and how factors were trained, but not the change that they add.
 _INERT = {
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "peft_type", "bias"),
     *("init_lora_weights", "modules_to_save", "trainable_token_indices"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "eva_config"),
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
-    *("megatron_core", "qalora_group_size"),  # have defaults that are not empty, and act only with other settings
+    *("megatron_core", "qalora_group_size"),  # their defaults are not empty; they act only with other settings
 }
 _INIT_KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # PiSSA, OLoRA, LoftQ, CorDA change the base
 _FLAGS = ("use_rslora", "use_dora", "inference_mode")
@@ -40,7 +40,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def token_ids_of(config: dict[str, Any]) -> dict[str, list[int]]:
-    """`trainable_token_indices` by the ending of a module's name; a list is the embedding's, as peft has it."""
+    """`trainable_token_indices` by the ending of a module's name; a list is for the embedding, as in peft."""
     given = config.get("trainable_token_indices") or {}
     return given if isinstance(given, dict) else {"embed_tokens": given}
 
@@ -117,7 +117,7 @@ def _are_layers(given: Any) -> bool:
 
 
 def _is_plain(pattern: str) -> bool:
-    """Whether peft, which takes names as regular expressions, is soon done with this one: few repetitions, none of a group."""
+    """Whether peft, which reads names as regular expressions, matches this one quickly: few repetitions, none of a group."""
     if len(pattern) > PATTERN_CHARS or len(re.findall(r"[*+{]", pattern)) > 4 or re.search(r"\)[*+{]", pattern):
         return False
     try:

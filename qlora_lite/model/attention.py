@@ -1,19 +1,18 @@
-"""Attention over one packed row: several examples one after the other, each attending to itself only.
+"""Attention over one packed sequence: several examples in a row, each attending to itself only.
 
-A padded batch computes attention, norms and matrix products on padding; a packed row has none, and its linear layers see one
-long [T, D] input. Here each example's slice goes through a causal kernel (tree_attention.py, of which a row without sharing is the
-simplest case), so that no mask is built and every example is computed exactly as it would be alone, whatever shares the row: the split of
-a step into micro-batches cannot change a gradient (tests/promises/test_promise_01_split.py).
+A padded batch computes attention, norms and matrix products on padding; a packed sequence has none, and its linear layers see one long
+[T, D] input. Each example's slice goes through a causal kernel (tree_attention.py; a sequence without sharing is its simplest case). No
+mask is built, and every example is computed exactly as it would be alone, whatever else is in the sequence, so the split of a step into
+micro-batches cannot change a gradient (tests/promises/test_promise_01_split.py).
 
-A sliding window (Mistral, Gemma, ...) or a soft cap on the scores (Gemma 2, arXiv 2408.00118) needs a mask or the scores
-themselves; then queries go in blocks, so that memory grows with the length and not with its square. Capped scores, which the backward
-pass needs, are computed again there, block by block.
+A sliding window (Mistral, Gemma, ...) or a soft cap on the scores (Gemma 2, arXiv 2408.00118) needs a mask or the scores. Queries then
+go in blocks, so that memory grows with the length and not with its square. The backward pass recomputes capped scores block by block.
 
-Registered through transformers' `AttentionInterface`. No mask function is registered under its name, so transformers builds
-no mask. BLOOM and Falcon compute attention in their own modules: `packs_rows` is false for them and forward.py runs their
-examples one at a time. Generation pads and keeps a cache: `attention_for_generation` switches to transformers' own and back. There and
-under a mask, a card whose kernels take no grouped heads is given keys and values for every head: left to itself, torch would take
-plain products then, whose memory grows with the square of the length.
+Registered through transformers' `AttentionInterface`. No mask function is registered under its name, so transformers builds no mask.
+BLOOM and Falcon compute attention in their own modules: `packs_rows` is false for them, and forward.py runs their examples one at a
+time. Generation pads and keeps a cache: `attention_for_generation` switches to transformers' attention and back. There and under a
+mask, a card whose kernels do not support grouped heads gets keys and values for every head: torch would otherwise use plain products,
+whose memory grows with the square of the length.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from qlora_lite.memory.ledger import card_of
 from qlora_lite.model.tree_attention import NO_PARENT, longest_path, parts_of, tree_attention
 
 PACKED, PADDED = "qlora_lite_packed", "qlora_lite_padded"
-QUERY_BLOCK = 512  # queries at once where scores or a mask are needed
+QUERY_BLOCK = 512  # queries per block where scores or a mask are needed
 
 
 def packed_attention(
@@ -49,11 +48,11 @@ def packed_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment of a packed row, and to those that it continues, of which `parents` tells the nearest.
+    """Causal attention within each segment of a packed sequence, and to its ancestors; `parents` has each segment's parent.
 
-    query is [1, H, T, d], key and value [1, H_kv, T, d], `lengths` sums to T; returns [1, T, H, d]. With `sliding_window` a
-    query sees so many keys, its own included; `softcap` bounds scores to c * tanh(score / c). The signature is that of
-    transformers' attention functions, which pass further keywords that do not matter here.
+    query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d]; `lengths` sums to T. With `sliding_window`, a query sees that many
+    keys, including its own; `softcap` c bounds scores to c * tanh(score / c). The signature is that of transformers' attention functions,
+    which pass further, irrelevant keywords. Raises ValueError for shared segments with dropout, window or soft cap.
     """
     parents = parents or (NO_PARENT,) * len(lengths)
     is_in_window = sliding_window is None or longest_path(lengths, parents) <= sliding_window
@@ -72,20 +71,20 @@ def packed_attention(
 
 
 def packs_rows(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
-    """Whether the attention of a model or a class of models goes through `AttentionInterface`, so that several examples may share a row.
+    """Whether the attention of a model or class goes through `AttentionInterface`, so that a sequence can hold several examples.
 
-    The attribute is transformers' own and private; tests/model/test_attention.py knows what it must be for each architecture.
+    The attribute is private to transformers; tests/model/test_attention.py checks it for each architecture.
     """
     return bool(model._supports_attention_backend)
 
 
 def why_not_shared(kind: type[PreTrainedModel], config: PreTrainedConfig, *, length: int) -> str | None:
-    """Why rows of this model, of at most `length` tokens, cannot continue one another; None where they can."""
+    """The reason why examples of at most `length` tokens cannot share a prefix in this model; None when they can."""
     if not packs_rows(kind):
         return f"{kind.__name__} computes attention in its own modules"
     window = sliding_window(config)
     if window is not None and window < length:
-        return f"some layers see a sliding window of {window} tokens only, and rows have up to {length}"
+        return f"some layers see only a sliding window of {window} tokens, and rows have up to {length}"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are soft-capped"
     if getattr(config, "attention_dropout", None):
@@ -94,17 +93,17 @@ def why_not_shared(kind: type[PreTrainedModel], config: PreTrainedConfig, *, len
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Keys that a query sees in the layers that have a window; None where none has. Qwen names a window and does not use it."""
+    """Keys that a query sees in layers with a window; None without such layers. Qwen's configs name a window and do not use it."""
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
 def attention_for_generation(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Padded batches with a key/value cache inside this block, what was before after it."""
+    """Inside, attention over padded batches with a key/value cache; restore the previous one afterwards."""
     return _attention(model, padded_attention(type(model)))
 
 
 def attention_on_packed_rows(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Packed rows inside this block, what was before after it."""
+    """Inside, attention over packed sequences; restore the previous one afterwards."""
     return _attention(model, PACKED)
 
 
@@ -119,7 +118,7 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def padded_attention(kind: type[PreTrainedModel]) -> str:
-    """transformers' name of the attention that a padded batch takes: "eager" where sdpa cannot compute it (soft caps, BLOOM)."""
+    """transformers' name of the attention for padded batches: "eager" where sdpa cannot compute it (soft caps, BLOOM)."""
     if not kind._supports_sdpa:
         return "eager"
     return PADDED if packs_rows(kind) else "sdpa"
@@ -133,8 +132,8 @@ def padded_rows_attention(
     attention_mask: torch.Tensor | None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' sdpa attention [B, H, T, d] -> [B, T, H, d]; a prompt without a mask has its keys and values repeated first where the
-    card's kernel takes no grouped ones. (Under a mask transformers repeats them, and one query needs no memory to speak of.)"""
+    """transformers' sdpa attention [B, H, T, d] -> [B, T, H, d]. For a prompt without a mask, keys and values are repeated first if the
+    card's kernel does not support grouped ones. (With a mask transformers repeats them; a single query needs little memory.)"""
     is_prompt = attention_mask is None and query.shape[2] > 1
     if not is_prompt or _kernel(query, value) != "efficient":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
@@ -151,7 +150,7 @@ def _kernel(query: torch.Tensor, value: torch.Tensor) -> str:
 
 
 def _for_every_head(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Keys or values [B, H_kv, L, d] for every query head."""
+    """Repeat keys or values [B, H_kv, L, d] for every query head."""
     return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
 
 
@@ -165,7 +164,7 @@ def _one_example(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """[1, H, L, d] of one example of L tokens."""
+    """Attention [1, H, L, d] of one example of L tokens."""
     length = query.shape[2]
     if softcap is None and not dropout and _kernel(query, value) != "plain" and (window is None or length <= window):
         return tree_attention(query, key, value, parts_of((length,), (NO_PARENT,)), scaling=scaling)
@@ -185,17 +184,17 @@ def _one_example(
         visible_qk = positions_k <= positions_q
         if window is not None:
             visible_qk &= positions_k > positions_q - window
-        some = query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], visible_qk
+        inputs = query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], visible_qk
         if softcap is None:
             if not card_of(query).is_cpu:
-                some = some[0], _for_every_head(some[1], query), _for_every_head(some[2], query), some[3]
+                inputs = inputs[0], _for_every_head(inputs[1], query), _for_every_head(inputs[2], query), inputs[3]
             blocks.append(
                 torch.nn.functional.scaled_dot_product_attention(
-                    *some, dropout_p=dropout, scale=scaling, enable_gqa=True
+                    *inputs, dropout_p=dropout, scale=scaling, enable_gqa=True
                 )
             )
         else:
-            blocks.append(block(*some))
+            blocks.append(block(*inputs))
     return torch.cat(blocks, dim=2)
 
 
@@ -209,7 +208,7 @@ def _soft_capped(
     dropout: float,
     softcap: float,
 ) -> torch.Tensor:
-    """Scores in the compute type and their softmax in fp32, as transformers' eager attention has it."""
+    """Attention with capped scores in the compute type and their softmax in fp32, as in transformers' eager attention."""
     key, value = _for_every_head(key, query), _for_every_head(value, query)
     scores_qk = torch.tanh((query @ key.mT) * scaling / softcap) * softcap
     scores_qk = scores_qk.masked_fill(~visible_qk, torch.finfo(scores_qk.dtype).min)

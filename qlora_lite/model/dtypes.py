@@ -1,4 +1,4 @@
-"""The one table of number types: what is stored, computed, differentiated and updated in which type, per device.
+"""The one table of number types: storage, compute, gradients and updates, by device.
 
     device                     base compute  factors  gradients  update          loss scaling
     CPU that multiplies bf16   bf16          bf16     fp32       fp32 master     no
@@ -7,8 +7,8 @@
     CUDA, older (Turing)       fp16          fp32     fp32       fp32            yes: fp16 gradients underflow below 6e-8
     asked for fp32             fp32          fp32     fp32       fp32            no
 
-The frozen weights are NF4 in every row; "base compute" is what they are dequantized to. A CPU without instructions for bf16 computes in it
-too when asked to: in less memory than fp32, and it converts for every product.
+The frozen weights are NF4 in every line; "base compute" is the type to which they are dequantized. A CPU without bf16 instructions also
+computes in bf16 if asked to: with less memory than fp32, and a conversion for every product.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ BY_NAME = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class NumberTypes:
-    """One row of the table, with the reason it was chosen."""
+    """One line of the table, with the reason for its choice."""
 
     compute: torch.dtype
     factors: torch.dtype
@@ -33,12 +33,12 @@ class NumberTypes:
 
     @property
     def name(self) -> str:
-        """`bf16`, `fp16` or `fp32`: the compute type as a recipe spells it."""
+        """The compute type as in a recipe: `bf16`, `fp16` or `fp32`."""
         return next(name for name, dtype in BY_NAME.items() if dtype is self.compute)
 
 
 def choose_types(asked: str, card: Card) -> NumberTypes:
-    """`auto | bf16 | fp16 | fp32` -> the row of the table for `card`. Raises UserError for a type that it lacks."""
+    """`auto | bf16 | fp16 | fp32` -> the line of the table for `card`. Raises UserError for a type that the card lacks."""
     name = "CPU" if card.is_cpu else f"card ({card.in_words})"
     if asked == "auto" and card.is_cpu and not cpu_multiplies_bf16():
         asked, reason = "fp32", "fp32: the CPU has no instructions that multiply bf16"
@@ -59,7 +59,7 @@ def choose_types(asked: str, card: Card) -> NumberTypes:
 
 
 def types_of_run(name: str) -> NumberTypes:
-    """The row that a run was trained with, wherever it is opened: what its adapter is merged with must not depend on the machine."""
+    """The line of the table that a run was trained with, on any machine, so that a merge does not depend on the machine."""
     reason = f"{name}: as the run was trained"
     if name == "bf16":
         return NumberTypes(torch.bfloat16, torch.bfloat16, scale_loss=False, reason=reason)

@@ -1,7 +1,7 @@
-"""The saved factors of an adapter folder: read, be they in PEFT's file or in 8 bits, and given to an adapter that is there already.
+"""The saved factors of an adapter folder: read from PEFT's file or from 8 bits, and copied into an existing adapter.
 
-Starting from them, the model says what the adapter is (layers, rank, scaling, dropout), the folder only gives its values. So both must
-agree: every factor of the model is in the file with its shape, and nothing else is.
+When training starts from them, the model defines the adapter (layers, rank, scaling, dropout) and the folder gives only the values. Both
+must agree: the file has every factor of the model, with its shape, and no other.
 """
 
 import shutil
@@ -24,9 +24,9 @@ FACTORS_FILE = "adapter_model.safetensors"
 
 
 def saved_factors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the adapter in `folder`, by PEFT's names; memory-mapped, but for those in 8 bits.
+    """All tensors of the adapter in `folder`, by PEFT's names; memory-mapped, except 8-bit ones.
 
-    Raises ModelError, for values that are not finite NotFiniteWeights.
+    Raises ModelError, and its subclass NotFiniteWeights for values that are not finite.
     """
     file = factors_file(folder)
     tensors = load_tensors(file)
@@ -42,7 +42,7 @@ def saved_factors(folder: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def in_pefts_file(folder: Path) -> Iterator[Path]:
-    """A folder with this adapter that plain peft reads: `folder` itself, or a temporary one for factors in 8 bits. Raises ModelError."""
+    """A folder with this adapter for plain peft: `folder` itself, or a temporary one for 8-bit factors. Raises ModelError."""
     if factors_file(folder).name == FACTORS_FILE:
         yield folder
         return
@@ -54,13 +54,13 @@ def in_pefts_file(folder: Path) -> Iterator[Path]:
 
 
 def factors_file(folder: Path) -> Path:
-    """PEFT's file, or that of factors in 8 bits where only that is there."""
+    """PEFT's file, or the file of 8-bit factors if only that exists."""
     is_in_8_bits = (folder / INT8_FILE).is_file() and not (folder / FACTORS_FILE).is_file()
     return folder / (INT8_FILE if is_in_8_bits else FACTORS_FILE)
 
 
 def copy_factors(model: PeftModel, folder: Path) -> None:
-    """Give `model` the factors saved in `folder`, rounded to its own type. Raises ModelError with all that does not fit."""
+    """Copy the factors saved in `folder` into `model`, rounded to its type. Raises ModelError with all differences."""
     try:
         saved = saved_factors(folder)
     except NotFiniteWeights as error:
@@ -71,7 +71,7 @@ def copy_factors(model: PeftModel, folder: Path) -> None:
     problems = _differences(own, saved)
     if problems:
         raise ModelError(
-            f"lora.init_from: {folder} is no adapter of this shape: {'; '.join(problems)}. "
+            f"lora.init_from: {folder} does not have the shape of this adapter: {'; '.join(problems)}. "
             "Set lora.r and lora.target_modules as it was trained, on the same base model"
         )
     set_peft_model_state_dict(model, saved)
@@ -82,10 +82,10 @@ def _differences(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -
     reshaped = sorted(name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape)
     problems = []
     if lacking:
-        problems.append(f"it lacks {len(lacking)} factors, first {lacking[0]}")
+        problems.append(f"{len(lacking)} factors are missing, first {lacking[0]}")
     if unknown:
-        problems.append(f"{len(unknown)} of its factors have no place in the model, first {unknown[0]}")
+        problems.append(f"{len(unknown)} factors have no place in the model, first {unknown[0]}")
     if reshaped:
         shapes = " instead of ".join("x".join(map(str, side[reshaped[0]].shape)) for side in (saved, own))
-        problems.append(f"{len(reshaped)} of its factors have another shape, first {reshaped[0]} with {shapes}")
+        problems.append(f"{len(reshaped)} factors have another shape, first {reshaped[0]} with {shapes}")
     return problems

@@ -1,4 +1,4 @@
-"""One packed row through the decoder: token ids in, the hidden states that predict a label out."""
+"""One packed sequence through the decoder: token ids in, the hidden states that predict a label out."""
 
 import torch
 from peft import PeftModel
@@ -8,12 +8,12 @@ from qlora_lite.model.attention import packs_rows, why_not_shared
 
 
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model itself, with or without an adapter around it."""
+    """The transformers model inside an optional adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def may_share(model: PreTrainedModel | PeftModel, length: int) -> bool:
-    """Whether rows of at most `length` tokens may continue one another in it."""
+    """Whether examples of at most `length` tokens can share a prefix in this model."""
     base = causal_lm(model)
     return why_not_shared(type(base), base.config, length=length) is None
 
@@ -27,9 +27,9 @@ def predicting_states(
     parents: tuple[int, ...],
     predictor_N: torch.Tensor,
 ) -> torch.Tensor:
-    """Last hidden states [N, D] at the positions `predictor_N` of a packed row of T tokens (see data/batches.py).
+    """Last hidden states [N, D] at the positions `predictor_N` of a packed sequence of T tokens (see data/batches.py).
 
-    A model whose attention cannot keep the examples of a row apart (BLOOM, Falcon) runs them one at a time.
+    A model whose attention cannot separate the examples of a sequence (BLOOM, Falcon) runs them one at a time.
     """
     base = causal_lm(model)
     decoder = base.get_decoder()

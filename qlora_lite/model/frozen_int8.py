@@ -1,4 +1,4 @@
-"""A frozen linear layer whose weight is stored in int8, with or without factors beside it."""
+"""A frozen linear layer with an int8 weight, with or without factors."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from qlora_lite.base.bnb import bitsandbytes, dequantized
 
 
 class FrozenInt8(bitsandbytes.nn.Linear8bitLt):
-    """An int8 layer alone. bitsandbytes' own forward rounds the inputs to int8 too; this computes as it does with an adapter."""
+    """An int8 layer without an adapter. bitsandbytes' forward also rounds the inputs to int8; this one computes as with an adapter."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in the type of `x`; the weight is dequantized again for the backward pass, not kept."""
+        """[..., in] -> [..., out] in the type of `x`; the backward pass dequantizes the weight again."""
         return _FrozenProduct.apply(x, self)
 
 

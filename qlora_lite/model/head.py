@@ -1,11 +1,11 @@
-"""The loss without a full logits tensor: only positions that carry a label are projected, a chunk at a time.
+"""The loss without a full logits tensor: only positions that carry a label are projected, one chunk at a time.
 
-For a row of T tokens and a vocabulary V, logits in fp32 take 4*T*V bytes (2,048 tokens x 49,152: 384 MiB, several times over
-in the backward pass). In question answering a few tokens of a row carry a label, so we keep those N hidden states, project
-a chunk of them at a time through the model's own head and recompute each chunk in the backward pass: 4*chunk*V bytes, whatever T.
+For a sequence of T tokens and a vocabulary V, logits in fp32 take 4*T*V bytes (2,048 tokens x 49,152: 384 MiB, several times in the
+backward pass). In question answering only a few tokens carry a label, so we keep those N hidden states, project one chunk of them at a
+time through the model's own head, and recompute each chunk in the backward pass: 4*chunk*V bytes, for any T.
 
-Sums, not means: the caller divides once by the label tokens of the whole optimizer step, so that an example counts the same
-however the step is split.
+The loss is a sum, not a mean: the caller divides once by the label tokens of the whole optimizer step, so the weight of an example does
+not depend on the split of the step.
 """
 
 import torch
@@ -15,19 +15,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_lite.memory.ledger import count_as_after, counted_as
 
 CHUNK = 256  # label positions projected at once: 48 MiB of fp32 logits at V = 49,152
-ROWS = (
-    16  # a chunk is filled up to a multiple of this: matrix kernels for one row sum up in another order than for many
-)
-NO_LABEL = -100  # what cross_entropy ignores
+ROWS = 16  # chunks are padded to a multiple of this: matrix kernels for one row sum in another order than for many
+NO_LABEL = -100  # the target that cross_entropy ignores
 
 
 def summed_loss(
     model: PreTrainedModel, hidden_ND: torch.Tensor, target_N: torch.Tensor, *, chunk: int = CHUNK
 ) -> torch.Tensor:
-    """Cross entropy of the labelled positions, summed (not averaged), as an fp32 scalar.
+    """Sum (not mean) of the cross entropies of the labelled positions, an fp32 scalar.
 
-    hidden_ND are the decoder's last hidden states at the positions that predict a label, target_N the label ids; `chunk` of
-    them are projected at once.
+    hidden_ND: last hidden states of the decoder at the positions that predict a label; target_N: label ids; `chunk` positions are
+    projected at once.
     """
     count_as_after(hidden_ND, "recompute")
     missing = -len(target_N) % ROWS
@@ -41,12 +39,12 @@ def summed_loss(
 
 
 def project(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
-    """Logits [N, V] in fp32 from hidden states, by the model's own head."""
+    """Logits [N, V] in fp32 from hidden states [N, D], by the model's own head."""
     return finish_logits(model.get_output_embeddings()(hidden_ND).float(), model.config)
 
 
 def finish_logits(logits_NV: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
-    """What some models do to the head's product: a soft cap (Gemma, arXiv 2408.00118) or a divisor (Granite)."""
+    """Apply the soft cap (Gemma, arXiv 2408.00118) or the divisor (Granite) of some models to the logits [N, V]."""
     cap, divisor = getattr(config, "final_logit_softcapping", None), getattr(config, "logits_scaling", None)
     if divisor is not None:
         logits_NV = logits_NV / divisor

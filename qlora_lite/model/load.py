@@ -34,22 +34,22 @@ _DROPOUT = (
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A frozen 4-bit model on its device, in eval mode, and what it needs to read and write text."""
+    """A frozen 4-bit model on its device, in eval mode, with its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: Any
     new_token_ids: list[int]  # the tokens of data.special_tokens, and those between them and the base's last row
-    weights_bytes: int  # all parameters and buffers as they lie in memory, quantization constants apart
+    weights_bytes: int  # all parameters and buffers in memory, without quantization constants
     quant_constants_bytes: int
 
 
 def load_tokenizer(folder: Path, *, special_tokens: Sequence[str] = ()) -> Any:
-    """The tokenizer of a model folder, `special_tokens` added. Raises ModelError when it has none."""
+    """The tokenizer of a model folder, with `special_tokens` added. Raises ModelError when it has none."""
     large = [path for path in folder.glob("*token*") if path.is_file() and path.stat().st_size > TOKENIZER_BYTES]
     if large:
-        raise ModelError(f"{large[0]}: larger than {TOKENIZER_BYTES:,} bytes, which no tokenizer's file is")
+        raise ModelError(f"{large[0]}: larger than {TOKENIZER_BYTES:,} bytes, the limit for a tokenizer file")
     with foreign(lambda said: ModelError(f"{folder}: no readable tokenizer ({said})")):
-        # False and not left out: transformers would ask on the terminal whether to run the code of the folder
+        # explicitly False: by default transformers asks on the terminal whether to run the folder's code
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         add_tokens(tokenizer, special_tokens)
     return tokenizer
@@ -60,8 +60,8 @@ def load_base(
 ) -> LoadedBase:
     """The frozen model in `folder`: a quantized base (artefact.py) or a 16-bit folder, as published or as `merge` writes it.
 
-    Quantized weights are dequantized to `compute` whenever they are used, all others are kept in it. `special_tokens` are
-    added to the tokenizer, with rows in embedding and head where these have none. Raises ModelError when the folder does not load.
+    Quantized weights are dequantized to `compute` at each use; all others are stored in it. `special_tokens` are added to the tokenizer,
+    and missing rows for them to embedding and head. Raises ModelError when the folder does not load.
     """
     config = load_config(folder)
     switch_off_dropout(config)
@@ -88,7 +88,7 @@ def load_base(
 
 def _generation_config(folder: Path) -> GenerationConfig:
     read_json(folder / "generation_config.json")
-    path, advice = folder / "generation_config.json", "Mend it, or remove it: nothing here needs it"
+    path, advice = folder / "generation_config.json", "Correct or remove it: nothing here needs it"
     with foreign(lambda said: ModelError(f"{path}: not readable as generation settings ({said}). {advice}")):
         return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
 
@@ -96,9 +96,7 @@ def _generation_config(folder: Path) -> GenerationConfig:
 def _plain_model(config: Any, folder: Path, *, device: str, compute: torch.dtype) -> PreTrainedModel:
     model = _empty(config, compute)
     weights = published_weights(folder, model)
-    if (
-        model.all_tied_weights_keys and not weights.is_tied
-    ):  # the files hold a head of its own, whatever the config says
+    if model.all_tied_weights_keys and not weights.is_tied:  # the files have a separate head, whatever the config says
         config.tie_word_embeddings = False
         model = _empty(config, compute)
     fill_plain(model, weights.tensors, device=device, compute=compute, where=folder)
@@ -110,14 +108,14 @@ def _empty(config: Any, compute: torch.dtype) -> PreTrainedModel:
 
 
 def attention_of(kind: type[PreTrainedModel]) -> str:
-    """transformers' name of the attention that training takes."""
+    """transformers' name of the attention for training."""
     return PACKED if packs_rows(kind) else padded_attention(kind)
 
 
 def checkpoint_activations(model: PreTrainedModel, *, every: int) -> None:
-    """Keep one hidden state of every `every`-th layer and compute the rest again in the backward pass (arXiv 1604.06174).
+    """Keep one hidden state of every `every`-th layer, and recompute the rest in the backward pass (arXiv 1604.06174).
 
-    1 is every layer, 0 none.
+    1: every layer; 0: no checkpointing.
     """
     model._set_gradient_checkpointing(
         enable=every > 0,
@@ -127,9 +125,9 @@ def checkpoint_activations(model: PreTrainedModel, *, every: int) -> None:
 
 
 def switch_off_dropout(config: Any) -> None:
-    """The base computes in training what it computes in inference; the one dropout is `lora.lora_dropout`.
+    """Set all dropout of the base to 0, so that training computes the same as inference; `lora.lora_dropout` is the only dropout.
 
-    Some published configs ask for more (OPT: 0.1 of every layer's output), meant for training all weights from scratch.
+    Some published configs have dropout (OPT: 0.1 of every layer's output), meant for training from scratch.
     """
     for name in _DROPOUT:
         if hasattr(config, name):
@@ -145,7 +143,7 @@ def _resident_bytes(model: PreTrainedModel) -> tuple[int, int]:
 
 
 class _quiet_transformers:
-    """No progress bar and no advice from transformers inside this block; ours are on the screen already."""
+    """Inside, no progress bar and no advice from transformers: the program has its own."""
 
     def __enter__(self) -> None:
         self._level = transformers_logging.get_verbosity()

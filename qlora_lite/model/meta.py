@@ -1,6 +1,6 @@
-"""A whole model on the meta device, quantized layers and all: shapes and types as they will be in memory, and no values.
+"""A whole model on the meta device, including quantized layers: the shapes and types of a loaded model, without values.
 
-What loading makes of files (weights.py) is made here of a config alone, so that training code can be rehearsed on it.
+It needs only a config, where loading (weights.py) needs files; training code can be rehearsed on it.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from qlora_lite.model.load import attention_of, switch_off_dropout
 def meta_model(
     config: PreTrainedConfig, *, quantization: Quantization | None, compute: torch.dtype = torch.bfloat16
 ) -> PreTrainedModel:
-    """The frozen model that `config` describes, its linear layers (but the head) stored as `quantization` says. Raises ModelError."""
+    """The frozen model of `config`, with its linear layers (except the head) stored as `quantization`. Raises ModelError."""
     switch_off_dropout(config)
     model = empty_model(config, dtype=compute, attn_implementation=attention_of(model_class(config)))
     for name in sorted(linear_weights(model)) if quantization is not None else ():
@@ -64,7 +64,7 @@ def _four_bit_layer(
 def four_bit_state(
     name: str, parts: Mapping[str, torch.Tensor], shape: torch.Size, quantization: Quantization, compute: torch.dtype
 ) -> Any:
-    """bitsandbytes' state of a 4-bit weight [out, in] from `parts` (`Quantization.specs`), which may be on meta."""
+    """bitsandbytes' state of a 4-bit weight [out, in], from `parts` (`Quantization.specs`), possibly on meta."""
     state_of: Any = bitsandbytes.functional.QuantState
     nested = None
     if quantization.double_quant:

@@ -1,11 +1,10 @@
-"""Special tokens that are new to a model: ids in the tokenizer, rows in embedding and head, and the training of these rows only.
+"""Special tokens that are new to a model: ids in the tokenizer, rows in embedding and head, and training of these rows only.
 
-Many models have more rows than their tokenizer has tokens (rows up to a multiple of 64, say): new ids take these first, and only
-what is missing is added. A new row begins as the mean of all rows, so that at first it is nobody in particular.
+Many models have more rows than their tokenizer has tokens (for example, padded to a multiple of 64): new ids use these first, and only
+missing rows are added. An added row starts as the mean of all rows, a neutral value.
 
-peft trains and stores single rows (`trainable_token_indices`), but its layer copies the whole embedding in every forward, 1 GiB
-at 128k x 4,096 and again for each chunk of the loss. `NewTokenRows` keeps its parameters and its file format, and puts only the
-new rows beside the old ones.
+peft trains and stores single rows (`trainable_token_indices`), but its layer copies the whole embedding in every forward pass: 1 GiB at
+128k x 4,096, and again for each chunk of the loss. `NewTokenRows` keeps peft's parameters and file format, and copies no old rows.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from qlora_lite.errors import ModelError
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
-    """Make each of `tokens` one special token of `tokenizer`; the ids of all of them, in order. Raises ModelError."""
+    """Make each of `tokens` a special token of `tokenizer`; return their ids in order. Raises ModelError when one is split."""
     known = tokenizer.get_vocab()
     new = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in known]
     tokenizer.add_tokens(new, special_tokens=True)
@@ -33,10 +32,10 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
 
 
 def make_room(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
-    """Give embedding and head a row for each of `token_ids`, frozen as all of the base; the ids whose rows are to be trained.
+    """Give embedding and head a frozen row for each of `token_ids`; return the ids whose rows are to be trained.
 
-    Besides `token_ids` these are the ids that got a row on the way: a tokenizer may have had more tokens than the base has rows.
-    Rows lie without a gap, so the adapter's file must hold those too.
+    These include ids below `token_ids` that also got a row, when the tokenizer had more tokens than the base has rows: rows have no gaps,
+    so the adapter's file must hold them too.
     """
     num_rows, num_tokens = model.get_input_embeddings().weight.shape[0], max(token_ids, default=-1) + 1
     trained = sorted({*token_ids, *range(num_rows, num_tokens)})
@@ -54,21 +53,21 @@ def make_room(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
 
 
 def token_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that have a row a token: the embedding, and the head where it is not the embedding."""
+    """Names of the modules with one row per token: the embedding, and an untied head."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return [names[id(embedding)], *([] if head.weight is embedding.weight else [names[id(head)]])]
 
 
 def set_up_new_tokens(adapted: PeftModel) -> None:
-    """Replace peft's layers for single rows by ours, gradients in fp32; nothing where no token is new."""
+    """Replace peft's layers for single rows by ours, with fp32 gradients; no effect without new tokens."""
     for module in list(adapted.modules()):
         if isinstance(module, TrainableTokensWrapper):
             module.token_adapter = NewTokenRows(module.token_adapter)
 
 
 class NewTokenRows(TrainableTokensLayer):
-    """The same parameters and names as the layer of peft that it is made from, and a forward without the large copy."""
+    """peft's layer with the same parameters and names, and a forward pass without the large copy."""
 
     def __init__(self, layer: TrainableTokensLayer) -> None:
         super().__init__(layer.base_layer, "default", tied_adapter=layer.tied_adapter)
@@ -98,7 +97,7 @@ class NewTokenRows(TrainableTokensLayer):
 
 
 class _Widened(torch.autograd.Function):
-    """The rows in fp32, and their gradient as it comes: fp32, never rounded to their own type."""
+    """The rows in fp32; their gradient stays fp32, not rounded to their own type."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:

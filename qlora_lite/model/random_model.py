@@ -1,7 +1,7 @@
-"""A model of any shape without files: what loading makes of a folder, with random values.
+"""A model of any shape with random values, made without files.
 
-For measuring, which asks how many bytes and seconds a shape takes, and for no answers. In memory it is what `load_base` gives, tensor
-by tensor; tests/model/test_random_model.py holds that.
+For measuring the bytes and seconds of a shape, not for answers. In memory it equals the result of `load_base`, tensor by tensor
+(tests/model/test_random_model.py).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from qlora_lite.base.skeleton import empty_model, model_class
 from qlora_lite.model.load import attention_of, switch_off_dropout
 from qlora_lite.model.weights import fill_plain, fill_quantized
 
-_STD = 0.02  # of matrices: what most models start from, so that losses and gradients are finite
+_STD = 0.02  # of matrices: the usual initialization, so that losses and gradients are finite
 
 
 def random_model(
@@ -26,9 +26,9 @@ def random_model(
     device: str,
     compute: torch.dtype = torch.bfloat16,
 ) -> PreTrainedModel:
-    """The frozen model that `config` describes, in eval mode. `quantization` None: all of it in `compute`.
+    """The frozen model of `config`, in eval mode. `quantization` None: all weights in `compute`.
 
-    Dropout is switched off in `config` itself. Weights are made on the device one by one. Raises ModelError for a config that is no model.
+    Switches dropout off in `config` itself. Creates the weights on the device one by one. Raises ModelError for an unusable config.
     """
     switch_off_dropout(config)
     model = empty_model(config, dtype=compute, attn_implementation=attention_of(model_class(config)))
@@ -44,7 +44,7 @@ def random_model(
 
 @dataclass(frozen=True)
 class _Random:
-    """A tensor of normal values, a vector of ones (norms; a bias does no harm)."""
+    """A tensor of normal values, or a vector of ones (right for norms, harmless for biases)."""
 
     shape: tuple[int, ...]
     device: str

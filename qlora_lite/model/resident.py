@@ -1,4 +1,4 @@
-"""What lies in memory before the first step, by part."""
+"""The tensors in memory before the first step, by part."""
 
 import torch
 from peft import PeftModel
@@ -8,7 +8,7 @@ from qlora_lite.base.bnb import quantization_constants
 
 
 def residents(model: PreTrainedModel | PeftModel) -> dict[str, list[torch.Tensor]]:
-    """Tensors of `weights` (frozen ones, or all where every weight is trained, and buffers), `adapter` and `quant_constants`."""
+    """The tensors of `weights` (frozen ones, or all with method full; and buffers), `adapter` and `quant_constants`."""
     is_full = not isinstance(model, PeftModel)
     parameters = list(model.parameters())
     return {

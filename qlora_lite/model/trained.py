@@ -1,7 +1,7 @@
-"""What training changes, as files: an adapter in PEFT's format, or, where every weight is trained, an ordinary model folder.
+"""The trained parameters as files: an adapter in PEFT's format or, with method full, an ordinary model folder.
 
-A checkpoint holds one of the two, `adapter/` or `weights/`, and so does a finished run. Names are those that the files have:
-PEFT leaves its adapter's name out of them.
+A checkpoint and a finished run hold one of the two, `adapter/` or `weights/`. Parameter names are those of the files, where PEFT omits
+its adapter's name.
 """
 
 import json
@@ -22,12 +22,12 @@ ADAPTER, WEIGHTS = "adapter", "weights"
 
 
 def folder_name(model: PeftModel | PreTrainedModel) -> str:
-    """`adapter` or `weights`."""
+    """The folder of the trained parameters: `adapter` or `weights`."""
     return ADAPTER if isinstance(model, PeftModel) else WEIGHTS
 
 
 def trained_parameters(model: PeftModel | PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """The trainable parameters, by the names that they have in the files."""
+    """The trainable parameters, by their names in the files."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not isinstance(model, PeftModel):
         return trainable
@@ -37,7 +37,7 @@ def trained_parameters(model: PeftModel | PreTrainedModel) -> dict[str, torch.nn
 
 
 def save_trained(model: PeftModel | PreTrainedModel, folder: Path, *, base: Path) -> None:
-    """Write `folder/adapter` or `folder/weights`; plain peft or plain transformers reads it. `base` is the base's folder."""
+    """Write `folder/adapter` or `folder/weights`, for plain peft or plain transformers. `base` is the base's folder."""
     if isinstance(model, PeftModel):
         save_adapter(model, folder / ADAPTER, base_name=str(base))
         return
@@ -46,11 +46,11 @@ def save_trained(model: PeftModel | PreTrainedModel, folder: Path, *, base: Path
     _write_config(model, base, out)
     copy_companions(base, out)
     for path in out.iterdir():
-        path.chmod(0o644)  # safetensors creates files only their owner may read
+        path.chmod(0o644)  # safetensors creates files that only their owner may read
 
 
 def _write_config(model: PreTrainedModel, base: Path, out: Path) -> None:
-    """The base's own config.json: the live one has dropout switched off and our attention."""
+    """Write the base's own config.json: the live config has dropout switched off and our attention."""
     own = {"dtype": str(model.dtype).removeprefix("torch."), "vocab_size": model.config.vocab_size}
     own["tie_word_embeddings"] = model.config.tie_word_embeddings
     config = {key: value for key, value in read_config(base).items() if key != "torch_dtype"} | own
@@ -59,7 +59,7 @@ def _write_config(model: PreTrainedModel, base: Path, out: Path) -> None:
 
 
 def load_trained(model: PeftModel | PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
-    """What `save_trained` wrote into `folder`, by the same names as `trained_parameters`."""
+    """Read the tensors that `save_trained` wrote to `folder`, with the names of `trained_parameters`."""
     if isinstance(model, PeftModel):
         return load_file(folder / ADAPTER / "adapter_model.safetensors")
     out = folder / WEIGHTS
@@ -68,7 +68,7 @@ def load_trained(model: PeftModel | PreTrainedModel, folder: Path) -> dict[str, 
 
 
 def make_trainable(model: PreTrainedModel) -> None:
-    """Every weight is trained; gradients are fp32, so that those of many micro-batches add up without loss."""
+    """Make every weight trainable, with fp32 gradients, so that those of many micro-batches sum without loss."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
         parameter.grad_dtype = torch.float32

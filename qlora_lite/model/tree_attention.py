@@ -1,19 +1,19 @@
 """Attention over a packed prefix tree: a shared passage once, its questions as branches that see the passage and themselves.
 
-    row      [ passage | question 1 | question 2 | question 3 ]     segments, each with the one that it continues
-    sees     question 2: the passage and itself, nothing of questions 1 and 3
+    sequence  [ passage | question 1 | question 2 | question 3 ]     segments, each with its parent
+    sees      question 2: the passage and itself, nothing of questions 1 and 3
 
-No mask is built. A segment attends to itself with the causal kernel; and all that descends from a segment lies behind it in one stretch,
-so its queries attend to the segment in one call. The parts of a query's attention are put together by their log-sum-exps (as in
-arXiv 2205.14135, section 3): with m = log(sum of exp of all scores), each part's output counts exp(its log-sum-exp - m).
+No mask is built. A segment attends to itself with the causal kernel. The descendants of a segment follow it in one stretch, so their
+queries attend to the segment in one call. The parts of a query's attention are combined by their log-sum-exps (as in arXiv 2205.14135,
+section 3): with m = log(sum of exp of all scores), each part's output has the weight exp(its log-sum-exp - m).
 
-The backward pass is the kernels' own: given the whole output and the whole log-sum-exp, FlashAttention's backward of a part gives that
-part's share of the gradients (dS = P * (dP - sum(dO * O)), where P and O are of the whole row of scores).
+The backward pass uses the kernels' own: given the complete output and log-sum-exp, FlashAttention's backward pass of a part gives that
+part's share of the gradients (dS = P * (dP - sum(dO * O)), where P and O belong to the complete row of scores).
 
-Kernels: on the CPU PyTorch's flash attention, which takes any type; on a card FlashAttention-2 for 16 bits and the memory-efficient one
-for what that does not take (fp32, cards before Ampere, wide heads), as `Card.attention_kernel` says; plain products where there is none.
-The operators are called by name, so that no other kernel takes their place. On a card FlashAttention's backward pass adds up dQ with
-atomic operations, so its last bits may differ from one time to the next.
+Kernels: on the CPU, PyTorch's flash attention for any type; on a card, FlashAttention-2 for 16 bits, the memory-efficient kernel
+otherwise (fp32, cards before Ampere, wide heads; see `Card.attention_kernel`), and plain products where neither exists. The operators
+are called by name, so that torch cannot choose another kernel. On a card, FlashAttention's backward pass sums dQ with atomic operations,
+so its last bits may differ between calls.
 """
 
 import math
@@ -32,7 +32,7 @@ NO_PARENT = -1
 
 @dataclass(frozen=True)
 class Part:
-    """Queries [start, stop) attend to keys [first, last), causally where both are one segment."""
+    """A slice of queries that attends to a slice of keys, causally when both are the same segment."""
 
     queries: slice
     keys: slice
@@ -41,13 +41,13 @@ class Part:
 
 @lru_cache(maxsize=256)
 def parts_of(lengths: tuple[int, ...], parents: tuple[int, ...]) -> tuple[Part, ...]:
-    """All parts of a row whose segments have so many tokens and continue those `parents`; a parent comes before what continues it.
+    """All parts of a sequence whose segments have these lengths and parents; a parent comes before its children.
 
-    Descendants of a segment must follow it without a gap (depth first). Raises ValueError where they do not.
+    The descendants of a segment must follow it without a gap (depth first). Raises ValueError when they do not.
     """
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-    last = list(ends)  # of a segment and all that descends from it
+    last = list(ends)  # end of a segment with its descendants
     for index in reversed(range(len(parents))):
         if (parent := parents[index]) != NO_PARENT:
             last[parent] = max(last[parent], last[index])
@@ -57,7 +57,7 @@ def parts_of(lengths: tuple[int, ...], parents: tuple[int, ...]) -> tuple[Part, 
             or (parent != NO_PARENT and starts[index] >= last[parent])
             or not _is_inside(index, parents, starts, last)
         ):
-            raise ValueError(f"segment {index} does not lie behind its parent {parent} without a gap")
+            raise ValueError(f"segment {index} does not follow its parent {parent} without a gap")
     own = [Part(slice(a, b), slice(a, b), True) for a, b in zip(starts, ends, strict=True)]
     shared = [Part(slice(b, z), slice(a, b), False) for a, b, z in zip(starts, ends, last, strict=True) if z > b]
     return (*own, *shared)
@@ -65,7 +65,7 @@ def parts_of(lengths: tuple[int, ...], parents: tuple[int, ...]) -> tuple[Part, 
 
 @lru_cache(maxsize=256)
 def longest_path(lengths: tuple[int, ...], parents: tuple[int, ...]) -> int:
-    """Tokens of the longest example of such a row."""
+    """Tokens of the longest example of such a sequence."""
     ends: list[int] = []
     for length, parent in zip(lengths, parents, strict=True):
         ends.append(length + (0 if parent == NO_PARENT else ends[parent]))
@@ -73,7 +73,7 @@ def longest_path(lengths: tuple[int, ...], parents: tuple[int, ...]) -> int:
 
 
 def _is_inside(index: int, parents: Sequence[int], starts: Sequence[int], last: Sequence[int]) -> bool:
-    """Whether the segment lies inside of every open ancestor, and of no other segment's descendants."""
+    """Whether the segment is inside every open ancestor, and not among another segment's descendants."""
     before = index - 1
     while before != NO_PARENT and before != parents[index]:
         if starts[index] < last[before]:
@@ -85,7 +85,7 @@ def _is_inside(index: int, parents: Sequence[int], starts: Sequence[int], last: 
 def tree_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part], *, scaling: float
 ) -> torch.Tensor:
-    """query and key [1, H or H_kv, T, d], value [1, H_kv, T, d_v] -> [1, H, T, d_v]. `parts` as `parts_of` has them: own ones first."""
+    """query and key [1, H or H_kv, T, d], value [1, H_kv, T, d_v] -> [1, H, T, d_v]; `parts` from `parts_of`: causal ones first."""
     kernel, width = _kernel_for(query, value), value.shape[-1]
     query, key, value = (kernel.aligned(tensor) for tensor in (query, key, value))
     output: torch.Tensor = _TreeAttention.apply(query, key, value, tuple(parts), scaling, kernel)  # type: ignore[no-untyped-call]
@@ -99,19 +99,19 @@ class _TreeAttention(torch.autograd.Function):
         kernel: "_Kernel",
     ) -> torch.Tensor:  # fmt: skip
         batch, heads, tokens, _ = query.shape
-        # Laid out as [1, T, H, d], whatever the query's layout: the kernels' backward passes take no other, or copy it.
+        # Laid out as [1, T, H, d], whatever the query's layout: the kernels' backward passes need it, or make a copy.
         output, total = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2), None
         for part in parts:
             q, k, v = query[:, :, part.queries], key[:, :, part.keys], value[:, :, part.keys]
-            mine, weight = kernel.forward(q, k, v, part.is_causal, scaling)
+            part_output, part_total = kernel.forward(q, k, v, part.is_causal, scaling)
             if total is None:
-                total = torch.empty(query.shape[:3], dtype=weight.dtype, device=query.device)
-            if part.is_causal:  # the first of these queries
-                output[:, :, part.queries], total[:, :, part.queries] = mine, weight
+                total = torch.empty(query.shape[:3], dtype=part_total.dtype, device=query.device)
+            if part.is_causal:  # the first part of these queries
+                output[:, :, part.queries], total[:, :, part.queries] = part_output, part_total
                 continue
             before, so_far = total[:, :, part.queries], output[:, :, part.queries]
-            both = torch.logaddexp(before, weight)
-            so_far.copy_(so_far * (before - both).exp()[..., None] + mine * (weight - both).exp()[..., None])
+            both = torch.logaddexp(before, part_total)
+            so_far.copy_(so_far * (before - both).exp()[..., None] + part_output * (part_total - both).exp()[..., None])
             before.copy_(both)
         assert total is not None, "a row has at least one segment"
         ctx.save_for_backward(query, key, value, output, total)
@@ -127,17 +127,17 @@ class _TreeAttention(torch.autograd.Function):
         for part in ctx.parts:
             q, k, v = query[:, :, part.queries], key[:, :, part.keys], value[:, :, part.keys]
             places = grads[0][:, :, part.queries], grads[1][:, :, part.keys], grads[2][:, :, part.keys]
-            mine = kernel.backward(
+            part_grads = kernel.backward(
                 grad_output[:, :, part.queries], q, k, v, output[:, :, part.queries], total[:, :, part.queries],
                 part.is_causal, ctx.scaling,
             )  # fmt: skip
-            for place, grad in zip(places, mine, strict=True):
+            for place, grad in zip(places, part_grads, strict=True):
                 place.copy_(grad) if part.is_causal else place.add_(grad)
         return (*(grad.to(dtype) for grad in grads), None, None, None)
 
 
 class _Kernel(Protocol):
-    """Attention of some queries over some keys, with the log-sum-exp [1, H, L] of their scores, and its gradients."""
+    """Attention of some queries over some keys with the log-sum-exp [1, H, L] of their scores, and its gradients."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scaling: float
@@ -149,17 +149,17 @@ class _Kernel(Protocol):
     ) -> Sequence[torch.Tensor]: ...  # fmt: skip
 
     def widened(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In the type that the backward pass computes in."""
+        """The tensor in the type of the backward pass."""
         return tensor
 
     def aligned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """With heads as wide as the kernel takes them, filled up with zeros, which change no score."""
+        """The tensor with heads padded to a width that the kernel takes, with zeros, which change no score."""
         return tensor
 
 
 class _FlashOnCpu(_Kernel):
     def widened(self, tensor):  # type: ignore[no-untyped-def]
-        """fp32: its backward pass takes 1.3 to 5 times as long in bf16, where each product packs its inputs first."""
+        """The tensor in fp32: in bf16 the backward pass takes 1.3 to 5 times as long, because each product packs its inputs first."""
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
     def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
@@ -194,7 +194,7 @@ class _Flash(_Kernel):
 
 
 class _Efficient(_Kernel):
-    """The memory-efficient kernel (arXiv 2112.05682), which wants keys and values for every query head."""
+    """The memory-efficient kernel (arXiv 2112.05682), which needs keys and values for every query head."""
 
     def aligned(self, tensor):  # type: ignore[no-untyped-def]
         return _filled_up(tensor, 4 if tensor.dtype == torch.float32 else 8)
@@ -208,7 +208,7 @@ class _Efficient(_Kernel):
     def backward(self, grad, q, k, v, output, total, is_causal, scaling):  # type: ignore[no-untyped-def]
         rows = torch.nn.functional.pad(
             total, (0, -q.shape[2] % 32), value=math.inf
-        )  # as many as the forward pass gives
+        )  # the padded length of the forward pass
         nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # no dropout: no random state
         grad_q, grad_k, grad_v, _ = _aten._scaled_dot_product_efficient_attention_backward(
             grad, q, _expanded(k, q), _expanded(v, q), None, output, rows.contiguous(), nothing, nothing, 0.0,
@@ -218,7 +218,7 @@ class _Efficient(_Kernel):
 
 
 class _Plain(_Kernel):
-    """Products and a softmax, where no kernel tells the log-sum-exp: its memory grows with the square of the length."""
+    """Products and a softmax, where no kernel returns the log-sum-exp; memory grows with the square of the length."""
 
     def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
         scores, v = self._scores(q, k, is_causal, scaling), _expanded(v, q)
@@ -255,10 +255,10 @@ def _kernel_for(query: torch.Tensor, value: torch.Tensor) -> _Kernel:
 
 
 def _expanded(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Keys or values [1, H_kv, L, d] for every query head."""
+    """Repeat keys or values [1, H_kv, L, d] for every query head."""
     return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
 
 
 def _summed(grad: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Gradients of what `_expanded` made, summed over the heads that shared it."""
+    """Sum the gradient of an `_expanded` tensor over the heads that shared it."""
     return grad.unflatten(1, (tensor.shape[1], -1)).sum(dim=2)

@@ -1,12 +1,11 @@
-"""How a frozen linear layer and its factors compute together: one matrix product, rounded once.
+"""A frozen linear layer with its factors: one matrix product, rounded once.
 
     y = [x | h] [W | B]^T + bias        h = scaling * A dropout(x)
 
-Matrix products are summed in fp32 and rounded to 16 bits at the end. peft's layer rounds W x first and adds the change to a value
-that lies on the 16-bit grid already: of a change below half a step of the grid (2^-9 of the value in bf16) nothing is left,
-in any step. Early in training that is most of it. Here the change is in the sum before the only rounding, so it survives on
-average, as it does in the merged model; tests/model/test_tuned_linear.py shows both. DoRA's stretch (dora.py) acts before the
-rounding too, for the same reason.
+Matrix products are summed in fp32 and rounded to 16 bits at the end. peft's layer rounds W x first, and adds the change to a value that
+is already on the 16-bit grid: a change below half a grid step (2^-9 of the value in bf16) is lost, in every step. Early in training that
+is most of the change. Here the change enters the sum before the only rounding, so it survives on average, as in the merged model;
+tests/model/test_tuned_linear.py shows both. DoRA's row scales (dora.py) act before the rounding too, for the same reason.
 """
 
 from typing import Any
@@ -21,7 +20,7 @@ from qlora_lite.model.products import product_in_fp32
 
 
 class TunedLinear(torch.nn.Module, LoraLayer):
-    """In place of the layer of peft that it is made from: the same parameters, names and switches, and our forward."""
+    """peft's layer with the same parameters, names and switches, and our forward pass."""
 
     def __init__(self, layer: LoraLayer, dora: Dora | None) -> None:
         torch.nn.Module.__init__(self)
@@ -30,7 +29,7 @@ class TunedLinear(torch.nn.Module, LoraLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out] in the type of `x`. Dropout acts on the input of A only."""
-        layer: Any = self  # peft's classes are typed in part only
+        layer: Any = self  # peft's classes are only partly typed
         base = layer.get_base_layer()
         if self.disable_adapters:
             alone: torch.Tensor = base(x)
@@ -45,7 +44,7 @@ class TunedLinear(torch.nn.Module, LoraLayer):
 
 
 class _OneProduct(torch.autograd.Function):
-    """x W^T + h B^T, in fp32 and without bias, or rounded and with it. W is dequantized again for the backward pass, not kept."""
+    """x W^T + h B^T: in fp32 without bias, or rounded with bias. The backward pass dequantizes W again."""
 
     @staticmethod
     def forward(
@@ -54,7 +53,7 @@ class _OneProduct(torch.autograd.Function):
         ctx.save_for_backward(hidden, b_OR)
         ctx.base, ctx.dtype = base, x.dtype
         weight_OI = dequantized(base, x.dtype)
-        unaligned = (0, -hidden.shape[-1] % 8)  # zeros, so that rows begin where tensor cores can read them
+        unaligned = (0, -hidden.shape[-1] % 8)  # zeros that align rows for tensor cores
         wide = torch.cat([weight_OI, pad(b_OR.to(weight_OI.dtype), unaligned)], dim=1)
         joined = torch.cat([x.to(wide.dtype), pad(hidden.to(wide.dtype), unaligned)], dim=-1)
         if in_fp32:

@@ -1,8 +1,8 @@
-"""Put the tensors of a model folder into an empty model: 16-bit ones as they are, quantized ones as bitsandbytes' layers.
+"""Put the tensors of a model folder into an empty model: 16-bit ones unchanged, quantized ones as bitsandbytes' layers.
 
-transformers' own loader replaces only layers whose type is exactly `nn.Linear`: it leaves Falcon, whose layers are a subclass,
-in 16 bits. Here a layer is replaced when the files hold its quantized weight, and nothing else decides. Values are copied: files are
-memory-mapped, and where they begin in a file is where no kernel would have put them.
+transformers' own loader replaces only layers whose type is exactly `nn.Linear`: it leaves Falcon, whose layers are a subclass, in 16
+bits. Here a layer is replaced exactly when the files have its quantized weight. Values are copied, because files are memory-mapped and
+tensors in them are not aligned for kernels.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ from qlora_lite.model.frozen_int8 import FrozenInt8
 
 
 class Source(Protocol):
-    """Where a tensor comes from: a file (published.LazyTensor), or a generator of random numbers (random_model.py)."""
+    """The source of a tensor: a file (published.LazyTensor), or a generator of random numbers (random_model.py)."""
 
     def value(self) -> torch.Tensor: ...
 
@@ -29,22 +29,24 @@ class Source(Protocol):
 def fill_model(model: PreTrainedModel, folder: Path, *, device: str, compute: torch.dtype) -> None:
     """Read every weight of `model` (see skeleton.py) from the quantized `folder`, whose names are the model's own.
 
-    Quantized weights are dequantized to `compute` whenever they are used, all others are stored in it. Raises ModelError for
-    weights that are missing, have no place, or are not finite.
+    Quantized weights are dequantized to `compute` at each use; all others are stored in it. Raises ModelError for weights that are
+    missing, have no place in the model, or are not finite.
     """
     stored = dict(open_tensors(folder))
     parts = parts_of(stored)
-    plain = stored.keys() - parts.keys() - {part for found in parts.values() for part in found}
+    plain = stored.keys() - parts.keys() - {part for names in parts.values() for part in names}
     wanted = model.state_dict().keys()
     tied = model.all_tied_weights_keys.keys() - plain
     missing, unknown = wanted - plain - parts.keys() - tied, (plain | parts.keys()) - wanted
     if missing or unknown:
-        some = min(missing | unknown)
-        raise ModelError(f"{folder}: {len(missing)} weights are missing and {len(unknown)} have no place, first {some}")
+        first = min(missing | unknown)
+        raise ModelError(
+            f"{folder}: {len(missing)} weights are missing and {len(unknown)} have no place, first {first}"
+        )
     fill_plain(model, {name: stored[name] for name in plain}, device=device, compute=compute, where=folder)
     weights = (
-        (name, {part: stored[part].value().clone() for part in (name, *others)})
-        for name, others in sorted(parts.items())
+        (name, {part: stored[part].value().clone() for part in (name, *constants)})
+        for name, constants in sorted(parts.items())
     )
     fill_quantized(model, weights, device=device, compute=compute, where=folder)
 
@@ -57,18 +59,16 @@ def fill_quantized(
     compute: torch.dtype,
     where: Path | str = "the model",
 ) -> None:
-    """Put bitsandbytes' layers in place of linear ones: each weight's name, and the tensors that `Quantization.quantize` gives for it."""
+    """Replace linear layers by bitsandbytes' layers; `weights` are names with the tensors from `Quantization.quantize`."""
     is_int8 = False
     for name, tensors in weights:
         is_int8 = tensors[name].dtype == torch.int8
         for part, values in tensors.items():
-            if (
-                part != name
-            ):  # packed weights are bits, in whatever type they are stored; numbers are the scales and tables
+            if part != name:  # packed weights are bits of any storage type; only scales and tables are numbers
                 refuse_not_finite(values, part, where=where)
         put = _put_int8 if is_int8 else _put_4_bit
         put(model, name, tensors, device=device, compute=compute)
-    # peft asks for these two
+    # peft reads these two
     model.is_loaded_in_4bit = any(isinstance(layer, bitsandbytes.nn.Linear4bit) for layer in model.modules())
     model.is_loaded_in_8bit = is_int8 and not model.is_loaded_in_4bit
 
@@ -81,7 +81,7 @@ def fill_plain(
     compute: torch.dtype,
     where: Path | str = "the model",
 ) -> None:
-    """Put 16-bit `tensors`, by module name, into `model` in the type `compute`; buffers go to the device too."""
+    """Put 16-bit `tensors`, by parameter name, into `model` in the type `compute`; buffers go to the device too."""
     for name, tensor in tensors.items():
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -105,7 +105,7 @@ def _put_4_bit(
 ) -> None:
     linear = _linear(model, name)
     if device == "cpu" and linear.in_features % 64 == 32:
-        # bitsandbytes 0.50's AVX512 kernel takes the wrong absmax there; can go when upstream reads it right
+        # bitsandbytes 0.50's AVX512 kernel reads the wrong absmax there; remove when upstream fixes it
         raise ModelError(
             f"{name}: bitsandbytes computes 4-bit layers of width {linear.in_features} (32 more than a multiple of 64) "
             "wrongly on the CPU. Use device: cuda for this model"
@@ -123,7 +123,7 @@ def _put_4_bit(
         data=tensors.pop(name), quantized_stats=tensors, device=device, module=layer
     )
     _check_shape(name, layer.weight.quant_state.shape, linear.weight)
-    layer.weight.quant_state.dtype = compute  # what bitsandbytes dequantizes to when it is not told
+    layer.weight.quant_state.dtype = compute  # bitsandbytes' default type for dequantization
     _replace(model, name, layer, bias=linear.bias)
 
 
@@ -151,7 +151,9 @@ def _put_int8(
 def _linear(model: PreTrainedModel, name: str) -> torch.nn.Linear:
     linear = model.get_submodule(name.removesuffix(".weight"))
     if not isinstance(linear, torch.nn.Linear):
-        raise ModelError(f"{name}: is quantized in the file and belongs to a {type(linear).__name__} in the model")
+        raise ModelError(
+            f"{name}: is quantized in the file, but belongs to a {type(linear).__name__} in the model, not to a linear layer"
+        )
     return linear
 
 
@@ -161,6 +163,6 @@ def _check_shape(name: str, shape: torch.Size, expected: torch.Tensor) -> None:
 
 
 def _replace(model: PreTrainedModel, name: str, layer: torch.nn.Linear, *, bias: torch.nn.Parameter | None) -> None:
-    """Put the quantized `layer` where the model's own is; a bias stays, in 16 bits."""
+    """Replace the model's own layer by the quantized `layer`; a bias stays, in 16 bits."""
     layer.register_parameter("bias", bias)
     model.set_submodule(name.removesuffix(".weight"), layer)

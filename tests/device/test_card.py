@@ -64,12 +64,12 @@ def test_a_name_of_several_cards_gets_them_all():
 
 def test_an_unknown_card_gets_the_nearest_ones():
     with pytest.raises(
-        UserError, match=r"--card: 'rtx-4099' is not the name of one card in the table; did you mean .*rtx-4090"
+        UserError, match=r"--card: 'rtx-4099' does not name exactly one card of the table; did you mean .*rtx-4090"
     ):
         card_named("rtx-4099")
     with pytest.raises(UserError, match=r"`plan --cards` lists all \d+"):
         card_named("abacus")
-    with pytest.raises(UserError, match="not the name of one card"):
+    with pytest.raises(UserError, match="does not name exactly one card"):
         card_named("")
 
 

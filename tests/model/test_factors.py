@@ -51,8 +51,8 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("adapter", "expected"),
     [
-        ({"r": 8}, f"28 of its factors have another shape, first {FIRST} with 4x192 instead of 8x192"),
-        ({"r": 4, "target_modules": ["q_proj"]}, f"24 of its factors have no place in the model, first {FIRST}"),
+        ({"r": 8}, f"28 factors have another shape, first {FIRST} with 4x192 instead of 8x192"),
+        ({"r": 4, "target_modules": ["q_proj"]}, f"24 factors have no place in the model, first {FIRST}"),
     ],
 )
 def test_factors_that_do_not_fit_are_counted_and_named_and_nothing_is_copied(adapter, expected, saved):
@@ -69,7 +69,7 @@ def test_a_folder_that_lacks_factors_is_refused(saved):
     model, folder = saved
     some = load_file(folder / FACTORS_FILE)
     save_file({name: tensor for name, tensor in some.items() if ".layers.0." in name}, folder / FACTORS_FILE)
-    with pytest.raises(ModelError, match=r"it lacks 14 factors, first base_model\.model\.model\.layers\.1\."):
+    with pytest.raises(ModelError, match=r"14 factors are missing, first base_model\.model\.model\.layers\.1\."):
         copy_factors(model, folder)
 
 

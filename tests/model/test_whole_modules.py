@@ -94,7 +94,10 @@ def test_a_merge_holds_them_and_is_proved(tmp_path, scale):
     ("whole", "message"),
     [
         (["up_proj"], 'modules_to_save: "up_proj" is quantized'),
-        (["head"], 'modules_to_save: "head" is no module with weights of this model; those in 16 bits are .*lm_head'),
+        (
+            ["head"],
+            'modules_to_save: "head" matches no module with weights in this model; modules in 16 bits: .*lm_head',
+        ),
     ],
 )
 def test_what_cannot_be_trained_whole_is_refused_by_name(whole, message):
@@ -105,5 +108,5 @@ def test_what_cannot_be_trained_whole_is_refused_by_name(whole, message):
 def test_a_tied_head_is_refused(tmp_path):
     source = save_tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
     base = load_base(quantize_base(source, cache=tmp_path), device="cpu").model
-    with pytest.raises(ModelError, match="head is its embedding"):
+    with pytest.raises(ModelError, match="ties its head to its embedding"):
         attach_adapter(base, r=4, lora_alpha=8, modules_to_save=["lm_head"])
