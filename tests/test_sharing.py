@@ -67,7 +67,7 @@ def test_a_run_that_shares_takes_fewer_tokens_to_the_same_first_loss(recipe, tmp
     assert plans[0]["sharing"] is None and plans[1]["sharing"]["factor"] > 2
     assert any("data.share_prefixes: on" in reason for reason in plans[1]["reasons"])
     pages = [(run / "report.html").read_text(encoding="utf-8") for run in (alone, shared)]
-    assert ["What was read once" in page for page in pages] == [False, True]
+    assert ["Shared prefixes" in page for page in pages] == [False, True]
 
 
 def test_a_run_that_shares_resumes_where_it_stopped(recipe, tmp_path):

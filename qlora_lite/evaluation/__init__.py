@@ -1,6 +1,9 @@
 """Evaluate: a model and held-out examples -> `EvalResult`: exact match, F1, loss, and every prediction.
 
-squad_score.py   the official rules      generate.py   batched greedy answers      scores.py   both, and the loss
+scores.py        answers, their scores, and the loss
+generate.py      batched greedy answers
+squad_score.py   exact match and F1 by the official SQuAD rules
+held_out.py      the choice of rows that are scored
 """
 
 from qlora_lite.evaluation.generate import BATCH_TOKENS, answer_tokenizer, stream_answer

@@ -1,7 +1,7 @@
-"""Greedy answers in batches of similar length, with a key/value cache, ending at the token that training ends rows with.
+"""Greedy answers in batches of similar length, with a key/value cache, up to the token that ends rows in training.
 
-Where prompts share their beginning (a passage with several questions), a batch is read as a packed prefix tree, each shared run once, and
-its keys and values are handed out to the rows that continue it; the answers are decoded as one batch like any other.
+If prompts share a prefix (a passage with several questions), a batch is read as a packed prefix tree, each shared part once, and its
+keys and values are copied to the prompts that continue it; the answers are decoded as one ordinary batch.
 """
 
 import warnings
@@ -24,7 +24,7 @@ from qlora_lite.memory.measuring import give_back_free_memory
 from qlora_lite.model.attention import attention_for_generation, attention_on_packed_rows
 from qlora_lite.model.forward import causal_lm, may_share
 
-BATCH_TOKENS = 4096  # prompt tokens of a batch, padding included; a plan may choose fewer
+BATCH_TOKENS = 4096  # prompt tokens per batch, including padding; a plan may choose fewer
 
 
 def generate_answers(
@@ -40,9 +40,9 @@ def generate_answers(
 ) -> list[str]:
     """One greedy answer per prompt (token ids from `data.template.encode_prompt`), in their order, stop token removed.
 
-    A batch has at most `batch_tokens` prompt tokens with padding, or one prompt; with `share`, what its prompts begin with in
-    common is read once. An answer ends at the stop tokens of the model's own generation settings too, as plain `generate` does.
-    `progress(done)` is called per batch.
+    A batch has at most `batch_tokens` prompt tokens including padding, or one prompt; with `share`, a common prefix of its prompts is
+    read once. An answer also ends at the stop tokens of the model's own generation settings, as in plain `generate`. `progress(done)` is
+    called per batch.
     """
     answers: dict[int, str] = {}
     lengths = [len(prompt) for prompt in prompts]
@@ -51,15 +51,15 @@ def generate_answers(
     batches = tree_batches(prompts, batch_tokens) if share else length_batches(lengths, batch_tokens)
     with generating(model):
         for indices in batches:
-            asked = [prompts[i] for i in indices]
-            ids_BT, mask_BT = _pad_left(asked, pad=stop_token)
+            batch_prompts = [prompts[i] for i in indices]
+            ids_BT, mask_BT = _pad_left(batch_prompts, pad=stop_token)
             width = ids_BT.shape[1]
             config = greedy(stop_token=stop_token, max_new_tokens=max_new_tokens)
             cache = None
             if share:
-                tree = pack_trees(_Prompts(asked), range(len(asked)))
+                tree = pack_trees(_Prompts(batch_prompts), range(len(batch_prompts)))
                 cache = read_prompts(model, tree)
-                # `read_prompts` has them in the tree's order
+                # `read_prompts` returns them in the tree's order
                 ids_BT, mask_BT, indices = (
                     ids_BT[list(tree.rows)],
                     mask_BT[list(tree.rows)],
@@ -84,7 +84,7 @@ def stream_answer(
     stop_token: int,
     max_new_tokens: int,
 ) -> Iterator[str]:
-    """Pieces of text of one greedy answer, as they are generated."""
+    """Yield pieces of text of one greedy answer as they are generated."""
     stops = stop_tokens(model, stop_token)
     streamer = TextIteratorStreamer(Without(tokenizer, stops, besides=True), skip_prompt=True, skip_special_tokens=True)
     ids_1T = torch.tensor([prompt])
@@ -94,7 +94,7 @@ def stream_answer(
         try:
             config = greedy(stop_token=stops, max_new_tokens=max_new_tokens)
             generate_batch(model, ids_1T, torch.ones_like(ids_1T), config=config, streamer=streamer)
-        except BaseException as error:  # handed to the reader below
+        except BaseException as error:  # raised below, in the reader's thread
             failure.append(error)
             streamer.end()
 
@@ -109,7 +109,7 @@ def stream_answer(
 
 @contextmanager
 def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Eval mode and padded attention inside, what was before after."""
+    """Inside, eval mode and padded attention; restore the previous state afterwards."""
     was_training = model.training
     model.eval()
     head = causal_lm(model).get_output_embeddings().register_forward_pre_hook(_contiguous)
@@ -122,7 +122,7 @@ def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def _contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """The last position of every row, laid out anew: else `linear` multiplies row by row, and on the CPU copies the head for each."""
+    """Copy the last positions to contiguous memory: otherwise `linear` multiplies row by row, and on the CPU copies the head for each."""
     return (inputs[0].contiguous(),)
 
 
@@ -137,10 +137,10 @@ def generate_batch(
     streamer: TextIteratorStreamer | None = None,
     cache: Cache | None = None,
 ) -> torch.Tensor:
-    """Token ids [B, T + new] from prompts that are padded left; `cache` has the keys and values of their first tokens."""
+    """Token ids [B, T + new] from left-padded prompts [B, T]; `cache` has the keys and values of their first tokens."""
     device = causal_lm(model).device
     with exact_sums(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice on sampling settings of the model's own generation config
+        warnings.simplefilter("ignore")  # advice about sampling settings of the model's own generation config
         return causal_lm(model).generate(
             input_ids=ids_BT.to(device),
             attention_mask=mask_BT.to(device),
@@ -151,7 +151,7 @@ def generate_batch(
 
 
 class Without:
-    """A tokenizer that skips `ids` where it is to skip special tokens: besides those, or in their place."""
+    """A tokenizer that skips `ids` along with special tokens (`besides`), or instead of them."""
 
     def __init__(self, tokenizer: Any, ids: Collection[int], *, besides: bool) -> None:
         self._tokenizer, self._skipped, self._besides = tokenizer, frozenset(ids), besides
@@ -163,18 +163,18 @@ class Without:
 
 
 def answer_tokenizer(tokenizer: Any, template: ChatTemplate) -> Without:
-    """For answers: of the special tokens it skips only those that no answer may say; the others belong to the text."""
+    """The tokenizer for answers: it skips only special tokens that an answer cannot contain; the others belong to the text."""
     return Without(tokenizer, template.hidden_ids, besides=False)
 
 
 def stop_tokens(model: PreTrainedModel | PeftModel, stop_token: int) -> list[int]:
-    """Where an answer ends: at the trained stop token, and where plain `generate` of this model would."""
+    """The tokens that end an answer: the trained stop token, and those of plain `generate` for this model."""
     settings = causal_lm(model).generation_config
     return list(dict.fromkeys([stop_token, *stop_ids(settings.eos_token_id)]))
 
 
 def greedy(*, stop_token: int | list[int], max_new_tokens: int) -> GenerationConfig:
-    """The most probable token each time, until a stop token or enough."""
+    """Settings for greedy decoding, until a stop token or `max_new_tokens`."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -187,7 +187,7 @@ def greedy(*, stop_token: int | list[int], max_new_tokens: int) -> GenerationCon
 
 @torch.no_grad()
 def read_prompts(model: PreTrainedModel | PeftModel, tree: Batch) -> Cache:
-    """Keys and values of all but the last token of each example of `tree`, padded left, as `generate_batch` takes them."""
+    """Keys and values of all but the last token of each example of `tree`, left-padded, for `generate_batch`."""
     base = causal_lm(model)
     config = base.config.get_text_config(decoder=True)
     paths = [path[:-1] for path in tree.paths]
@@ -195,7 +195,7 @@ def read_prompts(model: PreTrainedModel | PeftModel, tree: Batch) -> Cache:
     places_BT = torch.tensor([[0] * (width - len(path)) + path for path in paths]).to(
         base.device
     )  # 0: hidden by the mask
-    row = DynamicCache()  # all of it: a window would keep its end only
+    row = DynamicCache()  # without config: a sliding window would keep only the end
     cache = DynamicCache(config=config)
     tree = tree.to(base.device)
     with exact_sums(), attention_on_packed_rows(base):
@@ -206,12 +206,12 @@ def read_prompts(model: PreTrainedModel | PeftModel, tree: Batch) -> Cache:
     for index, layer in enumerate(row.layers):
         keys, values = (tensor[0, :, places_BT].transpose(0, 1).contiguous() for tensor in (layer.keys, layer.values))
         cache.update(keys, values, index)
-        layer.keys = layer.values = None  # the row's own are not needed any more
+        layer.keys = layer.values = None  # free the copies of the packed sequence
     return cache
 
 
 class _Prompts:
-    """Prompts as rows whose last token is their own."""
+    """Prompts as examples whose last token is unshared."""
 
     def __init__(self, prompts: Sequence[list[int]]) -> None:
         self._prompts = prompts
@@ -223,7 +223,7 @@ class _Prompts:
 
 
 def tree_batches(prompts: Sequence[list[int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices, those that share their beginning together, in batches of at most `batch_tokens` tokens with padding (or one prompt)."""
+    """Yield batches of indices, prompts with a common prefix together, of at most `batch_tokens` tokens with padding (or one prompt)."""
     batch, width = list[int](), 0
     for index in grow(_Prompts(prompts), range(len(prompts))).top.all_rows():
         wider = max(width, len(prompts[index]))
@@ -237,7 +237,7 @@ def tree_batches(prompts: Sequence[list[int]], batch_tokens: int) -> Iterator[li
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices, longest first, in batches of at most `batch_tokens` tokens with padding (or one prompt)."""
+    """Yield batches of indices, longest prompts first, of at most `batch_tokens` tokens with padding (or one prompt)."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         size = max(1, batch_tokens // lengths[order[0]])
@@ -246,7 +246,7 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
 
 
 def _pad_left(prompts: Sequence[list[int]], *, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> ids [B, T] and mask [B, T]; padding stands left, so that every prompt ends where generation begins."""
+    """-> (ids [B, T], mask [B, T]), padded left, so that every prompt ends where generation begins."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])

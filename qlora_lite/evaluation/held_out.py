@@ -1,11 +1,11 @@
-"""Which rows are scored, and which are not and why: the one place that decides it, for every verb that scores and for the plan.
+"""Choose the rows that are scored: the one place for it, for every verb that scores and for the plan.
 
-In: a file, and the longest row that is scored. Out: `Examples`, and `left_out_of` them: rows that are too long, unusable, or beyond
-the number that was asked for.
+In: a file, and the length of the longest row that is scored. Out: `Examples`, and `left_out_of` them: rows that are too long, unusable,
+or beyond the requested number.
 
-Scoring has a limit of its own, `eval.max_seq_length`: training cuts rows so that a step fits, and a score should not depend on that.
-Surprising: a question is never cut here, because the piece that is kept would show where the answer stands; a question that is too long
-is left out. A text loses nothing when it is cut, so it is scored in the pieces that training makes of it.
+Scoring has its own limit, `eval.max_seq_length`: training cuts rows so that a step fits, and a score should not depend on that.
+Surprising: a question is never cut here, because the kept part would reveal the position of the answer; a question that is too long is
+left out. A text loses nothing by cutting, so it is scored in training's pieces.
 """
 
 from dataclasses import asdict, dataclass
@@ -22,11 +22,11 @@ KEY = "eval.max_seq_length"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Rows of a file that were not scored, by reason."""
+    """Numbers of rows that were not scored, by reason."""
 
     too_long: int = 0  # longer than eval.max_seq_length
     unusable: int = 0  # bad rows of the file
-    beyond_limit: int = 0  # behind the first eval.num_examples
+    beyond_limit: int = 0  # after the first eval.num_examples
 
     @property
     def total(self) -> int:
@@ -37,7 +37,7 @@ class LeftOut:
 
 
 def longest_scored(asked: int | Literal["auto"], *, window: int | None, trained_length: int) -> tuple[int, str]:
-    """-> (eval.max_seq_length as it will be, the reason). Raises DataError for more than the model can take."""
+    """-> (the value of eval.max_seq_length, its reason). Raises DataError for more positions than the model has."""
     if asked != "auto":
         if window is not None and asked > window:
             raise DataError(
@@ -64,24 +64,24 @@ def held_out_rows(
 ) -> Examples:
     """The rows of `file` that are scored: the first `num_rows` usable ones (None: all) of at most `max_seq_length` tokens.
 
-    `text_length` is how long training's pieces of a text are. A file that has not the columns of `format` is of the format that its own
-    columns say. Raises DataError, also where every row is too long.
+    `text_length` is the length of training's pieces of a text. A file without the columns of `format` has the format of its own columns.
+    Raises DataError, also when every row is too long.
     """
-    found = format_of_held_out(file, format=format)
+    file_format = format_of_held_out(file, format=format)
     examples = load_examples(
         file,
         tokenizer,
-        format=found,
+        format=file_format,
         num_rows=num_rows,
         no_answer_text=no_answer_text,
-        max_seq_length=min(max_seq_length, text_length) if found == "text" else max_seq_length,
+        max_seq_length=min(max_seq_length, text_length) if file_format == "text" else max_seq_length,
         cache_dir=cache_dir,
         may_cut=False,
         vocabulary=vocabulary,
     )
     if len(examples) == 0:
         raise DataError(
-            f"{file}: every one of its {examples.counts.num_read:,} usable rows is longer than {KEY} ({max_seq_length} tokens), so there "
+            f"{file}: all {examples.counts.num_read:,} usable rows are longer than {KEY} ({max_seq_length} tokens), so there "
             f"is nothing to score. {_advice(max_seq_length, window)}"
         )
     return examples
@@ -93,8 +93,8 @@ def left_out_of(examples: Examples) -> LeftOut:
 
 
 def account_of(examples: Examples) -> list[str]:
-    """What became of rows that are not scored, a sentence each; [] when all are."""
-    # A text is scored in the pieces that training would cut.
+    """One sentence for each group of rows that are not scored; [] when all are."""
+    # A text is scored in training's pieces.
     length_key = "data.max_seq_length" if examples.is_text else KEY
     return examples.account("held-out rows", limit="eval.num_examples", length_key=length_key)
 

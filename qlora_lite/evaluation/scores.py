@@ -1,6 +1,6 @@
 """Score a model on held-out rows: exact match and F1 of generated answers, and the validation loss.
 
-Of a conversation the last answer is generated and compared. Plain text has no answers: its only score is the loss.
+In a conversation, the last answer is generated and compared. Plain text has no answers: its only score is the loss.
 """
 
 import time
@@ -27,7 +27,7 @@ PHRASINGS = ("trained", "untrained")  # endings of ids in the shipped data: `iz-
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answered question; `gold` is empty where the passage holds no answer."""
+    """One answered question; `gold` is empty when the passage has no answer."""
 
     id: str
     question: str
@@ -46,9 +46,9 @@ class EvalResult:
     loss: float
     num_examples: int
     predictions: tuple[Prediction, ...]
-    answers_s: float = field(default=0.0, compare=False)  # generating and scoring the answers, the loss not counted
+    answers_s: float = field(default=0.0, compare=False)  # time to generate and score the answers, without the loss
     left_out: LeftOut = field(default_factory=LeftOut)  # rows of the file that were not scored
-    account: tuple[str, ...] = ()  # what became of them, a sentence each
+    account: tuple[str, ...] = ()  # a sentence for each group of them
 
     def to_json_dict(self) -> dict[str, Any]:
         """The scores without the predictions."""
@@ -70,9 +70,9 @@ def evaluate_model(
     share: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
-    """Answer and score every example, the loss in batches of `micro_batch_tokens`, answers in those of `batch_tokens` prompt tokens.
+    """Answer and score every example: the loss in batches of `micro_batch_tokens`, the answers in batches of `batch_tokens` prompt tokens.
 
-    `template` is how the examples were made; None: the tokenizer's, as it is. `progress(done, total)` is called per batch of answers.
+    `template` is the template of the examples; None: the tokenizer's own. `progress(done, total)` is called per batch of answers.
     """
     template = template or ChatTemplate(tokenizer)
     loss = validation_loss(model, examples, device=device, micro_batch_tokens=micro_batch_tokens, share=share)
@@ -110,7 +110,7 @@ def evaluate_model(
 def validation_loss(
     model: PreTrainedModel | PeftModel, examples: Examples, *, device: str, micro_batch_tokens: int, share: bool = False
 ) -> float:
-    """Mean loss per label token over all examples, by the same forward pass as training's; with `share`, what they share once."""
+    """Mean loss per label token over all examples, by training's forward pass; with `share`, shared prefixes are computed once."""
     was_training = model.training
     share = share and may_share(model, int(examples.lengths.max()))
     model.eval()
@@ -124,7 +124,7 @@ def validation_loss(
 
 
 def by_phrasing(predictions: Iterable[Prediction]) -> dict[str, dict[str, float]]:
-    """Scores apart for trained and untrained phrasings, where the ids tell which; {} for other data."""
+    """Separate scores for trained and untrained phrasings, by the endings of the ids; {} for other data."""
     groups: dict[str, list[Prediction]] = {name: [] for name in PHRASINGS}
     for prediction in predictions:
         ending = prediction.id.rpartition("-")[2]

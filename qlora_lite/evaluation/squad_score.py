@@ -2,12 +2,12 @@
 
 In: a prediction and its gold answers. Out: (exact match, F1), each 0 to 1, the best over the golds; `aggregate` gives percentages.
 Sources: SQuAD arXiv 1606.05250 section 6.1, arXiv 1806.03822, and their scripts `evaluate-v1.1.py` and `evaluate-v2.0.py`.
-Surprising: where nothing is left of an answer after normalization (gold "The"), F1 is 1 if nothing is left of the prediction either;
-the v1.1 script gives 0 there, although it grants the exact match. Only ASCII punctuation is removed, as in both scripts.
+Surprising: if normalization empties a gold answer ("The"), F1 is 1 when the prediction is empty too; the v1.1 script gives 0 there,
+although it grants the exact match. Only ASCII punctuation is removed, as in both scripts.
 
-SQuAD has no answers like "+", "-5", "1.5" or "C++", so its rule takes "-5" for "5", "1.5" for "15" and "+" for "-". Rows of other formats
-have such answers. There the signs that make a number or a symbol another one stay, and a gold answer of which nothing would be left is
-compared as it is. `score` is the one place that decides this.
+SQuAD has no answers like "+", "-5", "1.5" or "C++", so its rule treats "-5" as "5", "1.5" as "15" and "+" as "-". Rows of other formats
+have such answers. For them, signs that distinguish numbers or symbols stay, and a gold answer that would become empty is compared
+unchanged. Only `score` decides this.
 """
 
 import math
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_SYMBOLS = "+#%*/=<>^"  # that no sentence ends in or is divided by
+_SYMBOLS = "+#%*/=<>^"  # symbols that are not punctuation of a sentence
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # 1,000 is 1000
-# A sign before a number, and points between digits: each is kept as a character that no text has.
+# A sign before a number, and points between digits: each becomes a private-use character and so is kept.
 _SIGN, _POINT = re.compile(r"(?<![\w)])-(?=\.?\d)"), re.compile(r"(?<=\d)[.,:](?=\d)|(?<!\w)\.(?=\d)")
 _KEPT = str.maketrans({"-": "\ue000", ".": "\ue001", ",": "\ue002", ":": "\ue003"})
 _SENTENCE = str.maketrans("", "", "".join(set(string.punctuation) - set(_SYMBOLS)))
@@ -41,10 +41,10 @@ def score(
 ) -> tuple[float, float]:
     """-> (exact match, 0.0 or 1.0; F1, 0 to 1), the best over the gold answers.
 
-    No golds means the question has no answer: then only an empty prediction is right, or one that says `no_answer_text` (compared after
-    normalization); exact match and F1 are both 1 or both 0. The official rule takes a gold answer that normalization empties for
-    none. Without `is_squad`, what makes a number or a symbol another one stays (`normalize_with_signs`), and a gold answer that even that
-    empties is compared character by character, white space at the ends aside; F1 is then the exact match.
+    Without golds the question has no answer: only an empty prediction or `no_answer_text` (compared after normalization) is right; exact
+    match and F1 are both 1 or both 0. The official rule ignores a gold answer that normalization empties. Without `is_squad`, signs that
+    distinguish numbers or symbols stay (`normalize_with_signs`); a gold answer that is still empty is compared character by character,
+    without outer white space, and F1 equals the exact match.
     """
     if not is_squad:
         pairs = [_score_as_written(prediction, gold) for gold in golds]
@@ -57,7 +57,7 @@ def score(
 
 
 def aggregate(scores: Iterable[tuple[float, float]]) -> Scores:
-    """Mean of the pairs `score` returns, times 100. Raises ValueError when there are none."""
+    """Mean of the pairs from `score`, times 100. Raises ValueError without pairs."""
     pairs = list(scores)
     if not pairs:
         raise ValueError("no predictions to score")
@@ -67,15 +67,15 @@ def aggregate(scores: Iterable[tuple[float, float]]) -> Scores:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation and the articles a, an, the; single spaces. In this order, as the official script."""
+    """Lower case, without ASCII punctuation and the articles a, an, the; single spaces. In this order, as in the official script."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def normalize_with_signs(text: str) -> str:
-    """As `normalize_answer`, but +, #, %, *, /, =, <, > and ^ stay, a minus before a number, and points and colons between digits."""
+    """Like `normalize_answer`, but +, #, %, *, /, =, <, > and ^ stay, and a minus before a number, and points and colons between digits."""
     text = _THOUSANDS.sub("", text.lower())
     for pattern in (_SIGN, _POINT):
-        text = pattern.sub(lambda found: found[0].translate(_KEPT), text)
+        text = pattern.sub(lambda match: match[0].translate(_KEPT), text)
     return " ".join(_ARTICLES.sub(" ", text.translate(_SENTENCE)).split())
 
 

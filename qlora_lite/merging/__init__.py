@@ -1,8 +1,15 @@
-"""From base and adapter files to a 16-bit model folder that is proved to compute the same: gives `MergeResult`.
+"""From base and adapter files to a 16-bit model folder, with a proof that it computes the same: gives `MergeResult`.
 
-checkpoint.py   reads a base: NF4 or 16-bit files -> fp32 row blocks      lora.py      reads a PEFT adapter
-rounding.py     fp32 -> bf16 without systematic loss                      write.py     the merge itself
-proof.py        adapter model against merged files, on held-out rows      memory.py    what it took
+checkpoint.py      read a base: NF4, int8 or 16-bit files -> fp32 row blocks
+lora.py            read a PEFT adapter: its factors, whole modules and rows
+write.py           the merge
+rounding.py        fp32 -> 16 bits without systematic loss
+proof.py           adapter model against merged files, on held-out rows
+streamed.py        a decoder with one weight in memory at a time
+spectrum.py        singular values of an adapter's change, and truncation
+advice.py          a recommended rank from spectra or from scores
+mix.py             weighted sums of adapters
+adapter_proof.py   the share of an adapter's effect that another form of it loses
 """
 
 from collections.abc import Sequence
@@ -24,7 +31,7 @@ __all__ = ["MergeResult", "Proof", "WriteResult", "merge", "merge_adapter", "pro
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was merged and how well. Ratios are shares of the adapter's effect; None where no proof was asked for."""
+    """The options and the errors of a merge. Ratios are shares of the adapter's effect; None without a proof."""
 
     out: Path
     dtype: str
@@ -64,13 +71,12 @@ def merge(
     device: str = "cpu",
     stop_tokens: Sequence[int] = (),
 ) -> MergeResult:
-    """Merge, prove the written files on `encoded_rows`, and only then give them the name `out_dir`.
+    """Merge, prove the written files on `encoded_rows`, and only then rename them to `out_dir`.
 
-    `out_dir` must not exist or be empty, or hold the outcome of this very call, which is then returned. A couple of dozen held-out
-    rows are plenty; None skips the proof, with a warning. `compute_dtype` is the training run's, `device` is where the proof computes.
-    Plain `generate` of the merged model stops at `stop_tokens` too.
-    Raises ProofFailed for a wrong merge, ModelError for a base and an adapter that do not fit, UserError for options; then no folder
-    is left.
+    `out_dir` must be missing or empty, or hold the result of the same call, which is then returned. A few dozen held-out rows suffice;
+    None skips the proof, with a warning. `compute_dtype` is that of the training run; `device` runs the proof. Plain `generate` of the
+    merged model stops at `stop_tokens` too. Raises ProofFailed for a wrong merge, ModelError for a base and an adapter that do not fit,
+    UserError for options; an error leaves no folder.
     """
     options = {"dtype": dtype, "rounding": rounding, "scale": scale, "seed": seed, "compute_dtype": compute_dtype}
     made_of = {"base": Path(base_dir).name, "adapter_sha256": folder_weights_sha256(adapter_dir), **options}
@@ -123,12 +129,12 @@ def merge(
 
 
 def _done_before(out: Path, made_of: dict[str, Any]) -> MergeResult | None:
-    """What an earlier call returned for this very merge into `out`, if that is there, whole and unchanged."""
+    """The result of an earlier call for the same merge into `out`, if its files are complete and unchanged."""
     manifest = read_manifest(out) or {}
     if manifest.get("made_of") != made_of or verify_manifest(out):
         return None
-    found = manifest["result"]
-    return MergeResult(out=out, **found | {"warnings": tuple(found["warnings"])})
+    result = manifest["result"]
+    return MergeResult(out=out, **result | {"warnings": tuple(result["warnings"])})
 
 
 def _proof_warnings(proof: Proof | None, *, dtype: str, rounding: str) -> tuple[str, ...]:

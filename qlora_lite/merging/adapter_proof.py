@@ -1,6 +1,6 @@
-"""How much of an adapter's effect another form of it loses: a lower rank, fewer bits. The proof of a merge (proof.py), for adapters.
+"""The share of an adapter's effect that another form of it loses: a lower rank, fewer bits. Like the proof of a merge (proof.py).
 
-The base, the adapter and the other adapter are run in fp32 on held-out rows, one weight in memory at a time. Compared are
+The base, the adapter and the other adapter run in fp32 on held-out rows, one weight in memory at a time. The comparison is of
 log-probabilities [N, V] at the N label positions, by Frobenius norm:
 
     effect = |adapter - base|        lost = |other - adapter| / effect
@@ -27,7 +27,7 @@ class EffectLost:
 
     adapter_effect: float
     lost_share: float
-    equal_greedy_share: float  # label positions where both prefer the same token
+    equal_greedy_share: float  # share of label positions where both prefer the same token
     num_rows: int
     num_label_tokens: int
 
@@ -41,25 +41,27 @@ def effect_lost(
     compute_dtype: str | None = "bf16",
     device: str = "cpu",
 ) -> EffectLost:
-    """Compare the adapter at `other_dir` with that at `adapter_dir`, both on one base. Raises ModelError, ProofFailed."""
+    """Compare the adapter at `other_dir` with the one at `adapter_dir`, both on one base. Raises ModelError, ProofFailed."""
     with torch.no_grad(), full_fp32():
         first, second = (
-            Models(base, adapter, base, config=plain_config(base), scale=1.0, device=device)  # no merged files are read
+            Models(base, adapter, base, config=plain_config(base), scale=1.0, device=device)  # reads no merged files
             for base, adapter in (
                 open_pair(base_dir, folder, compute_dtype=compute_dtype) for folder in (adapter_dir, other_dir)
             )
         )
-        ours = {variant: first.predictors(variant, encoded_rows) for variant in ("base", "adapter")}
-        theirs = {"adapter": second.predictors("adapter", encoded_rows)}
+        first_states = {variant: first.predictors(variant, encoded_rows) for variant in ("base", "adapter")}
+        second_states = {"adapter": second.predictors("adapter", encoded_rows)}
         sums = {"effect": 0.0, "lost": 0.0, "equal_greedy": 0.0}
-        vocabulary, count = first.vocabulary, theirs["adapter"].shape[0]
+        vocabulary, count = first.vocabulary, second_states["adapter"].shape[0]
         step = max(1, LOG_PROB_BYTES // (4 * vocabulary * 3))
         for start in range(0, count, step):
             plain, adapted = (
-                values.log_softmax(-1) for values in first.logits(_some(ours, start, step), vocabulary).values()
+                values.log_softmax(-1)
+                for values in first.logits(_positions(first_states, start, step), vocabulary).values()
             )
             (other,) = (
-                values.log_softmax(-1) for values in second.logits(_some(theirs, start, step), vocabulary).values()
+                values.log_softmax(-1)
+                for values in second.logits(_positions(second_states, start, step), vocabulary).values()
             )
             require_finite(other, "adapter", "the head")
             sums["effect"] += (adapted - plain).square_().sum(dtype=torch.float64).item()
@@ -75,5 +77,5 @@ def effect_lost(
     )
 
 
-def _some(states: dict[str, torch.Tensor], start: int, step: int) -> dict[str, torch.Tensor]:
+def _positions(states: dict[str, torch.Tensor], start: int, step: int) -> dict[str, torch.Tensor]:
     return {variant: final[start : start + step] for variant, final in states.items()}

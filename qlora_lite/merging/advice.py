@@ -1,9 +1,9 @@
-"""From spectra to a recommended rank for each kind of module, and how sure that is.
+"""From spectra to a recommended rank for each kind of module, with its certainty.
 
-The rule: as many directions as hold 99% of the energy in nine of ten modules of a kind, rounded up to a power of two. Where that is the
-whole rank that was trained, the spectrum has not fallen off and the rank may have been too small: then twice as much is worth a try. Energy
-is not quality: a direction that holds little of it may still carry an answer. `rank --to R` measures what a smaller rank costs, and
-`rank RECIPE --try 1,4,16` what was learned with each.
+The rule: the number of directions that hold 99% of the energy in nine of ten modules of a kind, rounded up to a power of two. If that is
+the whole trained rank, the spectrum has not fallen off and the rank may have been too small: then twice the rank is worth a try. Energy
+is not quality: a direction of low energy may still carry an answer. `rank --to R` measures the cost of a smaller rank, and
+`rank RECIPE --try 1,4,16` compares trained ranks.
 """
 
 import math
@@ -19,51 +19,53 @@ _NEARLY_ALL = 0.8  # of the trained rank: the spectrum has not fallen off
 
 @dataclass(frozen=True)
 class KindOfModule:
-    """All modules of one kind, such as every `q_proj`: medians over them, and the advice for them."""
+    """All modules of one kind, such as every `q_proj`: medians, and the advice."""
 
     kind: str
     num_modules: int
     r: int
-    norm: float  # of all their changes together
+    norm: float  # of all their changes combined
     effective_rank: float
     energy_ranks: dict[str, int]  # "50%", "90%", "99%" -> median
     recommended_r: int  # 0 where nothing was learned
     how_sure: str
 
 
-def by_kind(found: Iterable[Spectrum]) -> list[KindOfModule]:
-    """The kinds in the order in which a layer has them first."""
+def by_kind(spectra: Iterable[Spectrum]) -> list[KindOfModule]:
+    """Summarize each kind, in the order of a layer's modules."""
     kinds: dict[str, list[Spectrum]] = {}
-    for each in found:
-        kinds.setdefault(each.kind, []).append(each)
+    for spectrum in spectra:
+        kinds.setdefault(spectrum.kind, []).append(spectrum)
     return [_kind(kind, members) for kind, members in kinds.items()]
 
 
 def advice(kinds: Sequence[KindOfModule]) -> str:
-    """One sentence or two: which rank, and why."""
+    """The recommended rank with its reason, in one or two sentences."""
     if not any(kind.norm for kind in kinds):
-        return "this adapter has learned nothing: every change is zero, as before the first step, so no rank can be told from it"
+        return (
+            "this adapter has learned nothing: every change is zero, as before the first step, so there is no rank to recommend"
+        )
     r = max(kind.r for kind in kinds)
     recommended = max(kind.recommended_r for kind in kinds)
     full = [kind.kind for kind in kinds if kind.recommended_r > kind.r]
     if full:
         return (
-            f"r={r} may be too small: in {', '.join(full)} the last directions still carry their share. Try lora.r={recommended}, and "
-            "see with `qlora-lite rank RECIPE --try` whether it learns more"
+            f"r={r} may be too small: in {', '.join(full)} the last directions still matter. Try lora.r={recommended}, and "
+            "compare with `qlora-lite rank RECIPE --try`"
         )
     if recommended < r:
         return (
-            f"r={recommended} would hold 99% of the change in nine of ten modules (r={r} was trained). What it costs in answers: "
+            f"r={recommended} would hold 99% of the change in nine of ten modules (r={r} was trained). Measure its cost in answers: "
             f"`qlora-lite rank RUN_DIR --to {recommended}`"
         )
-    return f"r={r} fits: its directions are used, and the last ones carry little"
+    return f"r={r} fits: all its directions are used, and the last ones hold little"
 
 
 def advice_of_curve(curve: Sequence[Mapping[str, Any]]) -> str:
-    """Which of the ranks that were trained to take: the smallest that is not clearly worse than the best. By rank, as `--try` prints them.
+    """Recommend one of the trained ranks: the smallest that is not clearly worse than the best. `curve` is sorted by rank.
 
-    Clearly is more than one standard error of an exact match, or 2% of the loss where there are no answers. Beside it stands how far one
-    direction alone came, since rank one is said to do surprisingly well.
+    "Clearly" means more than one standard error of the exact match, or 2% of the loss without answers. The advice also quotes the result
+    of rank 1, which often does surprisingly well.
     """
     key = "loss" if curve[0]["exact_match"] is None else "exact_match"
     if key == "loss":
@@ -79,17 +81,17 @@ def advice_of_curve(curve: Sequence[Mapping[str, Any]]) -> str:
             f"its exact match ({enough['exact_match']:.1f}) is within one standard error ({error:.1f} points, "
             f"{best['num_examples']} questions) of the best, {best['exact_match']:.1f} at r={best['r']}"
         )
-    more = "" if enough["r"] < curve[-1]["r"] else ". It is the largest that was tried: a larger one may be better"
+    more = "" if enough["r"] < curve[-1]["r"] else ". It is the largest rank tried; a larger one may be better"
     first = curve[0]
     alone = (
-        f". r=1 came to {first[key]:.{3 if key == 'loss' else 1}f}" if first["r"] == 1 and enough is not first else ""
+        f". r=1 reached {first[key]:.{3 if key == 'loss' else 1}f}" if first["r"] == 1 and enough is not first else ""
     )
     return f"take r={enough['r']}: {how}; {format_bytes(enough['planned_peak_bytes'])} planned{more}{alone}"
 
 
 def _kind(kind: str, members: Sequence[Spectrum]) -> KindOfModule:
-    r = max(each.r for each in members)
-    needed = sorted(each.energy_rank(ENERGY_SHARES[-1]) for each in members)
+    r = max(member.r for member in members)
+    needed = sorted(member.energy_rank(ENERGY_SHARES[-1]) for member in members)
     most = needed[math.ceil(0.9 * len(needed)) - 1]
     recommended = 1 << max(0, most - 1).bit_length() if most else 0
     has_fallen = most <= _NEARLY_ALL * r
@@ -104,10 +106,10 @@ def _kind(kind: str, members: Sequence[Spectrum]) -> KindOfModule:
         kind=kind,
         num_modules=len(members),
         r=r,
-        norm=math.sqrt(sum(each.norm**2 for each in members)),
-        effective_rank=_median([each.effective_rank for each in members]),
+        norm=math.sqrt(sum(member.norm**2 for member in members)),
+        effective_rank=_median([member.effective_rank for member in members]),
         energy_ranks={
-            f"{share:.0%}": int(_median([each.energy_rank(share) for each in members])) for share in ENERGY_SHARES
+            f"{share:.0%}": int(_median([member.energy_rank(share) for member in members])) for share in ENERGY_SHARES
         },
         recommended_r=min(recommended, r) if has_fallen else 2 * r,
         how_sure=how_sure,

@@ -1,12 +1,12 @@
 """Read a model folder tensor by tensor: quantized or 16-bit safetensors in, fp32 row blocks out.
 
-Files are memory-mapped, so what is read costs page cache and no process memory; only one block of fp32 values (16 MiB)
-exists at a time. A 4-bit tensor comes out as training computes with it: bitsandbytes' own dequantization, rounded to
-the compute dtype (`gemm_4bit` dequantizes to the dtype of its input, so a bf16 run never sees the unrounded values).
+Files are memory-mapped, so reading costs page cache and no process memory; only one block of fp32 values (16 MiB) exists at a time. A
+4-bit tensor gets the values that training computes with: bitsandbytes' own dequantization, rounded to the compute dtype (`gemm_4bit`
+dequantizes to the dtype of its input, so a bf16 run never sees the unrounded values).
 
-Surprising: bitsandbytes 0.50's AVX512 kernel reads the wrong `absmax` where the width is 32 more than a multiple of 64
-(96, 160, ...). Blocks of 64 are laid through the flattened tensor, so we dequantize it flat, as CUDA does, and
-`kernel_misreads` names the tensors for which this machine's own forward would have computed something else.
+Surprising: bitsandbytes 0.50's AVX512 kernel reads the wrong `absmax` where the width is 32 more than a multiple of 64 (96, 160, ...).
+Blocks of 64 run through the flattened tensor, so we dequantize it flat, as CUDA does. `kernel_misreads` identifies the tensors for which
+this machine's own forward pass would differ.
 """
 
 import math
@@ -24,7 +24,7 @@ from qlora_lite.base.skeleton import empty_model
 from qlora_lite.base.source import load_config, read_config, read_json
 from qlora_lite.base.tensor_files import open_safetensors, weight_files
 
-# Rows of a block: as many as make 16 MiB in fp32. Results do not depend on it.
+# Values of a row block: 16 MiB in fp32. Results do not depend on it.
 ROW_BLOCK_ELEMENTS = 4 * 2**20
 _LARGEST_QUANT_BLOCK = 4096
 
@@ -32,11 +32,11 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class Checkpoint:
-    """The tensors of a model folder, with the values that training in `compute_dtype` has; None: as they are stored.
+    """The tensors of a model folder, with their values in training with `compute_dtype`; None: the stored values.
 
-    `names` holds the tensors as a model knows them: the parts of a quantized tensor count as one. `keys` says what the files
-    call them, where that differs; `files` stands for them in a plan, where there are none. Raises ModelError where files are
-    missing or damaged, or quantized otherwise than by bitsandbytes.
+    `names` are the tensors of the model: the parts of a quantized tensor count as one. `keys` maps them to the files' names where these
+    differ; `files` replaces the files in a plan, which has none. Raises ModelError when files are missing, damaged, or quantized by
+    another library than bitsandbytes.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Checkpoint:
         self._keys = keys
         self._parts = parts_of(self._files)
         self.quantized = frozenset(self._parts)
-        parts = {part for others in self._parts.values() for part in others}
+        parts = {part for names in self._parts.values() for part in names}
         self.names = tuple(sorted(keys or (name for name in self._files if name not in parts)))
 
     def __contains__(self, name: str) -> bool:
@@ -69,34 +69,34 @@ class Checkpoint:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """What the values of `name` are on the grid of."""
+        """The type whose grid contains the values of `name`."""
         if name in self.quantized:
             return self._dequantized_dtype
         stored = self._stored_dtype(name)
         return stored if self.is_as_stored(name) or self._compute_dtype is None else self._compute_dtype
 
     def is_as_stored(self, name: str) -> bool:
-        """Whether training computes with the very values in the file: not quantized, nor rounded to another type."""
+        """Whether training uses the exact values of the file: not quantized, and not rounded to another type."""
         if name in self.quantized:
             return False
         stored = self._stored_dtype(name)
         return self._compute_dtype in (None, stored) or not stored.is_floating_point
 
     def stored(self, name: str) -> Tensor:
-        """The tensor as it is in the file, memory-mapped (4-bit: the packed bytes)."""
+        """The stored tensor, memory-mapped (4-bit: the packed bytes)."""
         key = self._key(name)
         tensor: Tensor = self._files[key].get_tensor(key)
         return tensor
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        """Some rows of a tensor that is not quantized, in fp32: those of an embedding's tokens."""
+        """Rows of an unquantized tensor in fp32: those of an embedding's tokens."""
         values = self.stored(name)[indices].float()
         return values if self.is_as_stored(name) else values.to(self.dtype(name)).float()
 
     def row_blocks(self, name: str) -> Iterator[Tensor]:
-        """The values of `name` in fp32, as blocks of whole rows [rows, width] (fresh memory, the caller's to change).
+        """Yield the values of `name` in fp32, as blocks of whole rows [rows, width] in new memory, which the caller may change.
 
-        A tensor with one dimension is one row for each value; one with more than two is flattened behind the first.
+        A one-dimensional tensor has one row per value; dimensions after the first are flattened.
         """
         num_rows, width = rows_and_width(self.shape(name))
         if name not in self.quantized or self._is_int8:
@@ -115,7 +115,7 @@ class Checkpoint:
             yield flat.view(stop - start, width).float()
 
     def kernel_misreads(self, name: str) -> bool:
-        """Whether bitsandbytes' forward on this machine's CPU dequantizes 4-bit tensor `name` to other values."""
+        """Whether bitsandbytes' forward pass on this CPU dequantizes the 4-bit tensor `name` to wrong values."""
         if name not in self.quantized or self._is_int8:
             return False
         state = self._quant_state(name)
@@ -156,7 +156,7 @@ class Checkpoint:
 
 
 def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of row blocks; each but the last is whole quantization blocks long, of any size bitsandbytes has."""
+    """Yield (start, stop) of row blocks; each but the last consists of whole quantization blocks, of any size of bitsandbytes."""
     aligned = _LARGEST_QUANT_BLOCK // math.gcd(width, _LARGEST_QUANT_BLOCK)
     step = max(aligned, ROW_BLOCK_ELEMENTS // max(width, 1) // aligned * aligned)
     for start in range(0, num_rows, step):
@@ -164,7 +164,7 @@ def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def _open_files(folder: Path) -> dict[str, Any]:
-    """Tensor name -> open file; tensors are read from it when asked for."""
+    """Tensor name -> open file; tensors are read on demand."""
     files: dict[str, Any] = {}
     for path in weight_files(folder):
         file = open_safetensors(path)
@@ -173,7 +173,7 @@ def _open_files(folder: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(folder: Path | str, *, compute_dtype: torch.dtype | None = None) -> Checkpoint:
-    """A model folder whose names are its model's own: a quantized base as it is, a 16-bit one through its published keys.
+    """Open a model folder under its model's own names: a quantized base directly, a 16-bit one through its published keys.
 
     Raises ModelError as `Checkpoint` and `published_weights` do.
     """
@@ -188,12 +188,12 @@ def open_checkpoint(folder: Path | str, *, compute_dtype: torch.dtype | None = N
 
 
 def rows_and_width(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A tensor as a matrix: one with one dimension has a row for each value, one with more than two is flattened behind the first."""
+    """The shape of a tensor as a matrix: one row per value for one dimension; dimensions after the first are flattened."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
 def _absmax(state: Any) -> Tensor:
-    """fp32 scale of each block: with double quantization itself 8-bit in blocks of 256, around an offset (a mean)."""
+    """The fp32 scale of each block; double quantization stores it in 8 bits, in blocks of 256, around an offset (a mean)."""
     if not state.nested:
         return state.absmax.float()
     absmax: Tensor = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2)
@@ -201,9 +201,9 @@ def _absmax(state: Any) -> Tensor:
 
 
 def _dequantize(packed: Tensor, absmax: Tensor, state: Any, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    """Elements [first, last) of the flattened tensor, `first` on a block boundary (so also on a byte boundary)."""
+    """Dequantize elements [first, last) of the flattened tensor; `first` is on a block boundary, so also on a byte boundary."""
     num, blocksize = last - first, state.blocksize
-    shape = (num // blocksize, blocksize) if num % blocksize == 0 else (1, num)  # one row a block: flat on any kernel
+    shape = (num // blocksize, blocksize) if num % blocksize == 0 else (1, num)  # one row per block: flat on any kernel
     values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
         packed[first // 2 : (last + 1) // 2].view(-1, 1),
         absmax[first // blocksize : -(-last // blocksize)],

@@ -1,8 +1,8 @@
 """Read a PEFT LoRA folder: `adapter_config.json` and `adapter_model.safetensors` in, factors of each module out.
 
-W' = W + scaling * B @ A, scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); with DoRA (arXiv
-2402.09353) every row of that is then brought to its trained length. Modules that were trained whole (modules_to_save) come as they
-are, new tokens as rows. What changes these formulas (biases, other methods, ...) is refused by name, also settings that we do not know.
+W' = W + scaling * B @ A, scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); DoRA (arXiv 2402.09353) then
+scales every row to its trained length. Modules that were trained whole (modules_to_save) are read unchanged, new tokens as rows.
+Settings that change these formulas (biases, other methods, ...) and unknown settings are refused by name.
 """
 
 import math
@@ -26,7 +26,7 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """The two factors of one module, memory-mapped in the dtype they were saved in, and DoRA's row lengths."""
+    """The two factors of one module, memory-mapped in their saved dtype, and DoRA's row lengths."""
 
     a_RI: Tensor  # [r, in_features]
     b_OR: Tensor  # [out_features, r]
@@ -42,18 +42,18 @@ class LoraFactors:
 class TokenRows:
     """Trained rows of an embedding or a head."""
 
-    ids_N: Tensor  # int64; those beyond the base's rows follow it without a gap
+    ids_N: Tensor  # int64; ids beyond the base's rows follow without a gap
     values_ND: Tensor
 
     @property
     def num_rows(self) -> int:
-        """As many rows as the tensor has at least."""
+        """The smallest number of rows of the tensor."""
         return int(self.ids_N.max()) + 1
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What training changed, by names of the base model: factors a module, whole weights a tensor, single rows a tensor."""
+    """The trained change, by names of the base model: factors per module, whole weights per tensor, single rows per tensor."""
 
     factors: dict[str, LoraFactors]
     whole: dict[str, Tensor]
@@ -63,37 +63,39 @@ class Adapter:
         return len(self.factors) + len(self.whole) + len(self.rows)
 
     def changes(self, name: str) -> bool:
-        """Whether the weight `name` is another one after training."""
+        """Whether training changed the weight `name`."""
         return name in self.whole or name in self.rows or self.of_weight(name) is not None
 
     def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the weight `name` after training, of a base's `shape`: new tokens may have added rows."""
+        """The shape of the weight `name` after training, from the base's `shape`: new tokens may have added rows."""
         return (max(shape[0], self.rows[name].num_rows), *shape[1:]) if name in self.rows else shape
 
     def of_weight(self, name: str) -> LoraFactors | None:
-        """The factors of the weight `name`."""
+        """The factors of the weight `name`, or None."""
         return self.factors.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
 
 
 def read_adapter(folder: Path | str) -> Adapter:
-    """An adapter in PEFT's format.
+    """Read an adapter in PEFT's format.
 
-    Raises ModelError naming every setting that a merge does not support, every tensor that is not a LoRA factor or
-    lacks its partner, and every rank that is not the configured one.
+    Raises ModelError with every unsupported setting, every tensor that is not a LoRA factor or lacks its partner, and every rank that
+    differs from the config.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
     tensors = saved_factors(folder)
     modules = sorted({_module_name(name) for name in tensors if _is_factor(name)})
-    others = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if not _is_factor(name)}
+    not_factors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if not _is_factor(name)}
     saved = tuple(config.get("modules_to_save") or ())
-    whole = {name: tensor for name, tensor in others.items() if _is_of(name, saved)}
-    rows = {f"{name.removesuffix(_ROWS)}.weight": tensor for name, tensor in others.items() if name.endswith(_ROWS)}
+    whole = {name: tensor for name, tensor in not_factors.items() if _is_of(name, saved)}
+    rows = {
+        f"{name.removesuffix(_ROWS)}.weight": tensor for name, tensor in not_factors.items() if name.endswith(_ROWS)
+    }
     token_ids = token_ids_of(config)
-    known = whole.keys() | {name for name in others if name.endswith(_ROWS)}
-    problems = [f"{_PREFIX}{name}: not a LoRA factor" for name in sorted(others.keys() - known)]
+    known = whole.keys() | {name for name in not_factors if name.endswith(_ROWS)}
+    problems = [f"{_PREFIX}{name}: not a LoRA factor" for name in sorted(not_factors.keys() - known)]
     problems += [
-        f"{name}: rows of tokens that adapter_config.json does not name"
+        f"{name}: rows of tokens that adapter_config.json does not list"
         for name, values in rows.items()
         if values.dim() != 2 or len(_ids_of(name, token_ids)) != values.shape[0] or not values.shape[0]
     ]
@@ -106,14 +108,14 @@ def read_adapter(folder: Path | str) -> Adapter:
         r, scaling = rank_and_scaling(config, module)
         if a_RI.dim() != 2 or b_OR.dim() != 2 or (a_RI.shape[0], b_OR.shape[1]) != (r, r):
             shapes = f"lora_A {list(a_RI.shape)}, lora_B {list(b_OR.shape)}"
-            problems.append(f"{module}: {shapes}, but adapter_config.json says r={r}")
+            problems.append(f"{module}: {shapes}, but r={r} in adapter_config.json")
             continue
         magnitude_O = tensors.get(_PREFIX + module + _M)
         if (magnitude_O is not None) != bool(config.get("use_dora")):
             problems.append(f"{module}: {'has' if magnitude_O is not None else 'lacks'} DoRA's magnitudes")
             continue
         factors[module] = LoraFactors(a_RI, b_OR, scaling, magnitude_O)
-    _refuse(folder, problems, "the adapter does not fit together")
+    _refuse(folder, problems, "the adapter is inconsistent")
     if not factors and not whole:
         raise ModelError(f"{folder}: holds no LoRA factors")
     return Adapter(
@@ -124,7 +126,7 @@ def read_adapter(folder: Path | str) -> Adapter:
 
 
 def rank_and_scaling(config: dict[str, Any], module: str) -> tuple[int, float]:
-    """r and scaling of one module; `rank_pattern` and `alpha_pattern` match as they do in PEFT."""
+    """-> (r, scaling) of one module; `rank_pattern` and `alpha_pattern` match as in PEFT."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     r = ranks.get(get_pattern_key(ranks.keys(), module), config["r"])
     alpha = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
@@ -132,7 +134,7 @@ def rank_and_scaling(config: dict[str, Any], module: str) -> tuple[int, float]:
 
 
 def change_rows_(weight_rows: Tensor, factors: LoraFactors, *, start: int, scale: float) -> None:
-    """Turn fp32 rows of the weight, from row `start` on, into rows of W + scale * (W' - W), in place and in fp32."""
+    """Change fp32 rows of the weight, from row `start` on, to rows of W + scale * (W' - W), in place."""
     rows = slice(start, start + weight_rows.shape[0])
     b_rows, a_RI = factors.b_OR[rows].float(), factors.a_RI.to(torch.float32)
     if factors.magnitude_O is None:
@@ -150,10 +152,10 @@ def tuned_norms(weight_rows: Tensor, factors: LoraFactors, *, start: int) -> Ten
     return row_norms(weight_rows.square().sum(1), weight_rows @ a_RI.T, a_RI, b_rows)
 
 
-def _refuse(folder: Path, problems: Iterable[str], what: str) -> None:
+def _refuse(folder: Path, problems: Iterable[str], summary: str) -> None:
     lines = list(problems)
     if lines:
-        raise ModelError("\n".join([f"{folder}: {what}", *(f"  {line}" for line in lines)]))
+        raise ModelError("\n".join([f"{folder}: {summary}", *(f"  {line}" for line in lines)]))
 
 
 def _is_factor(name: str) -> bool:
@@ -161,13 +163,13 @@ def _is_factor(name: str) -> bool:
 
 
 def _is_of(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether tensor `name` belongs to a module that is called, or ends in, one of `modules`."""
+    """Whether tensor `name` belongs to a module whose name is, or ends in, one of `modules`."""
     module = name.rpartition(".")[0]
-    return any(module == one or module.endswith(f".{one}") for one in modules)
+    return any(module == ending or module.endswith(f".{ending}") for ending in modules)
 
 
 def _ids_of(name: str, token_ids: dict[str, list[int]]) -> list[int]:
-    """The token ids of the weight `name`, by the ending of its module's name."""
+    """The token ids of the weight `name`, looked up by the ending of its module's name."""
     return next((ids for ending, ids in token_ids.items() if _is_of(name, (ending,))), [])
 
 

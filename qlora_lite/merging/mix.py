@@ -1,15 +1,15 @@
-"""Adapters as changes that can be added: `sum_i weight_i * change_i` as one adapter.
+"""The weighted sum of adapters, `sum_i weight_i * change_i`, as one adapter.
 
-In: adapters and their weights (negative ones take a change away). Out: an `Adapter` of the sum, and how far it is from it. Exact by putting
-the factors beside each other, ranks add up:
+In: adapters and their weights (a negative weight subtracts). Out: an `Adapter` of the sum, and its distance from the exact sum. The sum
+is exact with the factors side by side; ranks add up:
 
     sum_i w_i s_i B_i A_i  =  [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] [A_1; A_2; ...]          (scaling 1, so rsLoRA and any alpha are right)
 
-or, with a rank, the best approximation of that (spectrum.py). Modules that only some adapters have come from these alone.
+or, with a rank, its best approximation (spectrum.py). A module that only some adapters have comes from these alone.
 
-Refused by name: DoRA (rows are rescaled by the length of the sum, which is not a sum), modules that were trained whole and rows of new
-tokens (what they change depends on the base). Why not PEFT's `add_weighted_adapter` (0.21): its "linear" adds up the factors themselves,
-so every A_i meets every B_j, which is another change than the sum; and with rsLoRA its "cat" and "svd" come out sqrt(r) times too large
+Refused by name: DoRA (it scales rows by the length of the sum, which is not additive), modules that were trained whole and rows of new
+tokens (their change depends on the base). Why not PEFT's `add_weighted_adapter` (0.21): its "linear" adds the factors themselves, so
+every A_i multiplies every B_j, which is not the sum of the changes; and with rsLoRA its "cat" and "svd" are sqrt(r) times too large
 (tests/merging/test_mix.py shows both, and that "cat" is right for plain LoRA).
 """
 
@@ -37,7 +37,7 @@ FACTOR_DTYPES = ("fp32", "bf16", "int8")
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter of a mix. `weights` are those of modules by the ending of their name; all others have `weight`."""
+    """One adapter of a mix. `weights` are weights of modules by the ending of their name; all other modules have `weight`."""
 
     name: str
     adapter: Adapter
@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Mix:
-    """The sum as one adapter; `lost_share` is what a lower rank took away, as a share of the sum (0.0 where it is exact)."""
+    """The sum as one adapter; `lost_share` is the share of the sum that a lower rank lost (0.0 when exact)."""
 
     adapter: Adapter
     lost_share: float
@@ -63,49 +63,51 @@ class Mix:
 
 
 def mix_adapters(parts: Sequence[Part], *, rank: int | None = None) -> Mix:
-    """Add the changes of `parts`, exactly or to `rank`. Raises ModelError for what is no sum of low-rank changes."""
+    """Add the changes of `parts`, exactly or at `rank`. Raises ModelError for changes that are not of low rank."""
     problems = [problem for part in parts for problem in _not_a_sum(part)]
     factors: dict[str, LoraFactors] = {}
     for module in sorted({module for part in parts for module in part.adapter.factors}):
         of_parts = [(part, part.adapter.factors[module]) for part in parts if module in part.adapter.factors]
-        shapes = {each.shape for _, each in of_parts}
+        shapes = {part_factors.shape for _, part_factors in of_parts}
         if len(shapes) > 1:
             problems.append(
-                f"{module}: {' and '.join(str(list(shape)) for shape in sorted(shapes))}: of different models"
+                f"{module}: {' and '.join(str(list(shape)) for shape in sorted(shapes))}: shapes of different models"
             )
             continue
-        kept = [(part.weight_of(module), each) for part, each in of_parts if part.weight_of(module) != 0]
+        kept = [
+            (part.weight_of(module), part_factors) for part, part_factors in of_parts if part.weight_of(module) != 0
+        ]
         if kept:
             factors[module] = _side_by_side(kept)
     for part in parts:
-        lost = [
+        unknown = [
             ending
             for ending in part.weights
             if not any(m == ending or m.endswith(f".{ending}") for m in part.adapter.factors)
         ]
-        problems += [f"{part.name}: {ending} is no module of this adapter" for ending in lost]
+        problems += [f"{part.name}: {ending} is not a module of this adapter" for ending in unknown]
     if problems:
         raise ModelError("\n".join(["these adapters cannot be mixed", *(f"  {problem}" for problem in problems)]))
     if not factors:
-        raise ModelError("every weight is 0, so nothing is left of these adapters")
+        raise ModelError("every weight is 0, so the mix would be empty")
     exact = Adapter(factors, {}, {})
     if rank is None:
         return Mix(exact, 0.0)
-    found = spectra(exact)
-    ranks = ranks_of_equal(found, rank)
-    return Mix(truncated_adapter(exact, ranks), lost_share(found, ranks))
+    module_spectra = spectra(exact)
+    ranks = ranks_of_equal(module_spectra, rank)
+    return Mix(truncated_adapter(exact, ranks), lost_share(module_spectra, ranks))
 
 
 def _side_by_side(kept: Sequence[tuple[float, LoraFactors]]) -> LoraFactors:
-    a_RI = torch.cat([each.a_RI.float() for _, each in kept])
-    b_OR = torch.cat([weight * each.scaling * each.b_OR.float() for weight, each in kept], dim=1)
+    a_RI = torch.cat([factors.a_RI.float() for _, factors in kept])
+    b_OR = torch.cat([weight * factors.scaling * factors.b_OR.float() for weight, factors in kept], dim=1)
     return LoraFactors(a_RI, b_OR, 1.0)
 
 
 def _not_a_sum(part: Part) -> list[str]:
     adapter = part.adapter
     dora = [name for name, factors in adapter.factors.items() if factors.magnitude_O is not None]
-    problems = [] if math.isfinite(part.weight) else [f"{part.name}: the weight is {part.weight}"]
+    problems = [] if math.isfinite(part.weight) else [f"{part.name}: expected a finite weight, got {part.weight}"]
     problems += [f"{part.name}: DoRA (first {dora[0]}), whose change is not a sum"] if dora else []
     problems += [f"{part.name}: {name} was trained whole" for name in sorted(adapter.whole)]
     return problems + [f"{part.name}: {name} has rows of new tokens" for name in sorted(adapter.rows)]
@@ -120,10 +122,10 @@ def write_adapter(
     dtype: str = "fp32",
     texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write an adapter of factors alone in PEFT's format, with a manifest; `texts` are further files. `out` must be free.
+    """Write an adapter that consists of factors in PEFT's format, with a manifest; `texts` are further files. `out` must not exist.
 
-    Ranks may differ between modules (`rank_pattern`). Factors are fp32 by default, so that what is written is what was computed; `dtype`
-    may also be "bf16", or "int8" (model/int8_factors.py: read by this program, not by plain peft). Raises UserError for another one.
+    Ranks may differ between modules (`rank_pattern`). Factors are fp32 by default, so the file holds the computed values; `dtype` may
+    also be "bf16", or "int8" (model/int8_factors.py: readable by this program, not by plain peft). Raises UserError for another dtype.
     """
     if dtype not in FACTOR_DTYPES:
         raise UserError(f"--dtype: expected one of {', '.join(FACTOR_DTYPES)}, got {dtype!r}")
@@ -145,18 +147,18 @@ def write_adapter(
 
 
 def _named_tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for module, factors in adapter.factors.items():
-        found[f"base_model.model.{module}.lora_A.weight"] = factors.a_RI.to(dtype)
-        found[f"base_model.model.{module}.lora_B.weight"] = (factors.scaling * factors.b_OR.float()).to(dtype)
-    return found
+        tensors[f"base_model.model.{module}.lora_A.weight"] = factors.a_RI.to(dtype)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = (factors.scaling * factors.b_OR.float()).to(dtype)
+    return tensors
 
 
 def _config(adapter: Adapter, base_name: str) -> dict[str, Any]:
-    """`alpha = r` everywhere: the scaling is in B."""
+    """adapter_config.json with `alpha = r` everywhere: the scaling is in B."""
     ranks = {module: factors.a_RI.shape[0] for module, factors in adapter.factors.items()}
     usual = max(ranks.values(), key=list(ranks.values()).count)
-    others = {module: r for module, r in ranks.items() if r != usual}
+    unusual = {module: r for module, r in ranks.items() if r != usual}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -164,8 +166,8 @@ def _config(adapter: Adapter, base_name: str) -> dict[str, Any]:
         "inference_mode": True,
         "r": usual,
         "lora_alpha": usual,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": unusual,
+        "alpha_pattern": unusual,
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",

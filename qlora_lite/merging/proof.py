@@ -1,24 +1,24 @@
-"""Prove that merged files compute what the adapter model computes, on the user's held-out rows, in fp32 arithmetic.
+"""Prove that merged files compute the same as the adapter model, on the user's held-out rows, in fp32 arithmetic.
 
-Five models are run one after the other, one weight in memory at a time (streamed.py):
+Five models run one after the other, one weight in memory at a time (streamed.py):
 
     base      dequantized weights W
-    adapter   W and a separate low-rank path:  y = W x + scale * scaling * B (A x)      <- what training computed
+    adapter   W and a separate low-rank path:  y = W x + scale * scaling * B (A x)      <- as in training
     merged    W + scale * scaling * B @ A, kept in fp32
     nearest   merged, rounded to the nearest value of the storage dtype
     stored    read back from the merged folder's files
 
-Compared are log-probabilities [N, V] at the N label positions, by Frobenius norm, relative to the adapter's effect:
+The comparison is of log-probabilities [N, V] at the N label positions, by Frobenius norm, relative to the adapter's effect:
 
     effect           = |adapter - base|
     arithmetic_ratio = |merged - adapter| / effect     above 1% the merge is wrong: ProofFailed
-    storage_ratio    = |stored - merged|  / effect     what 16-bit storing adds
-    nearest_ratio    = |nearest - merged| / effect     what nearest rounding would have added
-    ratio            = |stored - adapter| / effect     the user's number
+    storage_ratio    = |stored - merged|  / effect     added by 16-bit storage
+    nearest_ratio    = |nearest - merged| / effect     would be added by nearest rounding
+    ratio            = |stored - adapter| / effect     the total for the user
 
-Beside that every stored weight must be a neighbour of its merged value on the grid of the storage dtype, so files that
-lack a module fail, however little it does on these rows. W is what training saw: rounded to its compute dtype, which a
-live `Linear4bit` asked to compute in fp32 would not do (bitsandbytes dequantizes to the dtype of the input).
+In addition, every stored weight must be a neighbour of its merged value on the grid of the storage dtype, so files without a module
+fail, however small its effect on these rows. W has the values of training, rounded to the compute dtype; a live `Linear4bit` in fp32
+would not round them (bitsandbytes dequantizes to the dtype of the input).
 """
 
 import contextlib
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 
 VARIANTS = ("base", "adapter", "merged", "nearest", "stored")
 MAX_ARITHMETIC_RATIO = 0.01
-PROOF_TOKENS = 2500  # held-out rows of a proof by default: as many as have together about so many tokens
-# Two fp32 forwards that sum in another order differ by about 1e-6 a log-probability; differences up to this (RMS over
-# all log-probabilities) are no evidence of a wrong merge.
+PROOF_TOKENS = 2500  # total tokens of a proof's held-out rows by default, approximately
+# Two fp32 forward passes with another order of sums differ by about 1e-6 per log-probability; differences up to this
+# (RMS over all log-probabilities) are not evidence of a wrong merge.
 _FP32_NOISE = 1e-5
-LOG_PROB_BYTES = 256 * 2**20  # log-probabilities held at once, all models together
+LOG_PROB_BYTES = 256 * 2**20  # log-probabilities in memory at once, of all models
 _FP16_MAX = 65504.0
 
 
@@ -64,7 +64,7 @@ class Proof:
     storage_ratio: float
     nearest_ratio: float
     ratio: float
-    equal_greedy_share: float  # label positions where stored and adapter model prefer the same token
+    equal_greedy_share: float  # share of label positions where stored and adapter model prefer the same token
     num_rows: int
     num_label_tokens: int
     peak_host_bytes: int | None  # anonymous memory above the start; None outside Linux
@@ -81,10 +81,10 @@ def prove_merge(
     compute_dtype: str | None = "bf16",
     device: str = "cpu",
 ) -> Proof:
-    """Compare the files of `merged_dir` with the adapter model; see the module's docstring for what and how.
+    """Compare the files of `merged_dir` with the adapter model, as described in the module's docstring.
 
-    Memory: one weight and one block of the head in fp32, and what 4,096 tokens need in one layer. Raises ProofFailed when
-    the merge is wrong or not finite, UserError where there are no rows.
+    Memory: one weight and one block of the head in fp32, and the activations of 4,096 tokens in one layer. Raises ProofFailed when the
+    merge is wrong or not finite, UserError without rows.
     """
     if not encoded_rows:
         raise UserError(f"{merged_dir}: a merge is proved on held-out rows, and there are none")
@@ -99,7 +99,7 @@ def prove_merge(
 
 
 class Models:
-    """The five models: what each reads for a weight, and its last hidden states."""
+    """The five models: their values of each weight, and their last hidden states."""
 
     def __init__(
         self,
@@ -123,10 +123,10 @@ class Models:
         if lacking:
             kind = base.config.get("model_type")
             raise ModelError(f"{base.folder}: {len(lacking)} weights of a {kind} model are missing, first {lacking[0]}")
-        met = {*self.decoder.modules, *([] if self.head == embedding else [self.decoder.head])}
-        unseen = {*adapter.factors, *(name.rpartition(".")[0] for name in (*adapter.whole, *adapter.rows))} - met
+        layers = {*self.decoder.modules, *([] if self.head == embedding else [self.decoder.head])}
+        unseen = {*adapter.factors, *(name.rpartition(".")[0] for name in (*adapter.whole, *adapter.rows))} - layers
         if unseen:
-            raise ProofFailed(f"the proof met no layer for {len(unseen)} adapter modules, first {min(unseen)}")
+            raise ProofFailed(f"the model has no layer for {len(unseen)} adapter modules, first {min(unseen)}")
         missing = [name for name in base.names if name not in merged]
         if missing:
             raise ProofFailed(f"{merged.folder}: {len(missing)} tensors of the base are missing, first {missing[0]}")
@@ -137,7 +137,7 @@ class Models:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that the head knows, new ones included."""
+        """Number of the head's rows (tokens), including new ones."""
         return self._shape(self.head)[0]
 
     def predictors(self, variant: str, rows: "Sequence[Encoded]") -> Tensor:
@@ -153,7 +153,7 @@ class Models:
         return final
 
     def compare(self, final: dict[str, Tensor]) -> dict[str, float]:
-        """Squared distances between log-probabilities, summed over [N, V], and counts; a few positions at a time."""
+        """Squared distances between log-probabilities, summed over [N, V], and counts; computed a few positions at a time."""
         vocabulary = self.vocabulary
         num = final["base"].shape[0]
         step = max(1, LOG_PROB_BYTES // (4 * vocabulary * len(final)))
@@ -161,8 +161,8 @@ class Models:
         pairs |= {"nearest": ("nearest", "merged"), "total": ("stored", "adapter")}
         sums = dict.fromkeys([*pairs, "equal_greedy"], 0.0)
         for start in range(0, num, step):
-            some = {variant: states[start : start + step] for variant, states in final.items()}
-            logits = self.logits(some, vocabulary)
+            hidden = {variant: states[start : start + step] for variant, states in final.items()}
+            logits = self.logits(hidden, vocabulary)
             for variant, values in logits.items():
                 require_finite(values, variant, "the head")
             log_probs = {variant: values.log_softmax(-1) for variant, values in logits.items()}
@@ -174,7 +174,7 @@ class Models:
         return sums | {"values": float(num * vocabulary), "positions": float(num)}
 
     def logits(self, hidden: dict[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
-        """[n, V] of every model, the head's rows (tokens) read block by block."""
+        """Logits [n, V] of every model; the head's rows (tokens) are read block by block."""
         count = next(iter(hidden.values())).shape[0]
         logits = {variant: torch.empty(count, vocabulary, device=self.device) for variant in hidden}
         start = 0
@@ -191,7 +191,7 @@ class Models:
         return {variant: finish_logits(values, config) for variant, values in logits.items()}
 
     def row_blocks(self, name: str, variant: str) -> Iterator[Tensor]:
-        """The values that one of the models has for a weight. Every weight of the merged files is checked on the way."""
+        """Yield the values of a weight in one of the models; for "merged", also check the weight in the merged files."""
         if variant == "stored":
             yield from self._aligned_stored(name)
         elif variant == "base":
@@ -210,7 +210,7 @@ class Models:
             yield from self._tuned(name)
 
     def rows(self, name: str, indices: Tensor, variant: str) -> Tensor:
-        """Some rows of an embedding that is not quantized."""
+        """Rows of an unquantized embedding in one of the models."""
         from_base, from_files = self._base_rows(name, indices), self.merged.rows(name, indices)
         tuned, whole, rows = from_base, self.adapter.whole.get(name), self.adapter.rows.get(name)
         if whole is not None:
@@ -231,15 +231,15 @@ class Models:
         is_old = indices < self.base.shape(name)[0]
         if bool(is_old.all()):
             return self.base.rows(name, indices)
-        found = self._mean_row(name).repeat(len(indices), 1)
-        found[is_old] = self.base.rows(name, indices[is_old])
-        return found
+        rows = self._mean_row(name).repeat(len(indices), 1)
+        rows[is_old] = self.base.rows(name, indices[is_old])
+        return rows
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self.adapter.shape_of(name, self.base.shape(name))
 
     def _mean_row(self, name: str) -> Tensor:
-        """What a new token's row is before training (model/new_tokens.py), [1, width]."""
+        """The row of a new token before training (model/new_tokens.py), [1, width]."""
         total = sum(block.sum(0, dtype=torch.float64) for block in self.base.row_blocks(name))
         assert isinstance(total, Tensor)
         return (total / self.base.shape(name)[0]).float()[None]
@@ -249,7 +249,7 @@ class Models:
 
     @contextlib.contextmanager
     def _low_rank_path(self) -> Iterator[None]:
-        """Add B (A x) beside each adapted module."""
+        """Inside, add B (A x) to the output of each adapted module."""
         with contextlib.ExitStack() as hooks:
             for name, module in self.decoder.modules.items():
                 if name in self.adapter.factors:
@@ -269,7 +269,7 @@ class Models:
             yield
 
     def _length_shares(self, module: str) -> Tensor | None:
-        """DoRA: by how much each row of W + B A is stretched, [out]; None for plain LoRA."""
+        """DoRA's scale of each row of W + B A, [out]; None for plain LoRA."""
         factors, norms, start = self.adapter.factors[module], [], 0
         if factors.magnitude_O is None:
             return None
@@ -280,7 +280,7 @@ class Models:
 
     @contextlib.contextmanager
     def _fp16_range(self) -> Iterator[None]:
-        """For a model stored in fp16: refuse one whose activations would overflow when it runs in fp16."""
+        """Inside, raise ProofFailed when activations of a model stored in fp16 would overflow in fp16."""
         with contextlib.ExitStack() as hooks:
             for name, module in self.decoder.model.named_modules():
 
@@ -289,7 +289,7 @@ class Models:
                     largest = float(value.abs().max()) if isinstance(value, Tensor) else 0.0
                     if not largest <= _FP16_MAX:
                         raise ProofFailed(
-                            f"{name}: reaches {largest:.3g} on the held-out rows, and fp16 ends at {_FP16_MAX:.0f}; "
+                            f"{name}: reaches {largest:.3g} on the held-out rows, above fp16's limit of {_FP16_MAX:.0f}; "
                             "try --set merge.dtype=bf16"
                         )
 
@@ -297,7 +297,7 @@ class Models:
             yield
 
     def _aligned_stored(self, name: str) -> Iterator[Tensor]:
-        """fp32 blocks of a merged tensor, cut as the base's blocks are; new rows come last, in one block."""
+        """Yield fp32 blocks of a merged tensor, cut like the base's blocks; new rows come last, in one block."""
         if self.merged.shape(name) != self._shape(name):
             raise ProofFailed(
                 f"{name}: {list(self.merged.shape(name))} in {self.merged.folder}, {list(self._shape(name))} after the adapter"
@@ -311,7 +311,7 @@ class Models:
             yield stored[num_old:].float()
 
     def compare_weights(self, name: str, stored: Tensor, merged: Tensor, *, exact: bool) -> None:
-        """Every stored value is one of the two neighbours of its merged value (the very value for a copied tensor)."""
+        """Check that every stored value is one of the two neighbours of its merged value (the same value for a copied tensor)."""
         if exact:
             wrong = stored != merged.to(self.merged.dtype(name)).float()
         else:
@@ -320,7 +320,7 @@ class Models:
                 torch.float16: (2**-10, 2**-24),
                 torch.float32: (1e-6, 0.0),
             }[self.merged.dtype(name)]
-            slack = 1e-6 * float(merged.abs().max())  # sums of other orders, where the GPU or thread count differs
+            slack = 1e-6 * float(merged.abs().max())  # for another order of sums, with another GPU or thread count
             wrong = ~((stored - merged).abs() <= merged.abs() * step + (smallest + slack))
         if bool(wrong.any()):
             raise ProofFailed(
@@ -352,16 +352,18 @@ def _judge(
         return math.sqrt(sums[key]) / effect if effect else 0.0
 
     if math.sqrt(sums["arithmetic"]) > max(MAX_ARITHMETIC_RATIO * effect, noise):
-        what = f"{share('arithmetic'):.1%} of the adapter's effect" if effect else "though the adapter does nothing"
+        relative = (
+            f"{share('arithmetic'):.1%} of the adapter's effect" if effect else "though the adapter has no effect"
+        )
         raise ProofFailed(
             f"{merged_dir}: the merged model is not the adapter model. On {num_tokens} label tokens of {num_rows} held-out "
-            f"rows their log-probabilities differ by {math.sqrt(sums['arithmetic']):.3g} ({what}; at most 1% is allowed)"
+            f"rows their log-probabilities differ by {math.sqrt(sums['arithmetic']):.3g} ({relative}; at most 1% is allowed)"
         )
     warnings = []
     if effect <= noise / MAX_ARITHMETIC_RATIO:
         warnings.append(
-            f"the adapter changes almost nothing on these {num_rows} rows (log-probabilities by {effect:.2g} in all), "
-            "so the ratios say little"
+            f"the adapter changes almost nothing on these {num_rows} rows (log-probabilities by {effect:.2g} in total), "
+            "so the ratios mean little"
         )
     return Proof(
         adapter_effect=effect,
@@ -378,7 +380,7 @@ def _judge(
 
 
 def plain_config(base: Checkpoint) -> PreTrainedConfig:
-    """The model's config without quantization, its head tied or not as the files have it."""
+    """The model's config without quantization, its head tied as in the files."""
     config = load_config(base.folder)
     config.tie_word_embeddings = base.config.get("tie_word_embeddings", config.tie_word_embeddings)
     if hasattr(config, "quantization_config"):
@@ -387,7 +389,7 @@ def plain_config(base: Checkpoint) -> PreTrainedConfig:
 
 
 def _adapted(plain: Tensor, x: Tensor, factors: LoraFactors, share_O: Tensor | None, scale: float) -> Tensor:
-    """What the adapter makes of a layer's product `plain` = W x; `share_O` is DoRA's."""
+    """The adapted output of a layer, from its product `plain` = W x; `share_O` is DoRA's row scale."""
     if share_O is None:
         return plain + _low_rank(x, factors, scale)
     return plain + scale * (share_O * (plain + _low_rank(x, factors, 1.0)) - plain)
@@ -405,7 +407,7 @@ def require_finite(values: Tensor, variant: str, where: str) -> None:
 
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
-    """fp32 products without TF32 or bf16 inside, whatever training set; put back afterwards."""
+    """Inside, compute fp32 products without TF32 or bf16; restore the settings afterwards."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

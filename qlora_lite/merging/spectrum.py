@@ -1,18 +1,18 @@
-"""What an adapter has learned, as a spectrum: the singular values of each module's change, and the best approximation of lower rank.
+"""The spectrum of an adapter: the singular values of each module's change, and the best approximation of lower rank.
 
-In: an `Adapter`. Out: a `Spectrum` a module. The change is scaling * B @ A, [out, in]; its singular values come from the thin factors:
+In: an `Adapter`. Out: a `Spectrum` per module. The change is scaling * B @ A, [out, in]; its singular values come from the thin factors:
 
     B = Q_B R_B,  A^T = Q_A R_A   (QR)      scaling * R_B R_A^T = U S V^T   (SVD, R x R)      change = (Q_B U) S (Q_A V)^T
 
-so the full matrix is never formed. The best approximation of rank k keeps the k largest, and misses the rest: |change - best|^2 is the sum
-of the squares of what is left out (Eckart and Young 1936).
+so the full matrix is never formed. The best approximation of rank k keeps the k largest singular values: |change - best|^2 is the sum of
+the squares of the others (Eckart and Young 1936).
 
-effective rank   exp of the entropy of S / sum(S): how many directions carry the change (Roy and Vetterli 2007)
-energy rank      how many of the largest hold 50, 90 or 99% of sum(S^2)
-overlap          phi = |U_a^T U_b|_F^2 / k of the first k directions of two changes: 1 the same subspace, about k / width for random ones
-                 (LoRA, arXiv 2106.09685, section 7.2)
+effective rank   exp of the entropy of S / sum(S): the number of directions that carry the change (Roy and Vetterli 2007)
+energy rank      the number of largest singular values that hold 50, 90 or 99% of sum(S^2)
+overlap          phi = |U_a^T U_b|_F^2 / k of the first k directions of two changes: 1 for the same subspace, about k / width for random
+                 ones (LoRA, arXiv 2106.09685, section 7.2)
 
-DoRA also rescales every row of the weight, which is not of low rank: here its low-rank part is looked at, and truncating it is refused.
+DoRA also scales every row of the weight, which is not a change of low rank: spectra show its low-rank part, and truncation is refused.
 """
 
 import math
@@ -46,14 +46,14 @@ class Spectrum:
 
     @property
     def kind(self) -> str:
-        """`q_proj`, `down_proj`, ...: what modules of all layers have in common."""
+        """The last part of the module's name: `q_proj`, `down_proj`, ..."""
         return self.module.rpartition(".")[2]
 
     @property
     def layer(self) -> int | None:
-        """The number in its name; None for a module outside of the layers."""
-        found = re.search(r"\.(\d+)\.", self.module)
-        return int(found[1]) if found else None
+        """The layer number in its name; None for a module outside the layers."""
+        number = re.search(r"\.(\d+)\.", self.module)
+        return int(number[1]) if number else None
 
     @property
     def norm(self) -> float:
@@ -62,13 +62,13 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """From 1 to r; 0 for a change that is zero."""
+        """From 1 to r; 0 for a zero change."""
         total = sum(self.singular_values)
         shares = [s / total for s in self.singular_values if s > 0] if total > 0 else []
         return math.exp(-sum(p * math.log(p) for p in shares)) if shares else 0.0
 
     def energy_rank(self, share: float) -> int:
-        """How many of the largest singular values hold `share` of the sum of their squares; 0 for a change that is zero."""
+        """The number of largest singular values that hold `share` of the sum of squares; 0 for a zero change."""
         wanted, held = share * self.norm**2, 0.0
         for count, s in enumerate(self.singular_values, 1):
             held += s * s
@@ -83,18 +83,18 @@ class Spectrum:
 
 
 def spectra(adapter: Adapter) -> list[Spectrum]:
-    """One for each module with factors, in the order of their names."""
-    found = []
+    """The spectrum of each module with factors, in the order of their names."""
+    module_spectra = []
     for module, factors in sorted(adapter.factors.items()):
         _, s_R, _ = decomposed(factors)
-        found.append(Spectrum(module, factors.shape, tuple(s_R.tolist())))
-    return found
+        module_spectra.append(Spectrum(module, factors.shape, tuple(s_R.tolist())))
+    return module_spectra
 
 
 def decomposed(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
     """-> left directions [out, R], singular values [R] and right directions [in, R] of scaling * B @ A, in fp64.
 
-    A change no larger than the rounding error of B @ A counts as zero: an adapter minus itself leaves only that.
+    A change within the rounding error of B @ A counts as zero, such as an adapter minus itself.
     """
     q_b_OR, r_b_RR = torch.linalg.qr(factors.b_OR.double())
     q_a_IR, r_a_RR = torch.linalg.qr(factors.a_RI.double().T)
@@ -105,7 +105,7 @@ def decomposed(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def truncated(factors: LoraFactors, rank: int) -> LoraFactors:
-    """The best approximation of `rank` of a module's change, as balanced fp32 factors with scaling 1. Raises ModelError for DoRA."""
+    """The best rank-`rank` approximation of a module's change, as balanced fp32 factors with scaling 1. Raises ModelError for DoRA."""
     if factors.magnitude_O is not None:
         raise ModelError(
             "DoRA rescales whole rows, so its change is not of low rank and cannot be truncated. Merge it instead"
@@ -116,64 +116,64 @@ def truncated(factors: LoraFactors, rank: int) -> LoraFactors:
 
 
 def truncated_adapter(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
-    """The adapter with each module's change brought to its rank in `ranks`; modules of rank 0 are left out. Raises ModelError."""
+    """The adapter with each module's change truncated to its rank in `ranks`; modules of rank 0 are omitted. Raises ModelError for DoRA."""
     return replace(
         adapter, factors={name: truncated(f, ranks[name]) for name, f in adapter.factors.items() if ranks[name] > 0}
     )
 
 
-def ranks_of_equal(found: Iterable[Spectrum], rank: int) -> dict[str, int]:
-    """The same rank for every module, or its own where that is lower."""
-    return {each.module: min(rank, each.r) for each in found}
+def ranks_of_equal(module_spectra: Iterable[Spectrum], rank: int) -> dict[str, int]:
+    """The same rank for every module, or its own rank if that is lower."""
+    return {spectrum.module: min(rank, spectrum.r) for spectrum in module_spectra}
 
 
-def ranks_of_budget(found: Iterable[Spectrum], num_parameters: int) -> dict[str, int]:
-    """Ranks that keep as much of all changes together as `num_parameters` can: the largest s^2 a parameter first.
+def ranks_of_budget(module_spectra: Iterable[Spectrum], num_parameters: int) -> dict[str, int]:
+    """The ranks that keep the most of all changes with at most `num_parameters`: the largest s^2 per parameter first.
 
-    A direction of a module costs in_features + out_features parameters. Each module's directions come in their order, so what is chosen
-    is the best of its rank.
+    A direction of a module costs in_features + out_features parameters. The directions of a module are taken in order, so each module
+    gets its best approximation.
     """
-    found = list(found)
-    offers = [(s * s / sum(each.shape), each) for each in found for s in each.singular_values]
-    ranks, left = {each.module: 0 for each in found}, num_parameters
-    for _, each in sorted(offers, key=lambda offer: -offer[0]):
-        if sum(each.shape) <= left:
-            ranks[each.module] += 1
-            left -= sum(each.shape)
+    module_spectra = list(module_spectra)
+    offers = [(s * s / sum(spectrum.shape), spectrum) for spectrum in module_spectra for s in spectrum.singular_values]
+    ranks, left = {spectrum.module: 0 for spectrum in module_spectra}, num_parameters
+    for _, spectrum in sorted(offers, key=lambda offer: -offer[0]):
+        if sum(spectrum.shape) <= left:
+            ranks[spectrum.module] += 1
+            left -= sum(spectrum.shape)
     return ranks
 
 
-def lost_share(found: Iterable[Spectrum], ranks: Mapping[str, int]) -> float:
+def lost_share(module_spectra: Iterable[Spectrum], ranks: Mapping[str, int]) -> float:
     """|all changes - their approximations| / |all changes|, over all modules together."""
-    found = list(found)
-    whole = sum(each.norm**2 for each in found)
-    lost = sum((each.lost_share(ranks[each.module]) * each.norm) ** 2 for each in found)
+    module_spectra = list(module_spectra)
+    whole = sum(spectrum.norm**2 for spectrum in module_spectra)
+    lost = sum((spectrum.lost_share(ranks[spectrum.module]) * spectrum.norm) ** 2 for spectrum in module_spectra)
     return math.sqrt(lost / whole) if whole > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of the first `k` directions of two adapters is in common, over all modules that both have."""
+    """The share of the first `k` directions that two adapters have in common, a mean over their common modules."""
 
     k: int
-    inputs: float  # of what the change reads (right singular vectors), 0 to 1
-    outputs: float  # of what it writes
-    by_chance: float  # what random subspaces of these widths would have
+    inputs: float  # of the directions that the change reads (right singular vectors), 0 to 1
+    outputs: float  # of the directions that it writes
+    by_chance: float  # expected for random subspaces of these widths
     num_modules: int
 
 
 def overlaps(left: Adapter, right: Adapter, *, ks: Iterable[int] = (1, 2, 4, 8, 16)) -> list[Overlap]:
-    """For each k that every common module has; one that either adapter leaves as it was has no directions and is passed over.
+    """The overlap for each k that every common module has. A module with a zero change in either adapter is skipped.
 
-    Raises ModelError when no module is common to what the two have learned, or one has another shape.
+    Raises ModelError when no module has a nonzero change in both, or shapes differ.
     """
     common = sorted(left.factors.keys() & right.factors.keys())
     if not common:
         raise ModelError("the two adapters have no module in common, so there is nothing to compare")
-    modules = [name for name in common if all(_has_learned(each.factors[name]) for each in (left, right))]
+    modules = [name for name in common if all(_has_learned(adapter.factors[name]) for adapter in (left, right))]
     if not modules:
         raise ModelError(
-            f"in none of the {len(common)} modules that the two adapters share have both learned something (a change that is zero has no "
+            f"none of the {len(common)} modules that the two adapters share has a nonzero change in both (a zero change has no "
             "directions), so there is nothing to compare"
         )
     sums: dict[int, list[tuple[float, float, float]]] = {}
@@ -187,16 +187,16 @@ def overlaps(left: Adapter, right: Adapter, *, ks: Iterable[int] = (1, 2, 4, 8, 
         for k in (k for k in ks if k <= min(u_a.shape[1], u_b.shape[1])):
             chance = k / 2 * (1 / one.shape[0] + 1 / one.shape[1])
             sums.setdefault(k, []).append((_phi(v_a, v_b, k), _phi(u_a, u_b, k), chance))
-    return [_mean_overlap(k, found) for k, found in sorted(sums.items()) if len(found) == len(modules)]
+    return [_mean_overlap(k, phis) for k, phis in sorted(sums.items()) if len(phis) == len(modules)]
 
 
 def _has_learned(factors: LoraFactors) -> bool:
     return bool(factors.a_RI.any() and factors.b_OR.any())
 
 
-def _mean_overlap(k: int, found: list[tuple[float, float, float]]) -> Overlap:
-    inputs, outputs, by_chance = (sum(column) / len(found) for column in zip(*found, strict=True))
-    return Overlap(k, inputs, outputs, by_chance, len(found))
+def _mean_overlap(k: int, phis: list[tuple[float, float, float]]) -> Overlap:
+    inputs, outputs, by_chance = (sum(column) / len(phis) for column in zip(*phis, strict=True))
+    return Overlap(k, inputs, outputs, by_chance, len(phis))
 
 
 def _phi(left_NR: Tensor, right_NR: Tensor, k: int) -> float:

@@ -1,8 +1,8 @@
-"""transformers' own decoder with a module's weights in memory only while that module computes.
+"""transformers' own decoder, with the weights of a module in memory only while that module computes.
 
-In: rows of token ids and a function that gives a weight's values. Out: last hidden states in fp32. So whatever an architecture
-does between its weights (rotary or ALiBi positions, soft caps, multipliers, norms before or after) is done by its own code, and
-the largest thing in memory is one weight. Only those rows of the embedding are read that occur in the token ids.
+In: sequences of token ids, and a source of weight values. Out: last hidden states in fp32. An architecture's own code computes
+everything between the weights (rotary or ALiBi positions, soft caps, multipliers, norms before or after), and the largest object in
+memory is one weight. Of the embedding, only the rows of tokens that occur are read.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ from transformers import PreTrainedConfig
 from qlora_lite.base.skeleton import empty_model, model_class
 from qlora_lite.model.attention import PACKED, packs_rows, padded_attention
 
-_ROW_TOKENS = 4096  # tokens that go through the decoder at once; each such pass reads all weights
+_ROW_TOKENS = 4096  # tokens per pass through the decoder; each pass reads all weights
 
 
 class Weights(Protocol):
-    """Where values come from, in fp32."""
+    """The source of the values, in fp32."""
 
     def row_blocks(self, name: str) -> Iterable[Tensor]:
         """The weight as blocks of whole rows [rows, width]."""
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        """Some rows of an embedding."""
+        """Rows of an embedding."""
 
 
 class StreamedDecoder:
@@ -50,7 +50,7 @@ class StreamedDecoder:
             module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
 
     def last_hidden_states(self, rows: Sequence[Sequence[int]], weights: Weights) -> list[Tensor]:
-        """[T, D] for each row of token ids, every row on its own."""
+        """Last hidden states [T, D] of each sequence of token ids; sequences do not affect each other."""
         states: list[Tensor] = []
         with contextlib.ExitStack() as hooks, torch.no_grad():
             for name, module in self.modules.items():
@@ -90,7 +90,7 @@ class StreamedDecoder:
             module._parameters[part] = nn.Parameter(values, requires_grad=False)
 
     def _fill_embedding(self, name: str, module: nn.Module, args: Any, weights: Weights) -> tuple[Tensor]:
-        """Keep the rows of the tokens at hand, numbered from 0, and give the module those numbers."""
+        """Load the rows of the tokens that occur, numbered from 0, and pass those numbers to the module."""
         tokens, places = _distinct(args[0], module.get_parameter("weight").shape[0])
         values = weights.rows(f"{name}.weight", tokens.cpu()).to(self.device)
         module._parameters["weight"] = nn.Parameter(values, requires_grad=False)
@@ -98,7 +98,7 @@ class StreamedDecoder:
 
 
 def _distinct(ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """-> (each token once, its number at every place); in a plan, as many tokens as there may be."""
+    """-> (the distinct tokens, the index of its token at each position); in a plan, the largest possible number of tokens."""
     if ids.is_meta:
         return torch.arange(min(ids.numel(), vocabulary)), torch.empty_like(ids)
     tokens, places = ids.unique(return_inverse=True)
@@ -106,14 +106,14 @@ def _distinct(ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
 
 
 def _empty(module: nn.Module, args: Any, output: Any) -> None:
-    """Keep the shapes alone, for the next time."""
+    """Drop the values and keep the shapes, for the next pass."""
     for name, parameter in module.named_parameters(recurse=False):
         empty = torch.empty(1, dtype=parameter.dtype, device="meta").expand(parameter.shape)
         module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
 
 def _groups(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Neighbouring rows that have together at most `_ROW_TOKENS` tokens when they are padded; a longer row by itself."""
+    """Yield groups of neighbouring sequences with at most `_ROW_TOKENS` tokens after padding; a longer sequence alone."""
     group: list[Sequence[int]] = []
     for row in rows:
         if group and (len(group) + 1) * max(len(row), *map(len, group)) > _ROW_TOKENS:

@@ -2,8 +2,8 @@
 
     stored = round( dequantize(W) + scale * scaling * B @ A )      in fp32, rounded last; see rounding.py
 
-Never from a live model: a merge needs one row block (16 MiB) in memory, whatever the size of the model, and an
-evaluation that touched live weights cannot reach it. Tensors without an adapter are copied exactly.
+A merge reads files, never a live model: it needs one row block (16 MiB) in memory for any model size, and changes to live weights cannot
+affect it. Tensors without an adapter are copied exactly.
 """
 
 import json
@@ -35,7 +35,7 @@ from qlora_lite.units import format_bytes
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What was written. `peak_host_bytes` is anonymous memory above the start, None outside Linux."""
+    """The written model. `peak_host_bytes` is anonymous memory above the start, None outside Linux."""
 
     out: Path
     num_tensors: int
@@ -57,7 +57,7 @@ def merge_adapter(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     compute_dtype: str | None = "bf16",
 ) -> WriteResult:
-    """Merge without proof into `out_dir`, which must not exist or be empty; on an error nothing is left behind."""
+    """Merge without proof into `out_dir`, which must be missing or empty; an error leaves nothing behind."""
     with staged_folder(out_dir) as folder:
         return write_merged(
             base_dir,
@@ -86,9 +86,9 @@ def write_merged(
 ) -> WriteResult:
     """Write the merged model into the existing, empty `folder`.
 
-    `compute_dtype` is the one of the training run ("bf16", or "fp16" on cards without bf16): 4-bit weights are
-    dequantized to it, as training did. Raises ModelError where base and adapter do not belong together or values leave
-    the range of `dtype`, UserError where the disk is too small.
+    `compute_dtype` is that of the training run ("bf16", or "fp16" on cards without bf16): 4-bit weights are dequantized to it, as in
+    training. Raises ModelError when base and adapter do not belong together or values exceed the range of `dtype`, UserError when the
+    disk is too small.
     """
     check_options(dtype=dtype, rounding=rounding, scale=scale, compute_dtype=compute_dtype)
     with HostMemoryMeter() as meter:
@@ -104,7 +104,9 @@ def write_merged(
                 blocks = merged_blocks(base, adapter, name, spec.dtype, rounding=rounding, scale=scale, seed=seed)
                 writer.write(name, blocks)
         _write_config(base, adapter, folder, DTYPES[dtype])
-        copy_companions(Path(adapter_dir), folder)  # a tokenizer with new tokens comes before the base's
+        copy_companions(
+            Path(adapter_dir), folder
+        )  # an adapter's tokenizer (with new tokens) takes precedence over the base's
         copy_companions(base.folder, folder)
     return WriteResult(folder, len(specs), len(adapter), total_bytes, meter.peak_bytes, tuple(_warnings(base, dtype)))
 
@@ -112,7 +114,7 @@ def write_merged(
 def merged_blocks(
     base: Checkpoint, adapter: Adapter, name: str, dtype: torch.dtype, *, rounding: str, scale: float, seed: int
 ) -> Iterator[Tensor]:
-    """Blocks of one tensor as they are written. Raises ModelError for values that leave the range of `dtype`."""
+    """The blocks of one tensor as written. Raises ModelError for values outside the range of `dtype`."""
     if not adapter.changes(name):
         return stored_blocks(base, name, dtype)
     rounder = make_rounder(name, dtype=dtype, rounding=rounding, seed=seed)
@@ -120,7 +122,7 @@ def merged_blocks(
 
 
 def tuned_row_blocks(base: Checkpoint, adapter: Adapter, name: str, scale: float) -> Iterator[Tensor]:
-    """Row blocks of a weight after training, fp32, not rounded. What is written and what is proved both come from here."""
+    """Yield row blocks of a weight after training, in fp32, not rounded. Both the merge and its proof use this function."""
     factors, whole = adapter.of_weight(name), adapter.whole.get(name)
     rows = adapter.rows.get(name)
     start = 0
@@ -133,19 +135,19 @@ def tuned_row_blocks(base: Checkpoint, adapter: Adapter, name: str, scale: float
             block.lerp_(whole[start : start + block.shape[0]].reshape(block.shape).float(), scale)
         yield block
         start += block.shape[0]
-    if rows is not None and rows.num_rows > start:  # the base has nothing there that could be scaled
+    if rows is not None and rows.num_rows > start:  # the base has no values there to scale from
         yield rows.values_ND[rows.ids_N >= start].float()
 
 
 def put_rows_(block: Tensor, rows: TokenRows, *, start: int, scale: float) -> None:
-    """Move those rows of an fp32 block, which begins at row `start`, that were trained: all the way at scale 1."""
+    """Move the trained rows of an fp32 block, which begins at row `start`, towards their trained values: completely at scale 1."""
     is_here = (rows.ids_N >= start) & (rows.ids_N < start + block.shape[0])
     places = rows.ids_N[is_here] - start
     block[places] = block[places].lerp(rows.values_ND[is_here].float(), scale)
 
 
 def stored_blocks(base: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Blocks of a tensor without adapter in `dtype`: the file's own where training computed with these."""
+    """Yield blocks of a tensor without adapter in `dtype`: the file's own values if training used these."""
     if base.is_as_stored(name) and base.dtype(name) == dtype:
         yield base.stored(name)
         return
@@ -156,7 +158,7 @@ def stored_blocks(base: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[T
 def open_pair(
     base_dir: Path | str, adapter_dir: Path | str, *, compute_dtype: str | None
 ) -> tuple[Checkpoint, Adapter]:
-    """Base and adapter, after checking that every adapter module meets a base weight of its shape."""
+    """-> (base, adapter). Raises ModelError unless every adapter module has a base weight of its shape."""
     base = open_checkpoint(base_dir, compute_dtype=None if compute_dtype is None else DTYPES[compute_dtype])
     adapter = read_adapter(adapter_dir)
     problems = []
@@ -165,16 +167,16 @@ def open_pair(
     }
     shapes |= {name: ("its weight", tuple(tensor.shape)) for name, tensor in adapter.whole.items()}
     problems += [
-        f"{name}: has new rows, and {base.folder} has no such weight" for name in adapter.rows if name not in base
+        f"{name}: has new rows, but {base.folder} has no such weight" for name in adapter.rows if name not in base
     ]
-    for name, (what, shape) in shapes.items():
+    for name, (product, shape) in shapes.items():
         module = name.removesuffix(".weight")
         if name not in base.names:
             problems.append(f"{module}: {base.folder} has no {name}{_tied_hint(base, module)}")
         elif base.shape(name) != shape:
-            problems.append(f"{module}: {what} is {list(shape)}, {name} is {list(base.shape(name))}")
+            problems.append(f"{module}: {product} is {list(shape)}, {name} is {list(base.shape(name))}")
         elif module == "lm_head" and base.config.get("tie_word_embeddings"):
-            problems.append(f"{module}: the model ties it to its embedding, so a merged one would not be read back")
+            problems.append(f"{module}: the model ties it to its embedding, so loading would ignore a merged one")
     if problems:
         head = f"{adapter_dir}: the adapter was not trained on this base ({len(problems)} of {len(adapter)} modules)"
         raise ModelError("\n".join([head, *(f"  {problem}" for problem in problems)]))
@@ -182,7 +184,7 @@ def open_pair(
 
 
 def check_options(*, dtype: str, rounding: str, scale: float, compute_dtype: str | None) -> None:
-    """UserError that names the option, what it is and what it may be."""
+    """Raise UserError with the option, its value and the allowed values."""
     for option, value, allowed in (
         ("dtype", dtype, tuple(DTYPES)),
         ("rounding", rounding, ROUNDINGS),
@@ -205,7 +207,7 @@ def _checked_rounded(rounder: Callable[[Tensor], Tensor], name: str, block: Tens
 
 def _checked(block: Tensor, name: str) -> Tensor:
     finite = torch.isfinite(block)
-    if not bool(finite.all()):  # counting makes 8 bytes of each boolean
+    if not bool(finite.all()):  # count only then: it takes 8 bytes per boolean
         count = block.numel() - int(finite.sum())
         dtype = next(word for word, kind in DTYPES.items() if kind == block.dtype)
         raise ModelError(f"{name}: {count} values are not finite in {dtype}; try --set merge.dtype=bf16 or fp32")
@@ -216,7 +218,7 @@ def _check_disk(folder: Path, total_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < total_bytes:
         raise UserError(
-            f"{folder.parent}: the merged model needs {format_bytes(total_bytes)}, {format_bytes(free)} free"
+            f"{folder.parent}: the merged model needs {format_bytes(total_bytes)}, but {format_bytes(free)} are free"
         )
 
 
@@ -233,7 +235,7 @@ def _write_config(base: Checkpoint, adapter: Adapter, folder: Path, dtype: torch
 
 def _warnings(base: Checkpoint, dtype: str) -> Iterator[str]:
     if dtype == "fp16":
-        yield "fp16 holds values up to 65504 only: a model trained in bf16 may overflow when it runs in fp16"
+        yield "fp16 holds values up to 65504: a model trained in bf16 may overflow when it runs in fp16"
     misread = [name for name in base.names if base.kernel_misreads(name)]
     if misread:
         width = base.shape(misread[0])[-1]

@@ -170,7 +170,7 @@ def longest_rows(methods: Mapping[str, Any]) -> list[Row]:
 
 def merge_rows(merge: Mapping[str, Any]) -> list[Row]:
     """Host memory that a merge needs."""
-    steps = {"peak_host_bytes": "writing the merged checkpoint", "proof_peak_host_bytes": "the proof"}
+    steps = {"peak_host_bytes": "writing the merged checkpoint", "proof_peak_host_bytes": "proving the merge"}
     return [(name, size(merge[key])) for key, name in steps.items() if is_number(merge.get(key))]
 
 

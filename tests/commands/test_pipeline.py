@@ -258,12 +258,12 @@ def test_report_writes_one_page_that_needs_nothing_else(merged: tuple[Path, Done
     page = path.read_text(encoding="utf-8")
     assert path == run / "report.html"
     for heading in (
-        "How well it answers",
+        "Scores and answers",
         "Memory",
-        "How it learned",
+        "Training curves",
         "Disk",
         "Decisions and settings",
-        "Proof of the merge",
+        "Merge proof",
     ):
         assert f">{heading}</h2>" in page
     assert not any(word in page for word in ("http:", "https:", "<script", "src=", 'href="h', 'href="/'))

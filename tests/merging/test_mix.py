@@ -84,7 +84,7 @@ def test_all_that_is_no_sum_is_refused_by_name_at_once() -> None:
     for expected in (
         "dora: DoRA",
         "whole: model.norm.weight was trained whole",
-        "typo: qproj is no module",
+        "typo: qproj is not a module",
         "[12, 20] and [12, 21]",
     ):
         assert expected in str(caught.value)

@@ -193,7 +193,7 @@ def test_plan_prints_what_the_contract_names_and_writes_it_as_a_page(tmp_path):
     assert "memory at the peak of a step" in done.stderr
     text = page.read_text()
     assert "Memory plan: smollm2-135m" in text and "It fits." in text
-    assert "largest well-known model" in text and "proving it" in text and "an adapter of rank 64" in text
+    assert "largest well-known model" in text and "proving the merge" in text and "an adapter of rank 64" in text
     assert set(done.json["adapter_bytes"]) == {"1", "8", "64"}
     largest = {name: method["largest_model"] for name, method in done.json["methods"].items()}
     assert largest["qlora"] and largest["lora"] and largest["full"] is None
@@ -209,7 +209,7 @@ def test_plan_says_what_does_not_fit_and_exits_3():
     ("arguments", "expected"),
     [
         (("plan",), "give a recipe or a model's name, or --sweep"),
-        (("plan", "--sweep", "--html", "x.html"), "--html is the page of one recipe or model"),
+        (("plan", "--sweep", "--html", "x.html"), "--html writes the page of one recipe or model"),
         (("plan", "llama-3.1-9b"), "llama-3.1-8b"),
         (("plan", "someone/some-model"), "Fetch it once with: qlora-lite fetch someone/some-model"),
         (("plan", "llama-3.1-8b", "--budget", "24XB"), "--budget: expected a size"),

@@ -244,7 +244,7 @@ def test_the_proof_reads_the_files_and_not_what_it_thinks_they_hold(folders, tmp
 
 def test_fp16_that_would_overflow_on_the_rows_is_refused_naming_the_layer(tmp_path):
     folders = make_folders(tmp_path, enlarge=50_000.0)
-    with pytest.raises(ProofFailed, match=r"model\.layers\.0\..*fp16 ends at 65504"):
+    with pytest.raises(ProofFailed, match=r"model\.layers\.0\..*above fp16's limit of 65504"):
         merge(folders.base, folders.adapter, tmp_path / "merged", ROWS, dtype="fp16")
     assert not (tmp_path / "merged").exists()
 
