@@ -22,5 +22,5 @@
     compared.py    the share of an adapter's effect that another one loses
     stopping.py    signals, and the command that continues
 
-Importing this package imports no torch: cli.py imports the module of a verb when the verb runs.
+Importing this package imports no torch: the command line imports the module of a verb when the verb runs.
 """

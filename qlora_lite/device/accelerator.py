@@ -54,7 +54,7 @@ def torch_module() -> Any:
 
 
 def is_accelerator(device: str | torch.device) -> bool:
-    """Whether tensors of `device` lie on the accelerator."""
+    """Whether tensors of `device` are on the accelerator."""
     return torch.device(device).type == ACCELERATOR
 
 

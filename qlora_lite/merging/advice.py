@@ -42,9 +42,7 @@ def by_kind(spectra: Iterable[Spectrum]) -> list[KindOfModule]:
 def advice(kinds: Sequence[KindOfModule]) -> str:
     """The recommended rank with its reason, in one or two sentences."""
     if not any(kind.norm for kind in kinds):
-        return (
-            "this adapter has learned nothing: every change is zero, as before the first step, so there is no rank to recommend"
-        )
+        return "this adapter has learned nothing: every change is zero, as before the first step, so there is no rank to recommend"
     r = max(kind.r for kind in kinds)
     recommended = max(kind.recommended_r for kind in kinds)
     full = [kind.kind for kind in kinds if kind.recommended_r > kind.r]

@@ -330,7 +330,7 @@ class Models:
 
 @dataclass(frozen=True)
 class _Variant:
-    """One model's weights, as the streamed decoder asks for them."""
+    """The weights of one model, for the streamed decoder."""
 
     models: Models
     name: str

@@ -35,7 +35,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     problems = [*_unsupported(config), *_malformed(config)]
     if problems:
         lines = [f"  {problem}" for problem in problems]
-        raise ModelError("\n".join([f"{folder}: the adapter uses what a merge does not support", *lines]))
+        raise ModelError("\n".join([f"{folder}: the adapter has settings that a merge does not support", *lines]))
     return config
 
 

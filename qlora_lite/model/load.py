@@ -58,7 +58,7 @@ def load_tokenizer(folder: Path, *, special_tokens: Sequence[str] = ()) -> Any:
 def load_base(
     folder: Path, *, device: str, compute: torch.dtype = torch.bfloat16, special_tokens: Sequence[str] = ()
 ) -> LoadedBase:
-    """The frozen model in `folder`: a quantized base (artefact.py) or a 16-bit folder, as published or as `merge` writes it.
+    """The frozen model in `folder`: a quantized base (base/artefact.py) or a 16-bit folder, as published or as `merge` writes it.
 
     Quantized weights are dequantized to `compute` at each use; all others are stored in it. `special_tokens` are added to the tokenizer,
     and missing rows for them to embedding and head. Raises ModelError when the folder does not load.

@@ -177,7 +177,7 @@ def _filled_up(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 class _Flash(_Kernel):
-    """FlashAttention-2, which takes grouped heads as they are."""
+    """FlashAttention-2, which supports grouped heads."""
 
     def aligned(self, tensor):  # type: ignore[no-untyped-def]
         return _filled_up(tensor, 8)

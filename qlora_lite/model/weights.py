@@ -27,7 +27,7 @@ class Source(Protocol):
 
 
 def fill_model(model: PreTrainedModel, folder: Path, *, device: str, compute: torch.dtype) -> None:
-    """Read every weight of `model` (see skeleton.py) from the quantized `folder`, whose names are the model's own.
+    """Read every weight of `model` (see base/skeleton.py) from the quantized `folder`, whose names are the model's own.
 
     Quantized weights are dequantized to `compute` at each use; all others are stored in it. Raises ModelError for weights that are
     missing, have no place in the model, or are not finite.

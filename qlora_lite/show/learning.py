@@ -13,7 +13,7 @@ from qlora_lite.show.page import Html, details, drawing, join, note, paragraph, 
 from qlora_lite.units import format_seconds
 
 SMOOTH_STEPS = 10
-NUM_IN_TABLE = 12  # steps in the table beside a curve
+NUM_IN_TABLE = 12  # steps in the table of a curve
 
 
 def learning(steps: Sequence[Mapping[str, Any]]) -> Html:

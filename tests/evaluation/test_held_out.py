@@ -52,10 +52,7 @@ def test_rows_are_scored_up_to_the_window_and_the_others_are_said_before_and_aft
     assert said.count(f"warning: held-out rows: 1 of 5 rows left out, longer than eval.max_seq_length ({WINDOW})") == 2
     assert "held-out rows: the first 5 of 6 rows; eval.num_examples: null takes all" in said
     page = (run / "report.html").read_text()
-    assert (
-        "Not scored: 1 rows longer than eval.max_seq_length, 1 rows beyond eval.num_examples. Scored: 4."
-        in page
-    )
+    assert "Not scored: 1 rows longer than eval.max_seq_length, 1 rows beyond eval.num_examples. Scored: 4." in page
 
 
 def test_the_plan_knows_how_long_held_out_rows_are(trained) -> None:

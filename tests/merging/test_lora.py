@@ -76,6 +76,4 @@ def test_every_problem_of_the_factors_is_named_at_once(make_adapter):
         read_adapter(folder)
     assert "base_model.model.lm_head.bias: not a LoRA factor" in str(error.value)
     assert "model.layers.0.up_proj: has only one of lora_A and lora_B" in str(error.value)
-    assert "model.layers.1.up_proj: lora_A [4, 64], lora_B [48, 4], but r=8 in adapter_config.json" in str(
-        error.value
-    )
+    assert "model.layers.1.up_proj: lora_A [4, 64], lora_B [48, 4], but r=8 in adapter_config.json" in str(error.value)
