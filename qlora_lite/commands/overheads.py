@@ -49,7 +49,7 @@ from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.load import checkpoint_activations
 from qlora_lite.model.random_model import random_model
 from qlora_lite.training.optimizer import make_optimizer
-from qlora_lite.training.update import update
+from qlora_lite.training.step import update
 
 # Shapes: on the CPU as few layers as tell a step from noise; on a card layers as wide as people tune there, if it holds a few of them.
 CPU_MODEL, CARD_MODEL, SMALL_CARD_MODEL = ("smollm2-135m", 4), ("llama-3.1-8b", 4), ("smollm2-135m", 30)

@@ -45,7 +45,7 @@ from qlora_lite.model.tree_attention import NO_PARENT
 from qlora_lite.model.tuned_linear import TunedLinear
 from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.training.optimizer import make_optimizer
-from qlora_lite.training.update import accumulate, update
+from qlora_lite.training.step import Observer, forward_backward, update
 
 PARTS = ("weights", "quant_constants", "adapter", "gradients", "optimizer", "activations", "recompute", "logits",
          "workspace", "runtime")  # fmt: skip
@@ -288,25 +288,32 @@ class Scene:
 
     def _step(self, batch: Batch) -> None:
         """What the update needs on top of what is held before it depends on no batch, so it is gone through once."""
-        ledger, scaler = self.ledger, torch.amp.GradScaler("cpu", enabled=False)
-        step: dict[str, Any] = {"scaler": scaler, "head_chunk": self._settings.head_chunk}
+        ledger, chunk = self.ledger, self._settings.head_chunk
         if self._added_by_update is not None:
-            accumulate(self.model.train(), [batch], **step)
+            forward_backward(self.model.train(), [batch], head_chunk=chunk)
             held = {part: size for part, size in ledger.live.items() if part != PAGED}
             ledger.peaks[_UPDATE] = _sum(held, self._added_by_update)
             return
-        before: dict[str, int] = {}
+        observer = _BeforeUpdate(ledger)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
         update(
-            self.model.train(), self._optimizer, [batch], max_grad_norm=1.0, around_last=_noting(ledger, before), **step
-        )
-        self._added_by_update = _sum(ledger.peaks[_UPDATE], {part: -size for part, size in before.items()})
+            self.model.train(), self._optimizer, [batch], scaler=scaler, max_grad_norm=1.0, observer=observer,
+            head_chunk=chunk,
+        )  # fmt: skip
+        self._added_by_update = _sum(ledger.peaks[_UPDATE], {part: -size for part, size in observer.held.items()})
 
 
-@contextmanager
-def _noting(ledger: Ledger, held: dict[str, int]) -> Iterator[None]:
-    """Bytes by part when this block ends."""
-    yield
-    held.update({part: size for part, size in ledger.live.items() if part != PAGED})
+class _BeforeUpdate(Observer):
+    """Notes the bytes by part when the last backward pass has ended."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.held: dict[str, int] = {}
+
+    @contextmanager
+    def around_last(self) -> Iterator[None]:
+        yield
+        self.held = {part: size for part, size in self._ledger.live.items() if part != PAGED}
 
 
 def _sum(these: Mapping[str, int], those: Mapping[str, int]) -> dict[str, int]:

@@ -10,7 +10,7 @@ trackers.py  for dashboards    measure.py  what it takes   trace.py  a timeline 
 from qlora_lite.memory.measuring import allocator_statistics
 from qlora_lite.training.checkpoint import best_valid, newest_valid, save_checkpoint
 from qlora_lite.training.footprint import Footprint, apply_footprint
-from qlora_lite.training.loop import StepStats, train_steps
+from qlora_lite.training.loop import StepStats, TrainSettings, train_steps
 from qlora_lite.training.optimizer import make_optimizer, state_bytes
 from qlora_lite.training.preflight import Preflight, try_largest_batch
 from qlora_lite.training.state import TrainState
@@ -22,6 +22,7 @@ __all__ = [
     "Preflight",
     "StepStats",
     "Trace",
+    "TrainSettings",
     "TrainState",
     "allocator_statistics",
     "apply_footprint",
