@@ -8,13 +8,15 @@ scoring.py     evaluation, rehearsed there as well      fits.py      the map of 
 merging.py     a merge and its proof too                workspace.py what operators allocate in themselves
 """
 
-from qlora_lite.plan.choose import Plan, make_plan, refuse_wrong_modules, what_is_shared
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
 from qlora_lite.plan.fits import Cell, Room
 from qlora_lite.plan.forecast import CARDS, Forecast, forecast, sweep
 from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes
+from qlora_lite.plan.needs import what_is_shared
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
-from qlora_lite.plan.request import Request, read_request
+from qlora_lite.plan.request import plan_of_model, read_request
+from qlora_lite.plan.resolve import Resolved, refuse_wrong_modules
+from qlora_lite.plan.run_plan import Plan, make_plan
 from qlora_lite.plan.scoring import Scoring
 
 __all__ = [
@@ -28,7 +30,7 @@ __all__ = [
     "Plan",
     "Rehearsal",
     "Rehearsals",
-    "Request",
+    "Resolved",
     "Room",
     "Scoring",
     "Settings",
@@ -37,6 +39,7 @@ __all__ = [
     "forecast",
     "make_plan",
     "merge_peak_host_bytes",
+    "plan_of_model",
     "proof_peak_host_bytes",
     "read_request",
     "refuse_wrong_modules",
