@@ -39,6 +39,7 @@ from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import CHUNK
 from qlora_lite.model.load import checkpoint_activations
 from qlora_lite.model.meta import meta_model
+from qlora_lite.model.new_tokens import make_room
 from qlora_lite.model.resident import residents
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.model.tree_attention import NO_PARENT
@@ -68,8 +69,10 @@ class Settings:
     factors: torch.dtype = torch.bfloat16
     r: int = 16
     target_modules: str | tuple[str, ...] = "all-linear"
+    lora_dropout: float = 0.0
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()  # of data.special_tokens: their rows are trained, and added where the base has none
     optimizer: str = "paged_adamw_8bit"
     checkpoint_every: int = 1  # layers; 0: none
     head_chunk: int = CHUNK
@@ -384,8 +387,10 @@ def _model(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | Pe
                 base,
                 r=settings.r,
                 lora_alpha=2 * settings.r,
+                lora_dropout=settings.lora_dropout,
                 target_modules=targets if isinstance(targets, str) else list(targets),
                 modules_to_save=settings.modules_to_save,
+                new_token_ids=make_room(base, settings.token_ids) if settings.token_ids else (),
                 factor_dtype=settings.factors,
             )
         if settings.use_dora:
@@ -404,7 +409,8 @@ def _add_magnitudes(model: PeftModel) -> None:
 
 def _num_weights(model: PreTrainedModel) -> int:
     """Of the base, tied ones once, quantized ones as many as they stand for."""
-    frozen = {name: p for name, p in model.named_parameters() if ".lora_" not in name and "modules_to_save" not in name}
+    added = (".lora_", "modules_to_save", "trainable_tokens_")
+    frozen = {name: p for name, p in model.named_parameters() if not any(part in name for part in added)}
     stored = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)}
     return sum(
         stored[id(p)].in_features * stored[id(p)].out_features if id(p) in stored else p.numel()
@@ -444,7 +450,15 @@ def attention_on(card: Card) -> Iterator[None]:
     kernel: Callable[..., Any] = _attention_on_cpu if card.is_cpu else partial(_attention_on_card, card)
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("scaled_dot_product_attention", kernel, "AutogradMeta")
+        if not card.is_cpu:
+            library.impl("dropout", _dropout_on_card, "AutogradMeta")
         yield
+
+
+def _dropout_on_card(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """A card's kernel keeps a mask of booleans; elsewhere dropout multiplies by noise of the input's type, as on meta."""
+    dropped: torch.Tensor = torch.ops.aten.native_dropout(x, p, train)[0] if train and 0 < p < 1 else x
+    return dropped
 
 
 def _attention_on_cpu(

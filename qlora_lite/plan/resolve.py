@@ -23,6 +23,7 @@ from qlora_lite.errors import DoesNotFit, ModelError
 from qlora_lite.evaluation.generate import BATCH_TOKENS
 from qlora_lite.model.adapter import modules_trained_whole
 from qlora_lite.model.dtypes import NumberTypes
+from qlora_lite.model.load import load_tokenizer
 from qlora_lite.model.meta import meta_model
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json, own_method
 from qlora_lite.plan.fits import Room
@@ -170,7 +171,13 @@ def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) 
         }
     )
     rehearsals = Rehearsals(base.config)
-    chosen = fit(rehearsals, settings_of(values, place), free, needs, budget_bytes=place.budget_bytes)
+    chosen = fit(
+        rehearsals,
+        settings_of(values, place, token_ids=_token_ids(recipe, base)),
+        free,
+        needs,
+        budget_bytes=place.budget_bytes,
+    )
     packed = "each branch over its passage and itself" if needs.sharing else "example by example"
     reasons = [
         *recipe.notes,
@@ -234,8 +241,8 @@ def _with_choices(recipe: Recipe, chosen: Fit) -> Recipe:
     )
 
 
-def settings_of(recipe: Recipe, place: Place) -> Settings:
-    """What a rehearsal must know of a recipe and of the device; `fit` says the rest."""
+def settings_of(recipe: Recipe, place: Place, *, token_ids: tuple[int, ...] = ()) -> Settings:
+    """What a rehearsal must know of a recipe and of the device; `fit` says the rest. `token_ids`: see `_token_ids`."""
     workspace = place.measured.get(
         "cublas_workspace_bytes"
     )  # of one handle: the program's thread and autograd's have one each
@@ -249,12 +256,25 @@ def settings_of(recipe: Recipe, place: Place) -> Settings:
         factors=place.types.factors,
         r=lora.r,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
+        lora_dropout=lora.lora_dropout,
         use_dora=lora.use_dora,
         modules_to_save=tuple(lora.modules_to_save),
+        token_ids=token_ids,
         optimizer=OPTIMIZERS[-1] if recipe.train.optimizer == "auto" else recipe.train.optimizer,
         num_threads=torch.get_num_threads(),
         runtime_bytes=2 * workspace if isinstance(workspace, int) else None,
     )
+
+
+def _token_ids(recipe: Recipe, base: Base) -> tuple[int, ...]:
+    """Of data.special_tokens, as training will number them; after all others where there is no tokenizer to ask. Raises ModelError."""
+    tokens = recipe.data.special_tokens
+    if not tokens:
+        return ()
+    if base.source is None:
+        return tuple(base.config.vocab_size + i for i in range(len(tokens)))
+    tokenizer = load_tokenizer(base.source, special_tokens=tokens)
+    return tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
 
 
 def refuse_wrong_modules(recipe: Recipe, config: PreTrainedConfig) -> None:
