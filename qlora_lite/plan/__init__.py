@@ -1,11 +1,15 @@
-"""Predict: a Recipe -> `Plan`: the recipe without any `auto`, why each was chosen so, and what the run will need.
+"""Predict: a recipe -> a plan: the recipe without any `auto`, why each value was chosen, and the memory that a run will need.
 
-choose.py      a recipe -> Plan                         planner.py   make it fit a budget, with reasons
-request.py     a model's name or a recipe -> Request    strategy.py  ways to compute a step, from fastest to leanest
-forecast.py    Request -> the memory report             budget.py    how much memory there is
-rehearsal.py   a step on the meta device, in a ledger   compare.py   QLoRA, LoRA and full fine-tuning side by side
-scoring.py     evaluation, rehearsed there as well      fits.py      the map of lengths and batches, the longest sequence
-merging.py     a merge and its proof too                workspace.py what operators allocate in themselves
+request.py          a model's name, a folder or a recipe -> Resolved      what `plan` asks
+run_plan.py         a recipe whose base and data are here -> Plan         what training, scoring and merging go by
+resolve.py          both end here: every auto gets its value and reason
+needs.py            what the rows ask for                                 budget.py          how much memory there is
+planner.py          make it fit                                           strategy.py        ways to compute a step, fastest first
+rehearsal.py        a step on the meta device, in a ledger                scoring.py         evaluation, rehearsed there too
+merging.py          a merge and its proof, rehearsed too                  compare.py         QLoRA, LoRA, full fine-tuning side by side
+fits.py             the map of lengths and batches, the longest sequence  largest.py         the largest known model that fits
+forecast.py         Resolved -> the memory report                         workspace.py       what operators allocate inside themselves
+card_workspace.py   the same on a card
 """
 
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
