@@ -24,7 +24,7 @@ def shown(path: Path) -> str:
 @pytest.mark.parametrize("folder", FOLDERS, ids=shown)
 def test_a_folders_index_names_each_of_its_files_and_no_other(folder: Path) -> None:
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
-    named = {name for name in re.findall(r"(?<![\w/])([a-z_0-9]+\.py)\b", text)}
+    named = set(re.findall(r"(?<![\w/])([a-z_0-9]+\.py)\b", text))
     assert named == {path.name for path in folder.glob("*.py")} - {"__init__.py"}
 
 

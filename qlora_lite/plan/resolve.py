@@ -1,7 +1,7 @@
 """From a recipe, a base and a device to values: the one place where every `auto` but the memory budget's gets its value and its reason.
 
-`plan`, `train` and the Python interface all go through `resolve`; they differ in how they find base, device and rows (run_plan.py for a run,
-request.py for a name, a folder or a card that is not here).
+`plan`, `train` and the Python interface all go through `resolve`; they differ in how they find base, device and rows: run_plan.py for a
+run, request.py for a name, a folder or a card that is not here.
 """
 
 import copy
