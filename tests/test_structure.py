@@ -74,3 +74,11 @@ def test_no_function_is_too_wide_or_too_long(path: Path) -> None:
         where = f"{shown(path)}:{name}"
         assert num_parameters <= MOST_PARAMETERS or where in GIVEN, f"{where} takes {num_parameters} parameters"
         assert num_lines <= MOST_LINES, f"{where} has {num_lines} lines"
+
+
+def test_every_question_of_the_page_for_contributors_contains_the_name_of_its_file() -> None:
+    text = (PACKAGE / "docs" / "finding-your-way.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (Where [^|]*\?) \| `([^`]+)` \|$", text, flags=re.MULTILINE)
+    assert len(rows) >= 10
+    for question, name in rows:
+        assert (REPOSITORY / name).is_file() and Path(name).stem in question.lower(), (question, name)

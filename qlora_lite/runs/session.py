@@ -184,9 +184,7 @@ class Training:
     def run(self) -> RunDir:
         return self.session.run
 
-    def steps(
-        self, *, profile: bool = False, should_stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[StepStats]:
+    def steps(self, *, profile: bool = False, should_stop: Callable[[], bool] = lambda: False) -> Iterator[StepStats]:
         """One `StepStats` per optimizer step, checkpoints on the way, adapter/ (or weights/) at the end.
 
         When `should_stop()` becomes true, the current step is finished, a checkpoint written, and the generator ends. A finished run has no
