@@ -16,9 +16,13 @@ Anything else that reaches the command line is our bug: exit code 1, with a trac
 
 
 class QloraLiteError(Exception):
-    """Base of all errors that carry a message for people."""
+    """Base of all errors that carry a message for people: what happened and, where it is kept apart, what to do about it."""
 
     exit_code = 1
+
+    def __init__(self, what: str, *, advice: str = "") -> None:
+        self.what = what
+        super().__init__(f"{what}. {advice}" if advice else what)
 
 
 class UserError(QloraLiteError):

@@ -19,7 +19,7 @@ _LONGEST = 300
 _OURS = str(Path(__file__).parent) + os.sep
 _MODELS_CODE = f"{os.sep}transformers{os.sep}"
 # A dispatch mode stands between an operator and whoever called it; an error of the operator is its caller's.
-_BETWEEN = tuple(_OURS + name for name in ("ledger.py", "meta_ops.py"))
+_BETWEEN = tuple(_OURS + name for name in ("memory/ledger.py", "memory/meta_operators.py"))
 _OF_OPERATORS = (RuntimeError, IndexError, ValueError, TypeError)  # NotImplementedError is a RuntimeError
 
 

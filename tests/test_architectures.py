@@ -253,9 +253,7 @@ def train_until_the_loss_has_fallen(
     model.train()
     losses: list[float] = []
     while len(losses) < most_steps and (not losses or losses[-1] >= share * losses[0]):
-        losses.append(
-            forward_backward(model, batches, backward=torch.Tensor.backward, on_batch=lambda batch, loss: None)
-        )
+        losses.append(forward_backward(model, batches))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return losses

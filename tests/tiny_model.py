@@ -129,7 +129,7 @@ def split_batches(rows: Rows, num_batches: int) -> list[Batch]:
 def gradients(model: PeftModel, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
     """The gradient of one step by training's own code, by parameter name; the model is left without gradients."""
     model.train()
-    forward_backward(model, batches, backward=torch.Tensor.backward, on_batch=lambda batch, loss: None)
+    forward_backward(model, batches)
     return take_gradients(model)
 
 

@@ -49,7 +49,7 @@ from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.load import checkpoint_activations
 from qlora_lite.model.random_model import random_model
 from qlora_lite.training.optimizer import make_optimizer
-from qlora_lite.training.update import update
+from qlora_lite.training.step import update
 
 # Shapes: on the CPU, the fewest layers that stand out from noise; on a card, layers of a commonly tuned width if it can hold a few.
 CPU_MODEL, CARD_MODEL, SMALL_CARD_MODEL = ("smollm2-135m", 4), ("llama-3.1-8b", 4), ("smollm2-135m", 30)

@@ -14,7 +14,7 @@ from qlora_lite.device.card import Card, card_in_table, card_named, name_of
 from qlora_lite.device.known_cards import KNOWN_CARDS
 from qlora_lite.errors import UserError
 from qlora_lite.memory.kept import disk_speed
-from qlora_lite.plan import forecast, read_request, sweep
+from qlora_lite.plan import forecast, plan_of_model, read_request, sweep
 from qlora_lite.units import parse_budget
 
 
@@ -22,23 +22,23 @@ def plan(
     what: str, overrides: Sequence[str], *, budget: str | None, card: str | None = None, html: Path | None = None
 ) -> dict[str, Any]:
     """Plan a model or a recipe: memory by every method, and sizes that fit; also written as a page to `html`."""
-    named_card, budget_bytes = None if card is None else card_named(card), _budget(budget)
+    named, budget_bytes = None if card is None else card_named(card), _budget(budget)
     with show.phase(f"rehearsing {what} on the meta device"):
-        request = read_request(what, overrides=overrides, budget_bytes=budget_bytes, named=named_card)
+        planned = read_request(what, overrides=overrides, budget_bytes=budget_bytes, named=named)
         report = forecast(
-            request.rehearsals,
-            request.chosen,
-            request.leanest,
-            request.room,
-            method=request.method,
-            merging=request.merging,
+            planned.rehearsals,
+            planned.chosen,
+            planned.leanest,
+            planned.room,
+            method=planned.method,
+            merging=planned.merging,
         )
     document = {
-        "model": request.model,
-        "card": name_of(request.card),
-        "settings": request.recipe,
-        "reasons": list(request.reasons),
-        "sharing": request.sharing and request.sharing.to_json_dict(),
+        "model": what,
+        "card": name_of(planned.card),
+        "settings": planned.recipe.model_dump(mode="json"),
+        "reasons": list(planned.reasons),
+        "sharing": planned.sharing and planned.sharing.to_json_dict(),
         **report.to_json_dict(),
         **disk_speed(default_cache()),
     }
@@ -52,16 +52,17 @@ def plan(
 
 def sweep_models(overrides: Sequence[str]) -> dict[str, Any]:
     """The longest sequence that QLoRA can train on each usual card, for every model of the built-in table."""
-    request = read_request(KNOWN[0], overrides=overrides)
+    planned = plan_of_model(KNOWN[0], overrides)
     rows: list[dict[str, Any]] = []
     with show.phase("rehearsing every known model") as phase:
         models = ((name, config, context_window(config)) for name in KNOWN for config in [known_config(name)])
-        for row in sweep(models, request.leanest, label_share=request.room.label_share):
+        for row in sweep(models, planned.leanest, label_share=planned.label_share):
             rows.append(row)
             phase.progress(len(rows), len(KNOWN))
-    show.show_reasons(request.reasons[2:])
+    show.show_reasons(planned.reasons)
     show.show_sweep(rows)
-    return {"settings": request.recipe, "reasons": list(request.reasons[2:]), "models": rows}
+    settings = planned.recipe.model_dump(mode="json")
+    return {"settings": settings, "reasons": list(planned.reasons), "models": rows}
 
 
 def cards() -> dict[str, Any]:

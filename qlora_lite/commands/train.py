@@ -5,23 +5,22 @@ A run that was killed continues after the last record it wrote: each part below 
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from qlora_lite import api, show
 from qlora_lite.commands.report import write_report
-from qlora_lite.commands.scoring import score
+from qlora_lite.commands.scoring import Scored, score_after, score_before
 from qlora_lite.commands.stopping import resume_command, stop_signals, told_how_to_go_on
 from qlora_lite.errors import Interrupted, RunError, UserError
-from qlora_lite.evaluation import by_phrasing
 from qlora_lite.files.manifest import read_manifest
 from qlora_lite.plan import Plan
 from qlora_lite.recipe import Recipe, load_recipe, load_run_recipe
 from qlora_lite.runs.folder import RunDir, in_command
-from qlora_lite.training import refuse_missing_trackers
+from qlora_lite.runs.session import Session
+from qlora_lite.training import StepStats, refuse_missing_trackers
 from qlora_lite.units import format_bytes
 
 
@@ -34,7 +33,7 @@ def train(
     profile: bool = False,
     base: Path | None = None,
 ) -> dict[str, Any]:
-    """Plan, load, score, train, score again, and show what it took. `base` is where the base of a run that is resumed lies now."""
+    """Plan, load, score, train, score again, and show what it took. `base` is where the base of a resumed run lies now."""
     begin = time.perf_counter()
     recipe = load_recipe(recipe_name, overrides=overrides, files_must_exist=base is None)
     if base is not None and not resume:
@@ -43,8 +42,7 @@ def train(
         )
     if resume and run_dir is None:
         raise RunError("--resume needs the run to continue: add --run-dir DIR")
-    # A missing package and an unusable folder are said before the long work, not after it.
-    refuse_missing_trackers(recipe.train.trackers)
+    refuse_missing_trackers(recipe.train.trackers)  # before the long work, not after it
     run_dir, made = (run_dir, []) if run_dir is not None else RunDir.claim_next(Path("runs"), recipe.name)
     command = resume_command(recipe_name, overrides, run_dir)
     if resume and RunDir.is_unbegun(run_dir):
@@ -52,31 +50,21 @@ def train(
         resume = False
     with (
         told_how_to_go_on(RunDir(run_dir), command),
-        RunDir.writing(run_dir) if resume else RunDir.creating(run_dir, made=made) as run,
+        Session.open(run_dir, resume=resume, made=made, say=show.say) as session,
     ):
-        spent: dict[str, float] = {}
-        like = load_run_recipe(run.recipe) if resume else None
-        if like is not None and base is not None:
-            recipe = _with_base_of(like, recipe)
-        elif like is not None:
-            api.refuse_missing_base(run, like)
-        with show.phase("planning", spent=spent):
-            plan = api.make_plan(recipe, like=like, base=base if resume else None)
-        if not resume:  # what ran once has shown that it fits, or has a leaner footprint in its checkpoint
-            plan.refuse_what_does_not_fit()
-        else:
-            api.refuse_other_recipe(run, plan.recipe)
-            if lacks_only_its_report(run):
-                return report_at_last(run)
+        run, spent = session.run, session.spent
+        plan = make_plan(session, recipe, base)
+        if resume and lacks_only_its_report(run):
+            return report_at_last(run)
+        if resume:
             refuse_finished(run)
             for sentence in api.go_on_with(run, plan.recipe):
                 show.say(sentence)
         show.show_reasons(plan.reasons)
         loaded = load(plan, spent)
-        scores, answers = scores_before(plan, loaded, run, spent)
-        train_steps(plan, loaded, run, scores, answers, resume=resume, profile=profile, command=command, spent=spent)
-        if plan.recipe.data.eval is not None:
-            scores = scores_after(plan, loaded, run, scores, spent)
+        before = score_before(plan, loaded, run, spent)
+        train_steps(session, plan, loaded, before, profile=profile, command=command)
+        scores = before.scores if plan.recipe.data.eval is None else score_after(plan, loaded, run, before, spent)
         memory = run.read_json("memory.json")
         show.show_memory(memory)
         summary = train_summary(run, memory, wall_s=time.perf_counter() - begin, spent=spent)
@@ -85,6 +73,23 @@ def train(
         write_report(run)
     show.say(f"done: {run.path} ({published(run).name}/, report.html). Next: {shlex.join(next_command(run))}")
     return summary | {"eval": scores}
+
+
+def make_plan(session: Session, recipe: Recipe, base: Path | None) -> Plan:
+    """Of a new run, which must fit; of a resumed one as it was planned before. Raises DoesNotFit, RunError, ModelError."""
+    run = session.run
+    like = load_run_recipe(run.recipe) if session.resumes else None
+    if like is not None and base is not None:
+        recipe = _with_base_of(like, recipe)
+    elif like is not None:
+        api.refuse_missing_base(run, like)
+    with show.phase("planning", spent=session.spent):
+        plan = api.make_plan(recipe, like=like, base=None if like is None else base)
+    if like is None:
+        plan.refuse_what_does_not_fit()
+    else:  # what ran once has shown that it fits, or has a leaner footprint in its checkpoint
+        api.refuse_other_recipe(run, plan.recipe)
+    return plan
 
 
 def _with_base_of(like: Recipe, recipe: Recipe) -> Recipe:
@@ -100,6 +105,35 @@ def load(plan: Plan, spent: dict[str, float]) -> api.LoadedModel:
         loaded = api.load_model(plan, progress=phase.progress)
         phase.note(f"{format_bytes(sum(loaded.static_bytes.values()))} in memory, SHA-256 {loaded.base_sha256[:12]}")
     return loaded
+
+
+def train_steps(
+    session: Session, plan: Plan, loaded: api.LoadedModel, before: Scored, *, profile: bool, command: str
+) -> None:
+    """Train to the end, shown step by step. Raises Interrupted, with the command that continues, when a signal stopped it."""
+    run, spent = session.run, session.spent
+    begin, stepping_s, spent_before = time.perf_counter(), 0.0, sum(spent.values())
+    training = session.begin(plan, loaded)
+    before.keep(run)
+    last: StepStats | None = None
+    with stop_signals() as stop:
+        steps = training.steps(profile=profile, should_stop=lambda: stop.number is not None)
+        first = next(steps, None)
+        if first is None:
+            return
+        with show.TrainScreen(first.num_steps, first_step=first.step - 1) as screen:
+            for last in chain([first], steps):
+                screen.update(last)
+                stepping_s += last.step_s
+    elsewhere_s = sum(spent.values()) - spent_before  # checkpoints and the like, in `spent` already
+    spent["training"] = stepping_s
+    spent["validation, and reading the rows"] = time.perf_counter() - begin - stepping_s - elsewhere_s
+    if stop.number is not None and run.trained is None:
+        assert last is not None
+        raise Interrupted(
+            f"stopped after step {last.step} of {last.num_steps}; a checkpoint is written. Continue with:\n  {command}",
+            exit_code=128 + stop.number,
+        )
 
 
 def refuse_finished(run: RunDir) -> None:
@@ -122,101 +156,6 @@ def report_at_last(run: RunDir) -> dict[str, Any]:
     show.say(f"done: {run.path} was finished but for its page: {path}")
     scores = {key: value for key, value in run.read_json("eval.json").items() if key != "schema_version"}
     return run.read_json("train.json") | {"eval": scores}
-
-
-def scores_before(
-    plan: Plan, loaded: api.LoadedModel, run: RunDir, spent: dict[str, float]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What eval.json and predictions.jsonl hold before training: how well it starts; from there when the run is resumed."""
-    scores = {key: value for key, value in run.read_json("eval.json").items() if key != "schema_version"}
-    if scores or plan.recipe.data.eval is None:
-        scores = {"before": None, "after": None, "groups": {}} | scores
-        if not all(isinstance(scores[key], dict | None) for key in ("before", "after", "groups")):
-            raise RunError(
-                f"{run.path / 'eval.json'}: damaged (not scores). Remove it and run the step that writes it again"
-            )
-        return scores, run.read_predictions()
-    start = "base model" if plan.recipe.lora.init_from is None else "adapter that training starts from"
-    result = score(plan, loaded, f"scoring the {start}", spent=spent)
-    groups = {name: {"before": group, "after": {}} for name, group in by_phrasing(result.predictions).items()}
-    answers = [
-        {"id": each.id, "question": each.question, "gold": each.gold, "base_prediction": each.prediction}
-        for each in result.predictions
-    ]
-    return {"before": result.to_json_dict(), "after": None, "groups": groups}, answers
-
-
-def scores_after(
-    plan: Plan, loaded: api.LoadedModel, run: RunDir, scores: dict[str, Any], spent: dict[str, float]
-) -> dict[str, Any]:
-    """Score the tuned model, show and keep scores and answers beside those of before."""
-    result = score(plan, loaded, "scoring the tuned model", spent=spent)
-    groups = {
-        name: {"before": scores["groups"].get(name, {}).get("before", {}), "after": group}
-        for name, group in by_phrasing(result.predictions).items()
-    }
-    scores = scores | {"after": result.to_json_dict(), "groups": groups}
-    run.write_json("eval.json", scores)
-    before = _answers_in_turn(run.read_predictions())
-    run.write_predictions(
-        asdict(each) | {"base_prediction": next(before.get((each.id, each.question), iter(())), None)}
-        for each in result.predictions
-    )
-    shown = {f"{name} phrasing": group for name, group in groups.items()}
-    show.show_scores(scores["before"], scores["after"], groups=shown)
-    return scores
-
-
-def _answers_in_turn(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, Any], Iterator[Any]]:
-    """(id, question) -> the answers of the base, in the order of the rows: several rows may have one id, and one row several examples."""
-    found: dict[tuple[str, Any], list[Any]] = {}
-    for line in lines:
-        found.setdefault((line["id"], line.get("question")), []).append(line.get("base_prediction"))
-    return {key: iter(answers) for key, answers in found.items()}
-
-
-def train_steps(
-    plan: Plan,
-    loaded: api.LoadedModel,
-    run: RunDir,
-    scores: dict[str, Any],
-    answers: list[dict[str, Any]],
-    *,
-    resume: bool,
-    profile: bool,
-    command: str,
-    spent: dict[str, float],
-) -> None:
-    begin, stepping_s, spent_before = time.perf_counter(), 0.0, sum(spent.values())
-    with stop_signals() as stop:
-        steps = api.train(
-            plan,
-            loaded,
-            run.path,
-            resume=resume,
-            profile=profile,
-            should_stop=lambda: stop.number is not None,
-            say=show.say,
-            spent=spent,
-        )
-        first = next(steps, None)
-        if scores["before"] is not None:  # not sooner: api.train wants its folder empty
-            run.write_predictions(answers)  # first: where eval.json is, a resumed run does not answer again
-            run.write_json("eval.json", scores)
-        if first is None:
-            return
-        with show.TrainScreen(first.num_steps, first_step=first.step - 1) as screen:
-            for last in chain([first], steps):
-                screen.update(last)
-                stepping_s += last.step_s
-    elsewhere_s = sum(spent.values()) - spent_before  # checkpoints and the like, in `spent` already
-    spent["training"] = stepping_s
-    spent["validation, and reading the rows"] = time.perf_counter() - begin - stepping_s - elsewhere_s
-    if stop.number is not None and run.trained is None:
-        raise Interrupted(
-            f"stopped after step {last.step} of {last.num_steps}; a checkpoint is written. Continue with:\n  {command}",
-            exit_code=128 + stop.number,
-        )
 
 
 def train_summary(

@@ -28,6 +28,7 @@ READING_ORDER = (
     "devices",
     "safety",
     "glossary",
+    "finding-your-way",
 )
 
 

@@ -1,20 +1,26 @@
-"""Predict: a Recipe -> `Plan`: the recipe without any `auto`, why each was chosen so, and what the run will need.
+"""Predict: a recipe -> a plan: the recipe without any `auto`, why each value was chosen, and the memory that a run will need.
 
-choose.py      a recipe -> Plan                         planner.py   make it fit a budget, with reasons
-request.py     a model's name or a recipe -> Request    strategy.py  ways to compute a step, from fastest to leanest
-forecast.py    Request -> the memory report             budget.py    how much memory there is
-rehearsal.py   a step on the meta device, in a ledger   compare.py   QLoRA, LoRA and full fine-tuning side by side
-scoring.py     evaluation, rehearsed there as well      fits.py      the map of lengths and batches, the longest sequence
-merging.py     a merge and its proof too                workspace.py what operators allocate in themselves
+request.py          a model's name, a folder or a recipe -> Resolved      what `plan` asks
+run_plan.py         a recipe whose base and data are here -> Plan         what training, scoring and merging go by
+resolve.py          both end here: every auto gets its value and reason
+needs.py            what the rows ask for                                 budget.py          how much memory there is
+planner.py          make it fit                                           strategy.py        ways to compute a step, fastest first
+rehearsal.py        a step on the meta device, in a ledger                scoring.py         evaluation, rehearsed there too
+merging.py          a merge and its proof, rehearsed too                  compare.py         QLoRA, LoRA, full fine-tuning side by side
+fits.py             the map of lengths and batches, the longest sequence  largest.py         the largest known model that fits
+forecast.py         Resolved -> the memory report                         workspace.py       what operators allocate inside themselves
+card_workspace.py   the same on a card
 """
 
-from qlora_lite.plan.choose import Plan, make_plan, refuse_wrong_modules, what_is_shared
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
 from qlora_lite.plan.fits import Cell, Room
 from qlora_lite.plan.forecast import CARDS, Forecast, forecast, sweep
 from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes
+from qlora_lite.plan.needs import what_is_shared
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
-from qlora_lite.plan.request import Request, read_request
+from qlora_lite.plan.request import plan_of_model, read_request
+from qlora_lite.plan.resolve import Resolved, refuse_wrong_modules
+from qlora_lite.plan.run_plan import Plan, make_plan
 from qlora_lite.plan.scoring import Scoring
 
 __all__ = [
@@ -28,7 +34,7 @@ __all__ = [
     "Plan",
     "Rehearsal",
     "Rehearsals",
-    "Request",
+    "Resolved",
     "Room",
     "Scoring",
     "Settings",
@@ -37,6 +43,7 @@ __all__ = [
     "forecast",
     "make_plan",
     "merge_peak_host_bytes",
+    "plan_of_model",
     "proof_peak_host_bytes",
     "read_request",
     "refuse_wrong_modules",

@@ -89,7 +89,12 @@ def forecast(
     return Forecast(
         method=method,
         methods=methods,
-        longest={name: longest_length(growth[name], room) for name in METHODS},
+        longest={
+            name: None
+            if _resident_bytes(name, methods[name]) > room.budget_bytes
+            else longest_length(growth[name], room)
+            for name in METHODS
+        },
         largest={
             name: largest_model(name, leanest, budget_bytes=room.budget_bytes, label_share=room.label_share)
             for name in METHODS
@@ -102,6 +107,12 @@ def forecast(
         slowdown=chosen.slowdown,
         further=() if fits else concessions(rehearsals, chosen.settings, batch, chosen.scoring),
     )
+
+
+def _resident_bytes(method: str, rehearsal: Rehearsal) -> int:
+    """What any step of the method holds at least: where it is more than the budget, no length need be rehearsed."""
+    parts = ("weights", "quant_constants", "adapter", *(["optimizer"] if method.startswith("full") else []))
+    return sum(rehearsal.parts.get(part, 0) for part in parts)
 
 
 def sweep(

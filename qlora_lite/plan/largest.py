@@ -18,7 +18,9 @@ _LEAST_BYTES = {"qlora": 0.5 + 1 / 64, "lora": 2.0, "full": 16.0, "full_8bit": 1
 def largest_model(method: str, settings: Settings, *, budget_bytes: int, label_share: float) -> str | None:
     """Its short name, or None where not even the smallest fits. `method` is one of METHODS; what cannot fit is not rehearsed."""
     batch = MicroBatch(LENGTH, 1, label_share)
-    settings = replace(settings, target_modules="all-linear", modules_to_save=())  # names differ from model to model
+    settings = replace(
+        settings, target_modules="all-linear", modules_to_save=(), token_ids=()
+    )  # names differ from model to model
     for name in sorted(SHAPES, key=lambda name: SHAPES[name].num_weights, reverse=True):
         config = known_config(name)
         if _least_bytes(config, SHAPES[name].num_weights, method) > budget_bytes:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
-
 from qlora_lite.data.trees import Sharing
 from qlora_lite.plan.compare import Rehearsals
 from qlora_lite.plan.fits import STEP, Growth, Labels, Room, longest_length
+from qlora_lite.plan.needs import Needs
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.scoring import Scoring
 from qlora_lite.plan.strategy import (
@@ -27,29 +26,6 @@ from qlora_lite.plan.strategy import (
 )
 from qlora_lite.training.footprint import Footprint
 from qlora_lite.units import format_bytes
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the data ask of a plan."""
-
-    length: int  # tokens of the longest example
-    reason: str
-    label_share: float  # of all tokens
-    is_free: bool = False  # may be made shorter
-    num_scored: int = 0  # held-out rows
-    longest_scored: int = 0  # tokens of the longest of them; 0 where they were not looked at
-    scored_label_share: float = 0.0  # of all their tokens
-    score_limit: int | None = None  # eval.max_seq_length; None: as long as training's rows
-    score_reason: str = "as long as training's rows"
-    score_is_free: bool = False  # rows longer than training's may be left out where they do not fit
-    max_new_tokens: int = 32
-    lengths: np.ndarray | None = None  # of every row, uncut; None where they were not looked at
-    sharing: Sharing | None = None  # None: every row is computed by itself
-
-    def repeated(self, micro_batch_tokens: int) -> float:
-        """How many times as many tokens are computed in micro-batches of so many, which cut trees."""
-        return 1.0 if self.sharing is None else self.sharing.repeated(micro_batch_tokens)
 
 
 @dataclass(frozen=True)

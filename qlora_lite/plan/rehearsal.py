@@ -39,13 +39,14 @@ from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import CHUNK
 from qlora_lite.model.load import checkpoint_activations
 from qlora_lite.model.meta import meta_model
+from qlora_lite.model.new_tokens import make_room
 from qlora_lite.model.resident import residents
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.model.tree_attention import NO_PARENT
 from qlora_lite.model.tuned_linear import TunedLinear
 from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.training.optimizer import make_optimizer
-from qlora_lite.training.update import accumulate, update
+from qlora_lite.training.step import Observer, forward_backward, update
 
 PARTS = ("weights", "quant_constants", "adapter", "gradients", "optimizer", "activations", "recompute", "logits",
          "workspace", "runtime")  # fmt: skip
@@ -68,8 +69,10 @@ class Settings:
     factors: torch.dtype = torch.bfloat16
     r: int = 16
     target_modules: str | tuple[str, ...] = "all-linear"
+    lora_dropout: float = 0.0
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()  # of data.special_tokens: their rows are trained, and added where the base has none
     optimizer: str = "paged_adamw_8bit"
     checkpoint_every: int = 1  # layers; 0: none
     head_chunk: int = CHUNK
@@ -288,25 +291,32 @@ class Scene:
 
     def _step(self, batch: Batch) -> None:
         """What the update needs on top of what is held before it depends on no batch, so it is gone through once."""
-        ledger, scaler = self.ledger, torch.amp.GradScaler("cpu", enabled=False)
-        step: dict[str, Any] = {"scaler": scaler, "head_chunk": self._settings.head_chunk}
+        ledger, chunk = self.ledger, self._settings.head_chunk
         if self._added_by_update is not None:
-            accumulate(self.model.train(), [batch], **step)
+            forward_backward(self.model.train(), [batch], head_chunk=chunk)
             held = {part: size for part, size in ledger.live.items() if part != PAGED}
             ledger.peaks[_UPDATE] = _sum(held, self._added_by_update)
             return
-        before: dict[str, int] = {}
+        observer = _BeforeUpdate(ledger)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
         update(
-            self.model.train(), self._optimizer, [batch], max_grad_norm=1.0, around_last=_noting(ledger, before), **step
-        )
-        self._added_by_update = _sum(ledger.peaks[_UPDATE], {part: -size for part, size in before.items()})
+            self.model.train(), self._optimizer, [batch], scaler=scaler, max_grad_norm=1.0, observer=observer,
+            head_chunk=chunk,
+        )  # fmt: skip
+        self._added_by_update = _sum(ledger.peaks[_UPDATE], {part: -size for part, size in observer.held.items()})
 
 
-@contextmanager
-def _noting(ledger: Ledger, held: dict[str, int]) -> Iterator[None]:
-    """Bytes by part when this block ends."""
-    yield
-    held.update({part: size for part, size in ledger.live.items() if part != PAGED})
+class _BeforeUpdate(Observer):
+    """Notes the bytes by part when the last backward pass has ended."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.held: dict[str, int] = {}
+
+    @contextmanager
+    def around_last(self) -> Iterator[None]:
+        yield
+        self.held = {part: size for part, size in self._ledger.live.items() if part != PAGED}
 
 
 def _sum(these: Mapping[str, int], those: Mapping[str, int]) -> dict[str, int]:
@@ -377,8 +387,10 @@ def _model(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | Pe
                 base,
                 r=settings.r,
                 lora_alpha=2 * settings.r,
+                lora_dropout=settings.lora_dropout,
                 target_modules=targets if isinstance(targets, str) else list(targets),
                 modules_to_save=settings.modules_to_save,
+                new_token_ids=make_room(base, settings.token_ids) if settings.token_ids else (),
                 factor_dtype=settings.factors,
             )
         if settings.use_dora:
@@ -397,7 +409,8 @@ def _add_magnitudes(model: PeftModel) -> None:
 
 def _num_weights(model: PreTrainedModel) -> int:
     """Of the base, tied ones once, quantized ones as many as they stand for."""
-    frozen = {name: p for name, p in model.named_parameters() if ".lora_" not in name and "modules_to_save" not in name}
+    added = (".lora_", "modules_to_save", "trainable_tokens_")
+    frozen = {name: p for name, p in model.named_parameters() if not any(part in name for part in added)}
     stored = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)}
     return sum(
         stored[id(p)].in_features * stored[id(p)].out_features if id(p) in stored else p.numel()
@@ -437,7 +450,15 @@ def attention_on(card: Card) -> Iterator[None]:
     kernel: Callable[..., Any] = _attention_on_cpu if card.is_cpu else partial(_attention_on_card, card)
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("scaled_dot_product_attention", kernel, "AutogradMeta")
+        if not card.is_cpu:
+            library.impl("dropout", _dropout_on_card, "AutogradMeta")
         yield
+
+
+def _dropout_on_card(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """A card's kernel keeps a mask of booleans; elsewhere dropout multiplies by noise of the input's type, as on meta."""
+    dropped: torch.Tensor = torch.ops.aten.native_dropout(x, p, train)[0] if train and 0 < p < 1 else x
+    return dropped
 
 
 def _attention_on_cpu(

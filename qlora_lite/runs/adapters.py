@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from qlora_lite.errors import ModelError, RunError, UserError
-from qlora_lite.runs.loading import LoadedModel, load_model
+from qlora_lite.files.manifest import folder_weights_sha256
 from qlora_lite.merging.advice import advice, by_kind
 from qlora_lite.merging.checkpoint import read_json
 from qlora_lite.merging.lora import Adapter, read_adapter
@@ -28,9 +28,9 @@ from qlora_lite.merging.spectrum import (
     spectra,
     truncated_adapter,
 )
-from qlora_lite.files.manifest import folder_weights_sha256
 from qlora_lite.plan import Plan
 from qlora_lite.runs.folder import RunDir
+from qlora_lite.runs.loading import LoadedModel, load_model
 from qlora_lite.runs.verify import refuse_damaged
 
 _OF_A_RUN = ("recipe.yaml", "env.json")  # what makes an adapter's folder a run

@@ -190,6 +190,11 @@ class RunDir:
             raise RunError(f"{path}: damaged (not a JSON object). Remove it and run the step that writes it again")
         return value
 
+    @property
+    def has_unlogged_steps(self) -> bool:
+        """Lines of steps.jsonl wait for room."""
+        return bool(self._unlogged)
+
     def append_step(self, stats: dict[str, Any]) -> str | None:
         """One line of steps.jsonl; -> why it could not be written: then it is kept, and written with the next one."""
         self._unlogged += json.dumps(stats) + "\n"
@@ -278,4 +283,4 @@ def _names(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         advice = "Free some room; what was written before is whole, and --resume continues from the last checkpoint"
-        raise RunError(f"{path}: cannot be written ({error.strerror}). {advice}") from error
+        raise RunError(f"{path}: cannot be written ({error.strerror})", advice=advice) from error

@@ -8,17 +8,17 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from qlora_lite.base.artefact import quantize_base, verify_artefact
+from qlora_lite.base.generation_settings import base_stops
+from qlora_lite.base.source import context_window, load_config
 from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.template import ChatTemplate, Vocabulary
 from qlora_lite.errors import DataError
 from qlora_lite.evaluation.held_out import held_out_rows
-from qlora_lite.model.adapter import attach_adapter, load_adapter
-from qlora_lite.base.artefact import quantize_base, verify_artefact
-from qlora_lite.model.load import LoadedBase, load_base
-from qlora_lite.model.factors import copy_factors
-from qlora_lite.base.generation_settings import base_stops
 from qlora_lite.files.manifest import folder_weights_sha256
-from qlora_lite.base.source import context_window, load_config
+from qlora_lite.model.adapter import attach_adapter, load_adapter
+from qlora_lite.model.factors import copy_factors
+from qlora_lite.model.load import LoadedBase, load_base
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.plan import Plan
 from qlora_lite.training import apply_footprint

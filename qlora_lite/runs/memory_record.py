@@ -11,10 +11,41 @@ parts        at the highest of these peaks; what the allocator counts and no ten
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_lite.training.preflight import Preflight
+from qlora_lite.plan import Plan, as_json
+from qlora_lite.runs.loading import LoadedModel
+from qlora_lite.training import Preflight, TrainState, allocator_statistics, state_bytes
 
 _RESIDENT = ("weights", "quant_constants", "adapter", "optimizer")
 _MADE = ("activations", "recompute", "logits")
+
+
+def memory_record(
+    plan: Plan,
+    loaded: LoadedModel,
+    state: TrainState,
+    steps: Sequence[Mapping[str, Any]],
+    tried: Preflight | None,
+) -> dict[str, Any]:
+    """The whole file, at the end of training; `steps` are the lines of steps.jsonl."""
+    trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+    on_device, paged = state_bytes(state.optimizer)
+    planned = as_json(plan.rehearsal(plan.method))
+    measured = memory_of_run(
+        planned,
+        loaded.static_bytes | {"optimizer_bytes": on_device},
+        gradients_bytes=4 * trained,
+        steps=steps,
+        tried=tried,
+    )
+    asked, used = plan.chosen.footprint, state.footprint or plan.chosen.footprint
+    return {
+        "method": plan.method,
+        "budget_bytes": plan.budget_bytes,
+        **measured,
+        "paged_bytes": compared(planned["host_bytes"], paged),
+        "allocator": allocator_statistics(plan.device),
+        "retries": [] if used == asked else [f"memory ran out with {asked}; trained with {used}"],
+    }
 
 
 def memory_of_run(

@@ -1,16 +1,18 @@
-"""Train: a loaded model and tokenized examples -> `StepStats`, one an optimizer step, and a `TrainState` that can be saved.
+"""Train: a loaded model and tokenized examples -> `StepStats`, one per optimizer step, and a `TrainState` that can be saved.
 
-loop.py   the generator        update.py    one whole optimizer step            step.py        forward, backward, one divisor
-preflight.py   the largest micro-batch, tried first; what to do when memory runs out      footprint.py   how a step is computed
-optimizer.py   AdamW that keeps small steps
-state.py  all that changes     checkpoint.py   it on disk                        best.py        the lowest validation loss
-trackers.py  for dashboards    measure.py  what it takes   trace.py  a timeline            schedule.py
+loop.py        the generator of steps                        step.py        one step: forward, backward, clip, AdamW
+preflight.py   the largest micro-batch, tried first; what to do when memory runs out
+optimizer.py   AdamW that keeps small steps                  schedule.py    the learning rate of a step
+state.py       everything that changes                       checkpoint.py  it on disk
+best.py        the lowest validation loss                    footprint.py   how a step is computed
+trackers.py    dashboards                                    trace.py       a timeline of two steps
+seeds.py       one seed for each purpose
 """
 
 from qlora_lite.memory.measuring import allocator_statistics
 from qlora_lite.training.checkpoint import best_valid, newest_valid, save_checkpoint
 from qlora_lite.training.footprint import Footprint, apply_footprint
-from qlora_lite.training.loop import StepStats, train_steps
+from qlora_lite.training.loop import StepStats, TrainSettings, train_steps
 from qlora_lite.training.optimizer import make_optimizer, state_bytes
 from qlora_lite.training.preflight import Preflight, try_largest_batch
 from qlora_lite.training.state import TrainState
@@ -22,6 +24,7 @@ __all__ = [
     "Preflight",
     "StepStats",
     "Trace",
+    "TrainSettings",
     "TrainState",
     "allocator_statistics",
     "apply_footprint",

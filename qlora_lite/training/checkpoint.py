@@ -49,7 +49,8 @@ def _refuse_full_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
     if free < needed:
         raise RunError(
-            f"{folder}: a checkpoint needs {format_bytes(needed)}, {format_bytes(free)} are free. Free some room"
+            f"{folder}: a checkpoint needs {format_bytes(needed)}, {format_bytes(free)} are free",
+            advice="Free some room",
         )
 
 

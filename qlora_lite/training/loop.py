@@ -1,10 +1,10 @@
 """The training loop: a generator of `StepStats`, one per optimizer step.
 
-    rows of the step -> packed micro-batches -> forward and backward of each -> clip -> AdamW update
+    examples of the step -> packed micro-batches -> `update` (step.py): forward and backward of each, clip, AdamW
 
-The loop knows neither files nor screen: the caller saves, shows and decides when to stop pulling. Between two steps the
-state is whole, and after TrainingStopped it is that of the last good step. Validation is a function it is given, called
-after the update; its seconds are no part of the step's. accelerate places the model and owns backward and clipping.
+The loop knows neither files nor screen: the caller saves, shows and decides when to stop pulling. Between two steps the state is whole, and
+after TrainingStopped it is that of the last good step. Validation is a function it is given, called after the update; its seconds are no
+part of the step's. accelerate places the model and owns backward and clipping.
 """
 
 import math
@@ -31,8 +31,8 @@ from qlora_lite.training.optimizer import set_learning_rate
 from qlora_lite.training.preflight import Leaner, within_memory
 from qlora_lite.training.schedule import learning_rate_at
 from qlora_lite.training.state import TrainState
+from qlora_lite.training.step import NotFinite, Observer, OutOfMemoryInUpdate, update
 from qlora_lite.training.trace import Trace
-from qlora_lite.training.update import NotFinite, OutOfMemoryInUpdate, update
 from qlora_lite.units import row_in_words
 
 _WINDOW = 10  # steps whose mean loss is watched
@@ -41,13 +41,16 @@ _DIVERGED_NATS = 1.0  # this many nats above it
 
 
 @dataclass(frozen=True)
-class _Done:
-    """What an optimizer step leaves behind."""
+class TrainSettings:
+    """What is the same in every step of a run."""
 
-    loss: float
-    norm: float
-    batches: list[Batch]
-    peaks: dict[str, int] | None
+    device: str
+    learning_rate: float
+    schedule: str
+    warmup_ratio: float
+    max_grad_norm: float
+    eval_every_steps: int = 1
+    early_stop: int | None = None  # evaluations without a lower validation loss
 
 
 @dataclass(frozen=True)
@@ -76,89 +79,38 @@ def train_steps(
     state: TrainState,
     examples: Examples,
     sampler: StepSampler,
+    settings: TrainSettings,
     *,
-    device: str,
-    footprint: Footprint,
-    learning_rate: float,
-    schedule: str,
-    warmup_ratio: float,
-    max_grad_norm: float,
     evaluate: Callable[[], float] | None = None,
-    eval_every_steps: int = 1,
-    early_stop: int | None = None,
     leaner: Leaner = lambda footprint: None,
     trace: Trace | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[StepStats]:
-    """Train from `state.step` to the sampler's last step. Raises TrainingStopped for NaN or a diverging loss.
+    """Train from `state.step` to the sampler's last step, computed as `state.footprint` says. Raises TrainingStopped, DoesNotFit.
 
-    `footprint` says how a step is computed, unless `state` knows that it had to be leaner. A step that runs out of memory in
-    its forward or backward passes is repeated with what `leaner` gives, said through `say`; DoesNotFit when that is nothing,
-    and when memory runs out inside the update, where there is no way back.
+    A step that runs out of memory in its forward or backward passes is repeated with the footprint that `leaner` returns, reported through
+    `say`; DoesNotFit when there is none, and when memory runs out inside the update, where there is no way back.
 
-    `evaluate` gives the validation loss; it is called after every `eval_every_steps` steps and after the last, and must
-    leave model and random numbers as they were. Training ends early when that loss has not fallen for `early_stop` calls.
-    The step with the largest micro-batch is measured with the allocator, in its last micro-batch; on an accelerator all are. `trace`
-    records a few others.
+    `evaluate` returns the validation loss; it is called after every `eval_every_steps` steps and after the last, and must leave model and
+    random numbers as they were. The allocator's peak is measured in the step with the largest micro-batch, on an accelerator in every step;
+    `trace` records a few others.
     """
-    accelerator = Accelerator(
-        cpu=card_here() is None, mixed_precision="no"
-    )  # it knows the machine; where we compute is our own choice
-    model = accelerator.prepare_model(state.model, device_placement=False)
-    state.footprint = state.footprint or footprint
-    apply_footprint(state.model, state.footprint)
-    tokens = state.footprint.micro_batch_tokens
-    measured_step = step_with_largest_batch(examples, sampler, tokens, first=state.step)
-    model.train()
+    work = _Work(state, examples, sampler, settings, trace)
     other_work = OtherWork()
-    while not state.is_over(len(sampler), early_stop=early_stop):
+    while not state.is_over(len(sampler), early_stop=settings.early_stop):
         begin = time.perf_counter()
-        step = state.step
         other_work.cores()  # of the time between two steps
-        rows = sampler.rows_of_step(step)
+        rows = sampler.rows_of_step(state.step)
         rate = learning_rate_at(
-            step, num_steps=len(sampler), peak=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio
+            state.step,
+            num_steps=len(sampler),
+            peak=settings.learning_rate,
+            schedule=settings.schedule,
+            warmup_ratio=settings.warmup_ratio,
         )
         set_learning_rate(state.optimizer, rate)
-        is_measured = is_accelerator(device) or step == measured_step
-
-        def work(now: Footprint, rows: list[int] = rows, step: int = step, is_measured: bool = is_measured) -> _Done:
-            batches = make_batches(examples, rows, micro_batch_tokens=now.micro_batch_tokens, share=sampler.shares)
-            backward, clip_and_update = Allocations(), Allocations()
-            traced = trace.around(step + 1, is_measured=is_measured) if trace else (nullcontext(), nullcontext())
-            loss, norm = update(
-                model,
-                state.optimizer,
-                [batch.to(device) for batch in batches],
-                backward=accelerator.backward,
-                clip=accelerator.clip_grad_norm_,
-                scaler=state.scaler,
-                max_grad_norm=max_grad_norm,
-                on_batch=partial(_check_loss, step + 1, examples),
-                around_last=_inside(traced[0], measure_allocations(device, backward) if is_measured else nullcontext()),
-                around_update=_inside(
-                    traced[1], measure_allocations(device, clip_and_update) if is_measured else nullcontext()
-                ),
-                head_chunk=now.head_chunk,
-            )
-            return _Done(
-                loss, norm, batches, _peaks(model, batches, backward, clip_and_update) if is_measured else None
-            )
-
-        try:
-            done = within_memory(state, work, leaner=leaner, say=say, what=f"step {step + 1}")
-            step_s = time.perf_counter() - begin
-        except NotFinite as error:
-            raise _stopped(str(error), step + 1, rows, examples, state_is_good=True) from error
-        except OutOfMemoryInUpdate as error:
-            raise DoesNotFit(
-                f"step {step + 1}: out of memory while the weights were updated ({error}). Use train.optimizer=paged_adamw_8bit, a "
-                "smaller lora.r or a smaller model"
-            ) from error
-        finally:
-            state.optimizer.zero_grad(set_to_none=True)
-            if trace is not None:
-                trace.drop()
+        done = work.step(rows, leaner=leaner, say=say)
+        step_s = time.perf_counter() - begin
         state.step += 1
         _watch(state, done.loss, rows, examples)
         stats = StepStats(
@@ -180,14 +132,121 @@ def train_steps(
         )
         if trace is not None:
             trace.write()
-        is_due = state.step % eval_every_steps == 0 or state.step == len(sampler)
+        is_due = state.step % settings.eval_every_steps == 0 or state.step == len(sampler)
         yield stats if evaluate is None or not is_due else _evaluated(state, stats, evaluate())
 
 
-@contextmanager
-def _inside(outer: AbstractContextManager[object], inner: AbstractContextManager[object]) -> Iterator[None]:
-    with outer, inner:
-        yield
+@dataclass(frozen=True)
+class _Done:
+    """What an optimizer step leaves behind."""
+
+    loss: float
+    norm: float
+    batches: list[Batch]
+    peaks: dict[str, int] | None
+
+
+class _Work:
+    """Computes the steps of a run, each again with a leaner footprint where memory runs out."""
+
+    def __init__(
+        self, state: TrainState, examples: Examples, sampler: StepSampler, settings: TrainSettings, trace: Trace | None
+    ) -> None:
+        assert state.footprint is not None
+        self._state, self._examples, self._sampler, self._settings = state, examples, sampler, settings
+        self._trace = trace
+        # accelerate knows the machine; where we compute is our own choice
+        self._accelerator = Accelerator(cpu=card_here() is None, mixed_precision="no")
+        self._model = self._accelerator.prepare_model(state.model, device_placement=False)
+        apply_footprint(state.model, state.footprint)
+        self._measured_step = step_with_largest_batch(
+            examples, sampler, state.footprint.micro_batch_tokens, first=state.step
+        )
+        self._model.train()
+
+    def step(self, rows: list[int], *, leaner: Leaner, say: Callable[[str], None]) -> _Done:
+        """One optimizer step; gradients are gone afterwards. Raises TrainingStopped, DoesNotFit."""
+        state, number = self._state, self._state.step + 1
+        try:
+            return within_memory(state, partial(self._compute, rows), leaner=leaner, say=say, what=f"step {number}")
+        except NotFinite as error:
+            raise _stopped(str(error), number, rows, self._examples, state_is_good=True) from error
+        except OutOfMemoryInUpdate as error:
+            raise DoesNotFit(
+                f"step {number}: out of memory while the weights were updated ({error}). Use train.optimizer=paged_adamw_8bit, a "
+                "smaller lora.r or a smaller model"
+            ) from error
+        finally:
+            state.optimizer.zero_grad(set_to_none=True)
+            if self._trace is not None:
+                self._trace.drop()
+
+    def _compute(self, rows: list[int], footprint: Footprint) -> _Done:
+        device, number = self._settings.device, self._state.step + 1
+        tokens, share = footprint.micro_batch_tokens, self._sampler.shares
+        batches = make_batches(self._examples, rows, micro_batch_tokens=tokens, share=share)
+        is_measured = is_accelerator(device) or self._state.step == self._measured_step
+        traced = self._trace.around(number, is_measured=is_measured) if self._trace else (nullcontext(), nullcontext())
+        observer = _LoopObserver(device if is_measured else None, traced, partial(self._check_loss, number))
+        loss, norm = update(
+            self._model,
+            self._state.optimizer,
+            [batch.to(device) for batch in batches],
+            scaler=self._state.scaler,
+            max_grad_norm=self._settings.max_grad_norm,
+            accelerator=self._accelerator,
+            observer=observer,
+            head_chunk=footprint.head_chunk,
+        )
+        return _Done(loss, norm, batches, observer.peaks(self._model, len(batches)))
+
+    def _check_loss(self, number: int, batch: Batch, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise _stopped(f"the loss is {loss}", number, list(batch.rows), self._examples, state_is_good=True)
+
+
+class _LoopObserver(Observer):
+    """Measures a step's allocations (where `device` is given), enters the trace's contexts, and checks every loss."""
+
+    def __init__(
+        self,
+        device: str | None,
+        traced: tuple[AbstractContextManager[object], AbstractContextManager[object]],
+        check_loss: Callable[[Batch, float], None],
+    ) -> None:
+        self._device, self._traced = device, traced
+        self._backward, self._update = Allocations(), Allocations()
+        self._check_loss = check_loss
+
+    def see_loss(self, batch: Batch, loss: float) -> None:
+        self._check_loss(batch, loss)
+
+    @contextmanager
+    def around_last(self) -> Iterator[None]:
+        with self._measured(self._traced[0], self._backward):
+            yield
+
+    @contextmanager
+    def around_update(self) -> Iterator[None]:
+        with self._measured(self._traced[1], self._update):
+            yield
+
+    def peaks(self, model: torch.nn.Module, num_batches: int) -> dict[str, int] | None:
+        """The step's peaks above its start: of its last micro-batch, and of the update, whose fp32 copies of a large weight count.
+
+        Gradients are in memory before the last micro-batch begins, unless it is the only one, and before the update in any case.
+        """
+        if self._device is None:
+            return None
+        gradients = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        before = gradients if num_batches > 1 else 0
+        peaks = {PHASES[name]: before + peak for name, peak in self._backward.peaks.items()}
+        return peaks | {"update": gradients + self._update.peak_bytes}
+
+    @contextmanager
+    def _measured(self, traced: AbstractContextManager[object], into: Allocations) -> Iterator[None]:
+        with traced, measure_allocations(self._device, into) if self._device else nullcontext():
+            yield
 
 
 def _evaluated(state: TrainState, stats: StepStats, eval_loss: float) -> StepStats:
@@ -198,19 +257,6 @@ def _evaluated(state: TrainState, stats: StepStats, eval_loss: float) -> StepSta
     return replace(stats, eval_loss=eval_loss)
 
 
-def _peaks(
-    model: torch.nn.Module, batches: list[Batch], backward: Allocations, clip_and_update: Allocations
-) -> dict[str, int]:
-    """The step's peaks above its start: of its last micro-batch, and of the update, whose fp32 copies of a large weight count.
-
-    Gradients are there before the last micro-batch begins, unless it is the only one, and before the update in any case.
-    """
-    gradients = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    before = gradients if len(batches) > 1 else 0
-    found = {PHASES[name]: before + peak for name, peak in backward.peaks.items()}
-    return found | {"update": gradients + clip_and_update.peak_bytes}
-
-
 def _watch(state: TrainState, loss: float, rows: list[int], examples: Examples) -> None:
     """Remember the loss and stop when the last few are far above where training began."""
     state.first_loss = loss if state.first_loss is None else state.first_loss
@@ -219,11 +265,6 @@ def _watch(state: TrainState, loss: float, rows: list[int], examples: Examples) 
     if len(state.history) == _WINDOW and mean > max(_DIVERGED * state.first_loss, state.first_loss + _DIVERGED_NATS):
         what = f"the loss diverged: {mean:.2f} over the last {_WINDOW} steps, {state.first_loss:.2f} at the first"
         raise _stopped(what, state.step, rows, examples, state_is_good=False)
-
-
-def _check_loss(step: int, examples: Examples, batch: Batch, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise _stopped(f"the loss is {loss}", step, list(batch.rows), examples, state_is_good=True)
 
 
 def _stopped(what: str, step: int, rows: list[int], examples: Examples, *, state_is_good: bool) -> TrainingStopped:

@@ -26,7 +26,7 @@ from qlora_lite.model.resident import residents
 from qlora_lite.training.footprint import Footprint, apply_footprint
 from qlora_lite.training.optimizer import is_paged
 from qlora_lite.training.state import TrainState
-from qlora_lite.training.step import forward_backward
+from qlora_lite.training.step import Observer, forward_backward
 
 Result = TypeVar("Result")
 Leaner = Callable[[Footprint], Footprint | None]
@@ -107,10 +107,10 @@ def _try(state: TrainState, batches: Sequence[Batch], footprint: Footprint, devi
             ledger.hold("gradients", parameter.grad)
         with ledger, _marking_layers(causal_lm(state.model), ledger), _holding_gradients(trained, ledger):
             forward_backward(
-                state.model,  # type: ignore[arg-type]
+                state.model,
                 [batch],
                 backward=lambda loss: state.scaler.scale(loss).backward(),
-                on_batch=lambda batch, loss: ledger.mark("head"),
+                observer=_MarkingHead(ledger),
                 head_chunk=footprint.head_chunk,
             )
             ledger.current = "recompute"  # the embedding comes last on the way back
@@ -121,6 +121,16 @@ def _try(state: TrainState, batches: Sequence[Batch], footprint: Footprint, devi
         phases={PHASES[name]: parts for name, parts in ledger.peaks.items()},
         moments=tuple(Moment(PHASES[m.phase], m.name, m.num_bytes) for m in ledger.moments),
     )
+
+
+class _MarkingHead(Observer):
+    """A mark when the loss has been computed."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def see_loss(self, batch: Batch, loss: float) -> None:
+        self._ledger.mark("head")
 
 
 def _ledger(state: TrainState, batch: Batch) -> Ledger:

@@ -1,25 +1,56 @@
-"""One optimizer step's arithmetic: micro-batches in, a summed gradient and a loss out.
+"""One optimizer step, from micro-batches to updated weights: what the loop runs and what a plan rehearses.
 
-The loss of a step is the sum over all its label tokens divided by their number. The divisor is the step's, not the
-micro-batch's, so a step can be cut anywhere without changing the gradient (a mean of micro-batch means would weigh a
-micro-batch with few label tokens too much).
+    update             one whole step
+      forward_backward   its micro-batches, one after the other: gradients add up in `param.grad`
+        batch_loss         one micro-batch through decoder and head
+      clip, AdamW
+
+The loss of a step is the sum over all its label tokens divided by their number. The divisor is the step's, not the micro-batch's, so a step
+can be cut anywhere without changing the gradient (a mean of micro-batch means would weigh a micro-batch with few label tokens too much).
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from qlora_lite.data.batches import Batch
 from qlora_lite.device.numerics import exact_sums
+from qlora_lite.device.out_of_memory import is_out_of_memory
 from qlora_lite.memory.ledger import count_as, counted_as
 from qlora_lite.memory.measuring import give_back_free_memory
 from qlora_lite.model.forward import causal_lm, predicting_states
 from qlora_lite.model.head import CHUNK, summed_loss
 
 
-def batch_loss(model: PeftModel, batch: Batch, *, head_chunk: int = CHUNK) -> torch.Tensor:
+class NotFinite(Exception):
+    """The gradient is NaN or infinite; no weight has been updated."""
+
+
+class OutOfMemoryInUpdate(Exception):
+    """Memory ran out after some weights may have been changed."""
+
+
+class Observer:
+    """Sees a step while it is computed; this one ignores it."""
+
+    def see_loss(self, batch: Batch, loss: float) -> None:
+        """A micro-batch's loss per label token, before its backward pass. May raise."""
+
+    def around_last(self) -> AbstractContextManager[object]:
+        """Entered around the last micro-batch, when the gradients of all others are in memory."""
+        return nullcontext()
+
+    def around_update(self) -> AbstractContextManager[object]:
+        """Entered around AdamW."""
+        return nullcontext()
+
+
+def batch_loss(model: PeftModel | PreTrainedModel, batch: Batch, *, head_chunk: int = CHUNK) -> torch.Tensor:
     """Cross entropy summed over the batch's label tokens: an fp32 scalar; `head_chunk` of them are projected at once."""
     hidden_ND = predicting_states(
         model,
@@ -33,29 +64,25 @@ def batch_loss(model: PeftModel, batch: Batch, *, head_chunk: int = CHUNK) -> to
 
 
 def forward_backward(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     batches: Sequence[Batch],
     *,
-    backward: Callable[[torch.Tensor], None],
-    on_batch: Callable[[Batch, float], None],
-    around_last: AbstractContextManager[object] | None = None,
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+    observer: Observer = Observer(),  # noqa: B008  (it has no state)
     head_chunk: int = CHUNK,
 ) -> float:
     """Add the gradient of the step's loss to `param.grad`; returns that loss, in nats per label token.
 
-    `backward` runs the backward pass of a scalar (loss scaling is its business); `on_batch` sees each batch with its
-    own loss per label token before that, and may raise. `around_last` is entered around the last micro-batch, when all
-    gradients are there: the place to measure memory.
+    `backward` runs the backward pass of a scalar; loss scaling is its business.
     """
     num_label_tokens = sum(len(batch.target_N) for batch in batches)
     total = 0.0
-    for index, batch in enumerate(batches):
-        is_last = index == len(batches) - 1
-        measured = around_last if is_last and around_last is not None else nullcontext()
-        with measured, exact_sums(), counted_as("activations"):
+    for batch in batches:
+        around = observer.around_last() if batch is batches[-1] else nullcontext()
+        with around, exact_sums(), counted_as("activations"):
             loss = batch_loss(model, batch, head_chunk=head_chunk)
             summed = loss.item()
-            on_batch(batch, summed / len(batch.target_N))
+            observer.see_loss(batch, summed / len(batch.target_N))
             count_as("logits")  # until the gradient of the hidden states is there
             backward(loss / num_label_tokens)
             del loss
@@ -63,3 +90,47 @@ def forward_backward(
             give_back_free_memory()
         total += summed
     return total / num_label_tokens
+
+
+def update(
+    model: PeftModel | PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    *,
+    scaler: torch.amp.GradScaler,
+    max_grad_norm: float,
+    accelerator: Accelerator | None = None,
+    observer: Observer = Observer(),  # noqa: B008
+    head_chunk: int = CHUNK,
+) -> tuple[float, float]:
+    """-> (loss, gradient norm before clipping). Raises NotFinite before it updates; with loss scaling such a step is skipped instead.
+
+    `accelerator` runs backward pass and clipping where other processes take part. Memory that runs out before the first weight is changed
+    raises torch's own error; afterwards, OutOfMemoryInUpdate.
+    """
+    backward = accelerator.backward if accelerator else torch.Tensor.backward
+    clip = accelerator.clip_grad_norm_ if accelerator else torch.nn.utils.clip_grad_norm_
+    loss = forward_backward(
+        model, batches, backward=lambda loss: backward(scaler.scale(loss)), observer=observer, head_chunk=head_chunk
+    )
+    with counted_as("workspace"), _no_way_back():
+        scaler.unscale_(optimizer)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        norm = float(clip(trained, max_grad_norm))
+        if not math.isfinite(norm) and not scaler.is_enabled():
+            raise NotFinite(f"the gradient is {norm}")
+        with observer.around_update():
+            scaler.step(optimizer)
+        scaler.update()
+    return loss, norm
+
+
+@contextmanager
+def _no_way_back() -> Iterator[None]:
+    """Out of memory inside: some weights may be changed and others not."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryInUpdate(str(error)) from error

@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from qlora_lite.commands.stopping import resume_command
 from qlora_lite.recipe import load_recipe
 from qlora_lite.runs.folder import RunDir
-from qlora_lite.runs.session import state, update
-from qlora_lite.training import newest_valid
+from qlora_lite.training import newest_valid, state, step
 from tests.tiny_model import tiny_source
 from tests.tiny_run import NUM_STEPS, Done, run_cli, train_cli, write_recipe
 
@@ -523,15 +522,15 @@ def test_a_disk_that_is_full_at_a_checkpoint_keeps_the_one_before_and_the_run_ca
 def test_a_loss_that_is_no_number_names_step_and_rows_and_keeps_the_last_good_checkpoint(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, real, calls = tmp_path / "run", update.forward_backward, []
+    run, real, calls = tmp_path / "run", step.forward_backward, []
 
-    def forward_backward(model: Any, batches: Any, *, backward: Any, on_batch: Any, **others: Any) -> float:
+    def forward_backward(model: Any, batches: Any, *, observer: Any, **others: Any) -> float:
         calls.append(batches)
         if len(calls) == 4:
-            on_batch(batches[0], float("nan"))
-        return real(model, batches, backward=backward, on_batch=on_batch)
+            observer.see_loss(batches[0], float("nan"))
+        return real(model, batches, observer=observer, **others)
 
-    monkeypatch.setattr(update, "forward_backward", forward_backward)
+    monkeypatch.setattr(step, "forward_backward", forward_backward)
     done = train_cli(recipe, run, "--json")
     message = refused(done, "stopped at step 4: the loss is nan; rows ")
     ids = {question["id"] for question in questions(recipe.parent / "train.json")}

@@ -113,9 +113,7 @@ def test_the_last_answer_of_a_conversation_is_compared(model, tmp_path, monkeypa
 
 def test_the_validation_loss_is_the_training_loss_however_it_is_batched(model):
     rows = random_rows([1, 30, 2, 5])
-    expected = forward_backward(
-        model.eval(), split_batches(rows, 1), backward=lambda loss: None, on_batch=lambda batch, loss: None
-    )
+    expected = forward_backward(model.eval(), split_batches(rows, 1), backward=lambda loss: None)
     for micro_batch_tokens in (1, 40, 4096):
         loss = validation_loss(model, rows, device="cpu", micro_batch_tokens=micro_batch_tokens)
         assert loss == pytest.approx(expected, rel=1e-5)

@@ -9,7 +9,7 @@ from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.dtypes import choose_types
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.load import checkpoint_activations, load_base
-from qlora_lite.training import Footprint, TrainState, make_optimizer, train_steps
+from qlora_lite.training import Footprint, TrainSettings, TrainState, make_optimizer, train_steps
 from tests import tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -26,18 +26,14 @@ def test_twenty_steps_on_the_card_lower_the_loss_and_measure_the_allocator(optim
         model,
         make_optimizer(model.named_parameters(), name=optimizer, learning_rate=5e-3, weight_decay=0.0),
         torch.amp.GradScaler("cuda", enabled=types.scale_loss),
+        footprint=Footprint(64, 0),
     )
     steps = list(
         train_steps(
             state,
             rows,
             StepSampler(8, examples_per_step=8, epochs=1, max_steps=20, seed=0),
-            device="cuda",
-            footprint=Footprint(64, 0),
-            learning_rate=5e-3,
-            schedule="constant",
-            warmup_ratio=0.0,
-            max_grad_norm=1.0,
+            TrainSettings("cuda", 5e-3, "constant", 0.0, 1.0),
         )
     )
     assert steps[-1].loss < 0.8 * steps[0].loss

@@ -12,7 +12,7 @@ from qlora_lite.memory.kept import KEPT
 from qlora_lite.model.dtypes import choose_types
 from qlora_lite.plan import budget
 from qlora_lite.plan.budget import budget_of, measured_here
-from qlora_lite.plan.choose import settings_of
+from qlora_lite.plan.resolve import Place, settings_of
 from qlora_lite.recipe import DEFAULT_RECIPE, load_recipe
 
 GIB = 2**30
@@ -71,7 +71,7 @@ def test_what_doctor_measured_on_the_card_that_is_here_is_used(card, tmp_path):
     assert measured == MEASURED
     found, reason = budget_of("auto", SOME, measured=measured)
     assert found == 15 * GIB and reason.endswith("less a margin for the allocator's holes, which doctor measured")
-    settings = settings_of(load_recipe(DEFAULT_RECIPE), card=SOME, types=choose_types("auto", SOME), measured=measured)
+    settings = settings_of(load_recipe(DEFAULT_RECIPE), Place(SOME, "", choose_types("auto", SOME), 0, "", measured))
     assert settings.runtime_bytes == 2 * 32 * 2**20  # the program's thread and autograd's have a handle each
 
 

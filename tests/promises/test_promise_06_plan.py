@@ -36,7 +36,7 @@ from qlora_lite.plan.rehearsal import (
 )
 from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.training.optimizer import make_optimizer
-from qlora_lite.training.update import update
+from qlora_lite.training.step import update
 from tests.architectures import artefact, published
 from tests.conftest import REPOSITORY
 from tests.tiny_model import Rows, tiny_artefact, tiny_source

@@ -14,7 +14,7 @@ from tests.tiny_run import run_cli, write_recipe
 
 # Until every reader of a model says so itself: transformers would ask on the terminal, and reads attn_implementation from a config.
 NOT_YET = pytest.mark.xfail(
-    "trust_remote_code=False" not in (REPOSITORY / "qlora_lite" / "model" / "base.py").read_text(encoding="utf-8"),
+    "trust_remote_code=False" not in (REPOSITORY / "qlora_lite" / "model" / "load.py").read_text(encoding="utf-8"),
     strict=True,
     reason="model/load.py leaves trust_remote_code out, and base/source.py keeps attn_implementation",
 )

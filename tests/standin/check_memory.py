@@ -19,10 +19,9 @@ from qlora_lite.model.load import checkpoint_activations, load_base
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.plan import rehearsal
 from qlora_lite.plan.rehearsal import MicroBatch, Settings, Stage, num_labels
-from qlora_lite.runs.session import optimizer
-from qlora_lite.training import Footprint, TrainState, make_optimizer, try_largest_batch
-from qlora_lite.training.loop import StepStats, train_steps
-from qlora_lite.training.update import update
+from qlora_lite.training import Footprint, TrainState, make_optimizer, optimizer, try_largest_batch
+from qlora_lite.training.loop import StepStats, TrainSettings, train_steps
+from qlora_lite.training.step import update
 from tests import standin, tiny_model
 from tests.training.test_loop import sampler_of
 
@@ -121,11 +120,11 @@ def fresh_state() -> TrainState:
 
 def train(state: TrainState, *, footprint: Footprint, said: list[str] | None = None) -> list[StepStats]:
     rows = tiny_model.random_rows(LABELS, prompt=(30, 60))
-    settings = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_ratio": 0.2, "max_grad_norm": 1.0}
+    state.footprint = footprint
     torch.manual_seed(7)
     steps = train_steps(
-        state, rows, sampler_of(rows, max_steps=3), device=standin.NAME, footprint=footprint, leaner=to_checkpointing,
-        say=(said if said is not None else []).append, **settings,
+        state, rows, sampler_of(rows, max_steps=3), TrainSettings(standin.NAME, 1e-3, "cosine", 0.2, 1.0),
+        leaner=to_checkpointing, say=(said if said is not None else []).append,
     )  # fmt: skip
     return list(steps)
 
@@ -199,7 +198,7 @@ def test_a_preflight_that_the_allocator_refuses_goes_leaner_and_leaves_the_rando
     ],
 )
 def test_every_spelling_of_a_lack_of_memory_is_answered_with_a_leaner_step(error, monkeypatch):
-    from qlora_lite.runs.session import step
+    from qlora_lite.training import step
 
     real, raised = step.batch_loss, []
 

@@ -1,6 +1,7 @@
 """The loop: what a step reports, what is trained when, and how it stops by itself."""
 
 import re
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from qlora_lite.data.batches import StepSampler, make_batches
 from qlora_lite.errors import TrainingStopped
 from qlora_lite.model.load import load_base
 from qlora_lite.model.trained import make_trainable
-from qlora_lite.runs.session import loop
+from qlora_lite.training import loop
 from qlora_lite.training.best import Best
 from qlora_lite.training.footprint import Footprint
-from qlora_lite.training.loop import train_steps
+from qlora_lite.training.loop import TrainSettings, train_steps
 from qlora_lite.training.optimizer import make_optimizer
 from qlora_lite.training.schedule import learning_rate_at
 from qlora_lite.training.state import TrainState
@@ -33,8 +34,10 @@ def sampler_of(rows, *, max_steps=None, epochs=1, examples_per_step=4):
 
 
 def steps_of(state, rows, sampler, **changes):
-    settings = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_ratio": 0.2, "footprint": Footprint(48, 0)}
-    return train_steps(state, rows, sampler, device="cpu", **settings | {"max_grad_norm": 1.0} | changes)
+    own = {field.name for field in fields(TrainSettings)}
+    settings = replace(TrainSettings("cpu", 1e-3, "cosine", 0.2, 1.0), **{k: v for k, v in changes.items() if k in own})
+    state.footprint = changes.pop("footprint", None) or state.footprint or Footprint(48, 0)
+    return train_steps(state, rows, sampler, settings, **{k: v for k, v in changes.items() if k not in own})
 
 
 def factors_of(state):

@@ -35,9 +35,7 @@ def run(model, batches, *, num_steps, optimizer, learning_rate=2e-4):
     """-> loss of every step; the same gradient code that training runs, full batch."""
     losses = []
     for _ in range(num_steps):
-        losses.append(
-            forward_backward(model, batches, backward=torch.Tensor.backward, on_batch=lambda batch, loss: None)
-        )
+        losses.append(forward_backward(model, batches))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return losses

@@ -9,9 +9,9 @@ import torch
 from qlora_lite.data.batches import largest_step
 from qlora_lite.errors import DoesNotFit
 from qlora_lite.model.forward import causal_lm
-from qlora_lite.runs.session import loop, update
+from qlora_lite.training import loop, step
 from qlora_lite.training.footprint import Footprint
-from qlora_lite.training.loop import train_steps
+from qlora_lite.training.loop import TrainSettings, train_steps
 from qlora_lite.training.preflight import try_largest_batch
 from qlora_lite.training.state import TrainState
 from tests.tiny_model import random_rows, set_dropout
@@ -30,8 +30,6 @@ class Fault:
     left: list[weakref.ref] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> "Fault":
-        from qlora_lite.runs.session import step
-
         real = step.batch_loss
 
         def batch_loss(*arguments, **keywords):
@@ -68,10 +66,18 @@ def to_half(footprint: Footprint) -> Footprint | None:
 
 def train(state: TrainState, *, leaner=to_checkpointing, say=lambda text: None, num_steps: int = 3):
     rows = random_rows(LABELS)
-    settings = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_ratio": 0.2, "max_grad_norm": 1.0}
-    sampler = sampler_of(rows, max_steps=num_steps)
+    state.footprint = state.footprint or WIDE
     torch.manual_seed(7)
-    return list(train_steps(state, rows, sampler, device="cpu", footprint=WIDE, leaner=leaner, say=say, **settings))
+    return list(
+        train_steps(
+            state,
+            rows,
+            sampler_of(rows, max_steps=num_steps),
+            TrainSettings("cpu", 1e-3, "cosine", 0.2, 1.0),
+            leaner=leaner,
+            say=say,
+        )
+    )
 
 
 def num_micro_batches() -> int:
@@ -142,7 +148,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
     ],
 )
 def test_all_names_of_a_lack_of_memory_are_known(error):
-    assert update.is_out_of_memory(error)
+    assert step.is_out_of_memory(error)
 
 
 def test_the_new_setting_enters_the_checkpoint(monkeypatch, tmp_path):

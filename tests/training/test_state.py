@@ -9,7 +9,7 @@ from qlora_lite.data.batches import StepSampler
 from qlora_lite.errors import RunError
 from qlora_lite.training.best import Best
 from qlora_lite.training.footprint import Footprint
-from qlora_lite.training.loop import train_steps
+from qlora_lite.training.loop import TrainSettings, train_steps
 from qlora_lite.training.optimizer import OPTIMIZERS, make_optimizer
 from qlora_lite.training.state import TrainState
 from tests.tiny_model import random_rows, set_dropout, tiny_adapted
@@ -28,17 +28,8 @@ def fresh_state(name="adamw", *, r=4, dropout=0.1, ratio=1.0, **model) -> TrainS
 
 def advance(state: TrainState, num_steps: int) -> list[float]:
     sampler = StepSampler(len(ROWS), examples_per_step=4, epochs=1, max_steps=20, seed=0)
-    steps = train_steps(
-        state,
-        ROWS,
-        sampler,
-        device="cpu",
-        footprint=Footprint(48, 0),
-        learning_rate=1e-3,
-        schedule="cosine",
-        warmup_ratio=0.1,
-        max_grad_norm=1.0,
-    )
+    state.footprint = state.footprint or Footprint(48, 0)
+    steps = train_steps(state, ROWS, sampler, TrainSettings("cpu", 1e-3, "cosine", 0.1, 1.0))
     return [next(steps).loss for _ in range(num_steps)]
 
 

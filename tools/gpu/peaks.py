@@ -27,7 +27,7 @@ from qlora_lite.model.load import checkpoint_activations
 from qlora_lite.model.random_model import random_model
 from qlora_lite.plan.rehearsal import MicroBatch, Settings, Stage, num_labels
 from qlora_lite.training import make_optimizer
-from qlora_lite.training.update import update
+from qlora_lite.training.step import update
 
 REPO = Path(__file__).resolve().parents[2]
 EIGHT_B = "llama-3.1-8b"

@@ -24,7 +24,7 @@ from qlora_lite.device.accelerator import torch_module
 from qlora_lite.model.adapter import attach_adapter
 from qlora_lite.model.random_model import random_model
 from qlora_lite.training import Footprint, TrainState, make_optimizer
-from qlora_lite.training.loop import train_steps
+from qlora_lite.training.loop import TrainSettings, train_steps
 from tests import tiny_model
 from tests.tiny_run import run_cli, write_recipe
 
@@ -146,7 +146,7 @@ def _trained(footprint: Footprint, limit_bytes: int | None) -> tuple[list[float]
     tiny_model.set_dropout(model, 0.1)
     tiny_model.move_factors(model)
     optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=1e-4, weight_decay=0.0)
-    state = TrainState(model, optimizer, torch.amp.GradScaler(device(), enabled=False))
+    state = TrainState(model, optimizer, torch.amp.GradScaler(device(), enabled=False), footprint=footprint)
     rows = tiny_model.random_rows([64] * 8, prompt=(900, 960))
     sampler = StepSampler(8, examples_per_step=8, epochs=1, max_steps=3, seed=0)
     gc.collect()
@@ -158,8 +158,7 @@ def _trained(footprint: Footprint, limit_bytes: int | None) -> tuple[list[float]
         torch.manual_seed(7)
         steps = list(
             train_steps(
-                state, rows, sampler, device=device(), footprint=footprint, learning_rate=1e-4, schedule="constant",
-                warmup_ratio=0.0, max_grad_norm=1.0,
+                state, rows, sampler, TrainSettings(device(), 1e-4, "constant", 0.0, 1.0),
                 leaner=lambda now: None if now.checkpoint_every else replace(now, checkpoint_every=1),
             )
         )  # fmt: skip

@@ -16,7 +16,7 @@ from qlora_lite.evaluation.generate import generate_batch, generating, greedy
 from qlora_lite.model.tree_attention import NO_PARENT, parts_of, tree_attention
 from qlora_lite.plan.rehearsal import MicroBatch
 from qlora_lite.training import make_optimizer, state_bytes
-from qlora_lite.training.update import accumulate
+from qlora_lite.training.step import forward_backward
 
 
 def speed() -> Found:
@@ -61,10 +61,9 @@ def _launches(work: Callable[[], object]) -> Found:
 
 def _update_seconds(model: Any, micro_batch: MicroBatch) -> Found:
     """Of the gradient and of the update apart."""
-    scaler = torch.amp.GradScaler(device(), enabled=False)
     optimizer = make_optimizer(model.named_parameters(), name="paged_adamw_8bit", learning_rate=1e-4, weight_decay=0.0)
     batch = batch_of(micro_batch)
-    gradient_s = timed(lambda: accumulate(model, [batch], scaler=scaler))
+    gradient_s = timed(lambda: forward_backward(model, [batch]))
     return {"gradient_s": gradient_s, "update_s": timed(optimizer.step)}
 
 

@@ -1,11 +1,11 @@
-"""The parts of `train` without a model: the answers of before beside those of after."""
+"""Scores before and after training, without a model: the answers of the base beside those of the tuned model."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qlora_lite.commands import train
+from qlora_lite.commands import scoring
 from qlora_lite.evaluation.scores import EvalResult, Prediction
 
 
@@ -27,9 +27,9 @@ def test_two_rows_of_one_id_keep_their_own_answers_of_before(monkeypatch: pytest
         read_predictions=lambda: before,
         write_predictions=lambda lines: written.extend(lines),
     )
-    monkeypatch.setattr(train, "score", lambda *args, **more: EvalResult(0.0, 0.0, 1.0, len(after), after))
-    monkeypatch.setattr(train.show, "show_scores", lambda *args, **more: None)
+    monkeypatch.setattr(scoring, "score", lambda *args, **more: EvalResult(0.0, 0.0, 1.0, len(after), after))
+    monkeypatch.setattr(scoring.show, "show_scores", lambda *args, **more: None)
     plan: Any = None
-    train.scores_after(plan, plan, run, {"before": None, "after": None, "groups": {}}, {})
+    scoring.score_after(plan, plan, run, scoring.Scored({"before": None, "after": None, "groups": {}}, []), {})
     joined = [(line["prediction"], line["base_prediction"]) for line in written]
     assert joined == [*((f"after {i}", f"before {i}") for i in range(5)), ("after 5", None)]

@@ -1,0 +1,184 @@
+"""What the data ask of a plan: lengths, labels, what rows have in common, and how long held-out rows are."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedConfig
+
+from qlora_lite.base.generation_settings import base_stops
+from qlora_lite.base.shipped import default_cache
+from qlora_lite.base.skeleton import model_class
+from qlora_lite.base.source import context_window, load_config
+from qlora_lite.data.batches import sampler_of
+from qlora_lite.data.examples import Examples, load_examples
+from qlora_lite.data.inspect import propose_max_seq_length
+from qlora_lite.data.read import find_format, format_of_held_out
+from qlora_lite.data.template import Vocabulary
+from qlora_lite.data.trees import Sharing, sharing
+from qlora_lite.errors import DataError
+from qlora_lite.evaluation.generate import BATCH_TOKENS
+from qlora_lite.evaluation.held_out import held_out_rows, longest_scored
+from qlora_lite.model.attention import why_not_shared
+from qlora_lite.model.load import load_tokenizer
+from qlora_lite.recipe import Recipe
+
+SAMPLED_STEPS = 64  # whose rows tell what sharing saves
+SIZED_STEPS = 4096  # after these, whose rows are counted only
+LEAST_FACTOR = 1.05  # times as many tokens, below which rows are packed one by one
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the data ask of a plan."""
+
+    length: int  # tokens of the longest example
+    reason: str
+    label_share: float  # of all tokens
+    is_free: bool = False  # may be made shorter
+    num_scored: int = 0  # held-out rows
+    longest_scored: int = 0  # tokens of the longest of them; 0 where they were not looked at
+    scored_label_share: float = 0.0  # of all their tokens
+    score_limit: int | None = None  # eval.max_seq_length; None: as long as training's rows
+    score_reason: str = "as long as training's rows"
+    score_is_free: bool = False  # rows longer than training's may be left out where they do not fit
+    max_new_tokens: int = 32
+    lengths: np.ndarray | None = None  # of every row, uncut; None where they were not looked at
+    sharing: Sharing | None = None  # None: every row is computed by itself
+
+    def repeated(self, micro_batch_tokens: int) -> float:
+        """How many times as many tokens are computed in micro-batches of so many, which cut trees."""
+        return 1.0 if self.sharing is None else self.sharing.repeated(micro_batch_tokens)
+
+
+def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> Needs:
+    """What the training rows ask for. With a given length they are read only if they are there and may share. Raises DataError."""
+    asked = recipe.data.max_seq_length
+    needs = Needs(0, "asked for", 1.0, num_scored=num_scored(recipe), max_new_tokens=recipe.eval.max_new_tokens)
+    if asked != "auto" and limit is not None and asked > limit:
+        raise DataError(
+            f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
+        )
+    may_share = _may_share(recipe, load_config(source), 0 if asked == "auto" else asked)
+    if asked != "auto" and not (may_share and _are_there(recipe)):
+        return replace(needs, length=asked)
+    examples = load_examples(
+        recipe.data.train_files,
+        load_tokenizer(source, special_tokens=recipe.data.special_tokens),
+        format=recipe.data.format,
+        num_rows=recipe.data.num_train,
+        no_answer_text=recipe.data.no_answer_text,
+        max_seq_length=None if asked == "auto" else asked,
+        cache_dir=cache / "data",
+        vocabulary=Vocabulary.of(load_config(source), recipe.data.special_tokens, base_stops(source)),
+    )
+    found = _sharing_of(recipe, examples) if may_share else None
+    if asked != "auto":
+        return replace(needs, length=asked, sharing=found)
+    length, reason = propose_max_seq_length(examples.lengths, limit=limit, is_text=examples.is_text)
+    label_share = float(examples.num_label_tokens.sum() / examples.lengths.sum())
+    return replace(
+        needs,
+        length=length,
+        reason=reason,
+        label_share=label_share,
+        is_free=True,
+        lengths=examples.lengths,
+        sharing=found,
+    )
+
+
+def with_scored(
+    recipe: Recipe, needs: Needs, source: Path, cache: Path, *, window: int | None, is_looked_at: bool
+) -> Needs:
+    """`needs`, and how long held-out rows may be and are: scoring takes longer ones than training. Raises DataError."""
+    data = recipe.data
+    limit, reason = longest_scored(recipe.eval.max_seq_length, window=window, trained_length=needs.length)
+    is_free = recipe.eval.max_seq_length == "auto"
+    known = None if is_free and window is None else limit
+    needs = replace(needs, score_limit=known, score_reason=reason, score_is_free=is_free)
+    if not is_looked_at or known is None or data.eval is None or not Path(data.eval).exists():
+        return needs
+    rows = held_out_rows(
+        data.eval,
+        load_tokenizer(source, special_tokens=data.special_tokens),
+        format=data.format,
+        num_rows=recipe.eval.num_examples,
+        no_answer_text=data.no_answer_text,
+        max_seq_length=limit,
+        text_length=needs.length,
+        window=window,
+        cache_dir=cache / "data",
+    )
+    longest, share = int(rows.lengths.max()), float(rows.num_label_tokens.sum() / rows.lengths.sum())
+    return replace(needs, longest_scored=longest, scored_label_share=share)
+
+
+def _may_share(recipe: Recipe, config: PreTrainedConfig, length: int) -> bool:
+    return (
+        recipe.data.share_prefixes is not False and why_not_shared(model_class(config), config, length=length) is None
+    )
+
+
+def _are_there(recipe: Recipe) -> bool:
+    """The data; a run may be asked when they are gone."""
+    return all(Path(path).exists() for path, _ in recipe.data.train_files)
+
+
+def _sharing_of(recipe: Recipe, examples: Examples) -> Sharing:
+    """Of the steps that training begins with. Those that come later, in another order, may be fuller: of them the sizes count too."""
+    train = recipe.train
+    steps_per_epoch = math.ceil(len(examples.lengths) / train.examples_per_step)
+    num_steps = train.max_steps or math.ceil((train.epochs or 1.0) * steps_per_epoch)
+    sampler = sampler_of(
+        examples,
+        examples_per_step=train.examples_per_step,
+        epochs=1.0,
+        max_steps=max(num_steps, steps_per_epoch),
+        seed=train.seed,
+        share=True,
+    )
+    num_sampled = min(steps_per_epoch, SAMPLED_STEPS)
+    others = range(num_sampled, max(num_sampled, min(num_steps, num_sampled + SIZED_STEPS)))
+    return sharing(examples, map(sampler.rows_of_step, range(num_sampled)), others=map(sampler.rows_of_step, others))
+
+
+def what_is_shared(recipe: Recipe, source: Path) -> tuple[Sharing | None, str]:
+    """-> (what packing the training rows as trees saves, None where it is off; why). Raises DataError."""
+    config = load_config(source)
+    needs = needs_of(recipe, source, default_cache(), limit=context_window(config))
+    needs, reason = choose_sharing(recipe, needs, config)
+    return needs.sharing, reason
+
+
+def choose_sharing(recipe: Recipe, needs: Needs, config: PreTrainedConfig) -> tuple[Needs, str]:
+    """-> (needs, without sharing where it is off; reason)."""
+    asked, found = recipe.data.share_prefixes, needs.sharing
+    if asked is False:
+        return replace(needs, sharing=None), "off: asked for"
+    why_not = why_not_shared(model_class(config), config, length=needs.length)
+    if why_not is not None:
+        return replace(needs, sharing=None), f"off: {why_not}, so every row is computed by itself"
+    if found is None:
+        return needs, "off: the training data are not there"
+    saved = f"{found.num_alone:,} tokens of the first steps become {found.num_packed:,}, {found.factor:.2f} times fewer"
+    if asked == "auto" and found.factor < LEAST_FACTOR:
+        return replace(needs, sharing=None), f"off: rows begin with too little in common; {saved}"
+    return needs, f"on: what rows of a step begin with in common is computed once; {saved}"
+
+
+def num_scored(recipe: Recipe) -> int:
+    """Held-out rows at most; of a whole file as many as fill any batch."""
+    return 0 if recipe.data.eval is None else recipe.eval.num_examples or BATCH_TOKENS
+
+
+def choose_format(recipe: Recipe) -> tuple[str, str]:
+    data = recipe.data
+    if not all(Path(path).exists() for path, _ in data.train_files):  # a run may be asked when its data are gone
+        return data.format, "the training data are not there"
+    chosen, reason = find_format(data.train_files, format=data.format)
+    if data.eval is None or not Path(data.eval).exists():
+        return chosen, reason
+    held_out = format_of_held_out(data.eval, format=chosen)
+    return chosen, reason if held_out == chosen else f"{reason}; data.eval is {held_out}"

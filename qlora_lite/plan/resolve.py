@@ -1,0 +1,325 @@
+"""From a recipe, a base and a device to values: the one place where every `auto` but the memory budget's gets its value and its reason.
+
+`plan`, `train` and the Python interface all go through `resolve`; they differ in how they find base, device and rows: run_plan.py for a
+run, request.py for a name, a folder or a card that is not here.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from qlora_lite.base.quantization import Quantization, stored_quantization
+from qlora_lite.base.source import context_window, read_config
+from qlora_lite.data.trees import Sharing
+from qlora_lite.device.accelerator import recipe_word
+from qlora_lite.device.card import Card
+from qlora_lite.errors import DoesNotFit, ModelError
+from qlora_lite.evaluation.generate import BATCH_TOKENS
+from qlora_lite.model.adapter import modules_trained_whole
+from qlora_lite.model.dtypes import NumberTypes
+from qlora_lite.model.load import load_tokenizer
+from qlora_lite.model.meta import meta_model
+from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json, own_method
+from qlora_lite.plan.fits import Room
+from qlora_lite.plan.merging import Merging
+from qlora_lite.plan.needs import Needs, choose_sharing
+from qlora_lite.plan.planner import Concession, Fit, concessions, fit, leanest_settings, shortage
+from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
+from qlora_lite.plan.strategy import OPTIMIZERS, Free
+from qlora_lite.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model of a recipe: its config, and its folder where there is one."""
+
+    config: PreTrainedConfig
+    source: Path | None  # 16-bit or quantized model folder; None for a shape of the built-in table
+    commit: str | None = None  # of a model of the hub
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where training computes, in which types, within which budget, with the reason of each."""
+
+    card: Card
+    card_reason: str
+    types: NumberTypes
+    budget_bytes: int
+    budget_reason: str
+    measured: Mapping[str, Any]  # what doctor measured on this card
+    begun_on: str | None = None  # the recipe's word for the device where a resumed run was begun
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe without any `auto` but the memory budget's, and what it will need."""
+
+    recipe: Recipe
+    card: Card  # the device that computes; `recipe.device` says where a run that is resumed was begun
+    types: NumberTypes
+    budget_bytes: int
+    rehearsals: Rehearsals  # made when they are asked for
+    chosen: Fit
+    free: Free  # what the recipe left to the planner
+    label_share: float  # of all tokens
+    reasons: tuple[str, ...]  # one sentence for each choice
+    sharing: Sharing | None  # what rows have in common; None where every row is computed alone
+
+    @property
+    def device(self) -> str:
+        """torch's word for where tensors lie."""
+        return self.card.device
+
+    @property
+    def shares(self) -> bool:
+        """Whether rows are packed as prefix trees."""
+        return self.recipe.data.share_prefixes is True
+
+    @property
+    def batch(self) -> MicroBatch:
+        """The largest micro-batch there may be."""
+        return self.chosen.batch
+
+    @property
+    def method(self) -> str:
+        """Which of METHODS is run."""
+        return own_method(self.recipe.method, self.chosen.settings.optimizer)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The recipe's own method's, on the device."""
+        return self.rehearsal(self.method).peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.budget_bytes
+
+    @cached_property
+    def concessions(self) -> tuple[Concession, ...]:
+        """Settings that would save memory; empty where it fits."""
+        return () if self.fits else concessions(self.rehearsals, self.chosen.settings, self.batch, self.chosen.scoring)
+
+    def refuse_what_does_not_fit(self) -> None:
+        """Raise DoesNotFit, with what would help, where more is needed than the budget."""
+        if not self.fits:
+            own = self.rehearsal(self.method)
+            raise DoesNotFit(shortage(own, self.concessions, budget_bytes=self.budget_bytes))
+
+    @property
+    def comparison(self) -> Comparison:
+        return Comparison(self.rehearsals, self.chosen.settings)
+
+    def rehearsal(self, method: str) -> Rehearsal:
+        """Of one of METHODS, with these settings and the largest micro-batch; the run's own method with its evaluation."""
+        scoring = self.chosen.scoring if method == self.method else None
+        return self.comparison.rehearse(method, self.batch, scoring)
+
+    @property
+    def leanest(self) -> Settings:
+        """What the longest sequences are trained with."""
+        return leanest_settings(self.chosen.settings, self.free)
+
+    @property
+    def room(self) -> Room:
+        return Room(self.budget_bytes, context_window(self.rehearsals.config), self.label_share)
+
+    @property
+    def merging(self) -> Merging | None:
+        """How the adapter will be merged; None where every weight is trained."""
+        settings, merge = self.chosen.settings, self.recipe.merge
+        if settings.method == "full":
+            return None
+        of_base = settings if merge.base == "dequantized" else replace(settings, method="lora")
+        return Merging(of_base, dtype=merge.dtype, rounding=merge.rounding)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the frozen weights are stored; None in 16 bits."""
+        model = self.recipe.model
+        return None if model.quantization == "none" else Quantization(model.quantization, model.double_quant)
+
+    def methods_json(self) -> dict[str, Any]:
+        """The part of the JSON document that compares methods."""
+        full = self.rehearsal("full").peak_bytes
+        return {
+            "methods": {method: as_json(self.rehearsal(method)) for method in METHODS},
+            "savings_vs_full": {"bytes": full - self.peak_bytes, "percent": 100 * (1 - self.peak_bytes / full)},
+        }
+
+
+def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) -> Resolved:
+    """Choose what `recipe` leaves open, within the place's budget. `free` is what the planner may change: see `free_of`.
+
+    `recipe.data.format` is already chosen where there are data. Whether it fits is asked of the result. Raises ModelError.
+    """
+    quantization, quantization_reason = _choose_quantization(recipe, base.source)
+    refuse_without_bf16(recipe, place.types)
+    needs, sharing_reason = choose_sharing(recipe, needs, base.config)
+    model = {"revision": base.commit, "dtype": place.types.name, "attention": "sdpa"}
+    values = recipe.model_copy(
+        update={
+            "device": place.begun_on or recipe_word(place.card),
+            "model": recipe.model.model_copy(update={**model, **quantization}),
+            "data": recipe.data.model_copy(update={"share_prefixes": needs.sharing is not None}),
+        }
+    )
+    rehearsals = Rehearsals(base.config)
+    chosen = fit(
+        rehearsals,
+        settings_of(values, place, token_ids=_token_ids(recipe, base)),
+        free,
+        needs,
+        budget_bytes=place.budget_bytes,
+    )
+    packed = "each branch over its passage and itself" if needs.sharing else "example by example"
+    reasons = [
+        *recipe.notes,
+        f"device: {place.card_reason}",
+        f"model.dtype: {place.types.reason}",
+        f"model.quantization: {quantization_reason}",
+        f"model.attention: sdpa, {packed} on packed rows",
+        f"data.share_prefixes: {sharing_reason}",
+        f"memory.budget: {place.budget_reason}{chosen.slowdown_in_words}",
+        *(f"{key}: {reason}" for key, reason in chosen.reasons.items()),
+    ]
+    if place.card.is_cpu and chosen.settings.optimizer.startswith("paged"):
+        reasons.append(
+            f"train.optimizer: {chosen.settings.optimizer} pages on CUDA only; on the CPU its state stays where it is"
+        )
+    return Resolved(
+        recipe=_with_choices(values, chosen),
+        card=place.card,
+        types=place.types,
+        budget_bytes=place.budget_bytes,
+        rehearsals=rehearsals,
+        chosen=chosen,
+        free=free,
+        label_share=needs.label_share,
+        reasons=tuple(reasons),
+        sharing=needs.sharing,
+    )
+
+
+def free_of(recipe: Recipe) -> Free:
+    """What `recipe` leaves to the planner."""
+    memory, train = recipe.memory, recipe.train
+    checkpointing, tokens, chunk = memory.gradient_checkpointing, train.micro_batch_tokens, memory.head_chunk
+    return Free(
+        checkpoint_every=None if checkpointing == "auto" else int(checkpointing),
+        micro_batch_tokens=None if tokens == "auto" else tokens,
+        head_chunk=None if chunk == "auto" else chunk,
+        optimizer=None if train.optimizer == "auto" else train.optimizer,
+        eval_batch_tokens=None if memory.eval_batch_tokens == "auto" else memory.eval_batch_tokens,
+    )
+
+
+def _with_choices(recipe: Recipe, chosen: Fit) -> Recipe:
+    """`recipe` with the planner's choices in place of its autos."""
+    footprint, every = chosen.footprint, chosen.footprint.checkpoint_every
+    asked = recipe.memory.eval_batch_tokens
+    fitting = BATCH_TOKENS if chosen.scoring is None else chosen.scoring.batch_tokens
+    memory = {
+        "gradient_checkpointing": every if every > 1 else bool(every),
+        "head_chunk": footprint.head_chunk,
+        "eval_batch_tokens": fitting if asked == "auto" else asked,
+    }
+    train = {"micro_batch_tokens": footprint.micro_batch_tokens, "optimizer": chosen.settings.optimizer}
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"max_seq_length": chosen.length}),
+            "eval": recipe.eval.model_copy(update={"max_seq_length": chosen.score_limit}),
+            "train": recipe.train.model_copy(update=train),
+            "memory": recipe.memory.model_copy(update=memory),
+        }
+    )
+
+
+def settings_of(recipe: Recipe, place: Place, *, token_ids: tuple[int, ...] = ()) -> Settings:
+    """What a rehearsal must know of a recipe and of the device; `fit` says the rest. `token_ids`: see `_token_ids`."""
+    workspace = place.measured.get(
+        "cublas_workspace_bytes"
+    )  # of one handle: the program's thread and autograd's have one each
+    lora, targets = recipe.lora, recipe.lora.target_modules
+    model = recipe.model
+    return Settings(
+        method=recipe.method,
+        quantization=NF4 if model.quantization == "none" else Quantization(model.quantization, model.double_quant),
+        card=place.card,
+        compute=place.types.compute,
+        factors=place.types.factors,
+        r=lora.r,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        lora_dropout=lora.lora_dropout,
+        use_dora=lora.use_dora,
+        modules_to_save=tuple(lora.modules_to_save),
+        token_ids=token_ids,
+        optimizer=OPTIMIZERS[-1] if recipe.train.optimizer == "auto" else recipe.train.optimizer,
+        num_threads=torch.get_num_threads(),
+        runtime_bytes=2 * workspace if isinstance(workspace, int) else None,
+    )
+
+
+def _token_ids(recipe: Recipe, base: Base) -> tuple[int, ...]:
+    """Of data.special_tokens, as training will number them; after all others where there is no tokenizer to ask. Raises ModelError."""
+    tokens = recipe.data.special_tokens
+    if not tokens:
+        return ()
+    if base.source is None:
+        return tuple(base.config.vocab_size + i for i in range(len(tokens)))
+    tokenizer = load_tokenizer(base.source, special_tokens=tokens)
+    return tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
+
+
+def refuse_wrong_modules(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raise ModelError for names in lora.target_modules and lora.modules_to_save that the model has not, as training would."""
+    lora, targets = recipe.lora, recipe.lora.target_modules
+    if recipe.method == "full" or (isinstance(targets, str) and not lora.modules_to_save):
+        return
+    model = meta_model(copy.deepcopy(config), quantization=NF4 if recipe.method == "qlora" else None)
+    modules_trained_whole(
+        model,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=lora.modules_to_save,
+        has_new_tokens=bool(recipe.data.special_tokens),
+    )
+
+
+def refuse_without_bf16(recipe: Recipe, types: NumberTypes) -> None:
+    """fp16 factors have fp32 masters of their own kind; whole weights and new rows have none."""
+    asked = {
+        "method: full": recipe.method == "full",
+        "lora.modules_to_save": bool(recipe.lora.modules_to_save),
+        "data.special_tokens": bool(recipe.data.special_tokens),
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked and types.scale_loss):
+        raise ModelError(
+            f"{name}: trains weights of the model itself, which fp16 cannot hold exactly enough ({types.reason}). "
+            "Use model.dtype: fp32"
+        )
+
+
+def _choose_quantization(recipe: Recipe, source: Path | None) -> tuple[dict[str, Any], str]:
+    """-> (model.quantization and model.double_quant as they will be, reason)."""
+    stored = None if source is None else stored_quantization(read_config(source), source)
+    if stored is None and recipe.method == "qlora":
+        quantization = Quantization(recipe.model.quantization, recipe.model.double_quant)
+        return _as_settings(quantization), f"{quantization}: asked for"
+    if stored is None:
+        return {"quantization": "none"}, f"none: method {recipe.method} has a 16-bit base"
+    if recipe.method != "qlora":
+        raise ModelError(
+            f"{source}: its weights are quantized ({stored}), and method {recipe.method} needs 16 bits. Use method: qlora, or "
+            "give the original"
+        )
+    return _as_settings(stored), f"{stored}: the folder is quantized already and used as it is"
+
+
+def _as_settings(quantization: Quantization) -> dict[str, Any]:
+    return {"quantization": quantization.kind, "double_quant": quantization.double_quant}

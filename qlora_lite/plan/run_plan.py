@@ -1,0 +1,121 @@
+"""The plan of a run: a recipe whose base and data are on this machine -> `Plan`, which training, scoring and merging go by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from qlora_lite.base.shipped import default_cache
+from qlora_lite.base.source import context_window, find_base, load_config
+from qlora_lite.device.accelerator import choose_device, recipe_word
+from qlora_lite.device.card import name_of
+from qlora_lite.model.dtypes import choose_types, types_of_run
+from qlora_lite.plan.budget import budget_of, measured_here
+from qlora_lite.plan.needs import choose_format, needs_of, with_scored
+from qlora_lite.plan.resolve import Base, Place, Resolved, free_of, refuse_wrong_modules, resolve
+from qlora_lite.plan.strategy import next_leaner
+from qlora_lite.recipe import Recipe
+from qlora_lite.recipe.hub_names import commit_of, is_hub_name
+from qlora_lite.training.footprint import Footprint
+
+
+@dataclass(frozen=True)
+class Plan(Resolved):
+    """What will be run, on a base that is here."""
+
+    source: Path  # folder of the base
+    cache: Path
+    leaner: Callable[[Footprint], Footprint | None]  # for a run that has no memory left
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The plan as plan.json has it."""
+        return {
+            "model": self.recipe.model.base,
+            "card": name_of(self.card),
+            "budget_bytes": self.budget_bytes,
+            "fits": self.fits,
+            "slowdown": self.chosen.slowdown,
+            "settings": self.recipe.model_dump(mode="json"),
+            "reasons": list(self.reasons),
+            "sharing": self.sharing and self.sharing.to_json_dict(),
+            **self.methods_json(),
+            "max_seq_length": self.recipe.data.max_seq_length,
+            "checkpoint_bytes": self.comparison.checkpoint_bytes(self.batch),
+        }
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    cache: Path | None = None,
+    like: Recipe | None = None,
+    is_record: bool = False,
+    base: Path | None = None,
+) -> Plan:
+    """Resolve `recipe` for this machine. Reads config, tokenizer and data, no weights (a GGUF is converted on first use).
+
+    With `like`, a recipe that was resolved before, everything that `recipe` leaves to auto is as it was then, except the device, which is
+    this machine's. `is_record`: `recipe` is a finished run's, opened on any machine: it says what was trained, and with which types.
+    `base`: where the model of `model.base` lies now, for one that was moved; its hash is compared when it is loaded. Whether it fits is
+    asked of the plan (`fits`). Raises UserError subclasses for a model, a device or data that cannot be used.
+    """
+    cache = cache or default_cache()
+    free, asked = free_of(recipe), "auto" if is_record else recipe.device
+    recipe = recipe if like is None else _settled(recipe, like)
+    place = _place_of(recipe, cache, device=asked, is_resumed=like is not None, is_record=is_record)
+    found = _base_of(recipe, cache, moved_to=base)
+    if not is_record:
+        refuse_wrong_modules(recipe, found.config)
+    data_format, format_reason = choose_format(recipe)
+    source, window = found.source, context_window(found.config)
+    assert source is not None
+    needs = needs_of(recipe, source, cache, limit=window)
+    needs = with_scored(recipe, needs, source, cache, window=window, is_looked_at=not is_record)
+    asked_revision = recipe.model.revision
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": data_format})})
+    resolved = resolve(recipe, found, place, needs, free)
+    reasons = [
+        *([f"model.revision: {found.commit}, {_revision_reason(asked_revision)}"] if found.commit else []),
+        f"data.format: {data_format}: {format_reason}",
+        *resolved.reasons,
+    ]
+    values = {name: getattr(resolved, name) for name in Resolved.__dataclass_fields__} | {"reasons": tuple(reasons)}
+    return Plan(**values, source=source, cache=cache, leaner=next_leaner(free, length=resolved.chosen.length))
+
+
+def _place_of(recipe: Recipe, cache: Path, *, device: str, is_resumed: bool, is_record: bool) -> Place:
+    card, reason = choose_device(device)
+    begun_on = recipe.device if is_resumed or is_record else recipe_word(card)
+    if begun_on != recipe_word(card):
+        reason += f"; the run was begun on {begun_on}"
+    types = types_of_run(recipe.model.dtype) if is_record else choose_types(recipe.model.dtype, card)
+    measured = measured_here(card, cache=cache)
+    return Place(card, reason, types, *budget_of(recipe.memory.budget, card, measured=measured), measured, begun_on)
+
+
+def _base_of(recipe: Recipe, cache: Path, *, moved_to: Path | None) -> Base:
+    if moved_to is not None:
+        source = find_base(str(moved_to.absolute()), cache=cache)
+        return Base(load_config(source), source, recipe.model.revision)
+    source = find_base(recipe.model.base, cache=cache, revision=recipe.model.revision)
+    return Base(load_config(source), source, commit_of(source) if is_hub_name(recipe.model.base) else None)
+
+
+def _settled(recipe: Recipe, like: Recipe) -> Recipe:
+    """`recipe` with every auto as `like` has it."""
+
+    def settled(mine: Any, theirs: Any) -> Any:
+        if not isinstance(mine, BaseModel):
+            return theirs if mine == "auto" else mine
+        return mine.model_copy(
+            update={name: settled(getattr(mine, name), getattr(theirs, name)) for name in type(mine).model_fields}
+        )
+
+    merged: Recipe = settled(recipe, like)
+    return merged
+
+
+def _revision_reason(asked: str | None) -> str:
+    return f"which {asked} was when it was fetched" if asked else "the newest that was fetched"
