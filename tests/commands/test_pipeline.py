@@ -449,8 +449,8 @@ def broken_config(folder: Path) -> None:
     ("make", "why"),
     [
         (cut_short, "missing or damaged safetensors file"),
-        (no_config, "no config.json, so this is no model folder"),
-        (broken_config, "not readable as JSON"),
+        (no_config, "not a model folder: config.json is missing"),
+        (broken_config, "not valid JSON"),
     ],
 )
 def test_a_folder_that_is_no_whole_model_is_named_and_leaves_no_run(
@@ -467,7 +467,7 @@ def test_a_folder_that_is_no_whole_model_is_named_and_leaves_no_run(
     ("base", "why"),
     [
         ("org/name", "fetch it once with: qlora-lite fetch org/name"),
-        ("smollm2-135m", "Bring it once: qlora-lite fetch smollm2-135m"),
+        ("smollm2-135m", "Fetch it with: qlora-lite fetch smollm2-135m"),
         ("smollm2-135n", "did you mean smollm2-135m?"),
     ],
 )
