@@ -590,5 +590,5 @@ def test_a_folder_that_is_no_run_is_told_by_every_verb(tmp_path: Path) -> None:
 def test_a_row_limit_that_drops_every_label_is_refused_by_check_and_train(recipe: Path, tmp_path: Path) -> None:
     change = ("--set", "data.max_seq_length=16")
     refused(run_cli("check", recipe, *change), "every row would lose its labels")
-    refused(train_cli(recipe, tmp_path / "run", *change), "would lose its answer")
+    refused(train_cli(recipe, tmp_path / "run", *change), "rows would lose their answer")
     assert list(tmp_path.iterdir()) == []
