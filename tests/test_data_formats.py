@@ -143,7 +143,7 @@ def test_check_reads_the_held_out_rows_too(tmp_path: Path) -> None:
     assert "data.eval: held_out.jsonl: unused columns: source" in said
     assert "of 24 rows" not in said
     done = run_cli("check", recipe, *change, "--set", "data.num_train=20")
-    assert "the first 20 of 24 rows; data.num_train: null uses all" in " ".join(done.stderr.split())
+    assert "the first 20 of 24 rows; data.num_train: null takes all" in " ".join(done.stderr.split())
 
     held_out.write_text("\n".join(json.dumps({"question": "Q"}) for _ in range(3)))
     done = run_cli("check", recipe, *change)

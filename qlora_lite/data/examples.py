@@ -92,7 +92,7 @@ class Examples:
         sentences: list[str] = []
         if counts.num_left_out:
             total = counts.num_read + counts.num_left_out
-            sentences.append(f"the first {counts.num_read:,} of {total:,} rows; {limit}: null uses all")
+            sentences.append(f"the first {counts.num_read:,} of {total:,} rows; {limit}: null takes all")
         if counts.num_bad:
             sentences.append(f"{counts.num_bad:,} bad rows left out: {_first_few(counts.bad, counts.num_bad)}")
         if counts.num_dropped:

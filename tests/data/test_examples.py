@@ -193,7 +193,7 @@ def test_rows_that_are_not_used_are_accounted_for_with_their_names(load, write):
     for _ in range(2):  # also from the cache
         examples = load(path, max_seq_length=180, num_rows=5, max_bad_share=0.5)
         assert examples.account("training rows", limit="data.num_train") == [
-            "training rows: the first 5 of 6 rows; data.num_train: null uses all",
+            "training rows: the first 5 of 6 rows; data.num_train: null takes all",
             'training rows: 1 bad rows left out: id "bad": question: empty',
             "training rows: 1 of 5 rows left out, longer than data.max_seq_length (180): long",
             "training rows: 1 of 5 rows cut (shorter context, or text in pieces) to data.max_seq_length (180): deep",
