@@ -39,7 +39,7 @@ def foreign(
             raise
         if passes(error):
             raise
-        raise make_error(said_by(error)) from error
+        raise make_error(describe_error(error)) from error
 
 
 def is_of_our_code(error: BaseException) -> bool:
@@ -55,7 +55,7 @@ def is_of_our_code(error: BaseException) -> bool:
     return bool(callers) and callers[-1].startswith(_OURS)
 
 
-def said_by(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the type and message of an error in one line of at most 300 characters."""
     text = ": ".join([type(error).__name__, *([" ".join(str(error).split())] if str(error).strip() else [])])
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

@@ -59,7 +59,7 @@ def _convert(path: Path, folder: Path) -> None:
     import gguf
     from transformers import AutoConfig, AutoTokenizer
 
-    with foreign(lambda said: ModelError(f"{path}: not a readable GGUF file ({said})")):
+    with foreign(lambda reason: ModelError(f"{path}: not a readable GGUF file ({reason})")):
         check_gguf_head(path)
         reader = gguf.GGUFReader(str(path))
         architecture = reader.fields["general.architecture"].contents()
@@ -83,7 +83,7 @@ def _convert(path: Path, folder: Path) -> None:
 def _dequantized(path: Path, name: str, stored: Any, config: Any) -> torch.Tensor:
     import gguf
 
-    with foreign(lambda said: ModelError(f"{path}: not a readable GGUF file ({name}: {said})")):
+    with foreign(lambda reason: ModelError(f"{path}: not a readable GGUF file ({name}: {reason})")):
         values = gguf.dequantize(stored.data, stored.tensor_type)
         tensor = _in_hf_order(name, values, config).to(torch.bfloat16)
         return tensor.clone(memory_format=torch.contiguous_format)  # a single value may have a stride of 0

@@ -138,7 +138,7 @@ def read_quant_state(name: str, packed: torch.Tensor, parts: dict[str, torch.Ten
 
     Raises ModelError for tensors that do not match: the kernels trust the sizes and would read past the end of a tensor.
     """
-    with foreign(lambda said: ModelError(f"{name}: its quantization constants cannot be read ({said})")):
+    with foreign(lambda reason: ModelError(f"{name}: its quantization constants cannot be read ({reason})")):
         state = bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device(device))
         num_weights = math.prod(state.shape)
         num_blocks, scale = -(-num_weights // state.blocksize), torch.float32

@@ -19,7 +19,7 @@ def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     although the padding token is often the stop token. torch would also refuse an embedding with only some rows (merging/streamed.py).
     """
     name = config.name_or_path or config.model_type
-    with foreign(lambda said: ModelError(f"{name}: config.json: does not describe a usable model ({said})")):
+    with foreign(lambda reason: ModelError(f"{name}: config.json: does not describe a usable model ({reason})")):
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, **settings)
         model.tie_weights()  # accelerate put every weight on meta separately

@@ -160,7 +160,7 @@ def load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     values = read_config(folder)
-    with foreign(lambda said: ModelError(f"{folder / 'config.json'}: does not describe a usable model ({said})")):
+    with foreign(lambda reason: ModelError(f"{folder / 'config.json'}: does not describe a usable model ({reason})")):
         config = AutoConfig.for_model(**values)
         config.to_json_string(use_diff=False)  # a plan and a merge need it later
     if _is_no_row(config.pad_token_id, config.vocab_size):  # the default of the architecture (Phi-3: 32000)

@@ -32,7 +32,7 @@ def open_safetensors(path: Path) -> Any:
     if not path.is_file():  # opening a pipe would block forever
         instead = f"; {pickled.name} is pickled, which is not supported" if pickled else ""
         raise ModelError(f"{path}: missing or damaged safetensors file (no such file{instead}). Fetch it again")
-    with foreign(lambda said: ModelError(f"{path}: missing or damaged safetensors file ({said}). Fetch it again")):
+    with foreign(lambda reason: ModelError(f"{path}: missing or damaged safetensors file ({reason}). Fetch it again")):
         file = safe_open(str(path), framework="pt")
         num_tensors = len(file.keys())
     if num_tensors > TENSORS:
@@ -43,7 +43,7 @@ def open_safetensors(path: Path) -> Any:
 def load_tensors(path: Path) -> dict[str, Any]:
     """Load every tensor of a file, memory-mapped. Raises ModelError as `open_safetensors` does."""
     file = open_safetensors(path)
-    with foreign(lambda said: ModelError(f"{path}: contains an unreadable tensor ({said})")):
+    with foreign(lambda reason: ModelError(f"{path}: contains an unreadable tensor ({reason})")):
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
 
 

@@ -52,7 +52,7 @@ def open_csv(path: Path) -> tuple[Header, Iterator[CsvRow]]:
 
 
 def _header_and_rows(path: Path) -> Iterator[Header | CsvRow]:
-    with foreign(lambda said: _unreadable(path, said)), open_text(path) as text:
+    with foreign(lambda reason: _unreadable(path, reason)), open_text(path) as text:
         try:
             lines = _lines(path, TextIOWrapper(text.stream, encoding="utf-8", newline=""))
             num_before, delimiter, first = _beginning(path, lines)
@@ -159,5 +159,5 @@ def _listed(positions: Sequence[int]) -> str:
     return (" and ".join(numbers) if len(numbers) == 2 else ", ".join(numbers)) + more
 
 
-def _unreadable(path: Path, said: str) -> DataError:
-    return DataError(f"{path}: cannot be read as csv: {said}. {EXPECTED}")
+def _unreadable(path: Path, reason: str) -> DataError:
+    return DataError(f"{path}: cannot be read as csv: {reason}. {EXPECTED}")

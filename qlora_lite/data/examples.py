@@ -196,7 +196,7 @@ def load_examples(
                 counts = _read_cache(folder) or tokenize()
         except OSError as error:
             raise DataError(
-                f"{cache_dir}: cannot write the tokenized rows: {error.strerror or error}. "
+                f"{cache_dir}: cannot write the tokenized examples: {error.strerror or error}. "
                 f"Free some space, or set QLORA_LITE_HOME to another folder."
             ) from error
     if may_cut and counts.num_read == counts.num_dropped:

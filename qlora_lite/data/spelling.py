@@ -60,7 +60,7 @@ class Spelling:
         """Tokenize a rendered text: marked tokens become ordinary characters, all others stay tokens. Raises ModelError."""
         text = text.replace(_ESCAPED_MARK, _MARK)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        with foreign(lambda said: ModelError(f"{self._where}: the tokenizer cannot read a text ({said})")):
+        with foreign(lambda reason: ModelError(f"{self._where}: the tokenizer cannot read a text ({reason})")):
             if not isinstance(backend, Backend):  # a Python tokenizer has no rules to copy
                 plain = text.replace(_MARK, "")
                 spelled = self._tokenizer(plain, add_special_tokens=False, split_special_tokens=True, verbose=False)

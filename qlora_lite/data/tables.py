@@ -249,4 +249,4 @@ def _without_nulls(value: Any, depth: int = 0) -> Any:
 
 def _as_data_error(path: Path, format: str) -> AbstractContextManager[None]:
     """Convert errors of other libraries' readers to one clear DataError."""
-    return foreign(lambda said: DataError(f"{path}: cannot be read as {format}: {said}. {EXPECTED}"))
+    return foreign(lambda reason: DataError(f"{path}: cannot be read as {format}: {reason}. {EXPECTED}"))

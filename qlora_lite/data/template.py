@@ -540,7 +540,7 @@ class ChatTemplate:
         return [*begin, *self._ids(text)]
 
     def _tokenize(self, text: str) -> list[int]:
-        with foreign(lambda said: ModelError(f"{self._where}: the tokenizer cannot read a text ({said})")):
+        with foreign(lambda reason: ModelError(f"{self._where}: the tokenizer cannot read a text ({reason})")):
             ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)[
                 "input_ids"
             ]

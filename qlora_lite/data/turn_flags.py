@@ -59,7 +59,7 @@ def is_untrained(flags: Mapping[str, Any], where: str) -> bool:
 
 
 class FlagNotes:
-    """Counts what the turns of a file's rows have that may be meant as a flag, to say so."""
+    """Counts flags and similar keys in the turns of a file, for the notes."""
 
     def __init__(self) -> None:
         self._num_left_out: Counter[str] = Counter()  # by key

@@ -155,7 +155,7 @@ def test_a_failed_write_leaves_nothing_behind(load, write, monkeypatch, tmp_path
 
 def test_a_cache_folder_that_is_a_file_is_one_clear_error(load, write, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="cannot write the tokenized rows"):
+    with pytest.raises(DataError, match="cannot write the tokenized examples"):
         load(write(squad(*QUESTIONS)), cache_dir=tmp_path / "file")
 
 
