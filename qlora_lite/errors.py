@@ -1,22 +1,22 @@
-"""Every error a user can meet, and the exit code the command line gives it.
+"""All errors for users, with the exit codes of the command line.
 
-    QloraLiteError                 base of all; never raised itself
-      UserError            (2)     the user can mend it; the message says where, what, allowed, what to do
+    QloraLiteError                 base class; never raised directly
+      UserError            (2)     the user can correct it; the message says where, what, what is allowed, what to do
         RecipeError        (2)     one or more recipe keys are wrong; lists all of them, with file and line
-        DataError          (2)     a data file cannot be read or holds too many bad rows
-        ModelError         (2)     a base model is missing, damaged, or of a kind that is not supported
+        DataError          (2)     a data file is unreadable or has too many bad rows
+        ModelError         (2)     a base model is missing, damaged, or of an unsupported kind
         RunError           (2)     a run directory is missing, unfinished, unwritable or in use
         TrainingStopped    (2)     the loss became NaN or diverged; names the step and the rows
       Interrupted     (130,143)    Ctrl-C or SIGTERM, after a checkpoint was written
       DoesNotFit           (3)     the plan needs more memory than the budget
-      ProofFailed          (3)     a merged model is not the adapter model
+      ProofFailed          (3)     a merged model differs from the adapter model
 
-Anything else that reaches the command line is our bug: exit code 1, with a traceback.
+Any other exception on the command line is our bug: exit code 1, with a traceback.
 """
 
 
 class QloraLiteError(Exception):
-    """Base of all errors that carry a message for people: what happened and, where it is kept apart, what to do about it."""
+    """Base class of all errors with a message for users. `what` is the message without the advice that may follow it."""
 
     exit_code = 1
 
@@ -26,13 +26,13 @@ class QloraLiteError(Exception):
 
 
 class UserError(QloraLiteError):
-    """Something the user can mend."""
+    """An error that the user can correct."""
 
     exit_code = 2
 
 
 class RecipeError(UserError):
-    """A recipe is wrong. `problems` holds one line each, already with file line and key."""
+    """An invalid recipe. Each of `problems` is one line of text, with file line and key."""
 
     def __init__(self, where: str, problems: list[str]) -> None:
         self.where = where
@@ -42,21 +42,21 @@ class RecipeError(UserError):
 
 
 class DataError(UserError):
-    """A data file cannot be used."""
+    """An unusable data file."""
 
 
 class ModelError(UserError):
-    """A base model cannot be used."""
+    """An unusable base model."""
 
 
 class RunError(UserError):
-    """A run directory cannot be used."""
+    """An unusable run directory."""
 
 
 class TrainingStopped(UserError):
-    """Training stopped by itself: the loss is not a number any more, or far above where it began.
+    """Training ended early: the loss became NaN, or rose far above its first value.
 
-    `state_is_good` says whether the state is still that of the step before (NaN) or has gone astray (divergence).
+    `state_is_good` is true when the state is still that of the step before (NaN), false after divergence.
     """
 
     def __init__(self, message: str, *, state_is_good: bool) -> None:
@@ -65,7 +65,7 @@ class TrainingStopped(UserError):
 
 
 class Interrupted(QloraLiteError):
-    """Ctrl-C or SIGTERM: the step was finished and a checkpoint written."""
+    """Ctrl-C or SIGTERM, after the step was finished and a checkpoint written."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
@@ -73,12 +73,12 @@ class Interrupted(QloraLiteError):
 
 
 class DoesNotFit(QloraLiteError):
-    """The plan needs more memory than the budget."""
+    """A plan that needs more memory than the budget."""
 
     exit_code = 3
 
 
 class ProofFailed(QloraLiteError):
-    """A merged model does not compute what the adapter model computes."""
+    """A merged model whose results differ from the adapter model's."""
 
     exit_code = 3

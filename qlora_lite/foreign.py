@@ -1,9 +1,9 @@
-"""Calls into libraries that read what somebody else wrote: whatever they raise is one clear error about the file.
+"""Calls into libraries that parse files from other programs: any exception becomes one clear error about the file.
 
-What a parser says of a damaged file is of any kind (tokenizers raises plain `Exception`, transformers AttributeError, Arrow OverflowError),
-and a list of kinds is never complete. So every kind counts, but only inside such a call: our own code stays outside of the block.
+Parsers raise exceptions of any type for a damaged file (tokenizers a plain `Exception`, transformers AttributeError, Arrow OverflowError),
+and no list of types is complete. So all types are converted, but only inside such a call: our own code stays outside the block.
 
-Surprising: a panic of a library in Rust is no Exception in Python (pyo3's PanicException is a BaseException), and stands for one here.
+Surprising: a panic in a Rust library is not an Exception in Python (pyo3's PanicException is a BaseException); it is converted too.
 """
 
 import os
@@ -18,7 +18,7 @@ from qlora_lite.errors import UserError
 _LONGEST = 300
 _OURS = str(Path(__file__).parent) + os.sep
 _MODELS_CODE = f"{os.sep}transformers{os.sep}"
-# A dispatch mode stands between an operator and whoever called it; an error of the operator is its caller's.
+# A dispatch mode runs between an operator and its caller; an error of the operator belongs to the caller.
 _BETWEEN = tuple(_OURS + name for name in ("memory/ledger.py", "memory/meta_operators.py"))
 _OF_OPERATORS = (RuntimeError, IndexError, ValueError, TypeError)  # NotImplementedError is a RuntimeError
 
@@ -27,8 +27,8 @@ _OF_OPERATORS = (RuntimeError, IndexError, ValueError, TypeError)  # NotImplemen
 def foreign(
     make_error: Callable[[str], UserError], *, passes: Callable[[BaseException], bool] = lambda error: False
 ) -> Iterator[None]:
-    """Raises `make_error(what the library said)` for whatever a library raises inside; errors for users, a lack of memory, and those for
-    which `passes(error)` holds, pass.
+    """Convert every exception inside the block to `make_error(description)`; UserError, out of memory and any error with
+    `passes(error)` propagate unchanged.
     """
     try:
         yield
@@ -39,14 +39,14 @@ def foreign(
             raise
         if passes(error):
             raise
-        raise make_error(said_by(error)) from error
+        raise make_error(describe_error(error)) from error
 
 
 def is_of_our_code(error: BaseException) -> bool:
-    """Whether an error that came out of a run of somebody's model is a bug of ours, and not for the model's values.
+    """Whether an error from running a user's model is our bug, and not caused by the values of the model.
 
-    Told by its traceback. Libraries (torch, peft, accelerate) do what they are asked to, so of the frames those of qlora_lite and of
-    transformers count, and the innermost of them has raised the error or has called what did.
+    Decided from the traceback. Libraries (torch, peft, accelerate) only execute calls, so only frames of qlora_lite and
+    transformers count; the innermost of them raised the error or called the code that did.
     """
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     if files and files[-1] in _BETWEEN and not isinstance(error, _OF_OPERATORS):
@@ -55,7 +55,7 @@ def is_of_our_code(error: BaseException) -> bool:
     return bool(callers) and callers[-1].startswith(_OURS)
 
 
-def said_by(error: BaseException) -> str:
-    """The kind of an error and what it says, in one line and cut."""
+def describe_error(error: BaseException) -> str:
+    """Return the type and message of an error in one line of at most 300 characters."""
     text = ": ".join([type(error).__name__, *([" ".join(str(error).split())] if str(error).strip() else [])])
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

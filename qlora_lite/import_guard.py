@@ -1,9 +1,9 @@
-"""Keeps bitsandbytes from downloading and running foreign code while it is imported.
+"""A guard that prevents bitsandbytes from downloading and running foreign code at import.
 
-On CPUs with AVX512-BF16 bitsandbytes asks the `kernels` package, *at import*, to fetch a native kernel from a hub and to load it
-(bitsandbytes 0.50, backends/cpu/ops.py). Nobody asked for that. transformers and peft import bitsandbytes by themselves,
-so the order of our own imports cannot help: `install` puts a finder in front that, whoever imports bitsandbytes, hides
-`kernels` for as long as that takes. It can go when bitsandbytes asks before it downloads.
+On CPUs with AVX512-BF16 bitsandbytes uses the `kernels` package, *at import*, to fetch a native kernel from a hub and load it
+(bitsandbytes 0.50, backends/cpu/ops.py), without asking. transformers and peft import bitsandbytes too, so the order of our own
+imports cannot prevent it: `install` adds an import finder that hides `kernels` during any import of bitsandbytes. The guard can
+go when bitsandbytes asks before it downloads.
 """
 
 import importlib.abc
@@ -17,7 +17,7 @@ from types import ModuleType
 
 
 def install() -> None:
-    """Guard the coming import of bitsandbytes; does nothing where it was imported already."""
+    """Guard the next import of bitsandbytes; no-op if it is already imported."""
     if "bitsandbytes" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
@@ -53,7 +53,7 @@ def _kernels_hidden() -> Iterator[None]:
     sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` raise ImportError
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it would warn that the download nobody asked for has failed
+    logger.setLevel(logging.ERROR)  # it would warn that the unwanted download failed
     try:
         yield
     finally:

@@ -1,16 +1,15 @@
-"""Standard input, output and error as machines have them: closed, on a full disk, a pipe that nobody reads, a terminal that is gone.
+"""Standard streams that fail: closed, on a full disk, a pipe without a reader, a terminal that has gone.
 
-    stderr   is for messages: one that cannot be written is dropped, and the program goes on. A run is worth more than its messages.
-    stdout   is for the result: where it cannot be written, `UserError` says so.
+    stderr   takes messages: one that cannot be written is dropped, and the program continues. A run matters more than its messages.
+    stdout   takes the result: a failed write raises `UserError`.
     stdin    is only read by `ask -`.
 
-Inside `standard_streams()` this holds for everything that writes to `sys.stderr` and `sys.stdout`, libraries too.
+Inside `standard_streams()` this applies to all writes to `sys.stderr` and `sys.stdout`, including those of libraries.
 
 Surprising:
-- A descriptor that is closed would be given to the next file that is opened, so that a library's message would be written into a
-  checkpoint: descriptors 0 to 2 are held open on the null device.
-- Python flushes both streams once more when it ends, and ends with code 120 where that fails: a stream that has failed is then pointed at
-  the null device too.
+- The next opened file would reuse a closed descriptor, and a library's message would go into a checkpoint: descriptors 0 to 2 are
+  held open on the null device.
+- Python flushes both streams at exit, and exits with code 120 if that fails: a failed stream is redirected to the null device.
 """
 
 import os
@@ -24,7 +23,7 @@ from qlora_lite.errors import UserError
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Guard them inside the block."""
+    """Guard the standard streams inside the block."""
     before = sys.stdin, sys.stdout, sys.stderr
     _hold_closed_descriptors()
     out, err = _Output(sys.stdout), _Messages(sys.stderr)
@@ -38,23 +37,19 @@ def standard_streams() -> Iterator[None]:
 
 
 def refuse_closed_stdin(verb: str) -> None:
-    """Raise UserError where there is nothing to read from."""
+    """Raise UserError when stdin is closed."""
     if sys.stdin is None or sys.stdin.closed:
-        raise UserError(
-            f"{verb}: stdin is closed, so no question can be read from it. Give the question as a word, or pipe some in"
-        )
+        raise UserError(f"{verb}: stdin is closed. Give the question as an argument, or pipe questions in")
 
 
 def refuse_closed_stdout() -> None:
-    """Raise UserError, before long work, where its result could be written nowhere."""
+    """Raise UserError, before long work, when stdout is closed."""
     if isinstance(sys.stdout, _Output) and sys.stdout.is_closed:
-        raise UserError(
-            "--json: stdout is closed, so the document could be written nowhere. Leave --json out, or open stdout"
-        )
+        raise UserError("--json: stdout is closed. Remove --json, or open stdout")
 
 
 class _Guarded:
-    """A stream, which may be None; everything but writing is its own."""
+    """A stream, which may be None; forwards everything but writing."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -106,7 +101,7 @@ class _Guarded:
         self._has_failed = True
 
     def let_go(self) -> None:
-        """What could not be written goes nowhere, also when Python tries once more at its end."""
+        """Redirect a failed stream to the null device, for Python's flush at exit."""
         with suppress(UserError):
             self.flush()
         if not self._has_failed or self.is_closed:
@@ -128,7 +123,7 @@ class _Messages(_Guarded):
 class _Output(_Guarded):
     def fail(self, why: str) -> None:
         super().fail(why)
-        raise UserError(f"stdout {why}, so the result is not printed; files that the command wrote are whole")
+        raise UserError(f"stdout {why}: the result is not printed; files written by the command are complete")
 
 
 def _hold_closed_descriptors() -> None:
@@ -137,6 +132,6 @@ def _hold_closed_descriptors() -> None:
             os.fstat(descriptor)
         except OSError:
             null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, descriptor)  # to itself where it is the same: then children have it too
+            os.dup2(null, descriptor)  # to itself if equal: child processes inherit it then
             if null != descriptor:
                 os.close(null)

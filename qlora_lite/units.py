@@ -1,19 +1,19 @@
-"""The one place that turns bytes, seconds and rows into words: bytes in code, GiB on screen."""
+"""Formatting of bytes, seconds and row names for the screen, and parsing of sizes: bytes in code, GiB on screen."""
 
 import re
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_LEAST_BYTES = 2**20  # of a memory budget: a smaller plain number is meant as GiB
+_LEAST_BYTES = 2**20  # of a memory budget: a smaller plain number is in GiB
 _DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def row_in_words(row_id: str) -> str:
-    """A row by its id: `row a7`; `row 3` and `more.jsonl row 3` for rows that have none and are numbered."""
+    """Name a row by its id: `row a7`; numbered rows keep their name, `row 3` or `more.jsonl row 3`."""
     return row_id if re.search(r"(^| )row \d+$", row_id) else f"row {row_id}"
 
 
 def format_bytes(num_bytes: float) -> str:
-    """`1536` -> `1.5 KiB`; three significant digits from KiB up, whole bytes below."""
+    """`1536` -> `1.5 KiB`; three significant digits from KiB up, integers below."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
@@ -33,7 +33,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_budget(text: str) -> int:
-    """As `parse_bytes`, but a small plain number is GiB, as cards are sold: `16` -> 16 GiB. Raises ValueError."""
+    """As `parse_bytes`, but a small plain number is in GiB, as for graphics cards: `16` -> 16 GiB. Raises ValueError."""
     is_gib = re.fullmatch(r"\s*\d+(\.\d+)?\s*", text) is not None and float(text) < _LEAST_BYTES
     return parse_bytes(f"{text}GiB" if is_gib else text)
 

@@ -96,8 +96,8 @@ def test_a_wrong_guess_can_be_overridden_and_a_wrong_format_is_told_with_the_col
     for verb in (["check", recipe], ["train", recipe, "--run-dir", tmp_path / "run"]):
         done = run_cli(*verb, *change, "--set", "data.format=alpaca")
         assert done.code == 2
-        assert 'no column "instruction" and no column "output"' in done.stderr
-        assert "Its columns: text, messages" in " ".join(done.stderr.split())
+        assert 'missing columns "instruction" and "output"' in done.stderr
+        assert "The file has: text, messages" in " ".join(done.stderr.split())
     assert not (tmp_path / "run").exists()
 
 
@@ -140,7 +140,7 @@ def test_check_reads_the_held_out_rows_too(tmp_path: Path) -> None:
     said = " ".join(done.stderr.split())
     assert 'data.eval: bad row, left out: id "r1": prompt: empty' in said
     assert "data.eval: 4 rows are scored, 56 are not; format: prompt_completion" in said
-    assert "data.eval: held_out.jsonl: columns that are not used: source" in said
+    assert "data.eval: held_out.jsonl: unused columns: source" in said
     assert "of 24 rows" not in said
     done = run_cli("check", recipe, *change, "--set", "data.num_train=20")
     assert "the first 20 of 24 rows; data.num_train: null takes all" in " ".join(done.stderr.split())

@@ -69,7 +69,7 @@ def test_a_message_that_cannot_be_written_is_dropped_and_a_result_is_not(monkeyp
     with standard_streams():
         show.say("to nobody")
         sys.stderr.write("a library's words")
-        with pytest.raises(UserError, match=r"stdout cannot be written \(Broken pipe\), so the result is not printed"):
+        with pytest.raises(UserError, match=r"stdout cannot be written \(Broken pipe\): the result is not printed"):
             show.print_json({})
     assert isinstance(sys.stderr, Broken)
 

@@ -1,12 +1,12 @@
-"""The quantized base as a file: written once, read by training, evaluation, merging and asking alike.
+"""The quantized base as a folder: written once, read by training, evaluation, merging and asking.
 
 In:  a folder of 16-bit safetensors.  Out: CACHE/quantized/NAME-KEY, an ordinary transformers folder in bitsandbytes' own 4-bit
 serialization (plain `AutoModelForCausalLM.from_pretrained` reads it), with a manifest of SHA-256 hashes.
 
-Why a file: quantizing again is not reproducible (the offset of the double quantization is a mean, which CPU and CUDA may
-round differently), and starting becomes fast. Tensors are read, quantized and written one at a time.
+Why stored: quantizing twice is not reproducible (the offset of the double quantization is a mean, which CPU and CUDA may
+round differently), and runs start faster. Tensors are read, quantized and written one at a time.
 
-How a weight is stored is quantization.py's business.
+quantization.py defines how one weight is stored.
 """
 
 import json
@@ -44,7 +44,7 @@ from qlora_lite.files.names import inside
 from qlora_lite.files.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.files.staging import short_name
 
-_VERSION = 3  # raise it when the artefact's bytes change
+_VERSION = 3  # increase it when the artefact's bytes change
 NF4 = Quantization("nf4")
 
 
@@ -55,10 +55,10 @@ def quantize_base(
     quantization: Quantization = NF4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """The artefact of the 16-bit model folder `source`; quantized on the first call, found again on later ones.
+    """Return the artefact of the 16-bit model folder `source`; the first call quantizes it, later calls reuse it.
 
-    A folder that bitsandbytes has quantized already is used as it is: quantizing it again would lose twice.
-    `progress(done, total)` is called per tensor. Raises ModelError for a model that is damaged or not supported.
+    A folder already quantized by bitsandbytes is used unchanged: quantizing twice would lose precision twice.
+    `progress(done, total)` is called per tensor. Raises ModelError for a damaged or unsupported model.
     """
     name = f"{short_name(source.name)}-{quantization.file_name}-{folder_fingerprint(source)}-v{_VERSION}"
     folder = cache / "quantized" / name
@@ -95,19 +95,19 @@ def _write_artefact(
 def _take_over(
     source: Path, out: Path, model: PreTrainedModel, stored: Quantization, asked: Quantization
 ) -> PublishedWeights:
-    """The weights of a folder that is quantized already: its files, linked (or copied, across file systems) where their names are
-    the model's own, else written anew under these names.
+    """Take over the weights of a quantized folder: link its files (or copy them, across file systems) if they use the model's own
+    tensor names, else write them under these names.
     """
     if stored != asked:
         raise ModelError(
-            f"{source}: is already quantized ({stored}), and {asked} was asked for. It is used as it is, never quantized again: "
+            f"{source}: is already quantized ({stored}), but the recipe asks for {asked}. A quantized base is used unchanged: "
             f"use --set model.quantization={stored.kind} --set model.double_quant={str(stored.double_quant).lower()}"
         )
     weights = quantized_weights(source, model)
     if not parts_of(weights.tensors):
         raise ModelError(
-            f"{source}: its config.json says {stored}, and none of its weights is quantized (transformers leaves some models, "
-            "Falcon for one, in 16 bits). Remove quantization_config from its config.json, and it is quantized here"
+            f"{source}: config.json says {stored}, but no weight is quantized (transformers leaves some models, such as Falcon, "
+            "in 16 bits). Remove quantization_config from config.json; the base is then quantized here"
         )
     left_out = dict(open_tensors(source)).keys() - {tensor.key for tensor in weights.tensors.values()}
     has_own_names = all(name == tensor.key for name, tensor in weights.tensors.items())
@@ -135,11 +135,11 @@ def _copy_tensors(tensors: dict[str, LazyTensor], out: Path) -> None:
 
 
 def verify_artefact(folder: Path) -> str:
-    """The SHA-256 that names the artefact's weights, after every file's hash was checked. Raises ModelError for a damaged one."""
+    """Verify every file's hash and return the SHA-256 of the artefact's weights. Raises ModelError for a damaged artefact."""
     problems = verify_manifest(folder)
     if problems:
         raise ModelError(
-            f"the quantized base is damaged: {problems[0]}. Remove {folder} and run again: it is made anew from the original"
+            f"the quantized base is damaged: {problems[0]}. Remove {folder} and rerun: the base is quantized again"
         )
     manifest = read_manifest(folder)
     assert manifest is not None  # verified above
@@ -147,13 +147,13 @@ def verify_artefact(folder: Path) -> str:
 
 
 def _left_out(model: PreTrainedModel, quantized: frozenset[str]) -> dict[str, Any]:
-    """Linear layers that keep 16 bits, said by name, because transformers guesses otherwise which those are."""
+    """List the linear layers that keep 16 bits by name, because transformers would guess them differently."""
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return {"llm_int8_skip_modules": [name for name in linear if f"{name}.weight" not in quantized]}
 
 
 def linear_weights(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the weights that are quantized: those of every linear layer but the head (QLoRA section 4)."""
+    """Return the names of the weights to quantize: those of every linear layer but the head (QLoRA section 4)."""
     head = model.get_output_embeddings()
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return frozenset(f"{name}.weight" for name, module in modules if module is not head)

@@ -1,9 +1,9 @@
-"""bitsandbytes, and the trap in it that changes weights behind our back. The only module that names the package.
+"""bitsandbytes, with a workaround for its in-place repacking of weights. The only module that imports the package.
 
-On CPUs with AVX512-BF16 `Linear4bit` repacks its weights *in place* at the first no-grad forward in eval mode. From then on
-gradients are silently wrong, `dequantize_4bit` returns garbage and so does a merge. `keep_weights_unpacked` switches that
-off on each layer (`support_avx512bf16_for_cpu`, an attribute that a test watches for upstream changes).
-Its other trap, a download at import, is closed in import_guard.py.
+On CPUs with AVX512-BF16 `Linear4bit` repacks its weights *in place* at the first no-grad forward in eval mode. After that,
+gradients are silently wrong, and `dequantize_4bit` and a merge return garbage. `keep_weights_unpacked` disables the repacking
+on each layer (`support_avx512bf16_for_cpu`, an attribute that a test watches for upstream changes).
+import_guard.py prevents its download at import.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def keep_weights_unpacked(model: torch.nn.Module) -> int:
-    """Forbid the in-place repacking of 4-bit weights on every `Linear4bit` of `model`; returns how many there are."""
+    """Disable the in-place repacking of 4-bit weights on every `Linear4bit` of `model`; return the number of layers."""
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
@@ -32,7 +32,7 @@ def keep_weights_unpacked(model: torch.nn.Module) -> int:
 
 
 def quantization_constants(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """The scales and tables of every quantized layer of `model`."""
+    """Yield the scales and tables of every quantized layer of `model`."""
     for layer in model.modules():
         weight: Any = getattr(layer, "weight", None)
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
@@ -45,7 +45,7 @@ def quantization_constants(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def dequantized(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [out, in] that a frozen linear layer computes with; `dtype` is that of its input, which int8 layers take."""
+    """Return the weight [out, in] with which a frozen linear layer computes; int8 layers take the `dtype` of their input."""
     weight: Any = layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(layer.compute_dtype)
@@ -57,7 +57,7 @@ def dequantized(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
 
 
 def native_library() -> tuple[str | None, str | None]:
-    """-> (file of bitsandbytes' compiled code, None), or (None, why it is not loaded). By private names: there are no others."""
+    """-> (file of bitsandbytes' compiled code, None), or (None, the reason it is not loaded). Uses private names: no public ones exist."""
     library: Any = bitsandbytes.cextension.lib
     if isinstance(library, bitsandbytes.cextension.ErrorHandlerMockBNBNativeLibrary):
         return None, " ".join(str(library.error_msg).split())
@@ -65,6 +65,6 @@ def native_library() -> tuple[str | None, str | None]:
 
 
 def runs_downloaded_kernel() -> bool:
-    """Whether the download at import (import_guard.py) has happened; the name is there on CPUs with AVX512-BF16 only."""
+    """Whether the download at import (import_guard.py) has happened; the name exists only on CPUs with AVX512-BF16."""
     ops: Any = import_module("bitsandbytes.backends.cpu.ops")
     return getattr(ops, "gemm_4bit_forward_kernel", None) is not None

@@ -1,4 +1,4 @@
-"""The files of a model folder that are no weights and say nothing about weights: tokenizer, templates, licence, generation settings."""
+"""The files of a model folder besides weights and config: tokenizer, templates, licence, generation settings."""
 
 import shutil
 from pathlib import Path
@@ -21,15 +21,15 @@ _PATTERNS = (
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy them from one model folder to another; what is there already stays.
+    """Copy them from one model folder to another; existing files stay.
 
-    Raises UserError for a link that leads out of `source`: what it leads to (a key, say) would be published with the model.
+    Raises UserError for a link out of `source`: its target (a private key, for example) would be published with the model.
     """
     for path in sorted({path for pattern in _PATTERNS for path in source.glob(pattern)}):
         if (out / path.name).exists() or ".safetensors" in path.name:
             continue
-        for one in [path, *path.rglob("*")] if path.is_dir() else [path]:
-            inside(source, one.relative_to(source).as_posix(), named_by=str(source))
+        for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+            inside(source, file.relative_to(source).as_posix(), named_by=str(source))
         if path.is_dir():
             shutil.copytree(path, out / path.name)
         else:

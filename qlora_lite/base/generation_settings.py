@@ -1,6 +1,6 @@
-"""generation_config.json of what we write for others: plain `generate` has to stop where training taught the model to stop.
+"""generation_config.json of our adapters and merged models: plain `generate` must stop at the trained stop tokens.
 
-The base's own settings stay, its stop tokens first; the trained ones are added to `eos_token_id`, which may be a list.
+Keeps the base's settings and stop tokens, and adds the trained ones to `eos_token_id`, which may be a list.
 """
 
 import json
@@ -12,18 +12,17 @@ from qlora_lite.base.source import read_config, read_json
 from qlora_lite.errors import ModelError
 
 FILE = "generation_config.json"
-_FROM_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id")  # what transformers takes where there is no such file
+_FROM_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id")  # transformers uses these if the file is missing
 
 
 def add_stop_tokens(folder: Path, stop_tokens: Iterable[int], *, base: Path) -> None:
-    """Make `folder` a place from which `generate` stops at `stop_tokens` too. Without a file of its own it gets the base's.
+    """Add `stop_tokens` to the generation settings in `folder`; starts from the base's settings if the folder has none.
 
-    Raises ModelError for settings that are not readable.
+    Raises ModelError for unreadable settings.
     """
     source = next((path for path in (folder / FILE, base / FILE) if path.is_file()), None)
     settings = _of_config(base) if source is None else read_json(source)
-    own = settings.get("eos_token_id")
-    stops = stop_ids(own, where=source or base)
+    stops = stop_ids(settings.get("eos_token_id"), where=source or base)
     wanted = list(dict.fromkeys([*stops, *map(int, stop_tokens)]))
     if source == folder / FILE and wanted == stops:
         return
@@ -33,17 +32,17 @@ def add_stop_tokens(folder: Path, stop_tokens: Iterable[int], *, base: Path) -> 
 
 
 def base_stops(base: Path) -> tuple[int, ...]:
-    """The ids that plain `generate` of the base stops at. Raises ModelError for settings that are not readable."""
+    """Return the ids at which plain `generate` of the base stops. Raises ModelError for unreadable settings."""
     path = base / FILE
     settings = read_json(path) if path.is_file() else _of_config(base)
     return tuple(stop_ids(settings.get("eos_token_id"), where=path))
 
 
 def stop_ids(given: Any, *, where: Path | str = "generation settings") -> list[int]:
-    """`eos_token_id` as transformers has it, nothing, a number or a list of numbers, as a list. Raises ModelError."""
+    """Return `eos_token_id` (None, a number or a list, as transformers allows) as a list. Raises ModelError."""
     ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
-    if not all(type(one) is int for one in ids):
-        raise ModelError(f"{where}: eos_token_id is {str(given)[:60]!r}, expected a token's id or a list of them")
+    if not all(type(token_id) is int for token_id in ids):
+        raise ModelError(f"{where}: eos_token_id is {str(given)[:60]!r}; expected a token id or a list of token ids")
     return list(ids)
 
 

@@ -1,10 +1,10 @@
-"""A GGUF file -> a safetensors folder in the cache, one tensor at a time, so that the dense model is never whole in memory.
+"""A GGUF file -> a safetensors folder in the cache, one tensor at a time: the dense model is never complete in memory.
 
 transformers refuses a GGUF together with a bitsandbytes config, and its own conversion of this architecture builds the dense
 model first. Config and tokenizer come from transformers; tensors from the `gguf` package (format: ggml-org/ggml, docs/gguf.md).
 
-Surprising: llama.cpp stores the rows of the query and key projections in another order (rotary pairs next to each other);
-they are put back into the order that transformers' rotary embedding expects.
+Surprising: llama.cpp stores the rows of the query and key projections in another order (rotary pairs adjacent); the conversion
+restores the order that transformers' rotary embedding expects.
 """
 
 import re
@@ -24,7 +24,7 @@ from qlora_lite.files.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.files.staging import short_name
 from qlora_lite.foreign import foreign
 
-_VERSION = 2  # raise it when the converted folder changes
+_VERSION = 2  # increase it when the converted folder changes
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -43,7 +43,7 @@ _IGNORED = ("rope_freqs.weight",)  # derived from the config
 
 
 def convert_gguf(path: Path, *, cache: Path) -> Path:
-    """The converted folder for the GGUF file `path`; made on the first call. Raises ModelError for an unusable file."""
+    """Return the converted folder of the GGUF file `path`, made on the first call. Raises ModelError for an unusable file."""
     stat = path.stat()
     key = sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {_VERSION}".encode()).hexdigest()[:16]
     folder = cache / "converted" / f"{short_name(path.stem)}-{key}"
@@ -59,7 +59,7 @@ def _convert(path: Path, folder: Path) -> None:
     import gguf
     from transformers import AutoConfig, AutoTokenizer
 
-    with foreign(lambda said: ModelError(f"{path}: not a readable GGUF file ({said})")):
+    with foreign(lambda reason: ModelError(f"{path}: not a readable GGUF file ({reason})")):
         check_gguf_head(path)
         reader = gguf.GGUFReader(str(path))
         architecture = reader.fields["general.architecture"].contents()
@@ -83,16 +83,16 @@ def _convert(path: Path, folder: Path) -> None:
 def _dequantized(path: Path, name: str, stored: Any, config: Any) -> torch.Tensor:
     import gguf
 
-    with foreign(lambda said: ModelError(f"{path}: not a readable GGUF file ({name}: {said})")):
+    with foreign(lambda reason: ModelError(f"{path}: not a readable GGUF file ({name}: {reason})")):
         values = gguf.dequantize(stored.data, stored.tensor_type)
         tensor = _in_hf_order(name, values, config).to(torch.bfloat16)
-        return tensor.clone(memory_format=torch.contiguous_format)  # one of a single value may have a stride of 0
+        return tensor.clone(memory_format=torch.contiguous_format)  # a single value may have a stride of 0
 
 
 def _hf_name(path: Path, name: str) -> str:
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match is None or match.group(2) not in _NAMES:
-        raise ModelError(f"{path}: tensor {name} has no place in a Llama model, so this file is not one we know")
+        raise ModelError(f"{path}: tensor {name} has no place in a Llama model; only Llama GGUF files are supported")
     layer, part, kind = match.groups()
     prefix = f"model.layers.{layer}." if layer is not None else ""
     return f"{prefix}{_NAMES[part]}.{kind}"

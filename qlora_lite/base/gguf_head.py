@@ -1,11 +1,11 @@
-"""The head of a GGUF file, walked before a library reads it (format: ggml-org/ggml, docs/gguf.md).
+"""Checks on the head of a GGUF file before a library reads it (format: ggml-org/ggml, docs/gguf.md).
 
     magic "GGUF", version u32, number of tensors u64, number of keys u64
     keys      name, type u32, value; a text is its length u64 and its bytes, a list is a type u32, a length u64 and its values
-    tensors   name, number of dimensions u32, each u64, type u32, place in the data u64
+    tensors   name, number of dimensions u32, each u64, type u32, offset in the data u64
 
-Why: the `gguf` package believes what it reads. A list of 2**60 numbers in a file of 100 bytes would keep it busy for ever, and a list in a
-list in a list would end Python's stack. Here every count is held against what is left of the file.
+Why: the `gguf` package trusts the file. It would read a list of 2**60 numbers in a file of 100 bytes forever, and deeply nested lists
+would overflow Python's stack. Here every count is compared with the rest of the file.
 """
 
 import math
@@ -25,7 +25,7 @@ _NAME_BYTES = 2**16  # of a key or a tensor's name
 
 
 def check_gguf_head(path: Path) -> None:
-    """Raises ValueError for a head that is none, or that says more than the file can hold."""
+    """Raise ValueError for an invalid head, or one that announces more than the file contains."""
     with path.open("rb") as file:
         head = _Head(file)
         magic, version = head.unpack("<4sI")
@@ -33,9 +33,7 @@ def check_gguf_head(path: Path) -> None:
             raise ValueError(f"its first bytes are {magic!r} and version {version}; expected GGUF, version 2 or 3")
         num_tensors, num_keys = head.unpack("<QQ")
         if num_tensors > TENSORS or num_keys > GGUF_KEYS:
-            raise ValueError(
-                f"{num_tensors:,} tensors and {num_keys:,} keys; allowed are {TENSORS:,} and {GGUF_KEYS:,}"
-            )
+            raise ValueError(f"{num_tensors:,} tensors and {num_keys:,} keys; allowed: {TENSORS:,} and {GGUF_KEYS:,}")
         for _ in range(num_keys):
             head.skip_text(longest=_NAME_BYTES)
             head.skip_value()
@@ -45,7 +43,7 @@ def check_gguf_head(path: Path) -> None:
 
 
 class _Head:
-    """What is left of a file, read piece by piece."""
+    """The unread rest of a file, read piece by piece."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -53,7 +51,7 @@ class _Head:
         self._data_bytes, self._last = (
             0,
             "no tensor",
-        )  # how far the tensors reach behind the head, and which reaches farthest
+        )  # the end of the tensors after the head, and the tensor that ends last
 
     def unpack(self, format: str) -> tuple:
         size = struct.calcsize(format)
@@ -63,7 +61,7 @@ class _Head:
     def skip_text(self, *, longest: int) -> None:
         (length,) = self.unpack("<Q")
         if length > longest:
-            raise ValueError(f"a text of {length:,} bytes, allowed {longest:,}")
+            raise ValueError(f"a text of {length:,} bytes; allowed: {longest:,}")
         self._skip(length)
 
     def skip_value(self) -> None:
@@ -79,7 +77,7 @@ class _Head:
         self.skip_text(longest=_NAME_BYTES)
         (num_dimensions,) = self.unpack("<I")
         if num_dimensions > GGUF_DIMENSIONS:
-            raise ValueError(f"a tensor of {num_dimensions:,} dimensions, allowed {GGUF_DIMENSIONS}")
+            raise ValueError(f"a tensor of {num_dimensions:,} dimensions; allowed: {GGUF_DIMENSIONS}")
         shape = self.unpack(f"<{num_dimensions}Q")
         kind, offset = self.unpack("<IQ")
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
@@ -88,16 +86,16 @@ class _Head:
             self._data_bytes, self._last = end, f"a tensor of shape {list(shape)} at byte {offset:,}"
 
     def check_data(self) -> None:
-        """After all tensors: whether the file holds them. (They begin at the next multiple of 32 or so.)"""
+        """After all tensors: raise ValueError if the file is too short for them. (Data begins at the next multiple of 32 or so.)"""
         if self._data_bytes > self._left:
-            raise ValueError(f"{self._last} of the tensors, and only {self._left:,} bytes of them are there")
+            raise ValueError(f"{self._last} of the tensor data, but the file has only {self._left:,} bytes of it")
 
     def _skip_list(self) -> None:
         kind, length = self.unpack("<IQ")
         if kind == _LIST:
-            raise ValueError("a list of lists, which no key of a model is")
+            raise ValueError("a list of lists, which no model key uses")
         if kind == _TEXT:
-            for _ in range(length):  # ends with the file, each text takes 8 bytes
+            for _ in range(length):  # ends with the file: each text takes at least 8 bytes
                 self.skip_text(longest=self._left)
         else:
             self._skip(length * _size_of(kind))
@@ -108,11 +106,11 @@ class _Head:
 
     def _take(self, size: int) -> None:
         if size > self._left:
-            raise ValueError(f"{size:,} more bytes are announced than the file has left ({self._left:,})")
+            raise ValueError(f"announces {size:,} more bytes, but only {self._left:,} are left in the file")
         self._left -= size
 
 
 def _size_of(kind: int) -> int:
     if kind not in _SIZES:
-        raise ValueError(f"a value of the type {kind}, which GGUF has not")
+        raise ValueError(f"a value of type {kind}, which GGUF does not define")
     return _SIZES[kind]

@@ -1,19 +1,19 @@
-"""Fetch a model from the hub. The only file here that opens a connection to it; everything else reads what was fetched.
+"""Download of models from the hub. The only file that connects to the hub; all others read the downloaded files.
 
-    look_up       ORG/NAME, revision -> Listing: one commit, and what the hub says of its files
+    look_up       ORG/NAME, revision -> Listing: one commit, with sizes and hashes of its files
     fetch_files   Listing -> CACHE/hub/ORG/NAME@COMMIT/ with a manifest, every hash checked, in place by one rename
 
-Until then the files are in CACHE/hub/ORG/.NAME@COMMIT.partial/, which stays when the connection breaks: the next fetch asks only
-for the bytes that are missing (HTTP Range). Of a repository's files we take config.json, the safetensors that config and index
-name, the tokenizer, the licence and the model card: no pickles, no code, no second copies of the weights.
+Until the rename the files are in CACHE/hub/ORG/.NAME@COMMIT.partial/, which survives a broken connection: the next fetch requests
+only the missing bytes (HTTP Range). Downloads config.json, the safetensors that the index names (or the only one), the tokenizer,
+the licence and the model card: no pickles, no code, no second copies of the weights.
 
 Surprising:
-- The protocol's addresses and errors are huggingface_hub's, the connection is our own. Its hf_hub_download throws a broken download
-  away (2.4), and in this process the library is kept offline. A token is sent only when HF_TOKEN is set, and never to another host.
-- The server is not trusted. A file is taken under a name from our own list, up to the size it was said to have, and kept
-  if its hash is the one that was said before: SHA-256 for large files, git's own hash for the others.
-- What is shown and stored holds no credentials: HF_ENDPOINT may hold none, and those of a proxy are cut out of error messages.
-- config.json comes first, so that a model that we cannot use is refused before its weights are fetched.
+- Addresses and errors of the protocol come from huggingface_hub, the connection is our own: hf_hub_download discards a broken
+  download (2.4), and the library is kept offline in this process. A token is sent only if HF_TOKEN is set, and only to this host.
+- The server is not trusted. A file gets a name from our own list, at most its listed size, and is kept only if its hash is the
+  listed one: SHA-256 for large files, git's own hash for the others.
+- Messages and stored files contain no credentials: HF_ENDPOINT must have none, and those of a proxy are cut from error messages.
+- config.json is fetched first: an unusable model is refused before its weights are fetched.
 """
 
 import hashlib
@@ -53,9 +53,9 @@ from qlora_lite.recipe.hub_names import (
 )
 from qlora_lite.units import format_bytes
 
-TIMEOUT_S = 30.0  # of connecting, and of waiting for the next bytes
-MOST_LISTING_BYTES = 2**26  # of a listing, which is kept in memory; one of 10,000 files has some 3 MB
-ATTEMPTS, RETRY_S = 4, 1.0  # that bring nothing before giving up, and the wait before the next one
+TIMEOUT_S = 30.0  # for connecting, and for the next bytes
+MOST_LISTING_BYTES = 2**26  # of a listing, which is held in memory; one of 10,000 files has some 3 MB
+ATTEMPTS, RETRY_S = 4, 1.0  # attempts without new bytes before giving up; the wait between attempts
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
@@ -82,7 +82,7 @@ class _Sibling(BaseModel):
 
 
 class _Answer(BaseModel):
-    """What we read of `GET /api/models/ORG/NAME/revision/REVISION?blobs=true`."""
+    """The part we use of `GET /api/models/ORG/NAME/revision/REVISION?blobs=true`."""
 
     sha: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
     siblings: list[_Sibling]
@@ -90,7 +90,7 @@ class _Answer(BaseModel):
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file as the hub describes it: `sha256` of large files, git's blob hash `git_sha1` of the others."""
+    """The hub's description of a file: `sha256` for large files, git's blob hash `git_sha1` for the others."""
 
     num_bytes: int
     sha256: str | None
@@ -99,7 +99,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """One commit of a model, and all its files by name; `revision` is what was asked for (None: the default branch)."""
+    """One commit of a model, and all its files by name; `revision` is the requested one (None: the default branch)."""
 
     repo: str
     revision: str | None
@@ -117,32 +117,32 @@ class Hub:
 
 @contextmanager
 def open_hub() -> Iterator[Hub]:
-    """A connection to `$HF_ENDPOINT` or huggingface.co, with the token in `$HF_TOKEN` if there is one. Raises ModelError."""
+    """Connect to `$HF_ENDPOINT` or huggingface.co, with the token in `$HF_TOKEN` if set. Raises ModelError."""
     endpoint, token = _endpoint(), os.environ.get("HF_TOKEN", "").strip()
     headers = {"User-Agent": f"qlora-lite/{version('qlora-lite')}", "Accept-Encoding": "identity"}
     if token:
         if not re.fullmatch(r"[!-~]+", token):
-            raise ModelError("HF_TOKEN: holds blanks or letters that no token has; copy it again")
+            raise ModelError("HF_TOKEN: contains spaces or characters that no token has; copy it again")
         if endpoint.startswith("http://") and urlsplit(endpoint).hostname not in _THIS_MACHINE:
             raise ModelError(
-                f"HF_TOKEN: would travel readable for all to {endpoint}. Give HF_ENDPOINT an https:// address, or unset HF_TOKEN"
+                f"HF_TOKEN: would be sent unencrypted to {endpoint}. Give HF_ENDPOINT an https:// address, or unset HF_TOKEN"
             )
         headers["Authorization"] = f"Bearer {token}"  # httpx2 drops it when a redirect leads to another host
     try:
         client = httpx2.Client(headers=headers, timeout=TIMEOUT_S, follow_redirects=True)
     except (ValueError, ImportError, httpx2.InvalidURL) as error:
-        found = without_credentials(str(error))
-        raise ModelError(f"HTTPS_PROXY, HTTP_PROXY or ALL_PROXY names a proxy that cannot be used ({found})") from error
+        reason = without_credentials(str(error))
+        raise ModelError(f"HTTPS_PROXY, HTTP_PROXY or ALL_PROXY names an unusable proxy ({reason})") from error
     with client:
         yield Hub(endpoint, client)
 
 
 def _endpoint() -> str:
-    """`$HF_ENDPOINT`, which is shown and kept in manifests: so it may hold nothing but an address."""
+    """Return `$HF_ENDPOINT`, which is shown and stored in manifests and must be an address without credentials."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
     if re.search(r"[@?#]", endpoint):
         raise ModelError(
-            "HF_ENDPOINT: holds a user, a password or a query, and is shown and stored. Give the address alone there, and a "
+            "HF_ENDPOINT: contains a user, a password or a query, but it is shown and stored. Give only the address, and the "
             "token in HF_TOKEN"
         )
     try:
@@ -155,10 +155,10 @@ def _endpoint() -> str:
 
 
 def look_up(hub: Hub, repo: str, revision: str | None) -> Listing:
-    """Ask which commit `revision` is now, and for the sizes and hashes of its files.
+    """Ask the hub for the current commit of `revision`, and for the sizes and hashes of its files.
 
-    Raises ModelError when there is no such model, revision or connection, when a token is needed, when the answer cannot be
-    one of the hub's, and when the model has no safetensors weights.
+    Raises ModelError when model, revision or connection is missing, when a token is needed, when the answer does not follow
+    the hub's protocol, and when the model has no safetensors weights.
     """
     url = f"{hub.endpoint}/api/models/{repo}/revision/{quote(revision or DEFAULT_REVISION, safe='')}"
     with _clear_errors(hub, repo, revision), hub.client.stream("GET", url, params={"blobs": True}) as response:
@@ -167,17 +167,17 @@ def look_up(hub: Hub, repo: str, revision: str | None) -> Listing:
         for chunk in response.iter_bytes():
             content += chunk
             if len(content) > MOST_LISTING_BYTES:
-                raise ModelError(f"{hub.endpoint}: its answer about {repo} has no end (above {len(content):,} bytes)")
+                raise ModelError(f"{hub.endpoint}: endless answer about {repo} (above {len(content):,} bytes)")
     try:
         answer = _Answer.model_validate_json(bytes(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "all of it"
         raise ModelError(
-            f"{hub.endpoint}: its answer about {repo} is not the hub's protocol ({where}: {first['msg']})"
+            f"{hub.endpoint}: the answer about {repo} does not follow the hub's protocol ({where}: {first['msg']})"
         ) from error
     if revision is not None and is_commit(revision) and answer.sha != revision:
-        raise ModelError(f"{hub.endpoint}: answered with commit {answer.sha} when asked for {repo}@{revision}")
+        raise ModelError(f"{hub.endpoint}: answered with commit {answer.sha} to a request for {repo}@{revision}")
     for sibling in answer.siblings:
         _refuse_odd_name(repo, sibling.rfilename)
     files = {
@@ -190,17 +190,17 @@ def look_up(hub: Hub, repo: str, revision: str | None) -> Listing:
 
 
 def fetch_files(hub: Hub, listing: Listing, *, cache: Path, progress: Progress | None = None) -> Path:
-    """The folder of `listing`'s commit, fetched as far as it is not there yet; a folder that is there is verified, not fetched.
+    """Download the missing files of `listing`'s commit and return its folder; verifies a folder that already exists.
 
-    `progress(done, total)` counts bytes. Raises ModelError for a model that cannot be used, a broken connection (what came is
-    kept), too little room, or a file that is not the one that was listed.
+    `progress(done, total)` counts bytes. Raises ModelError for an unusable model, a broken connection (the partial download
+    is kept), a full disk, or a file that differs from the listing.
     """
     folder = commit_folder(listing.repo, listing.commit, cache=cache)
     partial = folder.with_name(f".{folder.name}.partial")
-    # Two that fetch the same model would write into the same files: the second waits, and finds it there.
+    # Two processes that fetch the same model would write the same files: the second one waits, then finds the folder.
     with _clear_errors(hub, listing.repo, listing.revision, partial), making(partial, stays=True):
         partial.parent.mkdir(parents=True, exist_ok=True)
-        if folder.is_dir() and verify_manifest(folder):  # damaged since: what is still right need not come again
+        if folder.is_dir() and verify_manifest(folder):  # damaged: fetch only the wrong files again
             folder.replace(partial)
             _remove(partial, _wrong_files(listing, partial, _hashes(sha256_manifest(partial))))
         if not folder.is_dir():
@@ -216,42 +216,40 @@ def fetch_files(hub: Hub, listing: Listing, *, cache: Path, progress: Progress |
 def _refuse_odd_name(repo: str, name: str) -> None:
     parts = name.split("/")
     if "\\" in name or not name.isprintable() or any(part in ("", ".", "..") for part in parts):
-        raise ModelError(
-            f"{repo}: lists a file called {name!a}, which could lead out of its folder; nothing was fetched"
-        )
+        raise ModelError(f"{repo}: lists a file named {name!a}, which could leave its folder; nothing was fetched")
 
 
 @contextmanager
 def _clear_errors(hub: Hub, repo: str, revision: str | None, partial: Path | None = None) -> Iterator[None]:
-    """What the hub, the network and the disk can answer, as one ModelError that says what to do."""
+    """Convert errors of the hub, the network and the disk to one ModelError with advice."""
     try:
         yield
     except HfHubHTTPError as error:
-        raise ModelError(_refusal(error, hub.endpoint, repo, revision) + _what_stays(partial)) from error
+        raise ModelError(_refusal(error, hub.endpoint, repo, revision) + _partial_note(partial)) from error
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        why = without_credentials(f"{type(error).__name__}: {error}")
-        what = f"no connection to {hub.endpoint}, or it broke ({why})"
-        raise ModelError(f"{repo}: {what}{_what_stays(partial)}") from error
+        reason = without_credentials(f"{type(error).__name__}: {error}")
+        problem = f"no connection to {hub.endpoint}, or it broke ({reason})"
+        raise ModelError(f"{repo}: {problem}{_partial_note(partial)}") from error
     except OSError as error:
-        what = f"cannot be written ({error.strerror or error}); free some room there, or set QLORA_LITE_HOME to another place"
-        raise ModelError(f"{error.filename or partial}: {what}{_what_stays(partial)}") from error
+        problem = f"cannot be written ({error.strerror or error}); free some space there, or set QLORA_LITE_HOME to another place"
+        raise ModelError(f"{error.filename or partial}: {problem}{_partial_note(partial)}") from error
 
 
 def _raise_for_status(response: httpx2.Response) -> None:
-    """The library's errors, also where the body of one is nothing that the library can read."""
+    """Raise the library's errors, also for an error body that the library cannot parse."""
     try:
         hf_raise_for_status(response)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise httpx2.RemoteProtocolError(f"status {response.status_code}, in no form of the hub's") from error
+        raise httpx2.RemoteProtocolError(f"status {response.status_code}, not in the hub's format") from error
 
 
-def _what_stays(partial: Path | None) -> str:
-    """The end of such a message; a folder in which nothing has come goes away."""
+def _partial_note(partial: Path | None) -> str:
+    """Return the end of such a message; removes an empty partial folder."""
     if partial is None:
         return ""
     with suppress(OSError):
-        partial.rmdir()  # refuses one that holds something
-    return f". What has come is kept in {partial}: the same command goes on from there" if partial.is_dir() else ""
+        partial.rmdir()  # fails on a folder with files
+    return f"; partial download kept in {partial}; rerun to resume" if partial.is_dir() else ""
 
 
 def _refusal(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | None) -> str:
@@ -259,24 +257,24 @@ def _refusal(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | No
     if isinstance(error, GatedRepoError):
         return (
             f"{repo}: is gated. Accept its terms at {endpoint}/{repo}, then set HF_TOKEN to a token of that account "
-            "(it is sent and never stored)"
+            "(sent, never stored)"
         )
     if isinstance(error, RevisionNotFoundError):
-        return f"{repo}: has no branch, tag or commit called {revision or DEFAULT_REVISION}"
+        return f"{repo}: has no branch, tag or commit named {revision or DEFAULT_REVISION}"
     if isinstance(error, RepositoryNotFoundError):
         return f"{repo}: no such model at {endpoint}, or a private one. Check its name; for a private one, set HF_TOKEN"
     if status in (401, 403):
-        return f"{repo}: {endpoint} does not let us read it (status {status}). Check HF_TOKEN and what it may read"
+        return f"{repo}: {endpoint} denies access (status {status}). Check HF_TOKEN and its permissions"
     if status == 429:
-        return f"{repo}: {endpoint} has had too many requests from here (status 429). Wait some minutes"
+        return f"{repo}: {endpoint} reports too many requests from this machine (status 429). Wait a few minutes"
     return f"{repo}: {endpoint} answered with status {status} to {error.response.request.url.path}. Try again later"
 
 
 def _download(hub: Hub, listing: Listing, partial: Path, progress: Progress | None) -> None:
-    """Bring every file that is taken into `partial`, whatever is there already; nothing else stays there."""
-    described = [CONFIG, *([INDEX] if INDEX in listing.files else [])]
-    _refuse_full_disk(listing, partial, described)
-    for name in described:
+    """Download all needed files into `partial`, resuming partial ones, and remove any others."""
+    small_files = [CONFIG, *([INDEX] if INDEX in listing.files else [])]
+    _refuse_full_disk(listing, partial, small_files)
+    for name in small_files:
         _bring(hub, listing, partial, name)
         _refuse_wrong(listing, partial, {name: sha256_of_file(partial / name)})
     _refuse_unusable(listing, partial)
@@ -300,23 +298,23 @@ def _refuse_without_weights(listing: Listing) -> None:
     files = [name for name in listing.files if "/" not in name]
     if CONFIG in files and (WEIGHTS in files or INDEX in files):
         return
-    what = f"{listing.repo}@{listing.commit[:12]}"
+    where = f"{listing.repo}@{listing.commit[:12]}"
     pickles = [name for name in files if name.endswith(_PICKLES)]
     if pickles and not any(name.endswith(".safetensors") for name in files):
         raise ModelError(
-            f"{what}: has only pickle weights ({pickles[0]}), which can run code when they are read. Ask for a safetensors "
+            f"{where}: has only pickled weights ({pickles[0]}), which can run code when read. Ask for a safetensors "
             f"conversion; if a pull request has one: {fetch_command(listing.repo, 'refs/pr/NUMBER')}"
         )
     if any(name.endswith(".gguf") for name in files):
-        raise ModelError(f"{what}: holds GGUF files. Download one and give its path as model.base")
+        raise ModelError(f"{where}: has GGUF files. Download one and give its path as model.base")
     raise ModelError(
-        f"{what}: holds no base model as transformers writes it ({CONFIG} with {WEIGHTS} or {INDEX}); it has "
+        f"{where}: not a base model in transformers' format ({CONFIG} with {WEIGHTS} or {INDEX}); it has "
         f"{', '.join(sorted(files)[:8]) or 'no files'}"
     )
 
 
 def _refuse_unusable(listing: Listing, partial: Path) -> None:
-    """Ask of config.json what training will ask, before 15 GB are fetched in vain."""
+    """Check config.json as training will, before 15 GB are downloaded in vain."""
     try:
         stored_quantization(read_config(partial), partial / CONFIG)
     except ModelError as error:
@@ -326,15 +324,15 @@ def _refuse_unusable(listing: Listing, partial: Path) -> None:
 
 
 def _taken(listing: Listing, partial: Path) -> list[str]:
-    """The files to fetch, the weights last: those that the index names, or the only one."""
+    """Return the files to fetch, the weights last: the shards of the index, or the only file."""
     if INDEX in listing.files:
         weight_map = read_json(partial / INDEX).get("weight_map")
         shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        odd = [
+        missing = [
             name for name in shards if not (isinstance(name, str) and _SHARD.fullmatch(name) and name in listing.files)
         ]
-        if odd or not shards:
-            raise ModelError(f"{listing.repo}: its {INDEX} does not name weights that are there, such as {odd[:1]}")
+        if missing or not shards:
+            raise ModelError(f"{listing.repo}: {INDEX} names no weights, or missing ones: {missing[:1]}")
         weights = [INDEX, *sorted(set(shards))]
     else:
         weights = [WEIGHTS]
@@ -347,15 +345,15 @@ def _refuse_full_disk(listing: Listing, partial: Path, names: Iterable[str]) -> 
     free = shutil.disk_usage(partial).free
     if missing > free:
         raise ModelError(
-            f"{partial.parent}: {listing.repo} needs {format_bytes(missing)} more, and {format_bytes(free)} are free. "
-            "Free some room there, or set QLORA_LITE_HOME to a folder on a larger disk"
+            f"{partial.parent}: {listing.repo} needs {format_bytes(missing)} more, but only {format_bytes(free)} are free. "
+            "Free some space there, or set QLORA_LITE_HOME to a folder on a larger disk"
         )
 
 
 def _bring(
     hub: Hub, listing: Listing, partial: Path, name: str, count: Callable[[int], None] = lambda num_bytes: None
 ) -> None:
-    """The whole of one file, from where an earlier attempt stopped; tries again while that brings anything."""
+    """Download one file, resuming an earlier attempt; retries as long as attempts bring new bytes."""
     path, num_bytes = partial / name, listing.files[name].num_bytes
     url = hf_hub_url(listing.repo, name, revision=listing.commit, endpoint=hub.endpoint)
     if _size(path) > num_bytes:
@@ -373,11 +371,11 @@ def _bring(
 
 
 def _append(hub: Hub, url: str, path: Path, *, num_bytes: int, count: Callable[[int], None]) -> None:
-    """Write what `path` lacks of `num_bytes`. Raises httpx2.TransportError where the connection ends too early."""
+    """Append the missing bytes of `path`, up to `num_bytes`. Raises httpx2.TransportError if the connection ends early."""
     have = _size(path)
     with hub.client.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as response:
         _raise_for_status(response)
-        if have and response.status_code != httpx2.codes.PARTIAL_CONTENT:  # the whole file comes instead
+        if have and response.status_code != httpx2.codes.PARTIAL_CONTENT:  # the server sends the complete file instead
             path.unlink()
             count(-have)
             have = 0
@@ -385,7 +383,7 @@ def _append(hub: Hub, url: str, path: Path, *, num_bytes: int, count: Callable[[
             for chunk in response.iter_bytes():
                 have += len(chunk)
                 if have > num_bytes:
-                    raise ModelError(f"{url}: sends more than the {num_bytes:,} bytes that it was said to have")
+                    raise ModelError(f"{url}: sends more than the listed {num_bytes:,} bytes")
                 file.write(chunk)
                 count(len(chunk))
     if have < num_bytes:
@@ -400,15 +398,15 @@ def _refuse_wrong(listing: Listing, folder: Path, hashes: Mapping[str, str]) -> 
     wrong = _wrong_files(listing, folder, hashes)
     if wrong:
         _remove(folder, wrong)
-        others = f" with {len(wrong) - 1} others" if wrong[1:] else ""
+        more = f" with {len(wrong) - 1} others" if wrong[1:] else ""
         raise ModelError(
-            f"{listing.repo}: {wrong[0]} did not come as the hub says it is (its hash differs), so it was removed{others}. "
+            f"{listing.repo}: the hash of {wrong[0]} differs from the hub's; the file was removed{more}. "
             "Run the same command again"
         )
 
 
 def _wrong_files(listing: Listing, folder: Path, hashes: Mapping[str, str]) -> list[str]:
-    """Those of `hashes` (name -> SHA-256 of what is there) that are not what the hub lists."""
+    """Return the names in `hashes` (name -> SHA-256 of the local file) that differ from the hub's listing."""
     return [name for name, sha256 in hashes.items() if not _is_right(folder / name, sha256, listing.files.get(name))]
 
 
@@ -421,12 +419,12 @@ def _is_right(path: Path, sha256: str, listed: HubFile | None) -> bool:
 
 
 def _hashes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A manifest's files -> SHA-256 by name."""
+    """The files of a manifest -> SHA-256 by name."""
     return {name: entry["sha256"] for name, entry in files.items()}
 
 
 def _git_sha1(path: Path) -> str:
-    """The name that git gives a file's contents: SHA-1 over a short header and the bytes (Pro Git, 10.2 Git Objects)."""
+    """Return git's blob hash of a file: SHA-1 over a short header and the bytes (Pro Git, 10.2 Git Objects)."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(2**20):
@@ -440,10 +438,10 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 
 def _remember(listing: Listing, *, cache: Path) -> None:
-    """Keep that this commit is the newest fetched, and what its revision meant today."""
+    """Record this commit as the one fetched last, and as today's commit of its revision."""
     _, revisions = read_revisions(listing.repo, cache=cache)
-    asked = listing.revision or DEFAULT_REVISION
-    if not is_commit(asked):
-        revisions[asked] = listing.commit
-    kept = {"schema_version": 1, "newest": listing.commit, "revisions": revisions}
-    write_text_durably(revisions_file(listing.repo, cache=cache), json.dumps(kept, indent=2) + "\n")
+    revision = listing.revision or DEFAULT_REVISION
+    if not is_commit(revision):
+        revisions[revision] = listing.commit
+    record = {"schema_version": 1, "newest": listing.commit, "revisions": revisions}
+    write_text_durably(revisions_file(listing.repo, cache=cache), json.dumps(record, indent=2) + "\n")

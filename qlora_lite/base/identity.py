@@ -1,6 +1,6 @@
-"""What a base is besides its weights: the values of its config, its tokenizer and its chat template, each as one hash.
+"""The identity of a base besides its weights: config values, tokenizer and chat template, each as one hash.
 
-A run records them, so that a base whose weights are the same and whose words or layers are not is told from the one that it was trained on.
+A run records them to recognize a base with the same weights but another tokenizer, template or config.
 """
 
 import hashlib
@@ -11,21 +11,21 @@ from typing import Any
 from qlora_lite.base.source import read_config, read_json
 from qlora_lite.files.manifest import sha256_of_file
 
-# Keys that change when a folder is saved again, by another version or in another type, and say nothing about what is computed.
+# Keys that may change when a folder is saved again (by another version, in another type) and do not affect the computation.
 _OF_SAVING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache"}
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 
 
 def files_of_base(folder: Path) -> dict[str, str]:
-    """Hex SHA-256 of `config.json` (its values), `tokenizer` and `chat template`, as far as the folder has them. Raises ModelError."""
-    found = {"config.json": _hash(_values(read_config(folder)))}
+    """Return the hex SHA-256 of `config.json` (its values) and, if present, `tokenizer` and `chat template`. Raises ModelError."""
+    hashes = {"config.json": _hash(_values(read_config(folder)))}
     tokenizer = {name: sha256_of_file(folder / name) for name in _TOKENIZER if (folder / name).is_file()}
     if tokenizer:
-        found["tokenizer"] = _hash(tokenizer)
+        hashes["tokenizer"] = _hash(tokenizer)
     template = _chat_template(folder)
     if template is not None:
-        found["chat template"] = _hash(template)
-    return found
+        hashes["chat template"] = _hash(template)
+    return hashes
 
 
 def _values(config: Any) -> Any:

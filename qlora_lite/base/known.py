@@ -1,7 +1,7 @@
-"""Well-known models by short names: what a plan needs to know of a model that is not on this machine.
+"""Well-known models by short names: shapes for plans of models that are not on this machine.
 
-    in    llama-3.1-8b, or the hub name it stands for, meta-llama/Llama-3.1-8B-Instruct
-    out   its published number of weights and its config, as the loader would have it from the model's own folder
+    in    llama-3.1-8b, or its hub name, meta-llama/Llama-3.1-8B-Instruct
+    out   its published number of weights, and its config as the loader would read it from the model's folder
 
 Shapes come from the table in known_shapes.py: nothing is fetched, and only `known_config` imports transformers.
 """
@@ -20,12 +20,12 @@ _NAMES = {name: name for name in KNOWN} | {shape.source.lower(): name for name, 
 
 
 def known_name(base: str) -> str | None:
-    """The short name of what a recipe calls its base, a short name or a hub name; None for any other."""
+    """Short name or hub name of a base -> its short name; None for any other base."""
     return _NAMES.get(base.lower())
 
 
 def known_shape(base: str) -> KnownShape:
-    """The row of the table. Raises ModelError with the nearest name for a model that is not in it."""
+    """Look up a model in the table. Raises ModelError, with the nearest name, for an unknown model."""
     name = known_name(base)
     if name is None:
         raise ModelError(_unknown(base))
@@ -33,11 +33,11 @@ def known_shape(base: str) -> KnownShape:
 
 
 def known_config(base: str) -> "PreTrainedConfig":
-    """The language model's config, the caller's own to change. Raises ModelError as `known_shape` does."""
+    """Return a new config of the language model. Raises ModelError as `known_shape` does."""
     from transformers import AutoConfig
 
     shape = known_shape(base)
-    config: PreTrainedConfig = AutoConfig.for_model(**deepcopy(shape.config))  # so that the table stays as it is
+    config: PreTrainedConfig = AutoConfig.for_model(**deepcopy(shape.config))  # a copy: protects the table
     config.name_or_path = shape.source
     return config
 
@@ -47,4 +47,4 @@ def _unknown(base: str) -> str:
 
     near = wording.nearest(base, list(_NAMES))
     hint = f"did you mean {_NAMES[near]}? " if near else ""
-    return f"no built-in shape is called {wording.quoted(base)}; {hint}There are: {', '.join(KNOWN)}"
+    return f"no built-in shape named {wording.quoted(base)}; {hint}Known: {', '.join(KNOWN)}"

@@ -1,13 +1,13 @@
-"""Shapes of well-known models: what their config.json says about weights, attention and length, and how many weights are published.
+"""Shapes of well-known models: the config fields for weights, attention and length, and the published number of weights.
 
-A table and nothing else; `known.py` reads it. Per model: the hub name, the number of weights that the hub states (every tensor of
-its safetensors, counted), transformers' config fields. A field is here when it decides a shape, which attention runs, what is
-tied or how long a text may be; what changes numbers only (norm epsilons, dropout, token ids) is left to transformers' defaults.
-Where base and instruct model have the same shapes, the instruct model stands for both, as in the shipped recipes (only Qwen2.5's
-differ, in length: most base models say 131,072 positions).
+Only a table; `known.py` reads it. Per model: the hub name, the number of weights on the hub (all tensors of its safetensors),
+transformers' config fields. A field is listed if it determines a shape, the attention, tied weights or the longest text; fields
+that change only numbers (norm epsilons, dropout, token ids) keep transformers' defaults. If base and instruct model have the same
+shapes, the instruct model is listed, as in the shipped recipes (only Qwen2.5's differ, in length: most base models have 131,072
+positions).
 
-`not_loaded` of the published weights are no part of the language model, and `why` says what they are; everywhere else the two
-numbers are equal. tests/base/test_known.py builds each model on meta and counts.
+`not_loaded` counts the published weights outside the language model, and `why` describes them; everywhere else the two numbers
+are equal. tests/base/test_known.py builds each model on meta and counts.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class KnownShape:
-    """One model: where it is published, with how many weights, and its config; `known.known_config` makes transformers' type of it."""
+    """One model: hub name, published number of weights, and config fields, from which `known.known_config` makes a config."""
 
     source: str  # hub name
     published: int  # weights
@@ -26,16 +26,16 @@ class KnownShape:
 
     @property
     def num_weights(self) -> int:
-        """Weights of the language model as it is loaded: a tied head counts once, as the embedding."""
+        """Weights of the loaded language model; a tied head counts once, as the embedding."""
         return self.published - self.not_loaded
 
 
-HEAD_TWICE = "the files hold the tied head a second time, beside the embedding it is; it is loaded and counted once"
-VISION = "the checkpoint holds a vision tower and its projector as well; only the language model is loaded"
+HEAD_TWICE = "the files contain the tied head twice, as head and as embedding; it is loaded and counted once"
+VISION = "the checkpoint also contains a vision tower and its projector; only the language model is loaded"
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, key_value: int, **more: Any) -> dict[str, Any]:
-    """The fields that Llama's relatives share; `head_dim` only where it is not hidden / heads."""
+    """The fields that Llama's relatives share; `head_dim` only if it differs from hidden / heads."""
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
     return {**sizes, "num_attention_heads": heads, "num_key_value_heads": key_value, **more}
 
@@ -53,7 +53,7 @@ def _smollm2(*sizes: int, rope_theta: float) -> dict[str, Any]:
 
 
 def _qwen(kind: str, *sizes: int, vocab: int, tied: bool, positions: int) -> dict[str, Any]:
-    """Qwen's configs name a sliding window and switch it off."""
+    """Qwen's configs define a sliding window and disable it."""
     shared = {"rope_theta": 1000000.0, "use_sliding_window": False, "max_position_embeddings": positions}
     return {"model_type": kind, **_llama(*sizes), "vocab_size": vocab, "tie_word_embeddings": tied, **shared}
 
@@ -80,7 +80,7 @@ def _gemma2(*sizes: int, head_dim: int, query_scale: int) -> dict[str, Any]:
 
 
 def _gemma3(*sizes: int, head_dim: int = 256, query_scale: int = 256, **more: Any) -> dict[str, Any]:
-    """Five layers of six see a window; the sizes with a vision tower have 64 rows of the embedding more, and stretch rope eightfold."""
+    """Five layers of six see a window; the sizes with a vision tower have 64 more embedding rows and scale rope by 8."""
     rope = {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 6}
     with_vision: dict[str, Any] = {"vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window": 1024}
     with_vision["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}

@@ -1,12 +1,12 @@
-"""The weights of a published checkpoint, by the names that the model's own modules have.
+"""The weights of a published checkpoint, by the names of the model's own modules.
 
-Published files differ from what `save_pretrained` writes: BLOOM's keys lack a prefix, GPT-NeoX calls its head `embed_out` and
-keeps attention masks, Llama 2 keeps rotary frequencies, Gemma 3 wraps its language model beside a vision tower. Keys go through
-transformers' own conversion mapping, as they do in `from_pretrained`. Unlike there, a weight that no file holds and a key that
-no module takes are errors by name: transformers fills the first with random numbers and passes over the second.
+Published files differ from the output of `save_pretrained`: BLOOM's keys lack a prefix, GPT-NeoX names its head `embed_out` and
+stores attention masks, Llama 2 stores rotary frequencies, Gemma 3 wraps its language model beside a vision tower. Keys go through
+transformers' own conversion mapping, as in `from_pretrained`. Unlike there, a missing weight and an unknown key are errors by
+name: transformers fills the first with random numbers and ignores the second.
 
-A folder that bitsandbytes has quantized may have published names too (transformers gives GPT-NeoX's head and Gemma 3's layers theirs
-back when it saves): the parts of a quantized weight go where the weight goes.
+A folder quantized by bitsandbytes may have published names too (transformers restores those of GPT-NeoX's head and Gemma 3's layers
+when it saves): the parts of a quantized weight follow the weight.
 """
 
 import re
@@ -24,7 +24,7 @@ from qlora_lite.base.quantization import parts_of
 from qlora_lite.base.tensor_files import open_safetensors, weight_files
 from qlora_lite.errors import ModelError
 
-# A multimodal checkpoint's language model, as Gemma 3 publishes it and as transformers 5 writes it: both become `model.`.
+# Prefixes of a multimodal checkpoint's language model, as published (Gemma 3) and as written by transformers 5: both become `model.`.
 _LANGUAGE_MODEL = re.compile(r"^(?:model\.language_model\.|language_model\.model\.)")
 _LANGUAGE_HEAD = re.compile(r"^language_model\.(?=lm_head\.)")
 _VISION = re.compile(r"^(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
@@ -33,7 +33,7 @@ _NUM_NAMED = 5
 
 
 class LazyTensor:
-    """One tensor of a safetensors file, read when asked for."""
+    """One tensor of a safetensors file, read on demand."""
 
     def __init__(self, file: Any, key: str) -> None:
         self._file, self.key = file, key
@@ -48,9 +48,9 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """`tensors` by module name: every weight the model needs, no other. `is_tied`: whether its head is its embedding.
+    """`tensors` by module name: exactly the weights that the model needs. `is_tied`: whether its head is its embedding.
 
-    In a quantized folder also the parts of each quantized weight, named behind it as bitsandbytes names them.
+    In a quantized folder also the parts of each quantized weight, with bitsandbytes' suffixes.
     """
 
     tensors: dict[str, LazyTensor]
@@ -59,20 +59,20 @@ class PublishedWeights:
 
 
 def published_weights(folder: Path, model: PreTrainedModel) -> PublishedWeights:
-    """The weights of `model` (see skeleton.py) in the safetensors of `folder`; nothing is read but the files' heads.
+    """Find the weights of `model` (see skeleton.py) in the safetensors of `folder`; reads only the heads of the files.
 
-    Raises ModelError naming every weight that is missing or has another shape and every key that has no place in the model.
+    Raises ModelError with every missing weight, every wrong shape and every key without a place in the model.
     """
     stored, num_vision = _without_vision(dict(open_tensors(folder)))
     return _fitting(folder, model, stored, num_vision, packed=())
 
 
 def quantized_weights(folder: Path, model: PreTrainedModel) -> PublishedWeights:
-    """The same of a folder that bitsandbytes has quantized. Shapes of quantized weights, which are packed, are not looked at."""
+    """The same for a folder quantized by bitsandbytes. Does not check the shapes of quantized weights, which are packed."""
     stored, num_vision = _without_vision(dict(open_tensors(folder)))
     parts = parts_of(stored)
-    belonging = {part for others in parts.values() for part in others}
-    whole = {key: tensor for key, tensor in stored.items() if key not in belonging}
+    part_keys = {part for parts_of_weight in parts.values() for part in parts_of_weight}
+    whole = {key: tensor for key, tensor in stored.items() if key not in part_keys}
     weights = _fitting(folder, model, whole, num_vision, packed=parts)
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in weights.tensors.items():
@@ -83,7 +83,7 @@ def quantized_weights(folder: Path, model: PreTrainedModel) -> PublishedWeights:
 
 
 def _without_vision(stored: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], int]:
-    """-> (the tensors of the language model, how many others there are)."""
+    """-> (the tensors of the language model, the number of vision tensors)."""
     vision = {key for key in stored if _VISION.match(key)} if _is_multimodal(stored) else set()
     return {key: tensor for key, tensor in stored.items() if key not in vision}, len(vision)
 
@@ -91,14 +91,14 @@ def _without_vision(stored: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor
 def _fitting(
     folder: Path, model: PreTrainedModel, stored: dict[str, LazyTensor], num_vision: int, *, packed: Collection[str]
 ) -> PublishedWeights:
-    """`stored` by module name. `packed`: keys whose shape says nothing. Raises ModelError as `published_weights` does."""
+    """Match `stored` to module names. `packed`: keys whose shape is not checked. Raises ModelError as `published_weights` does."""
     named, unknown = _by_module(model, stored)
     is_tied = _settle_tied(model, named)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     needed = own.keys() - (model.all_tied_weights_keys if is_tied else {})
     problems = [f"{name}: not in the files" for name in sorted(needed - named.keys())]
     problems += [
-        f"{name}: has shape {list(named[name].shape())}, its config.json says {list(own[name])}"
+        f"{name}: has shape {list(named[name].shape())}, config.json says {list(own[name])}"
         for name in sorted(needed & named.keys())
         if named[name].key not in packed and named[name].shape() != own[name]
     ]
@@ -106,14 +106,12 @@ def _fitting(
     if problems:
         more = [f"  ... and {len(problems) - _NUM_NAMED} more"] if len(problems) > _NUM_NAMED else []
         lines = [f"  {problem}" for problem in problems[:_NUM_NAMED]]
-        raise ModelError(
-            "\n".join([f"{folder}: its safetensors and its config.json do not fit together", *lines, *more])
-        )
+        raise ModelError("\n".join([f"{folder}: the safetensors do not match config.json", *lines, *more]))
     return PublishedWeights({name: named[name] for name in own if name in needed}, num_vision, is_tied)
 
 
 def open_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
-    """(key, lazy tensor) of every tensor in the folder's safetensors files. Raises ModelError for missing or damaged files."""
+    """Yield (key, lazy tensor) for every tensor in the folder's safetensors. Raises ModelError for missing or damaged files."""
     for path in weight_files(folder):
         file = open_safetensors(path)
         for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
@@ -139,7 +137,7 @@ def _by_module(model: PreTrainedModel, stored: dict[str, LazyTensor]) -> tuple[d
         if converted is not None:
             raise ModelError(
                 f"{key}: transformers rearranges this weight while loading, which is not supported. "
-                "Load the model with transformers, save it, and give that folder"
+                "Load the model with transformers, save it, and use that folder"
             )
         if name in own and name not in named:
             named[name] = tensor
@@ -149,9 +147,9 @@ def _by_module(model: PreTrainedModel, stored: dict[str, LazyTensor]) -> tuple[d
 
 
 def _settle_tied(model: PreTrainedModel, named: dict[str, LazyTensor]) -> bool:
-    """Whether tied weights are one weight in these files too; then `named` keeps the one they are tied to.
+    """Whether tied weights are one weight in these files too; if so, `named` keeps only the source weight.
 
-    Files may hold both (OPT), the other one only, or two that differ although the config ties them: then they are two.
+    Files may contain both (OPT), only the other one, or two different ones although the config ties them: then they are untied.
     """
     for target, source in model.all_tied_weights_keys.items():
         if target in named and source in named and not torch.equal(named[target].value(), named[source].value()):

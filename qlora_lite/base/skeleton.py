@@ -1,4 +1,4 @@
-"""A model without memory: all its modules and buffers, every weight on the meta device. What shapes and names are read from."""
+"""A model without weights in memory: all modules and buffers, every weight on the meta device. Gives names and shapes."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from qlora_lite.foreign import foreign
 
 
 def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
-    """The causal language model that `config` describes, its parameters on meta, its buffers (rotary frequencies) real.
+    """Build the causal language model of `config`, with parameters on meta and real buffers (rotary frequencies).
 
-    `settings` go to transformers (`dtype`, `attn_implementation`). Raises ModelError for a config that describes no model.
+    `settings` go to transformers (`dtype`, `attn_implementation`). Raises ModelError for an invalid config.
 
-    No embedding keeps a `padding_idx`: nothing is padded here, and torch would leave the gradient of that token's row at zero, though
-    the padding token is often the stop token. It would also refuse an embedding that holds only the rows at hand (merging/streamed.py).
+    Clears every `padding_idx`: nothing is padded here, and torch would keep the gradient of that token's embedding row at zero,
+    although the padding token is often the stop token. torch would also refuse an embedding with only some rows (merging/streamed.py).
     """
     name = config.name_or_path or config.model_type
-    with foreign(lambda said: ModelError(f"{name}: config.json: describes no usable model ({said})")):
+    with foreign(lambda reason: ModelError(f"{name}: config.json: does not describe a usable model ({reason})")):
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, **settings)
-        model.tie_weights()  # accelerate has put every weight on meta by itself
+        model.tie_weights()  # accelerate put every weight on meta separately
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None
@@ -30,6 +30,6 @@ def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """transformers' class of the causal language model that `config` describes."""
+    """Return transformers' class for the causal language model of `config`."""
     kind: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return kind

@@ -1,7 +1,7 @@
-"""From what a recipe calls its base (a folder, a .gguf file, a shipped name, a hub name) to a folder of 16-bit safetensors.
+"""`model.base` of a recipe (a folder, a .gguf file, a shipped name, a hub name) -> a folder of 16-bit safetensors.
 
-The rest of the program knows only such folders. Nothing here opens a connection: a shipped or hub model that is not in the cache
-is an error that names the command which brings it.
+The rest of the program uses only such folders. Opens no connection: a shipped or hub model that is not in the cache is an error
+with the command that downloads it.
 """
 
 import json
@@ -20,8 +20,7 @@ from qlora_lite.foreign import foreign
 from qlora_lite.limits import JSON_BYTES, LAYERS, POSITIONS, VOCABULARY, WIDTH
 from qlora_lite.recipe.hub_names import fetch_command, find_fetched, is_hub_name
 
-# transformers' model_type -> what people call it. Each is carried from published files to a proved merge in
-# tests/test_architectures.py.
+# transformers' model_type -> common name. tests/test_architectures.py runs each from published files to a proved merge.
 ARCHITECTURES = {
     "llama": "Llama 2 and 3, SmolLM2",
     "smollm3": "SmolLM3",
@@ -41,7 +40,7 @@ ARCHITECTURES = {
 }
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # weights that run code when they are read
-# What a config says about sizes -> the largest that is believed: memory is taken by it before a weight is read.
+# Sizes in a config -> the largest value accepted: they allocate memory before a weight is read.
 _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), LAYERS),
     **dict.fromkeys(("hidden_size", "n_embed", "n_embd", "word_embed_proj_dim", "head_dim"), WIDTH),
@@ -50,7 +49,7 @@ _SIZES = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": POSITIONS,
 }
-# Would make transformers load somebody's code or kernel. Which attention computes is decided here.
+# Keys that would make transformers load foreign code or kernels. We choose the attention ourselves.
 _FOREIGN = {
     *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
@@ -59,19 +58,19 @@ _FOREIGN = {
 
 
 def find_base(base: str, *, cache: Path, revision: str | None = None) -> Path:
-    """The folder with config.json and safetensors for `base`; a GGUF is converted into the cache first.
+    """Return the folder with config.json and safetensors for `base`; converts a GGUF file into the cache first.
 
-    A `revision` (branch, tag, commit) says that `base` is a hub name; without one, the hub's newest fetched is taken where
-    there is no folder of that name.
+    With a `revision` (branch, tag, commit), `base` is a hub name; without one, an existing folder takes precedence over the
+    commit fetched last.
 
-    Raises ModelError when there is no such model, it is damaged, or of a kind that is not supported.
+    Raises ModelError when the model is missing, damaged, or of an unsupported kind.
     """
     path = Path(os.path.expanduser(base))
     if base in SHIPPED and not path.exists():
         path = shipped_path(base, cache=cache)
         if not path.is_file():
             raise ModelError(
-                f"model.base: {base} is not in the cache ({path.parent}). Bring it once: qlora-lite fetch {base}"
+                f"model.base: {base} is not in the cache ({path.parent}). Fetch it with: qlora-lite fetch {base}"
             )
     elif is_hub_name(base) and (revision is not None or not path.exists()):
         path = _fetched_folder(base, revision, cache=cache)
@@ -90,22 +89,21 @@ def _fetched_folder(repo: str, revision: str | None, *, cache: Path) -> Path:
     folder = find_fetched(repo, revision, cache=cache)
     if folder is None:
         raise ModelError(
-            f"model.base: {repo} is no folder here, and was not fetched into {cache}. Fetch it once with: "
-            f"{fetch_command(repo, revision)}"
+            f"model.base: no folder {repo}, and not fetched into {cache}. Fetch it with: {fetch_command(repo, revision)}"
         )
     return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The language model's part of the folder's config.json.
+    """Read the language model's part of the folder's config.json.
 
-    A `pad_token_id` that has no row in the embedding is read as none. Raises ModelError when the file is missing, damaged or of a kind
-    that is not supported, by name and with the reason.
+    A `pad_token_id` without an embedding row becomes None. Raises ModelError when the file is missing, damaged or of an unsupported
+    kind, with the reason.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(
-            f"{folder}: no config.json, so this is no model folder. Expected config.json and *.safetensors"
+            f"{folder}: not a model folder: config.json is missing. Expected config.json and *.safetensors"
         )
     config = read_json(path)
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), dict):
@@ -122,9 +120,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_no_row(token: Any, vocabulary: Any) -> bool:
-    """Whether a padding token has no row in an embedding of `vocabulary` rows; torch counts negative ones from its end.
+    """Whether a padding token lies outside an embedding of `vocabulary` rows; torch counts negative ids from the end.
 
-    transformers builds no model with such a token, and nothing here needs it, so it is read as none.
+    transformers cannot build a model with such a token, and we never pad, so it is read as None.
     """
     return type(token) is int and type(vocabulary) is int and not -vocabulary <= token < vocabulary
 
@@ -136,8 +134,8 @@ def _refuse_pickles(folder: Path) -> None:
     out = f"{folder}-safetensors"
     code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}).save_pretrained({out!r})"
     raise ModelError(
-        f"{folder}: has only pickled weights ({names[0]}), which can run code when they are read, so they are not read here. Where you "
-        f"trust them, convert them once with: python -c {shlex.quote(code)}  and copy the tokenizer's files beside the result"
+        f"{folder}: has only pickled weights ({names[0]}), which can run code when read and are therefore refused. If you trust them, "
+        f"convert them with: python -c {shlex.quote(code)}  and copy the tokenizer files beside the result"
     )
 
 
@@ -152,19 +150,19 @@ def _refuse_sizes(path: Path, config: dict[str, Any]) -> None:
     ]
     heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if not problems and heads and shared and heads % shared:
-        problems.append(f"num_key_value_heads: {shared} do not divide num_attention_heads, {heads}")
+        problems.append(f"num_key_value_heads: {shared} does not divide num_attention_heads, {heads}")
     if problems:
-        raise ModelError(f"{path}: describes no usable model ({'; '.join(problems)})")
+        raise ModelError(f"{path}: does not describe a usable model ({'; '.join(problems)})")
 
 
 def load_config(folder: Path) -> Any:
-    """The language model's config as transformers' own type. Raises ModelError as `read_config` does, and for values of a wrong kind."""
+    """Load the language model's config as transformers' type. Raises ModelError as `read_config` does, and for values of a wrong type."""
     from transformers import AutoConfig
 
     values = read_config(folder)
-    with foreign(lambda said: ModelError(f"{folder / 'config.json'}: describes no usable model ({said})")):
+    with foreign(lambda reason: ModelError(f"{folder / 'config.json'}: does not describe a usable model ({reason})")):
         config = AutoConfig.for_model(**values)
-        config.to_json_string(use_diff=False)  # which a plan and a merge ask for later
+        config.to_json_string(use_diff=False)  # a plan and a merge need it later
     if _is_no_row(config.pad_token_id, config.vocab_size):  # the default of the architecture (Phi-3: 32000)
         config.pad_token_id = None
     config.name_or_path = str(folder)
@@ -172,12 +170,12 @@ def load_config(folder: Path) -> Any:
 
 
 def context_window(config: Any) -> int | None:
-    """Most positions the model can take; None where nothing in it has a length (BLOOM: ALiBi, arXiv 2108.12409)."""
+    """Return the context window in tokens; None for a model without a limit (BLOOM: ALiBi, arXiv 2108.12409)."""
     return getattr(config, "max_position_embeddings", None)
 
 
 def _language_model(config: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 3's `text_config` as a model of its own: what the whole says about tokens and types belongs to it too."""
+    """Return Gemma 3's `text_config` as a config of its own, with the token ids and dtype of the whole config."""
     shared: dict[str, Any] = {
         key: config[key]
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
@@ -189,38 +187,38 @@ def _language_model(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _why_not(config: dict[str, Any]) -> str:
-    """The reason, where the config shows one: most models that are not supported are of one of four kinds."""
+    """Return the reason if the config shows one: most unsupported models are of one of four kinds."""
     model_type = str(config.get("model_type"))
     if any(key in config for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
-        return ": a mixture of experts, whose expert weights are no linear layers that could be quantized one by one"
+        return ": a mixture of experts, whose expert weights are not separate linear layers that can be quantized"
     if "vision_config" in config or "audio_config" in config:
-        return ": it takes pictures or sound; only Gemma 3's language model is taken from such a checkpoint"
+        return ": it takes images or sound; of such checkpoints only Gemma 3's language model is supported"
     if config.get("is_encoder_decoder"):
-        return ": an encoder and a decoder; only decoders (causal language models) are tuned here"
+        return ": an encoder-decoder; only decoders (causal language models) are supported"
     if any(word in model_type for word in ("mamba", "rwkv", "recurrent", "ssm", "jamba", "zamba", "bamba")) or any(
         key in config for key in ("state_size", "ssm_cfg", "mamba_d_state", "layers_block_type")
     ):
-        return ": a state-space or recurrent model, whose layers are not only linear layers and attention"
+        return ": a state-space or recurrent model, which has other layers than linear ones and attention"
     return ""
 
 
 def read_json(path: Path) -> dict:
-    """One JSON object. Raises ModelError for anything else."""
+    """Read a JSON object. Raises ModelError for anything else."""
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        if path.exists() and not path.is_file():  # opening a pipe would block forever
             raise ModelError(f"{path}: not a regular file")
         if path.stat().st_size > JSON_BYTES:
-            raise ModelError(f"{path}: larger than {JSON_BYTES:,} bytes, which no file of this kind is")
+            raise ModelError(f"{path}: larger than {JSON_BYTES:,} bytes, too large for a file of this kind")
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
+        raise ModelError(f"{path}: not valid JSON ({type(error).__name__}: {error})") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Short hash over names, sizes and modification times of a folder's files (contents are too large to read each start)."""
+    """Return a short hash over names, sizes and modification times of a folder's files (hashing contents at each start is too slow)."""
     stats = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
     entries = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return sha256(json.dumps([os.fspath(folder.resolve()), entries]).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""The safetensors files of a folder: which they are, and each opened, its head checked by the library against the file's size.
+"""The safetensors files of a folder, found and opened; the library checks each head against the file's size.
 
-In: a folder or a file's path. Out: paths in the folder, open files. Whatever lies there, the end is a file or one ModelError.
+In: a folder or a file's path. Out: paths in the folder, open files. Raises ModelError for anything else.
 """
 
 from pathlib import Path
@@ -16,44 +16,42 @@ from qlora_lite.limits import SHARDS, TENSORS
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights, by name; they need not be there. Raises ModelError for an unusable index."""
+    """Return the weight files of a folder, sorted by name; they need not exist. Raises ModelError for an unusable index."""
     index = folder / INDEX_FILE
     is_sharded = index.is_file()
-    named = _named_by(index) if is_sharded else {WEIGHTS_FILE}
+    names = _files_in_index(index) if is_sharded else {WEIGHTS_FILE}
     try:
-        return [inside(folder, name, named_by=str(folder)) for name in sorted(named)]
+        return [inside(folder, name, named_by=str(folder)) for name in sorted(names)]
     except UserError as error:
         raise ModelError(f"{index}: no usable weight_map: {error}" if is_sharded else str(error)) from error
 
 
 def open_safetensors(path: Path) -> Any:
-    """An open file of tensors; nothing is read of it but its head. Raises ModelError for a missing, damaged or endless one."""
+    """Open a file of tensors; reads only its head. Raises ModelError for a missing, damaged or oversized file."""
     pickled = next((p for p in (path.with_suffix(end) for end in PICKLES) if p.is_file()), None)
-    if not path.is_file():  # opening a pipe would wait for ever
-        instead = f"; {pickled.name} is pickled, which is not read here" if pickled else ""
+    if not path.is_file():  # opening a pipe would block forever
+        instead = f"; {pickled.name} is pickled, which is not supported" if pickled else ""
         raise ModelError(f"{path}: missing or damaged safetensors file (no such file{instead}). Fetch it again")
-    with foreign(lambda said: ModelError(f"{path}: missing or damaged safetensors file ({said}). Fetch it again")):
+    with foreign(lambda reason: ModelError(f"{path}: missing or damaged safetensors file ({reason}). Fetch it again")):
         file = safe_open(str(path), framework="pt")
         num_tensors = len(file.keys())
     if num_tensors > TENSORS:
-        raise ModelError(f"{path}: {num_tensors:,} tensors, allowed {TENSORS:,}; no model has so many")
+        raise ModelError(f"{path}: {num_tensors:,} tensors; allowed: {TENSORS:,}. Fetch it again")
     return file
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Every tensor of a file, memory-mapped. Raises ModelError as `open_safetensors` does."""
+    """Load every tensor of a file, memory-mapped. Raises ModelError as `open_safetensors` does."""
     file = open_safetensors(path)
-    with foreign(lambda said: ModelError(f"{path}: holds a tensor that cannot be read ({said})")):
+    with foreign(lambda reason: ModelError(f"{path}: contains an unreadable tensor ({reason})")):
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
 
 
-def _named_by(index: Path) -> set[str]:
+def _files_in_index(index: Path) -> set[str]:
     weight_map = read_json(index).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not files or not all(isinstance(name, str) and name.endswith(".safetensors") for name in files):
-        raise ModelError(
-            f"{index}: no usable weight_map; expected an object that names a .safetensors file for each weight"
-        )
+        raise ModelError(f"{index}: no usable weight_map; expected an object with a .safetensors file for each weight")
     if len(files) > TENSORS or len(set(files)) > SHARDS:
         raise ModelError(
             f"{index}: no usable weight_map: {len(files):,} weights in {len(set(files)):,} files; allowed {TENSORS:,} in {SHARDS:,}"

@@ -1,9 +1,9 @@
-"""Which examples make an optimizer step, and how a step is packed into micro-batches.
+"""The examples of each optimizer step, packed into micro-batches.
 
-In: `Examples` (token ids by index). Out: `Batch`, one row of packed examples, no padding. B examples, T tokens, N label tokens.
-Surprising: a step is a pure function of (seed, epoch, step), so a resumed run needs no saved data position beyond the step number.
-A step is split so that its micro-batches hold about the same number of *tokens*; the loss must therefore be divided by the label
-tokens of the whole step, never averaged over micro-batches.
+In: `Examples` (token ids by index). Out: `Batch`, one packed sequence, no padding. B examples, T tokens, N label tokens.
+Surprising: a step is a pure function of (seed, epoch, step), so a resumed run needs only the step number, no data position.
+The micro-batches of a step have about the same number of *tokens*; the loss must therefore be divided by the label tokens of the
+whole step, never averaged over micro-batches.
 """
 
 import math
@@ -22,35 +22,35 @@ from qlora_lite.model.tree_attention import NO_PARENT
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch: a single row of segments one after the other, each an example or, where examples share their beginning, a run
-    of tokens that continues another. Attention must not leave a segment and what it continues."""
+    """One micro-batch: one packed sequence of segments. A segment is an example or, if examples share a prefix, a run of tokens that
+    continues another segment. Attention must stay within a segment and the segments it continues."""
 
     input_ids_1T: Tensor  # int64 [1, T]
     position_ids_1T: (
-        Tensor  # int64 [1, T]; from 0 where an example starts, on from its parent's where a segment continues one
+        Tensor  # int64 [1, T]; from 0 at the start of an example; a segment with a parent continues the parent's count
     )
     lengths: tuple[int, ...]  # tokens per segment; sum == T
-    parents: tuple[int, ...]  # the segment that each one continues; NO_PARENT where it begins an example
-    predictor_N: Tensor  # int64 [N]; positions in the row whose hidden state predicts a label (label position - 1)
+    parents: tuple[int, ...]  # the segment that each one continues; NO_PARENT at the start of an example
+    predictor_N: Tensor  # int64 [N]; positions in the sequence whose hidden state predicts a label (label position - 1)
     target_N: Tensor  # int64 [N]; the token ids to predict
-    rows: tuple[int, ...]  # indices of the examples, in the order they are packed
+    rows: tuple[int, ...]  # indices of the examples, in packing order
 
     @property
     def paths(self) -> list[list[int]]:
-        """The places in the row of all tokens of each example, in the order of `rows`."""
+        """For each example, in the order of `rows`, the positions of all its tokens in the packed sequence."""
         starts = [0, *accumulate(self.lengths)]
         continued = set(self.parents)
-        found: list[list[int]] = []
+        paths: list[list[int]] = []
         for leaf in (segment for segment in range(len(self.lengths)) if segment not in continued):
             path, at = list[int](), leaf
             while at != NO_PARENT:
                 path[:0] = range(starts[at], starts[at + 1])
                 at = self.parents[at]
-            found.append(path)
-        return found
+            paths.append(path)
+        return paths
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on `device`."""
+        """Return the same batch with its tensors on `device`."""
         return replace(
             self,
             input_ids_1T=self.input_ids_1T.to(device),
@@ -63,9 +63,9 @@ class Batch:
 class StepSampler:
     """The examples of every optimizer step: a seeded shuffle per epoch, cut into steps; an epoch's last step may be smaller.
 
-    `max_steps` wins over `epochs` when it is given (as in the Hugging Face trainer): fewer steps, or more epochs.
-    With `families` (trees.py), rows that share their beginning come in one step: what is shuffled are whole families, those larger than
-    a step in random pieces of one. A step then has `examples_per_step` examples give or take one family.
+    `max_steps` overrides `epochs` (as in the Hugging Face trainer): fewer steps, or more epochs.
+    With `families` (trees.py), examples with a shared prefix come in one step: whole families are shuffled, and larger ones are split at
+    random into pieces of one step. A step then has `examples_per_step` examples, give or take one family.
     """
 
     def __init__(
@@ -92,16 +92,16 @@ class StepSampler:
         self.steps_per_epoch = math.ceil(num_examples / examples_per_step)
         self.num_steps = max_steps if max_steps is not None else math.ceil(epochs * self.steps_per_epoch)
         self.seed = seed
-        self.shares = families is not None  # whether a step's rows are packed as trees
+        self.shares = families is not None  # whether the examples of a step are packed as trees
         self._families = None if families is None else [np.asarray(family) for family in families]
-        self._steps_of_epoch: tuple[int, list[list[int]]] | None = None  # the last epoch's; computed again, never saved
+        self._steps_of_epoch: tuple[int, list[list[int]]] | None = None  # of the last epoch; recomputed, never saved
 
     def __len__(self) -> int:
         """Number of optimizer steps."""
         return self.num_steps
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Example indices of step `step`, counted from 0. Raises IndexError outside `range(len(self))`."""
+        """Return the example indices of step `step`, counted from 0. Raises IndexError outside `range(len(self))`."""
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} is outside 0 to {self.num_steps - 1}")
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
@@ -122,31 +122,36 @@ class StepSampler:
         last = -1
         for index in generator.permutation(len(pieces)):
             last += len(pieces[index])
-            steps[last // size] += pieces[index].tolist()  # no piece is longer than a step, so none stays empty
+            steps[last // size] += pieces[index].tolist()  # no piece is longer than a step, so no step stays empty
         return steps
 
 
 def sampler_of(
     examples: TokenizedRows, *, examples_per_step: int, epochs: float, max_steps: int | None, seed: int, share: bool
 ) -> StepSampler:
-    """The sampler of these rows; with `share`, one that keeps together what shares its beginning."""
-    num_rows = len(examples.lengths)
+    """Return the sampler of these examples; with `share`, examples with a shared prefix stay together."""
+    num_examples = len(examples.lengths)
     together = None
     if share:
-        together = families(grow(examples, range(num_rows)), examples_per_step=examples_per_step)
+        together = families(grow(examples, range(num_examples)), examples_per_step=examples_per_step)
     return StepSampler(
-        num_rows, examples_per_step=examples_per_step, epochs=epochs, max_steps=max_steps, seed=seed, families=together
+        num_examples,
+        examples_per_step=examples_per_step,
+        epochs=epochs,
+        max_steps=max_steps,
+        seed=seed,
+        families=together,
     )
 
 
 def make_batches(
     examples: TokenizedRows, rows: Sequence[int], *, micro_batch_tokens: int, share: bool = False
 ) -> list[Batch]:
-    """Pack the rows of one step into few, evenly filled micro-batches of at most `micro_batch_tokens` tokens each.
+    """Pack the examples of one step into few, evenly filled micro-batches of at most `micro_batch_tokens` tokens each.
 
-    With `share`, what rows begin with in common is in a micro-batch once; a tree that is too large is split, its trunk repeated.
-    A single example longer than that is a batch of its own. The largest batch comes last, when all
-    gradients are there: that is where a step's memory peaks, and where it is measured.
+    With `share`, a shared prefix is in a micro-batch once; a tree that is too large is split and its trunk repeated.
+    A single longer example is a batch of its own. The largest batch comes last, when all gradients exist: there the memory of
+    a step peaks and is measured.
     Deterministic; raises ValueError when `micro_batch_tokens` is below 1.
     """
     if micro_batch_tokens < 1:
@@ -174,7 +179,7 @@ def make_batches(
 def step_with_largest_batch(
     examples: TokenizedRows, sampler: StepSampler, micro_batch_tokens: int, *, first: int
 ) -> int:
-    """Step that packs the longest row, decided on lengths alone: a step of many tokens fills its micro-batches."""
+    """Return the step with the largest packed sequence, judged by lengths alone: a step of many tokens fills its micro-batches."""
     tokens = {
         step: _num_tokens(examples, sampler.rows_of_step(step), share=sampler.shares)
         for step in range(first, len(sampler))
@@ -182,12 +187,12 @@ def step_with_largest_batch(
     full = [step for step, total in tokens.items() if total >= micro_batch_tokens]
     if not full:
         return max(tokens, key=lambda step: tokens[step], default=first)
-    # The fewer tokens are left over, the fuller the micro-batches: an even split of `total` into ceil(total / limit) parts.
+    # Even split of `total` into ceil(total / limit) micro-batches: the step with the fullest ones.
     return max(full, key=lambda step: tokens[step] / math.ceil(tokens[step] / micro_batch_tokens))
 
 
 def largest_step(examples: TokenizedRows, sampler: StepSampler, micro_batch_tokens: int, *, first: int) -> list[Batch]:
-    """The micro-batches of that step, of all from `first` on; the largest is the last."""
+    """Return the micro-batches of that step, chosen among steps from `first` on; the largest comes last."""
     step = step_with_largest_batch(examples, sampler, micro_batch_tokens, first=first)
     rows = sampler.rows_of_step(step)
     return make_batches(examples, rows, micro_batch_tokens=micro_batch_tokens, share=sampler.shares)
@@ -217,7 +222,7 @@ def pack_batch(encoded: Sequence[Encoded], rows: Sequence[int]) -> Batch:
 
 
 def pack_trees(examples: TokenizedRows, rows: Sequence[int]) -> Batch:
-    """As `pack_batch`, what several rows begin with once, and each row's own tokens behind it."""
+    """As `pack_batch`, but with each shared prefix once, followed by the own tokens of each example."""
     input_ids: list[int] = []
     position_ids: list[int] = []
     lengths: list[int] = []
@@ -227,7 +232,7 @@ def pack_trees(examples: TokenizedRows, rows: Sequence[int]) -> Batch:
     packed: list[int] = []
 
     def add(encoded: Encoded, start: int, end: int, parent: int) -> int:
-        """A segment of tokens [start, end) of a row; -> its number."""
+        """Append the segment of tokens [start, end) of an example -> its number."""
         input_ids.extend(encoded.input_ids[start:end])
         position_ids.extend(range(start, end))
         lengths.append(end - start)
@@ -235,7 +240,7 @@ def pack_trees(examples: TokenizedRows, rows: Sequence[int]) -> Batch:
         return len(lengths) - 1
 
     def visit(node: Node, parent: int, last: int) -> None:
-        """`last` is the place of the token before the node's first one."""
+        """Append a node and everything below it; `last` is the position of the token before the node's first one."""
         if node.end > node.start:
             parent = add(examples.encoded(next(node.all_rows())), node.start, node.end, parent)
             last = len(input_ids) - 1
@@ -266,7 +271,7 @@ def _packed(examples: TokenizedRows, rows: Sequence[int], *, share: bool) -> Bat
 
 
 def _within(examples: TokenizedRows, rows: list[int], capacity: int) -> list[list[int]]:
-    """`rows`, or halves of them. Fewer rows may branch elsewhere than all of a step do, and then take a few tokens more than planned."""
+    """Return `rows`, halved until they fit: fewer examples may branch elsewhere than the whole step and need a few more tokens."""
     if len(rows) == 1 or _num_tokens(examples, rows) <= capacity:
         return [rows]
     middle = len(rows) // 2
@@ -280,9 +285,9 @@ def _num_tokens(examples: TokenizedRows, rows: Sequence[int], *, share: bool = T
 
 
 def _split_evenly(rows: list[int], lengths: dict[int, int], capacity: int) -> list[list[int]]:
-    """Fewest groups first-fit decreasing finds (at most 11/9 of the optimum), or fewer if an even split already fits.
+    """Split into the groups of first-fit decreasing (at most 11/9 of the optimum), or into fewer if an even split fits.
 
-    For each possible number of groups, from the lower bound up, try the even split (longest first into the emptiest group).
+    For each number of groups, from the lower bound up, try the even split (longest first into the emptiest group).
     """
     longest_first = sorted(rows, key=lambda row: (-lengths[row], row))
     first_fit = _first_fit(longest_first, lengths, capacity)

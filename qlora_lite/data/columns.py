@@ -1,8 +1,8 @@
-"""Which format the rows of a file have, decided by the rows and not by the first of them; and columns spelt a little differently.
+"""The format of a file's rows, decided by a majority of them; and column names with small differences in spelling.
 
-In: a file of rows. Out: (format, the columns that make it so). Each of the first SCANNED_ROWS rows votes for the format that its own
-columns have (a blank cell does not count), so a row that lacks a column or has one too many changes nothing for the others: it is a bad
-row, or a column that is not used. Where no row votes (all answers are blank, say), the names of all columns decide.
+In: a file of rows. Out: (format, the columns that decide it). Each of the first SCANNED_ROWS rows votes for the format of its own
+columns (a blank cell does not count), so a row with a missing or an extra column does not affect the others: it is a bad row, or the
+column is unused. If no row votes (for example, all answers are blank), the names of all columns decide.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ _SHAPES_KEPT = 1000
 
 
 def find_format_of_rows(path: Path, kind: FileKind, format: str) -> tuple[str, tuple[str, ...]] | str:
-    """-> (format, the columns that make it so) for "auto" or a named format; or what is missing, as a sentence. Raises DataError."""
+    """-> (format, the columns that decide it) for "auto" or a named format; or the problem, as a sentence. Raises DataError."""
     assert kind != "squad"
     table = open_table(path, kind)
     shapes: Counter[tuple[str, ...]] = Counter()  # names of the known columns that a row has -> number of rows
@@ -40,36 +40,36 @@ def find_format_of_rows(path: Path, kind: FileKind, format: str) -> tuple[str, t
 def _most_votes(shapes: Mapping[tuple[str, ...], int], format: str) -> tuple[str, tuple[str, ...]] | None:
     votes: Counter[tuple[str, tuple[str, ...]]] = Counter()
     for shape, num_rows in shapes.items():
-        found = _found(shape, format)
-        if not isinstance(found, str):
-            votes[found] += num_rows
+        vote = _match(shape, format)
+        if not isinstance(vote, str):
+            votes[vote] += num_rows
     if not votes:
         return None
     by_format: Counter[str] = Counter()
     for (name, _), num_rows in votes.items():
         by_format[name] += num_rows
     winner = max(by_format, key=lambda name: (by_format[name], -FORMATS.index(name)))
-    return max((found for found in votes if found[0] == winner), key=votes.__getitem__)
+    return max((vote for vote in votes if vote[0] == winner), key=votes.__getitem__)
 
 
 def _by_names(names: tuple[str, ...], kind: FileKind, format: str) -> tuple[str, tuple[str, ...]] | str:
-    found = _found(names, format)
-    if not isinstance(found, str):
-        return found
-    meant = Counter(known_name(name) for name in names if known_name(name) in KNOWN_NAMES)
-    unclear = [f'"{short(name)}"' for name in names if meant[known_name(name)] > 1]
-    hint = f". {', '.join(unclear)} differ in capitals or spaces only, so which is meant is not told" if unclear else ""
-    return found + hint + (". The first line of a csv file names its columns" if kind == "csv" else "")
+    match = _match(names, format)
+    if not isinstance(match, str):
+        return match
+    counts = Counter(known_name(name) for name in names if known_name(name) in KNOWN_NAMES)
+    unclear = [f'"{short(name)}"' for name in names if counts[known_name(name)] > 1]
+    hint = f". {', '.join(unclear)} differ only in capitals or spaces, which is ambiguous" if unclear else ""
+    return match + hint + (". The first line of a csv file must name its columns" if kind == "csv" else "")
 
 
-def _found(names: Iterable[str], format: str) -> tuple[str, tuple[str, ...]] | str:
+def _match(names: Iterable[str], format: str) -> tuple[str, tuple[str, ...]] | str:
     names = list(names)
-    found = find_columns(names, format=format)
-    if not isinstance(found, str):
-        return found
-    others = renamed(names)
-    again = find_columns([others.get(name, name) for name in names], format=format) if others else found
-    return found if isinstance(again, str) else again
+    exact = find_columns(names, format=format)
+    if not isinstance(exact, str):
+        return exact
+    known = renamed(names)
+    match = find_columns([known.get(name, name) for name in names], format=format) if known else exact
+    return exact if isinstance(match, str) else match
 
 
 def _is_blank(value: Any) -> bool:
@@ -77,7 +77,7 @@ def _is_blank(value: Any) -> bool:
 
 
 class Renamer:
-    """Gives the columns that a format reads the names that it knows them by: `Question` -> `question`."""
+    """Renames the columns of a format to their exact names: `Question` -> `question`."""
 
     def __init__(self, format: str) -> None:
         self._wanted = names_of(format)
@@ -85,7 +85,7 @@ class Renamer:
         self.renamed: dict[str, str] = {}  # of all rows so far
 
     def __call__(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The row under the known names; nothing else is changed."""
+        """Return the row with known column names, otherwise unchanged."""
         names = tuple(values)
         change = self._by_names.get(names)
         if change is None:
@@ -97,6 +97,6 @@ class Renamer:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What to say of the names that were changed."""
+        """The notes on renamed columns."""
         pairs = [f'"{short(name)}" as {known}' for name, known in list(self.renamed.items())[:30]]
-        return (f"columns read under the names that are known: {', '.join(pairs)}",) if pairs else ()
+        return (f"columns read under their standard names: {', '.join(pairs)}",) if pairs else ()

@@ -1,13 +1,13 @@
-"""A csv file -> its header and rows, streamed; how it separates its cells is found from the header.
+"""A csv file -> its header and rows, streamed; the delimiter is detected from the header.
 
-In: a path. Out: the names of the columns, notes on how the file is read, and (place, cells by name) per row, or why there are none.
+In: a path. Out: the column names, notes on how the file is read, and (place, cells by name) per row, or a reason instead of the cells.
 
 | delimiter | Excel's line `sep=;` before the header names it; otherwise the one of comma, tab, semicolon and | that gives known columns; |
 |           | otherwise the only one that splits the header; otherwise a comma (a tab in a .tsv)                                         |
-| header    | the first line that is not blank; a name twice is refused; a column without a name is not read                            |
-| quotes    | as RFC 4180: a cell that holds a delimiter, a quote or a line break is quoted, a quote in it doubled                       |
+| header    | the first line that is not blank; a repeated name is refused; a column without a name is not read                          |
+| quotes    | as in RFC 4180: a cell with a delimiter, a quote or a line break is quoted, and its quotes are doubled                      |
 
-A row with a wrong quote is a bad row when it stands on one line. When it goes over several, where the next row begins is a guess: refused.
+A row with a wrong quote on one line is a bad row. Over several lines the start of the next row would be a guess, so the file is refused.
 """
 
 import csv
@@ -35,7 +35,7 @@ CsvRow = tuple[str, dict[str, Any] | str]
 
 @dataclass(frozen=True)
 class Header:
-    """The first line: names by position ("" for a column that is not read), how cells are separated, and what to say about it."""
+    """The header: names by position ("" for a column that is not read), the delimiter, and notes."""
 
     names: tuple[str, ...]
     delimiter: str
@@ -44,21 +44,21 @@ class Header:
 
 def open_csv(path: Path) -> tuple[Header, Iterator[CsvRow]]:
     """-> (the header, the rows, which are read once). Raises DataError, now or while the rows are read."""
-    csv.field_size_limit(4 * TEXT_CHARS)  # of the whole process; the default, 131,072, is less than a text may have
-    found = _header_and_rows(path)
-    header = next(found)
+    csv.field_size_limit(4 * TEXT_CHARS)  # process-wide; the default of 131,072 is too small for long texts
+    header_and_rows = _header_and_rows(path)
+    header = next(header_and_rows)
     assert isinstance(header, Header)
-    return header, found  # type: ignore[return-value]
+    return header, header_and_rows  # type: ignore[return-value]
 
 
 def _header_and_rows(path: Path) -> Iterator[Header | CsvRow]:
-    with foreign(lambda said: _unreadable(path, said)), open_text(path) as text:
+    with foreign(lambda reason: _unreadable(path, reason)), open_text(path) as text:
         try:
             lines = _lines(path, TextIOWrapper(text.stream, encoding="utf-8", newline=""))
             num_before, delimiter, first = _beginning(path, lines)
             note = f'the line "sep={delimiter}" names the delimiter' if delimiter else ""
             if not delimiter:
-                delimiter, note = _told_delimiter(path, first)
+                delimiter, note = _detect_delimiter(path, first)
             reader = csv.reader(chain([first], lines), strict=True, delimiter=delimiter)
             try:
                 names = next(reader)
@@ -72,34 +72,34 @@ def _header_and_rows(path: Path) -> Iterator[Header | CsvRow]:
 
 
 def _beginning(path: Path, lines: Iterator[str]) -> tuple[int, str, str]:
-    """-> (lines before the header, the delimiter that a line `sep=` names or "", the header's line)."""
+    """-> (lines before the header, the delimiter in a line `sep=` or "", the header line)."""
     delimiter = ""
     for num_before, line in enumerate(lines):
-        found = _SEP_LINE.fullmatch(line)
-        if found and not delimiter:
-            delimiter = found.group(1)
+        match = _SEP_LINE.fullmatch(line)
+        if match and not delimiter:
+            delimiter = match.group(1)
         elif line.strip():
             return num_before, delimiter, line
-    raise DataError(f"{path}: no header: a csv file begins with the names of its columns. {EXPECTED}")
+    raise DataError(f"{path}: no header: a csv file must begin with its column names. {EXPECTED}")
 
 
-def _told_delimiter(path: Path, line: str) -> tuple[str, str]:
-    """-> (the delimiter that the header tells, what to say about it)."""
+def _detect_delimiter(path: Path, line: str) -> tuple[str, str]:
+    """Detect the delimiter from the header `line` -> (delimiter, note)."""
     usual = "\t" if data_suffix(path) == ".tsv" else ","
-    split = {each: next(csv.reader([line], delimiter=each), []) for each in DELIMITERS}
-    known = [each for each in DELIMITERS if are_known(split[each])]
-    several = [each for each in DELIMITERS if len(split[each]) > 1]
+    cells = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in DELIMITERS}
+    known = [delimiter for delimiter in DELIMITERS if are_known(cells[delimiter])]
+    several = [delimiter for delimiter in DELIMITERS if len(cells[delimiter]) > 1]
     if usual in known or (not known and usual in several):
         return usual, ""
-    told = known[:1] or (several if len(several) == 1 else [])
-    if not told:
+    detected = known[:1] or (several if len(several) == 1 else [])
+    if not detected:
         return usual, ""
-    return told[0], f"cells are separated by {DELIMITERS[told[0]]}, as its header tells"
+    return detected[0], f"cells are separated by {DELIMITERS[detected[0]]} (detected from the header)"
 
 
 def _header(path: Path, names: Sequence[str], line: int, delimiter: str, note: str) -> Header:
     if len(names) > COLUMNS:
-        raise DataError(f"{path}: {len(names):,} columns, allowed {COLUMNS:,}. Leave out those that are not read.")
+        raise DataError(f"{path}: {len(names):,} columns, allowed {COLUMNS:,}. Remove unused columns.")
     places: dict[str, list[int]] = {}
     for position, name in enumerate(names, start=1):
         places.setdefault(name.strip(), []).append(position)
@@ -107,8 +107,8 @@ def _header(path: Path, names: Sequence[str], line: int, delimiter: str, note: s
     repeated = [f'"{short(name)}" (columns {_listed(where)})' for name, where in places.items() if len(where) > 1]
     if repeated:
         raise DataError(
-            f"{path}: line {line}: the header names {', '.join(repeated[:5])} more than once, and which one counts is not "
-            f"told. Rename or remove one of them."
+            f"{path}: line {line}: the header names {', '.join(repeated[:5])} more than once, which is ambiguous. "
+            f"Rename or remove one of them."
         )
     if not places:
         raise DataError(f"{path}: line {line}: no column has a name. {EXPECTED}")
@@ -128,8 +128,8 @@ def _rows(path: Path, reader: Any, names: Sequence[str], num_before: int) -> Ite
         except csv.Error as error:
             number, line = number + 1, num_before + reader.line_num
             if line > first_line or "unexpected end" in str(error):
-                where = f"line {first_line}: a quote that opens in this row is not closed as it should be"
-                raise _unreadable(path, f"{where} (met on line {line}: {error}); {_QUOTE_RULE}") from error
+                where = f"line {first_line}: a quote that opens in this row is not closed correctly"
+                raise _unreadable(path, f"{where} (detected on line {line}: {error}); {_QUOTE_RULE}") from error
             yield f"row {number}", f"line {line}: wrong quotes ({error}); {_QUOTE_RULE}"
             continue
         if not cells:  # a blank line
@@ -140,16 +140,16 @@ def _rows(path: Path, reader: Any, names: Sequence[str], num_before: int) -> Ite
 
 def _values(names: Sequence[str], cells: Sequence[str], line: int) -> dict[str, Any] | str:
     if len(cells) > len(names):
-        return f"more cells than the {len(names)} of the header (line {line}); quote a cell that holds the delimiter"
+        return f"more cells than the {len(names)} of the header (line {line}); quote cells that contain the delimiter"
     if len(cells) < len(names):
-        return f"only {len(cells)} cells, the header has {len(names)} (line {line})"
+        return f"only {len(cells)} cells, but the header has {len(names)} (line {line})"
     return {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
 
 def _lines(path: Path, text: TextIOWrapper) -> Iterator[str]:
     while line := text.readline(ROW_BYTES):
         if len(line) == ROW_BYTES:
-            raise DataError(f"{path}: a line of more than {ROW_BYTES:,} characters. Is it csv?")
+            raise DataError(f"{path}: a line of more than {ROW_BYTES:,} characters. Is this csv?")
         yield line
 
 
@@ -159,5 +159,5 @@ def _listed(positions: Sequence[int]) -> str:
     return (" and ".join(numbers) if len(numbers) == 2 else ", ".join(numbers)) + more
 
 
-def _unreadable(path: Path, said: str) -> DataError:
-    return DataError(f"{path}: cannot be read as csv: {said}. {EXPECTED}")
+def _unreadable(path: Path, reason: str) -> DataError:
+    return DataError(f"{path}: cannot be read as csv: {reason}. {EXPECTED}")

@@ -1,13 +1,13 @@
 """Tokenized examples on disk: written once per (files, tokenizer, settings), memory-mapped afterwards.
 
-In: data files and a tokenizer. Out: `Examples`, whose rows lie in an Arrow file at `cache_dir/<fingerprint>/`. They are streamed there
-through a staging folder and one rename, so data may be larger than memory and a killed run leaves nothing half-written to be found.
+In: data files and a tokenizer. Out: `Examples`, stored in an Arrow file at `cache_dir/<fingerprint>/`. They are streamed there
+through a staging folder and one rename: data may be larger than memory, and a killed run leaves no partial cache.
 
 Surprising:
-- A row may make several examples (pieces of a text, turns of a conversation), or none: one that is too long and may not be shortened is
-  dropped and counted (fit.py). No example is without labels.
-- A question whose context was shortened is still *asked* about all of it: `prompt_ids(i)`.
-- The cache is checked by SHA-256 and rewritten when it is damaged.
+- A row may make several examples (pieces of a text, turns of a conversation), or none: a row that is too long and cannot be shortened
+  is dropped and counted (fit.py). Every example has labels.
+- A question with a shortened context is still *asked* with the full context: `prompt_ids(i)`.
+- The cache is checked by SHA-256 and rewritten if it is damaged.
 """
 
 import json
@@ -30,38 +30,36 @@ from qlora_lite.errors import DataError
 from qlora_lite.files.made_once import making
 from qlora_lite.files.staging import new_staging, remove_left_over, unlock
 
-CODE_VERSION = 6  # raise it when the same file and tokenizer should give other rows
-_WRITE_ROWS = 256  # rows held in memory while writing
-_NUM_KEPT, _NUM_SAID = 20, 3  # names of rows that are kept, and said
+CODE_VERSION = 6  # increase it when the same file and tokenizer should give other examples
+_WRITE_EXAMPLES = 256  # examples held in memory while writing
+_NUM_KEPT, _NUM_SHOWN = 20, 3  # row names stored, and shown
 
 
 @dataclass(frozen=True)
 class ReadCounts:
-    """What happened to the rows of the files on their way to examples."""
+    """Counts of the rows of the files by outcome."""
 
-    num_read: int  # usable rows that were taken from the files
-    num_left_out: int  # usable rows beyond the number that was asked for
-    num_cut: int  # of these, kept with a shortened context, or cut in pieces (text)
-    num_dropped: int  # of these, left out: longer than max_seq_length
+    num_read: int  # usable rows taken from the files
+    num_left_out: int  # usable rows beyond the requested number
+    num_cut: int  # of num_read, kept with a shortened context, or cut in pieces (text)
+    num_dropped: int  # of num_read, left out: longer than max_seq_length
     num_bad: int  # unusable rows in the whole files, and rows taken that the template cannot render
     bad: tuple[str, ...]  # the first of them, named, with reasons
     dropped: tuple[str, ...]  # ids of the first dropped rows
     cut: tuple[str, ...]  # ids of the first rows that were cut
     is_text: bool  # every row is plain text
-    notes: tuple[
-        str, ...
-    ]  # which columns are not used, what was done to rows because of the chat template; a sentence each
+    notes: tuple[str, ...]  # unused columns, changes to rows by the chat template; one sentence each
 
 
 class Examples:
-    """Tokenized rows by index, memory-mapped. `lengths`, `contents` and `num_label_tokens` are numpy int64 arrays [num examples]."""
+    """Examples by index, memory-mapped. `lengths`, `contents` and `num_label_tokens` are numpy int64 arrays [num examples]."""
 
     def __init__(self, dataset: Any, *, counts: ReadCounts, fingerprint: str, max_seq_length: int | None) -> None:
         self.dataset = dataset  # datasets.Dataset, with the columns of `_write_cache`
         self.counts = counts
         self.fingerprint = fingerprint
         self.max_seq_length = max_seq_length
-        column = dataset.data.column  # whole columns without building Python objects
+        column = dataset.data.column  # complete columns without Python objects
         self.lengths = column("num_tokens").to_numpy().astype(np.int64)
         self.contents = column("content").to_numpy().astype(np.int64)
         self.row_numbers = column("row").to_numpy().astype(np.int64)
@@ -72,12 +70,12 @@ class Examples:
 
     @property
     def is_text(self) -> bool:
-        """Whether every row is plain text: nothing to ask and compare."""
+        """Whether every row is plain text, without questions or answers to compare."""
         return self.counts.is_text
 
     @property
     def num_dropped(self) -> int:
-        """Rows left out because they exceed `max_seq_length` and may not be shortened enough."""
+        """Rows left out because they exceed `max_seq_length` and cannot be shortened enough."""
         return self.counts.num_dropped
 
     @property
@@ -86,41 +84,41 @@ class Examples:
         return self.counts.num_cut
 
     def account(self, rows: str, *, limit: str, length_key: str = "data.max_seq_length") -> list[str]:
-        """What became of rows that are not used, or not as they are, and how their files were read, a sentence each; [] when all is plain.
+        """Report rows left out or changed, and how their files were read, one sentence each; [] if there is nothing to report.
 
-        `rows` is what to call them, `limit` and `length_key` the keys of the recipe that limit their number and their length.
+        `rows` is their name in the sentences; `limit` and `length_key` are the recipe keys that limit their number and length.
         """
         counts = self.counts
-        said: list[str] = []
+        sentences: list[str] = []
         if counts.num_left_out:
             total = counts.num_read + counts.num_left_out
-            said.append(f"the first {counts.num_read:,} of {total:,} rows; {limit}: null takes all")
+            sentences.append(f"the first {counts.num_read:,} of {total:,} rows; {limit}: null takes all")
         if counts.num_bad:
-            said.append(f"{counts.num_bad:,} bad rows left out: {_first_few(counts.bad, counts.num_bad)}")
+            sentences.append(f"{counts.num_bad:,} bad rows left out: {_first_few(counts.bad, counts.num_bad)}")
         if counts.num_dropped:
-            said.append(
+            sentences.append(
                 f"{counts.num_dropped:,} of {counts.num_read:,} rows left out, longer than {length_key} "
                 f"({self.max_seq_length}): {_first_few(counts.dropped, counts.num_dropped)}"
             )
         if counts.num_cut:
-            how = "cut in pieces of" if counts.is_text else "cut (a shorter context, or a text in pieces) to"
-            said.append(
+            how = "cut in pieces of" if counts.is_text else "cut (shorter context, or text in pieces) to"
+            sentences.append(
                 f"{counts.num_cut:,} of {counts.num_read:,} rows {how} {length_key} ({self.max_seq_length}): "
                 f"{_first_few(counts.cut, counts.num_cut)}"
             )
-        return [f"{rows}: {sentence}" for sentence in (*said, *counts.notes)]
+        return [f"{rows}: {sentence}" for sentence in (*sentences, *counts.notes)]
 
     def encoded(self, index: int) -> Encoded:
-        """Token ids of example `index` (possibly with a shortened context)."""
+        """Return the token ids of example `index` (possibly with a shortened context)."""
         edges = self._column("span_edges", index)
         return Encoded(self._column("input_ids", index), tuple(zip(edges[::2], edges[1::2], strict=True)))
 
     def prompt_ids(self, index: int) -> list[int]:
-        """Token ids to generate the last answer of example `index` from; a shortened question has its whole context here."""
+        """Return the token ids from which to generate the last answer of example `index`, always with the full context."""
         return self.row(index).prompt_ids
 
     def row(self, index: int) -> Example:
-        """What is trained and asked in example `index`, and all gold answers."""
+        """Return example `index` with its question and all gold answers."""
         answers, whole_prompt_ids = (self._column(name, index) for name in ("answers", "whole_prompt_ids"))
         return Example(
             self._column("id", index),
@@ -150,20 +148,18 @@ def load_examples(
     may_cut: bool = True,
     vocabulary: Vocabulary = UNKNOWN_BASE,
 ) -> Examples:
-    """Tokenize the first `num_rows` usable rows of a file or of several with weights (None: all), or map what an earlier call wrote.
+    """Tokenize the first `num_rows` usable rows (None: all) of one or several weighted files, or map the cache of an earlier call.
 
-    `max_seq_length` is in tokens (None: no limit). Without `may_cut` a question that is longer is left out, and where every row is too
-    long the result is empty: its caller says what to do. Raises DataError when a file is unusable (see `read_mix`), when the template
-    cannot render more than `max_bad_share` of the rows, when every row is too long, or when the cache cannot be written; ModelError
-    when the tokenizer's template is unusable, or a token of the rows is beyond the embedding of `vocabulary`.
+    `max_seq_length` is in tokens (None: no limit). Without `may_cut`, longer questions are left out, and the result may be empty: the
+    caller reports that. Raises DataError when a file is unusable (see `read_mix`), when the template cannot render more than
+    `max_bad_share` of the rows, when every row is too long, or when the cache cannot be written; ModelError when the tokenizer's
+    template is unusable, or a token of the rows is beyond the embedding of `vocabulary`.
     """
     for name, number in (("num_rows", num_rows), ("max_seq_length", max_seq_length)):
         if number is not None and number < 1:
             raise DataError(f"{name}: expected a whole number above 0, got {number}")
     if not no_answer_text.strip():
-        raise DataError(
-            "no_answer_text: empty, so an unanswerable row would have no answer to train on. Give it a word."
-        )
+        raise DataError("no_answer_text: empty; an unanswerable row needs an answer to train on. Give it a word.")
     pairs, cache_dir = as_pairs(source), Path(cache_dir)
     settings = {
         "code_version": CODE_VERSION,
@@ -175,7 +171,7 @@ def load_examples(
         "format": format,
         "max_bad_share": max_bad_share,
         "may_cut": may_cut,
-        "names": [path.name for path, _ in pairs] if len(pairs) > 1 else [],  # they are part of the rows' ids then
+        "names": [path.name for path, _ in pairs] if len(pairs) > 1 else [],  # then they are part of the row ids
         "data": [(file_identity(path), weight) for path, weight in pairs],
     }
     fingerprint = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -200,19 +196,19 @@ def load_examples(
                 counts = _read_cache(folder) or tokenize()
         except OSError as error:
             raise DataError(
-                f"{cache_dir}: the tokenized rows cannot be written: {error.strerror or error}. "
-                f"Free some room, or set QLORA_LITE_HOME to another folder."
+                f"{cache_dir}: cannot write the tokenized examples: {error.strerror or error}. "
+                f"Free some space, or set QLORA_LITE_HOME to another folder."
             ) from error
     if may_cut and counts.num_read == counts.num_dropped:
         raise DataError(
-            f"{', '.join(str(path) for path, _ in pairs)}: every one of the {counts.num_read} rows would lose its answer: "
-            f"shortened as far as it may be, it still exceeds max_seq_length={max_seq_length}. Raise data.max_seq_length."
+            f"{', '.join(str(path) for path, _ in pairs)}: all {counts.num_read} rows would lose their answer: even with the "
+            f"shortest context they exceed max_seq_length={max_seq_length}. Increase data.max_seq_length."
         )
     return Examples(_map(folder), counts=counts, fingerprint=fingerprint, max_seq_length=max_seq_length)
 
 
 class _Records:
-    """Iterates once over the records to write, and counts what happens to the rows on the way."""
+    """Iterates once over the records to write, and counts the rows by outcome."""
 
     def __init__(self, fitter: RowFitter) -> None:
         self.fitter = fitter
@@ -226,7 +222,7 @@ class _Records:
         number = 0
         last: Row | None = None
         for row in self.fitter.mix:
-            number += row is not last  # a weight takes the same row several times, one after the other
+            number += row is not last  # a weight repeats the same row several times in sequence
             last = row
             fitted = self.fitter.fit(row)
             if fitted is None:
@@ -262,8 +258,8 @@ class _Records:
 
 
 def _first_few(named: Sequence[str], num_rows: int) -> str:
-    more = num_rows - min(len(named), _NUM_SAID)
-    return "; ".join(named[:_NUM_SAID]) + (f"; and {more:,} more" if more else "")
+    more = num_rows - min(len(named), _NUM_SHOWN)
+    return "; ".join(named[:_NUM_SHOWN]) + (f"; and {more:,} more" if more else "")
 
 
 def _record(example: Example) -> dict[str, Any]:
@@ -282,8 +278,8 @@ def _record(example: Example) -> dict[str, Any]:
 
 
 def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCounts:
-    """Stream the rows into a staging folder beside `folder`, then rename. The note with the hash is what makes it valid."""
-    # ArrowWriter, not Dataset.from_generator: that pickles its arguments to hash them and keeps a cache folder of its own.
+    """Stream the examples into a staging folder beside `folder`, then rename it. The hash in note.json makes the folder valid."""
+    # ArrowWriter, not Dataset.from_generator, which pickles its arguments to hash them and uses a cache folder of its own.
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -295,11 +291,11 @@ def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCount
             "num_label_tokens": Value("int32"),
             "id": Value("string"),
             "question": Value("large_string"),
-            "answers": List(Value("large_string")),  # null: none to compare (text, a call)
+            "answers": List(Value("large_string")),  # null: no answers to compare (text, a call)
             "whole_prompt_ids": List(Value("int32")),  # null: the ids before the last span
             "is_squad": Value("bool"),
-            "row": Value("int64"),  # its number
-            "content": Value("int64"),  # of the row that the example comes from (repeats.py)
+            "row": Value("int64"),  # number of the row that made the example
+            "content": Value("int64"),  # content hash of that row (repeats.py)
         }
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +306,7 @@ def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCount
             features=features,
             path=str(staging / "rows.arrow"),
             fingerprint=fingerprint[:16],
-            writer_batch_size=_WRITE_ROWS,
+            writer_batch_size=_WRITE_EXAMPLES,
         ) as writer:
             for record in records:
                 writer.write(record)
@@ -330,17 +326,17 @@ def _write_cache(folder: Path, records: _Records, fingerprint: str) -> ReadCount
 
 
 def _put_in_place(staging: Path, folder: Path) -> None:
-    if folder.exists():  # damaged, or it was written by another process a moment ago: the same rows either way
+    if folder.exists():  # damaged, or just written by another process: the same examples in both cases
         shutil.rmtree(folder, ignore_errors=True)
     try:
         staging.rename(folder)
     except OSError:
-        if _read_cache(folder) is None:  # otherwise another process was faster
+        if _read_cache(folder) is None:  # else another process was faster
             raise
 
 
 def _read_cache(folder: Path) -> ReadCounts | None:
-    """The counts of a complete, undamaged cache folder, otherwise None."""
+    """Return the counts of a complete, undamaged cache folder, else None."""
     try:
         note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
         counts = ReadCounts(**note["counts"])
@@ -351,7 +347,7 @@ def _read_cache(folder: Path) -> ReadCounts | None:
 
 
 def _with_tuples(counts: ReadCounts) -> ReadCounts:
-    """JSON has none."""
+    """Convert the lists from JSON to tuples."""
     bad, dropped, cut, notes = (tuple(lines) for lines in (counts.bad, counts.dropped, counts.cut, counts.notes))
     return replace(counts, bad=bad, dropped=dropped, cut=cut, notes=notes)
 

@@ -1,6 +1,6 @@
-"""Data files: opened only when they are regular files of a sane size, as bytes or as UTF-8 text of any encoding, and hashed.
+"""Data files: regular files of a plausible size, opened as bytes or (from any encoding) as UTF-8 text, and hashed.
 
-In: a path. Out: an open file, or its SHA-256. What cannot be read is one clear DataError; nothing waits on a pipe.
+In: a path. Out: an open file, or its SHA-256. Raises one clear DataError for an unreadable file; never blocks on a pipe.
 """
 
 import os
@@ -15,16 +15,16 @@ from qlora_lite.files.text_file import NotText, OpenedText, decode_utf8, open_ut
 from qlora_lite.limits import DATA_FILE_BYTES
 from qlora_lite.units import format_bytes
 
-EXPECTED = "Expected SQuAD JSON, or rows as json, jsonl, csv, Parquet or a folder that `datasets` saved."
+EXPECTED = "Expected SQuAD JSON, or rows as json, jsonl, csv, Parquet or a folder saved by `datasets`."
 
 
 @contextmanager
 def open_data_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a data file for reading bytes; raises DataError when it is missing, empty, too large or not a regular file."""
+    """Open a data file for reading bytes. Raises DataError when it is missing, empty, too large or not a regular file."""
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            what = "a directory" if path.is_dir() else "not a regular file"
-            raise DataError(f"{path}: {what}. {EXPECTED}")
+        if path.exists() and not path.is_file():  # opening a pipe would block forever
+            kind = "a directory" if path.is_dir() else "not a regular file"
+            raise DataError(f"{path}: {kind}. {EXPECTED}")
         with path.open("rb") as file:
             _check_size(path, os.fstat(file.fileno()).st_size)
             yield file
@@ -33,14 +33,14 @@ def open_data_file(path: Path) -> Iterator[BinaryIO]:
     except ValueError as error:
         if "\0" not in str(path):
             raise
-        raise DataError(f"{str(path)!r}: not a file name, it holds a NUL character.") from error
+        raise DataError(f"{str(path)!r}: not a file name: contains a NUL character.") from error
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[OpenedText]:
-    """Open a data file as UTF-8 text, whatever its encoding, unpacked where it is gzip. Raises DataError, also while it is read.
+    """Open a data file of any encoding as UTF-8 text; unpacks gzip. Raises DataError, also while it is read.
 
-    Bytes that are not UTF-8 are given as they are; whoever decodes them does so with `decode_utf8`, and its NotText becomes a DataError.
+    Bytes that are not UTF-8 pass through; decode them with `decode_utf8`, whose NotText becomes a DataError here.
     """
     with open_data_file(path) as file:
         try:
@@ -50,13 +50,13 @@ def open_text(path: Path) -> Iterator[OpenedText]:
 
 
 def how_read(path: Path) -> str:
-    """How the text of a file is read, a sentence; "" for plain UTF-8. Raises DataError."""
+    """Return a note on how the text of a file is read; "" for plain UTF-8. Raises DataError."""
     with open_text(path) as text:
         return text.note
 
 
 def refuse_other_encodings(path: Path) -> None:
-    """Raises DataError for a text file that holds bytes which are not UTF-8, with their line."""
+    """Raise DataError, with the line, for a text file with bytes that are not UTF-8."""
     with open_text(path) as text:
         number = 1
         while block := text.stream.readline(2**20):
@@ -66,13 +66,13 @@ def refuse_other_encodings(path: Path) -> None:
 
 
 def data_suffix(path: Path) -> str:
-    """The end of a file's name that says what is in it: `.csv` of rows.CSV and of rows.csv.gz."""
+    """Return the suffix of the file's content: `.csv` for rows.CSV and for rows.csv.gz."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes. Raises DataError when it cannot be read."""
+    """Return the SHA-256 of a file's bytes. Raises DataError when it is unreadable."""
     digest = sha256()
     with open_data_file(path) as file:
         while block := file.read(1 << 20):
@@ -90,6 +90,6 @@ def _check_size(path: Path, num_bytes: int) -> None:
 
 
 def _whole_characters(block: bytes) -> bytes:
-    """A block of a very long line, without a character at its end that the next block continues."""
+    """Remove an incomplete character at the end of a block of a very long line."""
     start = next((i for i in range(1, 4) if block[-i:][:1] >= b"\xc0"), 0)
     return block[:-start] if start else block

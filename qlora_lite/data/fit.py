@@ -1,9 +1,9 @@
-"""A row within `max_seq_length` tokens: one example, several, or none.
+"""A row fitted into `max_seq_length` tokens: one example, several, or none.
 
-- A question loses *context* only, first where it reaches farther from the answer; never question, answer or template.
-- A conversation is whole or dropped. It is one example, or one for each stretch of turns that a template does not rewrite.
-- A document is cut in pieces. Each begins with the last token of the piece before it, which carries no label there, so every token is
-  trained once; only the last piece ends in the end-of-sequence token.
+- A question loses only *context*, first the longer side around the answer; never question, answer or template.
+- A conversation is kept complete or dropped. It is one example, or one per stretch of turns that the template does not rewrite.
+- A document is cut in pieces. Each begins with the last token of the previous piece, without a label there, so every token is trained
+  once; only the last piece ends in the end-of-sequence token.
 """
 
 from collections import Counter
@@ -16,26 +16,26 @@ from qlora_lite.data.template import ChatTemplate, Encoded, EncodedTurns, Nothin
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.units import row_in_words
 
-_SNAP_CHARS = 24  # a shortened context moves to a word boundary when one is this near
+_SNAP_CHARS = 24  # a shortened context moves to a word boundary within this distance
 
 
 @dataclass(frozen=True)
 class Example:
-    """What is trained, and what evaluation asks and expects."""
+    """Token ids for training, and question and answers for evaluation."""
 
-    id: str  # of the row it comes from
+    id: str  # of its row
     encoded: Encoded
-    question: str = ""  # the last message before the answer, for people
+    question: str = ""  # the last message before the answer, for display
     answers: tuple[str, ...] | None = (
-        None  # the gold answers of the last trained turn; None: nothing to compare (text, a call)
+        None  # gold answers of the last trained turn; None: no answers to compare (text, a call)
     )
-    whole_prompt_ids: tuple[int, ...] | None = None  # where `encoded` lost context: the prompt with all of it
+    whole_prompt_ids: tuple[int, ...] | None = None  # if `encoded` lost context: the prompt with the full context
     is_squad: bool = False  # a question about a passage: its answers are compared by SQuAD's rule
     remarks: frozenset[Remark] = field(default=frozenset(), compare=False)  # on its row, for the notes; not stored
 
     @property
     def prompt_ids(self) -> list[int]:
-        """Token ids to generate the last trained turn from; a shortened question is asked about its whole context."""
+        """Token ids from which to generate the last trained turn, always with the full context."""
         if self.whole_prompt_ids is not None:
             return list(self.whole_prompt_ids)
         return self.encoded.input_ids[: self.encoded.spans[-1][0]]
@@ -44,24 +44,24 @@ class Example:
 def fit_row(
     template: ChatTemplate, row: Row, *, no_answer_text: str, max_seq_length: int | None, may_cut: bool = True
 ) -> tuple[list[Example], bool]:
-    """-> (examples of at most `max_seq_length` tokens, whether a context was shortened or a text cut in pieces).
+    """Fit a row -> (examples of at most `max_seq_length` tokens, whether a context was shortened or a text cut in pieces).
 
-    With `may_cut` false no context is shortened. No examples means that the row cannot fit and is dropped. Raises ModelError for a row
-    the template cannot render.
+    With `may_cut` false, no context is shortened. Returns no examples for a row that cannot fit. Raises ModelError for a row that the
+    template cannot render.
     """
     if isinstance(row, Document):
         return _fit_document(template, row, max_seq_length)
     if isinstance(row, QuestionRow):
         return _fit_question(template, row, no_answer_text, max_seq_length, may_cut)
     examples = _turn_examples(template, row)
-    fits = max_seq_length is None or max(len(e.encoded.input_ids) for e in examples) <= max_seq_length
+    fits = max_seq_length is None or max(len(example.encoded.input_ids) for example in examples) <= max_seq_length
     return (examples if fits else []), False
 
 
 def least_tokens(template: ChatTemplate, row: Row, whole: int, *, no_answer_text: str) -> int:
-    """The smallest `max_seq_length` at which a row of `whole` tokens is not dropped."""
+    """Return the smallest `max_seq_length` at which a row of `whole` tokens is not dropped."""
     if isinstance(row, Document):
-        return 2  # one token is trained from the one before it
+        return 2  # one trained token, and the token before it
     if isinstance(row, QuestionRow):
         shortest = replace(row, context=row.answers[0] if row.answers else "")
         return min(whole, len(_encode_question(template, shortest, no_answer_text).encoded.input_ids))
@@ -69,7 +69,7 @@ def least_tokens(template: ChatTemplate, row: Row, whole: int, *, no_answer_text
 
 
 class RowFitter:
-    """`fit_row` for the rows of a `Mix`, and the bad rows: those of the files and those that the template cannot render."""
+    """Applies `fit_row` to the rows of a `Mix`, and collects bad rows: those of the files and those that the template cannot render."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class RowFitter:
         self.max_bad_share = max_bad_share
         self.may_cut = may_cut
         self.num_unrendered = 0
-        self._unrendered: dict[str, None] = {}  # named, with the reason; a row that is taken twice is named once
+        self._unrendered: dict[str, None] = {}  # named, with the reason; a row taken twice is named once
 
     def fit(self, row: Row) -> tuple[list[Example], bool] | None:
         """As `fit_row`; None for a row that the template cannot render."""
@@ -101,17 +101,17 @@ class RowFitter:
                 may_cut=self.may_cut,
             )
         except TokenWithoutRow:
-            raise  # the tokenizer belongs to another base: no fault of the row
+            raise  # the tokenizer belongs to another base; the row is fine
         except ModelError as error:
             if isinstance(row, Document) and not isinstance(error, NothingToTrain):
-                raise  # no template reads it, so it is the tokenizer's fault and every row's
+                raise  # documents use no template: the tokenizer is at fault, for every row
             self.num_unrendered += 1
             if len(self._unrendered) < NUM_NAMED:
                 self._unrendered[str(error)] = None
             return None
 
     def refuse_too_many(self) -> None:
-        """After the last row: raise DataError when the template cannot render more than `max_bad_share` of the rows taken."""
+        """After the last row: raise DataError if the template cannot render more than `max_bad_share` of the rows taken."""
         num_taken = self.mix.num_rows
         if self.num_unrendered > self.max_bad_share * num_taken:
             num_rows, named = num_taken - self.num_unrendered, list(self._unrendered)
@@ -130,7 +130,7 @@ class RowFitter:
 
 @dataclass
 class TemplateNotes:
-    """Counts the rows that a chat template or their special tokens made us change or split, to say so."""
+    """Counts the rows changed or split because of the chat template or special tokens, for the notes."""
 
     num_merged: int = 0
     num_split: int = 0
@@ -138,48 +138,48 @@ class TemplateNotes:
     kinds: Counter[str] = field(default_factory=Counter)  # kind of a remark -> rows
 
     def count(self, template: ChatTemplate, row: Row, examples: list[Example]) -> None:
-        """Take one row, and the examples it made, into account."""
+        """Count one row and its examples."""
         if isinstance(row, Conversation):
             self.num_split += len(examples) > 1
             self.num_merged += row.messages[0]["role"] == "system" and not template.has_system_role
-        found = {remark for example in examples for remark in example.remarks}
-        self.remarks.update(found)
-        self.kinds.update({remark.kind for remark in found})
+        remarks = {remark for example in examples for remark in example.remarks}
+        self.remarks.update(remarks)
+        self.kinds.update({remark.kind for remark in remarks})
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What to say; empty when nothing was changed."""
-        said = []
+        """The notes; empty if no row was changed."""
+        notes = []
         if self.num_merged:
-            said.append(
-                f"the chat template has no system role: the system's text of {self.num_merged} conversations was put before "
+            notes.append(
+                f"the chat template has no system role: the system text of {self.num_merged} conversations was put before "
                 f"their first user message"
             )
         if self.num_split:
-            said.append(
-                f"the chat template rewrites earlier turns: {self.num_split} conversations make several examples each, every "
-                f"turn behind what inference sees at that turn"
+            notes.append(
+                f"the chat template rewrites earlier turns: {self.num_split} conversations make several examples each, so every "
+                f"trained turn follows the same tokens as at inference"
             )
         for kind, sentence in _SENTENCES.items():
             if self.kinds[kind]:
-                said.append(sentence.format(rows=_rows(self.kinds[kind]), what=", ".join(self._about(kind))))
+                notes.append(sentence.format(rows=_rows(self.kinds[kind]), tokens=", ".join(self._about(kind))))
         for key in self._about("left out"):
             num_rows = self.remarks[Remark("left out", key)]
-            said.append(f'the chat template has no place for "{short(key)}" in messages: {_rows(num_rows)} lost it')
-        return tuple(said)
+            notes.append(f'the chat template ignores "{short(key)}" in messages: {_rows(num_rows)} lost it')
+        return tuple(notes)
 
     def _about(self, kind: str) -> list[str]:
         return sorted(remark.about for remark in self.remarks if remark.kind == kind)
 
 
 _SENTENCES = {
-    "ended": "{rows} ended in a stop token already ({what}): each is trained with exactly one",
-    "guarded": "{rows} spell special tokens inside an answer that no answer may say ({what}): there they stay ordinary characters",
-    "spelled": "{rows} spell special tokens inside an answer that neither the chat template nor data.special_tokens names ({what}): "
-    "there they stay ordinary characters; name them in data.special_tokens if they are meant",
-    "prompt": "{rows} spell stop tokens or markers of roles inside a prompt ({what}): there each is that token. If the prompts are "
-    "conversations that a template has rendered, they are wrapped once more: give their turns as messages, or all of it as text",
-    "document": "{rows} of text spell special tokens ({what}): there each is that token",
+    "ended": "{rows} already ended in a stop token ({tokens}): each is trained with exactly one",
+    "guarded": "{rows} spell reserved special tokens inside an answer ({tokens}): they stay ordinary characters",
+    "spelled": "{rows} spell special tokens inside an answer that neither the chat template nor data.special_tokens names ({tokens}): "
+    "they stay ordinary characters; to train them as tokens, name them in data.special_tokens",
+    "prompt": "{rows} spell stop tokens or role markers inside a prompt ({tokens}): each is read as that token. If the prompts are "
+    "conversations already rendered by a template, the template wraps them again: give their turns as messages, or the whole as text",
+    "document": "{rows} of text spell special tokens ({tokens}): each is read as that token",
 }
 
 
@@ -243,15 +243,15 @@ def _encode_question(template: ChatTemplate, row: QuestionRow, no_answer_text: s
 
 
 def _shorten(template: ChatTemplate, row: QuestionRow, no_answer_text: str, max_seq_length: int) -> Encoded | None:
-    """The row with the largest window of its context that fits, or None when none does.
+    """Encode the row with the largest window of its context that fits; None if none fits.
 
-    The window holds the first gold answer and is cut where the context reaches farther from it.
+    The window contains the first gold answer and is cut first on the longer side.
     """
     answer = row.answers[0] if row.answers else ""
     start = row.answer_start if row.answer_start is not None else max(0, row.context.find(answer))
     end = start + len(answer)
     best: Encoded | None = None
-    # Binary search for the most characters that still fit; tokens grow with characters, nearly always.
+    # Binary search for the most characters that fit; tokens nearly always grow with characters.
     low, high = len(answer), len(row.context) - 1
     while low <= high:
         num_chars = (low + high) // 2
@@ -265,19 +265,17 @@ def _shorten(template: ChatTemplate, row: QuestionRow, no_answer_text: str, max_
 
 
 def _window(context: str, start: int, end: int, num_chars: int) -> str:
-    """At most `num_chars` characters of `context` that hold [start, end); the longer side is cut first, at word boundaries if near."""
+    """Cut `context` to at most `num_chars` characters around [start, end): the longer side first, at nearby word boundaries."""
     spare = num_chars - (end - start)
     before, after = start, len(context) - end  # characters on each side of the answer
     keep_before = min(before, max(spare // 2, spare - after))
     keep_after = min(after, spare - keep_before)
     left, right = start - keep_before, end + keep_after
     if left > 0 and not context[left - 1].isspace():
-        snapped = next((i for i in range(left, min(left + _SNAP_CHARS, start)) if context[i].isspace()), left)
-        left = snapped
+        left = next((i for i in range(left, min(left + _SNAP_CHARS, start)) if context[i].isspace()), left)
     if right < len(context) and not context[right].isspace():
-        snapped = next((i for i in range(right, max(right - _SNAP_CHARS, end), -1) if context[i - 1].isspace()), right)
-        right = snapped
-    # Whitespace at a cut goes too, but never a character of the answer.
+        right = next((i for i in range(right, max(right - _SNAP_CHARS, end), -1) if context[i - 1].isspace()), right)
+    # Trim whitespace at a cut, but never a character of the answer.
     while left < start and left > 0 and context[left].isspace():
         left += 1
     while right > end and right < len(context) and context[right - 1].isspace():

@@ -1,4 +1,4 @@
-"""What the columns of a row mean: six formats, found by their columns, each read into one of the row types.
+"""The six formats of rows, recognized by their columns, each read into one of the row types.
 
 | format            | columns                                        | becomes                                          |
 |-------------------|------------------------------------------------|--------------------------------------------------|
@@ -8,17 +8,17 @@
 | sharegpt          | conversations [, system, tools]                | the same, of {from, value}                       |
 | prompt_completion | prompt, completion (or question, answer)       | one exchange; or messages, the completion trained |
 |                   | [, context, system, tools]                     | context, empty line, prompt                      |
-| alpaca            | instruction, output                            | one exchange: instruction, empty line, input     |
-|                   | [, input, history, system, tools]              | behind those of the history, also trained        |
+| alpaca            | instruction, output                            | one exchange: instruction, empty line, input;    |
+|                   | [, input, history, system, tools]              | after those of the history, which are trained    |
 | text              | text                                           | a document, every token trained                  |
 
-In csv, a cell of `messages`, `conversations`, `history`, `answers` or `tools` that holds a list is JSON; an empty `answers` is none.
-An `id` column names the rows; without one the place in the file does. Names follow TRL, LLaMA-Factory (whose alpaca `history` is a list of
-[instruction, answer]) and the OpenAI chat format. `Question` or ` answer ` is read as the name without capitals and spaces at its ends,
-unless the row has that name as well.
+In csv, a list in a cell of `messages`, `conversations`, `history`, `answers` or `tools` is JSON; an empty `answers` means no answers.
+An `id` column names the rows; without one, the position in the file does. Names follow TRL, LLaMA-Factory (whose alpaca `history` is a
+list of [instruction, answer]) and the OpenAI chat format. `Question` or ` answer ` is read as the lower-case name without outer spaces,
+unless the row has that column as well.
 
-An assistant message with `weight: 0` is not trained, nor one with false (or 0, or "false") at another of the names in `turn_flags`, or
-`masked: true`. A note names a key that looks like such a flag but is not one.
+An assistant message with `weight: 0` is not trained, nor one with false (or 0, or "false") in another flag of `turn_flags`, or
+`masked: true`. A note reports keys that look like such a flag but are not one.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +32,7 @@ from qlora_lite.data.squad import check_columns
 from qlora_lite.data.turn_flags import FLAGS, WrongFlag, is_untrained
 from qlora_lite.files.json_text import parse_json
 
-# Format -> the sets of columns it may have; the first format that has one of its sets is the one.
+# Format -> its alternative sets of columns; the first format with a matching set wins.
 _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "squad": (("context", "question", "answers"), ("context", "question", "answer")),
     "chat": (("messages",),),
@@ -42,7 +42,7 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("text",),),
 }
 FORMATS = tuple(_COLUMNS)
-# Columns that are read where they are there, besides `id`.
+# Optional columns, besides `id`.
 _MORE_COLUMNS: dict[str, tuple[str, ...]] = {
     "squad": ("is_impossible",),
     "chat": ("system", "tools"),
@@ -54,7 +54,7 @@ _MORE_COLUMNS: dict[str, tuple[str, ...]] = {
 KNOWN_NAMES = frozenset(
     {"id", *chain.from_iterable(chain.from_iterable(_COLUMNS.values())), *chain.from_iterable(_MORE_COLUMNS.values())}
 )
-_LISTS = ("messages", "conversations", "history")  # columns that hold no text, so that a text in them is JSON
+_LISTS = ("messages", "conversations", "history")  # columns of lists: text in them is JSON
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     **{name: name for name in _ROLES},
@@ -68,56 +68,57 @@ _SHAREGPT_ROLES = {
 
 
 def find_columns(columns: Sequence[str], *, format: str) -> tuple[str, tuple[str, ...]] | str:
-    """-> (format, the columns that make it so) for "auto" or a named format; or what is missing, as a sentence."""
+    """-> (format, the columns that decide it) for "auto" or a named format; or the problem, as a sentence."""
     for name in FORMATS if format == "auto" else (format,):
-        for wanted in _COLUMNS[name]:
-            if set(wanted) <= set(columns):
-                return name, wanted
-    there = ", ".join(short(column) for column in columns[:30]) or "none"
+        for required in _COLUMNS[name]:
+            if set(required) <= set(columns):
+                return name, required
+    present = ", ".join(short(column) for column in columns[:30]) or "none"
     if format == "auto":
-        return f"no format has these columns: {there}. Known are {_all_columns()}"
-    missing = [[f'"{name}"' for name in wanted if name not in columns] for wanted in _COLUMNS[format]]
+        return f"no format has these columns: {present}. Known formats: {_all_columns()}"
+    missing = [[f'"{name}"' for name in required if name not in columns] for required in _COLUMNS[format]]
     fewest = min(missing, key=len)
-    return f"no column {' and no column '.join(fewest)}, which {format} needs ({_alternatives(format)}). Its columns: {there}"
+    noun = "column" if len(fewest) == 1 else "columns"
+    return f"missing {noun} {' and '.join(fewest)}: {format} needs {_alternatives(format)}. The file has: {present}"
 
 
 def unused_columns(columns: Sequence[str], *, format: str) -> tuple[str, ...]:
-    """The columns that rows of `format` do not read; () where it does not find its own."""
-    found = find_columns(columns, format=format)
-    used = columns if isinstance(found, str) else {"id", *found[1], *_MORE_COLUMNS[found[0]]}
+    """Return the columns that rows of `format` do not use; () if the required ones are missing."""
+    match = find_columns(columns, format=format)
+    used = columns if isinstance(match, str) else {"id", *match[1], *_MORE_COLUMNS[match[0]]}
     return tuple(column for column in columns if column not in used)
 
 
 def names_of(format: str) -> frozenset[str]:
-    """Every column that rows of `format` may have."""
+    """Return every column that rows of `format` may have."""
     return frozenset({"id", *chain.from_iterable(_COLUMNS[format]), *_MORE_COLUMNS[format]})
 
 
 def known_name(name: str) -> str:
-    """A column's name without capitals and without spaces at its ends."""
+    """Return a column name in lower case, without outer spaces."""
     return name.strip().lower()
 
 
 def renamed(columns: Iterable[str]) -> dict[str, str]:
-    """Columns whose names are known but for capitals and spaces -> the known names; none where two columns would get one name."""
+    """Columns that differ from known names only in capitals and outer spaces -> the known names; skips ambiguous ones."""
     columns = list(columns)
-    meant = [known_name(name) for name in columns]
+    normalized = [known_name(name) for name in columns]
     return {
         name: known
-        for name, known in zip(columns, meant, strict=True)
-        if known != name and known in KNOWN_NAMES and meant.count(known) == 1
+        for name, known in zip(columns, normalized, strict=True)
+        if known != name and known in KNOWN_NAMES and normalized.count(known) == 1
     }
 
 
 def are_known(columns: Iterable[str]) -> bool:
-    """Whether columns of these names, but for capitals and spaces, are rows of a known format."""
+    """Whether these columns, apart from capitals and outer spaces, are those of a known format."""
     columns = list(columns)
     names = renamed(columns)
     return not isinstance(find_columns([names.get(name, name) for name in columns], format="auto"), str)
 
 
 def read_row(format: str, values: dict[str, Any], place: str) -> Row | BadRow:
-    """One row's columns -> the row. `place` names a row without an id, such as "line 7"."""
+    """The columns of one row -> the row. `place` names a row without an id, such as "line 7"."""
     name, has_id = row_name(values.get("id"), place)
     if format == "squad":
         return check_columns(values | {"id": name}, place)
@@ -128,11 +129,11 @@ def read_row(format: str, values: dict[str, Any], place: str) -> Row | BadRow:
 
 
 class _Unusable(Exception):
-    """Why a row cannot be used."""
+    """The reason why a row is unusable."""
 
 
 def _with_lists(values: dict[str, Any]) -> dict[str, Any]:
-    """A csv cell has no lists, only the JSON of them."""
+    """Parse the JSON lists in csv cells."""
     cells = {name: values.get(name) for name in _LISTS}
     texts = {name: cell for name, cell in cells.items() if isinstance(cell, str) and cell.lstrip().startswith("[")}
     return values | {name: _parsed(text, name) for name, text in texts.items()}
@@ -153,9 +154,9 @@ def _sharegpt(values: dict[str, Any], name: str) -> Conversation:
             raise _Unusable(f"{where}: expected an object with from and value, got {kind(turn)}")
         speaker = str(turn.get("from"))
         if speaker not in _SHAREGPT_ROLES:
-            raise _Unusable(f'{where}.from: "{short(speaker)}", known are {", ".join(_SHAREGPT_ROLES)}')
-        others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
-        message = {**others, "role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")}
+            raise _Unusable(f'{where}.from: expected one of {", ".join(_SHAREGPT_ROLES)}, got "{short(speaker)}"')
+        other_keys = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+        message = {**other_keys, "role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")}
         if speaker == "function_call":
             message |= {"content": None, "tool_calls": _written_calls(turn.get("value"), f"{where}.value")}
         messages.append(message)
@@ -168,7 +169,7 @@ def _prompt_completion(values: dict[str, Any], name: str) -> Conversation:
     prompt = _as_messages(values.get(prompt_column), "user", prompt_column)
     if not _is_blank(values.get("context")):
         if isinstance(values[prompt_column], list):
-            raise _Unusable(f"context: can stand before a text only, and {prompt_column} is a list of messages")
+            raise _Unusable(f"context: needs {prompt_column} as text, but it is a list of messages")
         prompt = [_user(text_with_context(values[prompt_column], _text(values["context"], "context")))]
     completion = _as_messages(values.get(completion_column), "assistant", completion_column)
     return _conversation(name, [*prompt, *completion], values, num_prompt=len(prompt))
@@ -182,7 +183,7 @@ def _alpaca(values: dict[str, Any], name: str) -> Conversation:
 
 
 def _history(given: Any) -> list[Message]:
-    """Earlier exchanges, as LLaMA-Factory has them: a list of [instruction, answer]."""
+    """Read earlier exchanges in LLaMA-Factory's form: a list of [instruction, answer]."""
     if _is_blank(given):
         return []
     if not isinstance(given, list):
@@ -210,7 +211,7 @@ _READERS: dict[str, Callable[[dict[str, Any], str], Conversation | Document]] = 
 
 
 def _conversation(name: str, messages: list[Message], values: dict[str, Any], *, num_prompt: int = 0) -> Conversation:
-    """The messages up to the last trained one: what follows it is not seen by what is trained."""
+    """Build the conversation up to its last trained message; trained tokens do not see later messages."""
     if not _is_blank(values.get("system")) and messages and messages[0]["role"] != "system":
         system = {"role": "system", "content": _text(values["system"], "system")}
         messages, num_prompt = [system, *messages], num_prompt + 1
@@ -219,7 +220,7 @@ def _conversation(name: str, messages: list[Message], values: dict[str, Any], *,
         weights = (
             " and a weight other than 0 (nor train: false)" if any("weight" in message for message in messages) else ""
         )
-        raise _Unusable(f"no assistant message with one before it{weights}, so there is nothing to train")
+        raise _Unusable(f"nothing to train: no assistant message after another message{weights}")
     return replace(row, messages=row.messages[: row.trained_turns[-1] + 1])
 
 
@@ -230,7 +231,7 @@ def _messages(given: Any, where: str) -> list[Message]:
 
 
 def _as_messages(given: Any, role: str, where: str) -> list[Message]:
-    """A text is one message of that role; TRL also has lists of messages."""
+    """Read text as one message of that role, or TRL's list of messages."""
     return _messages(given, where) if isinstance(given, list) else [{"role": role, "content": _text(given, where)}]
 
 
@@ -238,7 +239,7 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise _Unusable(f"{where}: expected an object with role and content, got {kind(message)}")
     if message.get("role") not in _ROLES:
-        raise _Unusable(f'{where}.role: "{short(str(message.get("role")))}", known are {", ".join(_ROLES)}')
+        raise _Unusable(f'{where}.role: expected one of {", ".join(_ROLES)}, got "{short(str(message.get("role")))}"')
     kept = {key: value for key, value in message.items() if value is not None}
     content = _joined(kept.get("content", ""), where)
     try:
@@ -253,18 +254,18 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _joined(content: Any, where: str) -> Any:
-    """The OpenAI format also has a list of parts; those of text are joined."""
+    """Join the text parts of OpenAI's list form of a content."""
     if not isinstance(content, list):
         return content
     for position, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            what = part.get("type") if isinstance(part, dict) else kind(part)
-            raise _Unusable(f"{where}.content[{position}]: only parts of the type text can be trained, got {what}")
+            part_type = part.get("type") if isinstance(part, dict) else kind(part)
+            raise _Unusable(f"{where}.content[{position}]: only parts of type text are supported, got {part_type}")
     return "".join(part["text"] for part in content)
 
 
 def _tool_calls(given: Any, where: str) -> list[Any]:
-    """The OpenAI format has a call's arguments as JSON text; chat templates expect the object."""
+    """Parse the arguments of calls, JSON text in the OpenAI format; chat templates expect the object."""
     if not isinstance(given, list):
         raise _Unusable(f"{where}: expected a list, got {kind(given)}")
     calls = []
@@ -280,7 +281,7 @@ def _tool_calls(given: Any, where: str) -> list[Any]:
 
 
 def _written_calls(given: Any, where: str) -> list[Any]:
-    """The call that is the text of a sharegpt turn, {"name", "arguments"}, or a list of them, as the OpenAI format has it."""
+    """Convert the text of a sharegpt turn, a call {"name", "arguments"} or a list of them, to the OpenAI format."""
     calls = _parsed(given, where) if isinstance(given, str) else given
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) for call in calls):

@@ -1,7 +1,7 @@
-"""What `check` says about a data file: rendered rows with the trained tokens marked, and what each sequence length would cost.
+"""The data report of `check`: rendered rows with trained tokens marked, and the rows cut or dropped at each sequence length.
 
-In: data files and a tokenizer, no weights. Out: `DataReport`. Of every row two lengths are taken: whole, and as short as it may become;
-they say for any `max_seq_length` whether the row fits, is cut, or has to be dropped.
+In: data files and a tokenizer, no weights. Out: `DataReport`. Each row has two lengths, full and shortest possible, which decide for
+any `max_seq_length` whether the row fits, is cut, or is dropped.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from qlora_lite.data.read import Source, find_format, read_mix
 from qlora_lite.data.rows import QuestionRow, Row
 from qlora_lite.data.template import UNKNOWN_BASE, ChatTemplate, Encoded, Tokenizer, Vocabulary
 
-TEXT_TOKENS = 1024  # proposed for plain text, which loses nothing when it is cut in pieces
+TEXT_TOKENS = 1024  # proposed for plain text, which loses nothing in pieces
 TABLE_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 NUM_SHOWN = 3
-_OUTLIERS_OF_ANY = "lose context, or are left out where there is no passage to shorten"
+_OUTLIERS_OF_ANY = "lose context, or are left out if there is no passage to shorten"
 _OUTLIERS = {
     "squad": "lose context",
     **dict.fromkeys(("chat", "sharegpt", "prompt_completion", "alpaca"), "are left out"),
@@ -28,12 +28,12 @@ _OUTLIERS = {
 
 @dataclass(frozen=True)
 class TruncationLine:
-    """What becomes of the rows at one sequence length; the three counts sum to the number of rows."""
+    """The rows by outcome at one sequence length; the three counts sum to the number of rows."""
 
     max_seq_length: int
-    num_whole: int  # fit as they are
-    num_cut: int  # lose some of their context, never question or answer; plain text: cut in pieces, nothing lost
-    num_dropped: int  # too long, and nothing of them may be cut
+    num_whole: int  # fit unchanged
+    num_cut: int  # lose some context, never question or answer; plain text: cut in pieces, without loss
+    num_dropped: int  # too long and not shortenable
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class RenderedRow:
 
 @dataclass(frozen=True)
 class DataReport:
-    """All that can be said about the data before a weight is loaded."""
+    """The properties of the data that are known without weights."""
 
     num_rows: int  # usable rows taken from the files, at most `num_rows` of the call
-    num_dropped: int  # of these, lost at the sequence length in use (the given one, or the proposed one)
-    num_left_out: int  # usable rows beyond the number that was asked for
+    num_dropped: int  # of these, dropped at the sequence length in use (the given or the proposed one)
+    num_left_out: int  # usable rows beyond the requested number
     num_bad: int  # unusable rows in the whole files, and rows taken that the template cannot render
     bad: tuple[str, ...]  # the first of them, named, with reasons
     format: str
     format_reason: str
     template: str  # "the tokenizer's chat template" or "plain"
-    notes: tuple[str, ...]  # which columns are not used, what was done to rows because of the template; a sentence each
+    notes: tuple[str, ...]  # unused columns, changes to rows by the template; one sentence each
     stop_token: str
     max_tokens: int  # of the longest row, uncut
     truncation: tuple[TruncationLine, ...]
@@ -80,9 +80,9 @@ def inspect_rows(
     max_bad_share: float = 0.02,
     vocabulary: Vocabulary = UNKNOWN_BASE,
 ) -> DataReport:
-    """Look at the first `num_rows` usable rows (None: all) of a file, or of several with weights.
+    """Report on the first `num_rows` usable rows (None: all) of one or several weighted files.
 
-    `max_seq_length` None means "use the proposal"; `limit` is the model's context window in tokens, which a proposal never exceeds.
+    `max_seq_length` None uses the proposal; `limit` is the model's context window in tokens, the upper bound of a proposal.
     Raises DataError as `load_examples` does for bad rows, ModelError when the tokenizer's template is unusable.
     """
     mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
@@ -143,35 +143,37 @@ def propose_max_seq_length(
 ) -> tuple[int, str]:
     """Tokens per row, uncut -> (`max_seq_length`, reason).
 
-    The smallest multiple of 64 that holds every row; or 99.5% of them when the longest row is more than twice as long as all those.
-    Never above `limit`, the model's context window; of plain text not above TEXT_TOKENS. `outliers` says what becomes of rows that are
-    longer. Raises ValueError when there are no rows.
+    The smallest multiple of 64 that fits every row; or 99.5% of them if the longest row is more than twice as long as those.
+    At most `limit`, the model's context window; for plain text at most TEXT_TOKENS. `outliers` describes the fate of longer rows.
+    Raises ValueError when there are no rows.
     """
     if len(lengths_B) == 0:
-        raise ValueError("no rows to propose a sequence length for")
+        raise ValueError("no rows: cannot propose a sequence length")
     ordered = np.sort(np.asarray(lengths_B))
     longest = int(ordered[-1])
     nearly_all = int(ordered[-(-len(ordered) * 995 // 1000) - 1])
     held = longest if longest <= 2 * nearly_all else nearly_all
     proposed = -(-held // 64) * 64
     if is_text and proposed > TEXT_TOKENS:
-        return min(TEXT_TOKENS, limit or TEXT_TOKENS), f"plain text is cut in pieces; the longest has {longest} tokens"
+        return min(
+            TEXT_TOKENS, limit or TEXT_TOKENS
+        ), f"plain text is cut in pieces; the longest text has {longest} tokens"
     if limit is not None and proposed > limit:
         return limit, f"the model's context window is {limit} tokens; the longest row has {longest}"
     if held == longest:
-        return proposed, f"the smallest multiple of 64 that holds every row; the longest has {longest} tokens"
+        return proposed, f"the smallest multiple of 64 that fits every row; the longest has {longest} tokens"
     num_longer = int((ordered > proposed).sum())
     return proposed, (
-        f"the smallest multiple of 64 that holds 99.5% of the rows; {num_longer} outliers of up to {longest} tokens {outliers}"
+        f"the smallest multiple of 64 that fits 99.5% of the rows; {num_longer} outliers of up to {longest} tokens {outliers}"
     )
 
 
 def render_tokens(tokenizer: Tokenizer, encoded: Encoded) -> tuple[tuple[str, bool], ...]:
-    """(text, is trained) of every token. A character that spans several tokens shows at the last of them."""
+    """Return (text, is trained) of every token. A character of several tokens appears at the last of them."""
     ids = encoded.input_ids
     trained = {position + 1 for position in encoded.predictors}
     shown: list[tuple[str, bool]] = []
-    # Decode with one emitted piece before, because SentencePiece drops a space at the very start (the method of TGI's streamer).
+    # Decode with the previous piece in front, because SentencePiece drops a leading space (the method of TGI's streamer).
     before, start = 0, 0
     for position in range(len(ids)):
         previous = _decode(tokenizer, ids[before:start])
@@ -196,12 +198,12 @@ def _truncation_line(max_seq_length: int, whole_B: np.ndarray, shortest_B: np.nd
 def _choose_rows(
     whole_B: np.ndarray, shortest_B: np.ndarray, unanswerable_B: np.ndarray, max_seq_length: int
 ) -> list[int]:
-    """The first row, the first that loses context, the first unanswerable one; then as many from the start as are missing."""
+    """Choose NUM_SHOWN rows: the first, the first that loses context, the first unanswerable one, then more from the start."""
     kept = (whole_B <= max_seq_length) | (shortest_B <= max_seq_length)
     kinds = (kept, kept & (whole_B > max_seq_length), kept & unanswerable_B)
-    wanted = [int(np.flatnonzero(kind)[0]) for kind in kinds if kind.any()]
-    wanted += np.flatnonzero(kept)[:NUM_SHOWN].tolist()
-    return sorted(list(dict.fromkeys(wanted))[:NUM_SHOWN])
+    chosen = [int(np.flatnonzero(kind)[0]) for kind in kinds if kind.any()]
+    chosen += np.flatnonzero(kept)[:NUM_SHOWN].tolist()
+    return sorted(list(dict.fromkeys(chosen))[:NUM_SHOWN])
 
 
 def _render_row(template: ChatTemplate, row: Row, no_answer_text: str, max_seq_length: int) -> RenderedRow:

@@ -1,17 +1,17 @@
-"""A file that is one JSON object -> what it holds: nested SQuAD, or rows in one of the shapes that libraries write.
+"""A file of one JSON object -> its kind (nested SQuAD, or rows in a shape that libraries write) and its rows.
 
 In: a path. Out: its kind, and (place, values) per row, streamed.
 
-| kind    | shape                                             | who writes it                                              |
+| kind    | shape                                             | written by                                                 |
 |---------|---------------------------------------------------|------------------------------------------------------------|
-| squad   | {"data": [{"paragraphs": [...]}]}                 | SQuAD; also all that is none of the others, for its errors |
+| squad   | {"data": [{"paragraphs": [...]}]}                 | SQuAD; also any unknown shape, for the error messages      |
 | wrapped | {"data": [row, row]}, with any key                | APIs; pandas' to_json(orient="table")                      |
 | columns | {"question": {"0": ..., "1": ...}, "answer": ...} | pandas' to_json() by default; lists instead: to_dict       |
 | split   | {"columns": [...], "data": [[...], [...]]}        | pandas' to_json(orient="split")                            |
 | index   | {"0": row, "1": row}                              | pandas' to_json(orient="index")                            |
 | objects | row row ..., each over several lines              | jq, json.dump(row, indent=2)                               |
 
-Surprising: `columns` are read by as many parsers as there are columns, side by side, because the file has one column behind the other.
+Surprising: `columns` are read by one parser per column, in parallel, because the file stores one column after the other.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,8 @@ from qlora_lite.data import json_stream
 from qlora_lite.data.files import EXPECTED
 from qlora_lite.data.formats import KNOWN_NAMES, are_known, known_name
 from qlora_lite.data.json_stream import Events, build, keys, skip_value
-from qlora_lite.data.rows import kind, short
+from qlora_lite.data.rows import kind as kind_of
+from qlora_lite.data.rows import short
 from qlora_lite.errors import DataError
 from qlora_lite.files.json_text import RepeatedKey
 
@@ -34,12 +35,12 @@ HOW_READ = {
     "columns": "read by columns, as pandas' to_json() writes them",
     "split": 'read as pandas\' to_json(orient="split") writes it',
     "index": 'read as pandas\' to_json(orient="index") writes it',
-    "objects": "read as JSON objects one behind the other",
+    "objects": "read as a sequence of JSON objects",
 }
 
 _COLUMNS_AT_ONCE = 64
-_FIRST_ITEMS = 8  # of a list that are looked at
-_NUM_KEYS = 100  # of a row, to see what it is
+_FIRST_ITEMS = 8  # items of a list to inspect
+_NUM_KEYS = 100  # keys of a row to inspect
 RECORDS = 'With pandas: df.to_json(path, orient="records", lines=True)'
 _LISTS_OF_OBJECTS = ("messages", "conversations", "prompt", "completion", "answers", "tools")  # in one row
 
@@ -47,20 +48,20 @@ Rows = Iterator[tuple[str, dict[str, Any] | str]]
 
 
 def document_kind(path: Path) -> DocumentKind:
-    """What the JSON object in this file is. Raises DataError when the file is not JSON."""
+    """Return the kind of the JSON object in this file. Raises DataError when the file is not JSON."""
     with closing(json_stream.read_events(path, several=True)) as events:  # type: ignore[type-var]
         event, _ = next(events)
         return _kind(events) if event == "start_map" else "squad"
 
 
-def document_rows(path: Path, what: DocumentKind) -> Rows:
-    """The rows of a file of this kind (other than squad). Raises DataError while they are read."""
+def document_rows(path: Path, kind: DocumentKind) -> Rows:
+    """Yield the rows of a file of this kind (except squad). Raises DataError while they are read."""
     readers = {"wrapped": _wrapped, "columns": _by_columns, "split": _split, "index": _index, "objects": _objects}
-    return readers[what](path)
+    return readers[kind](path)
 
 
 def row_of(path: Path, event: str, value: Any, events: Events) -> dict[str, Any] | str:
-    """The row that begins with this event, or why it is none."""
+    """Return the row that begins with this event, or the reason why it is not a row."""
     try:
         values = build(path, event, value, events, unique_keys=True)
     except RepeatedKey as error:
@@ -69,30 +70,30 @@ def row_of(path: Path, event: str, value: Any, events: Events) -> dict[str, Any]
 
 
 def not_a_row(values: Any) -> str:
-    """Why a value is not a row."""
-    return f"expected an object, got {kind(values)}"
+    """Return the reason why a value is not a row."""
+    return f"expected an object, got {kind_of(values)}"
 
 
 def _kind(events: Events) -> DocumentKind:
     seen: list[str] = []
     plain: list[str] = []  # keys of texts and numbers
-    lists: list[str] = []  # keys of lists of texts and numbers: columns, if no text or number stands beside them
+    lists: list[str] = []  # keys of lists of texts and numbers: columns, unless a text or number is beside them
     for key in keys(events):
         event, _ = next(events)
-        found: DocumentKind | None = None
+        kind: DocumentKind | None = None
         if event == "start_array":
-            found, is_plain = _kind_by_list(key, events, has_columns="columns" in seen)
-            if found == "objects" and any(known_name(name) in KNOWN_NAMES for name in lists):
-                found = "columns"  # of lists, such as the answers of SQuAD's rows
+            kind, is_plain = _kind_by_list(key, events, has_columns="columns" in seen)
+            if kind == "objects" and any(known_name(name) in KNOWN_NAMES for name in lists):
+                kind = "columns"  # of lists, such as the answers of SQuAD's rows
             lists += [key] if is_plain else []
         elif event == "start_map":
-            found = _kind_by_object(key, events)
+            kind = _kind_by_object(key, events)
         else:
             plain.append(key)
-        if found == "columns" and plain:
-            found = "objects"
-        if found:
-            return found
+        if kind == "columns" and plain:
+            kind = "objects"
+        if kind:
+            return kind
         if key not in seen and len(seen) < _NUM_KEYS:
             seen.append(key)
     if "data" in seen or not seen or not (plain or lists):
@@ -101,9 +102,9 @@ def _kind(events: Events) -> DocumentKind:
 
 
 def _kind_by_list(key: str, events: Events, *, has_columns: bool) -> tuple[DocumentKind | None, bool]:
-    """By the first items of the list that was just opened -> (the kind, if it is clear, whether they are texts or numbers).
+    """Judge by the first items of the list just opened -> (the kind, if clear, whether they are texts or numbers).
 
-    One item is not enough: the first row of a file may be the bad one.
+    One item is not enough: the first row of a file may be a bad one.
     """
     event, _ = next(events)
     if event == "end_array":
@@ -133,7 +134,7 @@ def _kind_by_list(key: str, events: Events, *, has_columns: bool) -> tuple[Docum
 
 
 def _kind_by_object(key: str, events: Events) -> DocumentKind | None:
-    """By the object that was just opened -> the kind, if it is clear."""
+    """Judge by the object just opened -> the kind, if clear."""
     names, is_whole = _first_keys(events)
     if known_name(key) == "answers" and "text" in names:
         return "objects"
@@ -146,7 +147,7 @@ def _kind_by_object(key: str, events: Events) -> DocumentKind | None:
 
 
 def _first_keys(events: Events) -> tuple[list[str], bool]:
-    """The first keys of the object that was just opened, and whether these are all."""
+    """-> (the first keys of the object just opened, whether these are all)."""
     names: list[str] = []
     for name in keys(events):
         names.append(name)
@@ -160,7 +161,7 @@ def _first_keys(events: Events) -> tuple[list[str], bool]:
 
 
 def _skip_open(events: Events, depth: int) -> None:
-    """Read to the end of `depth` lists or objects that are open."""
+    """Read to the end of `depth` open lists or objects."""
     while depth:
         event, _ = next(events)
         depth += event.startswith("start_") - event.startswith("end_")
@@ -175,7 +176,7 @@ def _wrapped(path: Path) -> Rows:
         if event != "start_array":
             skip_value(event, events)
             continue
-        before: list[Any] = []  # items before the first that tells that this is the list of rows
+        before: list[Any] = []  # items before the first one that identifies the list of rows
         for item_event, item_value in json_stream.items(events):
             values = row_of(path, item_event, item_value, events)
             if not rows_key and isinstance(values, dict) and are_known(values):
@@ -186,12 +187,12 @@ def _wrapped(path: Path) -> Rows:
                 before.append(values)
             if rows_key not in ("", key) and isinstance(values, dict) and are_known(values):
                 raise DataError(
-                    f'{path}: several lists of rows, "{short(rows_key)}" and "{short(key)}". Write each in a file of its own.'
+                    f'{path}: several lists of rows, "{short(rows_key)}" and "{short(key)}". Write each list to a separate file.'
                 )
             if rows_key == key:
                 number += 1
                 yield f"row {number}", values
-    for _ in events:  # what follows the document is an error that only reading on finds
+    for _ in events:  # read on: text after the document is an error
         pass
 
 
@@ -205,7 +206,7 @@ def _split(path: Path) -> Rows:
             given = build(path, event, value, events)
             names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
             if not names or len(set(names)) < len(given):
-                raise DataError(f'{path}: "columns": expected names, each once. {RECORDS}')
+                raise DataError(f'{path}: "columns": expected distinct names. {RECORDS}')
         elif key == "data" and event == "start_array":
             for number, (item_event, item_value) in enumerate(json_stream.items(events), start=1):
                 cells = _cell(path, item_event, item_value, events)
@@ -244,8 +245,8 @@ def _by_columns(path: Path) -> Rows:
             labels = {None if cell is None else cell[0] for cell in cells}
             if len(labels) > 1:
                 missing = ", ".join(f'"{short(name)}"' for name, cell in zip(names, cells, strict=True) if cell is None)
-                why = f"{missing} has fewer values" if missing else "the columns have other row numbers"
-                raise DataError(f"{path}: row {number}: {why}, so which values belong together is not told. {RECORDS}")
+                reason = f"{missing} has fewer values" if missing else "the columns have different row numbers"
+                raise DataError(f"{path}: row {number}: {reason}, so the rows cannot be matched. {RECORDS}")
             yield f"row {number}", {name: value for name, (_, value) in zip(names, cells, strict=True)}
 
 
@@ -263,12 +264,12 @@ def _column_names(path: Path) -> list[str]:
     for name in keys(events):
         event, _ = next(events)
         if event not in ("start_map", "start_array"):
-            raise DataError(f'{path}: "{short(name)}": expected a column as the others are. {RECORDS}')
+            raise DataError(f'{path}: "{short(name)}": expected a column like the others. {RECORDS}')
         if name in names:
             raise DataError(f'{path}: the column "{short(name)}" is given twice. {EXPECTED}')
         names.append(name)
         if len(names) > _COLUMNS_AT_ONCE:
-            raise DataError(f"{path}: read by columns, at most {_COLUMNS_AT_ONCE}; write rows. {RECORDS}")
+            raise DataError(f"{path}: more than {_COLUMNS_AT_ONCE} columns in a file by columns; write rows. {RECORDS}")
         skip_value(event, events)
     for _ in events:
         pass
@@ -276,7 +277,7 @@ def _column_names(path: Path) -> list[str]:
 
 
 def _column(path: Path, position: int) -> Iterator[tuple[str, Any]]:
-    """(label, value) of every cell of the column at this position in the file."""
+    """Yield (label, value) for every cell of the column at this position in the file."""
     events = json_stream.read_events(path)
     next(events)
     for number, _ in enumerate(keys(events)):

@@ -1,7 +1,7 @@
-"""Stream JSON: a file's events, and values built from them, so that one row at a time is in memory.
+"""Streamed JSON: the events of a file, and values built from them, with one row in memory at a time.
 
-In: a path. Out: (event, value) pairs as ijson gives them, and plain values. Whatever a file holds, reading it is one clear DataError or
-ends well: no recursion, and limits on depth, on the values of a row and on the bytes of one value.
+In: a path. Out: (event, value) pairs from ijson, and plain values. Raises one clear DataError for any invalid file: no recursion, and
+limits on depth, on the values of a row and on the bytes of one value.
 """
 
 import re
@@ -19,8 +19,8 @@ from qlora_lite.limits import JSON_DEPTH, ROW_BYTES, ROW_VALUES
 
 KINDS = {"start_array": "a list", "start_map": "an object", "string": "text", "number": "a number", "null": "null"}
 
-_KEPT_BYTES = 32  # of a block, to see what begins in it and ends in the next: \ud83d\udc2a, or a large number
-_LARGE_NUMBER = re.compile(rb"[0-9]{19}")  # in texts too: then reading is slower, and right
+_KEPT_BYTES = 32  # overlap of blocks, for sequences across two blocks: \ud83d\udc2a, or a large number
+_LARGE_NUMBER = re.compile(rb"[0-9]{19}")  # also matches in text: then reading is slower, and still correct
 _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
     re.DOTALL,
@@ -30,9 +30,9 @@ Events = Iterator[tuple[str, Any]]
 
 
 def read_events(path: Path, *, several: bool = False) -> Events:
-    """The events of a JSON file, with `several` of all the documents in it, one behind the other.
+    """Yield the events of a JSON file; with `several`, of all documents in it, one after the other.
 
-    Raises DataError for a file that cannot be read or is not JSON.
+    Raises DataError for an unreadable file or one that is not JSON.
     """
     try:
         with open_text(path) as text:
@@ -46,9 +46,9 @@ def read_events(path: Path, *, several: bool = False) -> Events:
 
 
 def _needs_slow_parser(path: Path) -> bool:
-    """Whether something is in the file that the fast parser gets wrong.
+    """Whether the file contains something that the fast parser reads wrongly.
 
-    For half of a surrogate pair, such as \\ud83d alone, it puts a question mark; a number beyond 64 bits it takes for an error.
+    It replaces half of a surrogate pair, such as \\ud83d alone, by a question mark, and rejects numbers beyond 64 bits.
     """
     rest = b""
     with open_text(path) as text:
@@ -58,18 +58,18 @@ def _needs_slow_parser(path: Path) -> bool:
                 return True
             end = 0
             if b"\\" in rest:
-                for found in _ESCAPE.finditer(rest):
-                    if found.start() > len(rest) - _KEPT_BYTES:
+                for escape in _ESCAPE.finditer(rest):
+                    if escape.start() > len(rest) - _KEPT_BYTES:
                         break
-                    if found.lastgroup:
+                    if escape.lastgroup:
                         return True
-                    end = found.end()
+                    end = escape.end()
             rest = rest[max(end, len(rest) - _KEPT_BYTES) :]
-    return any(found.lastgroup for found in _ESCAPE.finditer(rest))
+    return any(escape.lastgroup for escape in _ESCAPE.finditer(rest))
 
 
 class _Watched:
-    """A file that refuses to be read on where ROW_BYTES have brought no event: one endless text or number would fill the memory."""
+    """A file that raises DataError after ROW_BYTES without an event: one endless text or number would fill the memory."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
@@ -84,7 +84,7 @@ class _Watched:
 
 
 def keys(events: Events) -> Iterator[str]:
-    """The keys of the object that was just opened; the caller reads each key's value before it asks for the next."""
+    """Yield the keys of the object just opened; the caller reads each value before it requests the next key."""
     for event, value in events:
         if event == "end_map":
             return
@@ -93,7 +93,7 @@ def keys(events: Events) -> Iterator[str]:
 
 
 def items(events: Events) -> Events:
-    """The first event of each item of the list that was just opened; the caller reads the rest of it."""
+    """Yield the first event of each item of the list just opened; the caller reads the rest of the item."""
     for event, value in events:
         if event == "end_array":
             return
@@ -101,7 +101,7 @@ def items(events: Events) -> Events:
 
 
 def skip_value(event: str, events: Events) -> None:
-    """Read on to the end of the value that begins with this event."""
+    """Read to the end of the value that begins with this event."""
     depth = int(event.startswith("start_"))
     while depth:
         event, _ = next(events)
@@ -109,9 +109,9 @@ def skip_value(event: str, events: Events) -> None:
 
 
 def build(path: Path, event: str, value: Any, events: Events, *, unique_keys: bool = False) -> Any:
-    """The value that begins with this event. A loop, not a recursion, and at most JSON_DEPTH levels deep and ROW_VALUES large.
+    """Build the value that begins with this event, without recursion, within JSON_DEPTH levels and ROW_VALUES values.
 
-    Raises DataError beyond these limits, and with `unique_keys` RepeatedKey where an object has a key twice, with all of the value read.
+    Raises DataError beyond these limits; with `unique_keys`, after reading the value, RepeatedKey for a key given twice in one object.
     """
     repeated = ""
     root: list[Any] = []
@@ -148,7 +148,7 @@ def build(path: Path, event: str, value: Any, events: Events, *, unique_keys: bo
 
 
 def not_json(path: Path, reason: str) -> DataError:
-    """The error for a file that is not JSON, with a guess at what it is."""
+    """Return the error for a file that is not JSON, with a guess at its real kind."""
     with open_text(path) as text:
         start = text.stream.read(4096).lstrip().lower()
     try:
@@ -156,14 +156,14 @@ def not_json(path: Path, reason: str) -> DataError:
     except DataError as error:
         return DataError(f"{path}: not JSON: {str(error).removeprefix(f'{path}: ')}")
     is_page = start.startswith((b"<!doctype html", b"<html"))
-    looks = " It looks like a web page; download the raw file." if is_page else ""
-    return DataError(f"{path}: not JSON: {reason}.{looks} {EXPECTED}")
+    hint = " It looks like a web page; download the raw file." if is_page else ""
+    return DataError(f"{path}: not JSON: {reason}.{hint} {EXPECTED}")
 
 
 def _first_lines(error: BaseException) -> str:
-    """What the parser said and the text around the place, without its drawing of an arrow."""
-    said = error.args[0] if error.args else error
-    text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
+    """Return the parser's message and the text at the error, without the drawn arrow."""
+    argument = error.args[0] if error.args else error
+    text = argument.decode("utf-8", "replace") if isinstance(argument, bytes) else str(argument)
     lines = [short(line.strip(), 200) for line in text.splitlines() if line.strip() and "(right here)" not in line]
     message = lines[0].rstrip(".") if lines else "cannot be parsed"
     near = f", near {short(lines[1])!r}" if len(lines) > 1 else ""

@@ -1,11 +1,11 @@
-"""Foreign code (a chat template) with a limit on its time and on the memory it takes.
+"""Time and memory limits for foreign code (chat templates).
 
-A template can loop for ever (the sandbox limits each range, not the product of two) and make text of any length ("a" * 10**10). Neither
-can be seen beforehand, nor from inside the sandbox without another template engine than transformers'. So the operating system counts:
-processor time by ITIMER_PROF, which stands still while the machine sleeps or the process is stopped, and address space by RLIMIT_AS.
-Both together take 3 microseconds, where the shortest rendering takes 100, so every rendering has them.
+A template can loop forever (the sandbox limits each range, not the product of two) and make text of any length ("a" * 10**10). Neither
+is predictable, nor detectable inside the sandbox without replacing transformers' template engine. So the operating system sets limits:
+processor time by ITIMER_PROF, which pauses while the machine sleeps or the process is stopped, and address space by RLIMIT_AS.
+Both take 3 microseconds, the shortest rendering 100, so every rendering is limited.
 
-Signals reach the main thread only: in another thread, and where the system has neither (Windows, macOS), nothing is limited.
+Signals reach only the main thread: other threads, and systems without these limits (Windows, macOS), are not limited.
 """
 
 import os
@@ -22,28 +22,28 @@ _IS_POSSIBLE = sys.platform == "linux"
 
 
 class TooMuch(Exception):
-    """The function took more than it may; says of what."""
+    """A function exceeded a limit; the message names the limit."""
 
 
 class _TimeIsUp(BaseException):
-    """Passes by `except Exception` in the code that is stopped."""
+    """Raised in the interrupted code; not caught by `except Exception`."""
 
 
 class Limits:
-    """`run` a function for at most `seconds` of processor time, while the process grows by at most `num_bytes`."""
+    """Limits on `run`: at most `seconds` of processor time, and at most `num_bytes` of growth of the process."""
 
     def __init__(self, *, seconds: float, num_bytes: int) -> None:
         self._seconds, self._num_bytes = seconds, num_bytes
-        self._address_bytes = _address_bytes() if _IS_POSSIBLE else 0  # of the process, when it was last looked up
+        self._address_bytes = _address_bytes() if _IS_POSSIBLE else 0  # of the process, at the last measurement
 
     def run(self, function: Callable[[], T]) -> T:
-        """What `function` returns. Raises TooMuch, and whatever it raises."""
+        """Call `function` and return its result. Raises TooMuch, and any error of `function`."""
         if not _IS_POSSIBLE or threading.current_thread() is not threading.main_thread():
             return function()
         try:
             return self._run(function)
         except MemoryError:
-            pass  # perhaps the process has grown since its size was looked up, which takes longer than all the rest
+            pass  # the process may have grown since its size was measured, which is too slow to do each time
         self._address_bytes = _address_bytes()
         try:
             return self._run(function)
@@ -64,7 +64,7 @@ class Limits:
             _Alarm.is_set = True
             signal.setitimer(
                 signal.ITIMER_PROF, self._seconds, 0.1
-            )  # again and again: a destructor may swallow the first
+            )  # repeated: a destructor may swallow the first signal
             return function()
         except _TimeIsUp as error:
             raise TooMuch(f"more than {self._seconds:g} s of processor time") from error
@@ -76,7 +76,7 @@ class Limits:
 
 
 class _Alarm:
-    """The one handler of SIGPROF. It stays installed, and passes on what it did not set."""
+    """The only handler of SIGPROF. It stays installed, and forwards signals of other timers."""
 
     is_installed = is_set = False
     before: Any = None

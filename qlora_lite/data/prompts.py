@@ -1,10 +1,10 @@
-"""How a question is put to the model: the user's message of each format, the same in training, evaluation and `ask`."""
+"""The user's message for a question in each format, the same in training, evaluation and `ask`."""
 
 from qlora_lite.data.template import ChatTemplate
 
 
 def squad_text(question: str, context: str | None) -> str:
-    """A question about a passage. The benchmark's other side uses the same text."""
+    """A question about a passage. The TRL side of the benchmark uses the same text."""
     asked = f"Question: {question}\nAnswer with a short span from the context."
     return asked if context is None else f"Context: {context}\n\n{asked}"
 
@@ -15,17 +15,17 @@ def alpaca_text(instruction: str, added: str) -> str:
 
 
 def text_with_context(question: str, context: str | None) -> str:
-    """A question of prompt/completion rows or a chat behind the text it is about."""
+    """A question of a prompt/completion row or a chat, after its context."""
     return question if context is None else f"{context}\n\n{question}"
 
 
 def question_prompt(
     template: ChatTemplate, question: str, context: str | None, *, format: str
 ) -> tuple[list[int], int]:
-    """-> (token ids to answer `question` from, the token to stop at), as a model trained on rows of `format` knows questions.
+    """-> (prompt token ids for `question`, the stop token), in the form of training on rows of `format`.
 
-    alpaca: the context is the input; text: context and question are continued; chat, all others, and "auto" (files of several formats):
-    the context stands before the question. Raises ModelError.
+    alpaca: the context is the input; text: the model continues context and question; chat, all others, and "auto" (files of several
+    formats): the context comes before the question. Raises ModelError.
     """
     message = text_with_context(question, context)
     if format == "text":

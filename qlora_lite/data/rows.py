@@ -1,6 +1,6 @@
-"""What a data file holds, row by row: a question about a passage, a conversation, or a document; or a row that cannot be used.
+"""The rows of a data file: a question about a passage, a conversation, a document, or a bad row.
 
-Readers make these, `fit.py` turns them into token ids. Only a `QuestionRow` may lose text when it is too long (some of its passage).
+Readers make rows, `fit.py` turns them into token ids. Only a `QuestionRow` may lose text when it is too long (part of its passage).
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_lite.limits import TEXT_CHARS
 
-# {"role": ..., "content": ..., and what else a chat template reads, such as tool_calls}
+# {"role": ..., "content": ..., and other keys that chat templates read, such as tool_calls}
 Message = dict[str, Any]
 
 
@@ -24,25 +24,25 @@ class QuestionRow:
     context: str
     question: str
     answers: tuple[str, ...]
-    answer_start: int | None = None  # where answers[0] begins in the context, in characters; None when not known
+    answer_start: int | None = None  # position of answers[0] in the context, in characters; None if unknown
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in turn, the last one a trained one. Every assistant message is trained that has one before it and not weight 0.
+    """Messages in order, ending in a trained one. Every assistant message after another message is trained, except with weight 0.
 
     `first_trained` is the index of the first message that may be trained: answers before it belong to the prompt.
     """
 
     id: str
     messages: tuple[Message, ...]
-    tools: tuple[Any, ...] = ()  # JSON schemas of functions, given to the template
+    tools: tuple[Any, ...] = ()  # JSON schemas of functions, passed to the template
     first_trained: int = 1
 
     @property
     def trained_turns(self) -> list[int]:
-        """Indices of the messages that are trained, in order."""
-        start = max(1, self.first_trained)  # nothing was said before message 0, so it answers nothing
+        """Indices of the trained messages, in order."""
+        start = max(1, self.first_trained)  # message 0 has no prompt
         messages = enumerate(self.messages[start:], start)
         return [i for i, message in messages if message["role"] == "assistant" and message.get("weight") != 0]
 
@@ -60,7 +60,7 @@ Row = QuestionRow | Conversation | Document
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: its id or position in the file, and why."""
+    """An unusable row: its id or position in the file, and the reason."""
 
     name: str
     reason: str
@@ -70,9 +70,9 @@ class BadRow:
 
 
 def row_name(given: Any, place: str) -> tuple[str, bool]:
-    """-> (what a row with this `id` is called, whether its id says so); a missing, empty or unusable id leaves its place in the file.
+    """-> (the name of a row with this `id`, whether it is the id); `place` is the name if the id is missing, empty or unusable.
 
-    7, 7.0 and "7" are the same name: which of them a library writes depends on the other rows of the column.
+    7, 7.0 and "7" are the same name: the form that a library writes depends on the other rows of the column.
     """
     if isinstance(given, float) and given.is_integer():
         given = int(given)
@@ -82,9 +82,9 @@ def row_name(given: Any, place: str) -> tuple[str, bool]:
 
 
 def content_hash(row: Row, without_ends: Callable[[str], str]) -> int:
-    """A signed 64-bit number for all that is learned from a row; its id does not count.
+    """Return a signed 64-bit hash of everything learned from a row; ignores its id.
 
-    `without_ends` takes off what does not count at the ends of texts: white space, and a template's stop tokens.
+    `without_ends` removes the irrelevant ends of texts: white space, and a template's stop tokens.
     """
     if isinstance(row, QuestionRow):
         content: list[Any] = [row.context, row.question, row.answers[0] if row.answers else None]
@@ -96,16 +96,16 @@ def content_hash(row: Row, without_ends: Callable[[str], str]) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
-def _without_ends(value: Any, take_off: Callable[[str], str]) -> Any:
+def _without_ends(value: Any, strip: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return take_off(value)
+        return strip(value)
     if isinstance(value, dict):
-        return {key: _without_ends(item, take_off) for key, item in value.items()}
-    return [_without_ends(item, take_off) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _without_ends(item, strip) for key, item in value.items()}
+    return [_without_ends(item, strip) for item in value] if isinstance(value, list | tuple) else value
 
 
 def problem_with_text(text: Any) -> str:
-    """Why `text` cannot be a text of a row, or ""."""
+    """Return the reason why `text` is not a valid text of a row, or ""."""
     if text is None:
         return "missing"
     if not isinstance(text, str):
@@ -114,12 +114,12 @@ def problem_with_text(text: Any) -> str:
         return "empty"
     if len(text) > TEXT_CHARS:
         return f"{len(text):,} characters, allowed {TEXT_CHARS:,}"
-    # Half of a surrogate pair cannot be encoded, so no tokenizer takes it.
-    return "holds half of a surrogate pair" if any("\ud800" <= char <= "\udfff" for char in text) else ""
+    # Half of a surrogate pair cannot be encoded, so no tokenizer accepts it.
+    return "contains half of a surrogate pair" if any("\ud800" <= char <= "\udfff" for char in text) else ""
 
 
 def kind(value: Any) -> str:
-    """What a value is, in words for people."""
+    """Return the type of a value in words for users."""
     if value is None:
         return "nothing"
     kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
@@ -127,5 +127,5 @@ def kind(value: Any) -> str:
 
 
 def short(text: str, limit: int = 60) -> str:
-    """`text`, cut to `limit` characters."""
+    """Cut `text` to `limit` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,9 +1,9 @@
-"""Special tokens that people spell out: which of them stay ordinary characters, although the template prints the same tokens itself.
+"""Special tokens spelled in the data: kept as ordinary characters, while the same tokens printed by the template stay tokens.
 
-An answer that talks about "<|im_end|>" must not put a stop token in the middle of its labels, while the template's own "<|end|>" between
-a thought and its answer must be one token. So what people wrote is marked before the template renders it, and the rendered text is read
-by a copy of the tokenizer that knows the tokens under private names: only what the template printed gets such a name. One reading of
-the whole text, so spaces and merges are the tokenizer's own.
+An answer that mentions "<|im_end|>" must not put a stop token among its labels, but the template's own "<|end|>" between a thought and
+its answer must be one token. So spelled tokens are marked before the template renders them, and a copy of the tokenizer with private
+names for these tokens reads the rendered text: only tokens printed by the template get a private name. The text is tokenized as a
+whole, so spaces and merges are the tokenizer's own.
 """
 
 import json
@@ -16,28 +16,28 @@ from tokenizers import Tokenizer as Backend
 from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign
 
-_MARK = "\ufdd0"  # a noncharacter of Unicode: never exchanged as text
-_ESCAPED_MARK = "\\ufdd0"  # as a template's tojson may print it
+_MARK = "\ufdd0"  # a Unicode noncharacter: never exchanged as text
+_ESCAPED_MARK = "\\ufdd0"  # the mark as printed by tojson in a template
 
 
 def found_in(value: Any, pattern: re.Pattern[str]) -> set[str]:
-    """What `pattern` finds in all texts of a JSON-like value."""
+    """Return all matches of `pattern` in the texts of a JSON-like value."""
     if isinstance(value, str):
         return set(pattern.findall(value))
     inner = (
         [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     )
-    return {text for one in inner for text in found_in(one, pattern)}
+    return {text for item in inner for text in found_in(item, pattern)}
 
 
 def any_of(tokens: Mapping[str, int]) -> re.Pattern[str]:
-    """A pattern for the texts of `tokens`, of two that start at the same place the longer one."""
+    """Return a pattern for the texts of `tokens`; prefers the longer of two that start at the same place."""
     ordered = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered)) if ordered else r"(?!)")
 
 
 class Spelling:
-    """The tokens (text -> id) that stay ordinary characters where people wrote them."""
+    """The tokens (text -> id) that stay ordinary characters in the data."""
 
     def __init__(self, tokenizer: Any, tokens: Mapping[str, int], where: str) -> None:
         self.tokens = dict(tokens)
@@ -47,29 +47,29 @@ class Spelling:
         self._backend: Backend | None = None
 
     def marked(self, value: Any) -> Any:
-        """A JSON-like value with a mark before every such token. Raises ModelError for a text that holds the mark itself."""
+        """Put a mark before every such token of a JSON-like value. Raises ModelError for a text that contains the mark itself."""
         if isinstance(value, str):
             if _MARK in value:
-                raise ModelError("a text with special tokens and the noncharacter U+FDD0. Remove one of the two")
-            return self.pattern.sub(lambda found: _MARK + found[0], value)
+                raise ModelError("a text contains special tokens and the noncharacter U+FDD0. Remove one of the two")
+            return self.pattern.sub(lambda match: _MARK + match[0], value)
         if isinstance(value, Mapping):
             return {self.marked(key): self.marked(inner) for key, inner in value.items()}
         return [self.marked(inner) for inner in value] if isinstance(value, list | tuple) else value
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a rendered text: tokens with a mark are spelled out, all others are themselves. Raises ModelError."""
+        """Tokenize a rendered text: marked tokens become ordinary characters, all others stay tokens. Raises ModelError."""
         text = text.replace(_ESCAPED_MARK, _MARK)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        with foreign(lambda said: ModelError(f"{self._where}: the tokenizer cannot read a text ({said})")):
-            if not isinstance(backend, Backend):  # a tokenizer in Python has no rules to copy
+        with foreign(lambda reason: ModelError(f"{self._where}: the tokenizer cannot read a text ({reason})")):
+            if not isinstance(backend, Backend):  # a Python tokenizer has no rules to copy
                 plain = text.replace(_MARK, "")
                 spelled = self._tokenizer(plain, add_special_tokens=False, split_special_tokens=True, verbose=False)
                 return list(spelled["input_ids"])
             self._backend = self._backend or _with_private_names(backend, self.tokens)
             return list(self._backend.encode(self._marked.sub(self._named, text), add_special_tokens=False).ids)
 
-    def _named(self, found: re.Match[str]) -> str:
-        text = found[0]
+    def _named(self, match: re.Match[str]) -> str:
+        text = match[0]
         return text[1:] if text.startswith(_MARK) else _private_name(self.tokens[text])
 
 
@@ -78,7 +78,7 @@ def _private_name(token_id: int) -> str:
 
 
 def _with_private_names(backend: Backend, tokens: Mapping[str, int]) -> Backend:
-    """The same tokenizer, in which `tokens` are called otherwise, so that their texts are ordinary characters."""
+    """Copy the tokenizer with private names for `tokens`, which makes their texts ordinary characters."""
     names = {token: _private_name(token_id) for token, token_id in tokens.items()}
     rules = json.loads(backend.to_str())
     for added in rules["added_tokens"]:
@@ -96,5 +96,5 @@ def _with_private_names(backend: Backend, tokens: Mapping[str, int]) -> Backend:
     renamed: Backend = Backend.from_str(json.dumps(rules))
     whole = renamed.encode("".join(names.values()), add_special_tokens=False).ids
     if whole != list(tokens.values()):
-        raise ValueError("its special tokens cannot be told from text")
+        raise ValueError("its special tokens cannot be distinguished from text")
     return renamed

@@ -1,11 +1,11 @@
-"""Questions of SQuAD (v1.1 or v2.0), nested as published or one a row: each is a `QuestionRow`, or a `BadRow` that says why not.
+"""SQuAD questions (v1.1 or v2.0), nested as published or one per row: each becomes a `QuestionRow`, or a `BadRow` with the reason.
 
 In: a path of nested JSON, or the columns of one row. The file is streamed, one passage in memory at a time.
 Sources: SQuAD arXiv 1606.05250 (v1.1), arXiv 1806.03822 (v2.0: `is_impossible` with no answers). The nested shape:
 
     {"data": [{"paragraphs": [{"context": ..., "qas": [{"id", "question", "answers": [{"text", "answer_start"}], "is_impossible"?}]}]}]}
 
-Surprising: an `answer_start` that points elsewhere is forgiven when the answer's text does occur in the context.
+Surprising: a wrong `answer_start` is accepted if the answer's text occurs in the context.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _HINT = " Expected SQuAD JSON (v1.1 or v2.0: data[].paragraphs[].qas[])."
 
 
 def read_questions(path: Path) -> Iterator[QuestionRow | BadRow]:
-    """Every question of a nested file, in file order. Raises DataError when the file is no such JSON."""
+    """Yield every question of a nested file, in file order. Raises DataError when the file has another structure."""
     for where, paragraph in _walk(path, json_stream.read_events(path)):
         if isinstance(paragraph, RepeatedKey):
             yield BadRow(where, str(paragraph))
@@ -38,7 +38,7 @@ def read_questions(path: Path) -> Iterator[QuestionRow | BadRow]:
 
 
 def check_question(context: Any, question: Any, where: str) -> QuestionRow | BadRow:
-    """A question object of the nested shape and its passage -> the row. `where` names it when its id cannot, as with rows of any format."""
+    """A question object of the nested shape and its passage -> the row. `where` names it if it has no usable id."""
     if not isinstance(question, dict):
         return BadRow(where, f"expected an object, got {kind(question)}")
     row_id, has_id = row_name(question.get("id"), where)
@@ -54,9 +54,9 @@ def check_question(context: Any, question: Any, where: str) -> QuestionRow | Bad
     if not isinstance(answers, list):
         return BadRow(name, f"answers: expected a list, got {kind(answers)}")
     if impossible and answers:
-        return BadRow(name, f"is_impossible is true, yet it has {len(answers)} answers")
+        return BadRow(name, f"is_impossible is true, but there are {len(answers)} answers")
     if not impossible and not answers:
-        return BadRow(name, "no answers, and is_impossible is not true")
+        return BadRow(name, "no answers, but is_impossible is not true")
     starts = []
     for position, answer in enumerate(answers):
         start, problem = _find_answer(context, answer)
@@ -68,11 +68,11 @@ def check_question(context: Any, question: Any, where: str) -> QuestionRow | Bad
 
 
 def check_columns(values: dict[str, Any], where: str) -> QuestionRow | BadRow:
-    """One row with columns `context`, `question` and `answers` (or `answer`), perhaps `is_impossible` -> the row.
+    """The columns `context`, `question`, `answers` (or `answer`) and optionally `is_impossible` -> the row.
 
-    `answers` is as `datasets` has it ({"text": [...], "answer_start": [...]}, empty lists where there is no answer), as in the nested
-    file, or plain text, one or a list. Without a usable `id` the place in the file is the id. A csv cell has them as text: a list as JSON,
-    `is_impossible` as true or false; an empty `answers` is none.
+    `answers` has the form of `datasets` ({"text": [...], "answer_start": [...]}, empty lists for no answer), of the nested file, or plain
+    text, one or a list. Without a usable `id`, the position in the file is the id. In csv cells, a list is JSON, `is_impossible` is true
+    or false, and an empty `answers` means no answers.
     """
     impossible = _as_bool(values.get("is_impossible"))
     given = _from_cell(values["answers"]) if "answers" in values else values.get("answer")
@@ -89,14 +89,14 @@ def check_columns(values: dict[str, Any], where: str) -> QuestionRow | BadRow:
 
 
 def _as_bool(given: Any) -> Any:
-    """A csv cell of `is_impossible` as true, false or None; what is none of them as it is, for `check_question` to name."""
+    """A csv cell of `is_impossible` -> true, false or None; other values unchanged, for `check_question` to report."""
     if not isinstance(given, str):
         return given
     return {"true": True, "1": True, "false": False, "0": False, "": None}.get(given.strip().lower(), given)
 
 
 def _from_cell(given: Any) -> Any:
-    """A csv cell of `answers`: the JSON of a list or an object of texts, or an answer itself; an empty one is no answers."""
+    """A csv cell of `answers` -> the list or object of its JSON, or the answer itself; [] for an empty cell."""
     if not isinstance(given, str):
         return given
     if not given.strip():
@@ -106,14 +106,14 @@ def _from_cell(given: Any) -> Any:
     try:
         parsed = parse_json(given)
     except ValueError:
-        return given  # an answer may begin so
+        return given  # an answer may begin with a bracket
     texts = parsed.get("text") if isinstance(parsed, dict) else parsed
     is_list = isinstance(texts, list) and all(isinstance(text, str | dict) for text in texts)
     return parsed if is_list else given
 
 
 def _as_answers(given: Any) -> Any:
-    """Any of the spellings -> a list of {"text", "answer_start"}; what is none of them as it is, for `check_question` to name."""
+    """Any form of answers -> a list of {"text", "answer_start"}; other values unchanged, for `check_question` to report."""
     if isinstance(given, dict) and isinstance(given.get("text"), list):
         texts = given["text"]
         starts = given.get("answer_start")
@@ -127,7 +127,7 @@ def _as_answers(given: Any) -> Any:
 
 
 def _find_answer(context: str, answer: Any) -> tuple[int, str]:
-    """-> (position in the context, problem or ""). `answer_start` decides when right; otherwise the text's first place does."""
+    """-> (position in the context, problem or ""). Uses `answer_start` if it is right, else the first occurrence of the text."""
     if not isinstance(answer, dict):
         return -1, f": expected an object with text and answer_start, got {kind(answer)}"
     text, start = answer.get("text"), answer.get("answer_start")
@@ -141,7 +141,7 @@ def _find_answer(context: str, answer: Any) -> tuple[int, str]:
 
 
 def _walk(path: Path, events: json_stream.Events) -> Iterator[tuple[str, Any]]:
-    """Stream (position, paragraph); a thing of the wrong type is yielded as it is, for the caller to name."""
+    """Stream (position, paragraph); yields values of a wrong type unchanged, for the caller to report."""
     event, _ = next(events)
     if event != "start_map":
         raise DataError(
@@ -160,7 +160,7 @@ def _walk(path: Path, events: json_stream.Events) -> Iterator[tuple[str, Any]]:
         has_data = True
         for article, (event, value) in enumerate(json_stream.items(events)):
             yield from _walk_article(path, f"data[{article}]", event, value, events)
-    for _ in events:  # what follows the document is an error that only reading on finds
+    for _ in events:  # read on: text after the document is an error
         pass
     if not has_data:
         raise DataError(f'{path}: no "data" list at the top.{_HINT}')

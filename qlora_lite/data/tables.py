@@ -1,7 +1,7 @@
-"""Files of rows -> rows as plain dicts, streamed: jsonl, JSON of several shapes, csv, Parquet, or a folder that `datasets` saved.
+"""Files of rows -> rows as plain dicts, streamed: jsonl, JSON of several shapes, csv, Parquet, or a folder saved by `datasets`.
 
-In: a path. Out: `Table`: the names of its columns, and (place, values) per row; a row that cannot be parsed gives its reason instead.
-What a file is, is decided by what is in it; its name only tells csv and jsonl from other text. Nothing is cached, fetched or unpickled.
+In: a path. Out: `Table`: the column names, and (place, values) per row, with a reason instead of values for a row that cannot be parsed.
+The content decides the kind of a file; its name only distinguishes csv and jsonl from other text. Nothing is cached, fetched or unpickled.
 """
 
 from collections import Counter
@@ -35,25 +35,25 @@ from qlora_lite.limits import COLUMNS, JSON_BYTES, JSON_DEPTH, ROW_BYTES
 FileKind = Literal["json", "jsonl", "csv", "parquet", "saved"] | DocumentKind
 
 READ_ROWS = 256  # rows of a Parquet file or a saved folder in memory at a time
-SCANNED_ROWS = 10_000  # rows that are looked at to find what the columns are
+SCANNED_ROWS = 10_000  # rows scanned to find the columns
 _PLAIN_TEXT = (".txt", ".text", ".md")
 _LINES = (".jsonl", ".ndjson")
-_PEEK_BYTES = 2**20  # the first line of a jsonl file that is not called so must end within these
+_PEEK_BYTES = 2**20  # the first line of a jsonl file without a jsonl name must end within these
 
-Rows = Iterator[tuple[str, dict[str, Any] | str]]  # (its place, such as "line 7"; its values, or why there are none)
+Rows = Iterator[tuple[str, dict[str, Any] | str]]  # (place, such as "line 7"; values, or the reason why there are none)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are read once. `columns` are those of the first row where rows may differ (JSON)."""
+    """Rows that can be read once. `columns` are those of the first row if rows may differ (JSON)."""
 
     columns: tuple[str, ...]
     rows: Rows
-    notes: tuple[str, ...] = ()  # how the file is read, where that is not plain
+    notes: tuple[str, ...] = ()  # peculiarities of reading the file
 
 
 def file_kind(path: Path) -> FileKind:
-    """What kind of file `path` is, from what is in it; only csv goes by its name. Raises DataError."""
+    """Return the kind of the file, judged by its content; csv is judged by its name. Raises DataError."""
     if path.is_dir():
         return "saved"
     with open_data_file(path) as file:
@@ -68,7 +68,7 @@ def file_kind(path: Path) -> FileKind:
     first, _, rest = text.partition(b"\n")
     if suffix in _PLAIN_TEXT and not text.startswith((b"{", b"[")):
         raise DataError(
-            f'{path}: plain text. Make it rows: a .jsonl file with a line {{"text": "..."}} for every text.'
+            f'{path}: plain text. Convert it to rows: a .jsonl file with a line {{"text": "..."}} for every text.'
         )
     if suffix in _LINES:
         return _kind_of_lines(path, first, rest, is_whole=len(start) < _PEEK_BYTES)
@@ -76,13 +76,13 @@ def file_kind(path: Path) -> FileKind:
         return "json"
     if rest.strip() and _are_rows(text.split(b"\n"), is_whole=len(start) < _PEEK_BYTES):
         return "jsonl"
-    found = document_kind(path)
-    return "jsonl" if found == "objects" and not rest.strip() else found
+    kind = document_kind(path)
+    return "jsonl" if kind == "objects" and not rest.strip() else kind
 
 
-def open_table(path: Path, what: FileKind) -> Table:
-    """Open a file of rows. Raises DataError when it cannot be read, now or while its rows are."""
-    match what:
+def open_table(path: Path, kind: FileKind) -> Table:
+    """Open a file of rows. Raises DataError for an unreadable file, now or while its rows are read."""
+    match kind:
         case "csv":
             header, rows = open_csv(path)
             return Table(tuple(name for name in header.names if name), rows, header.notes)
@@ -95,26 +95,26 @@ def open_table(path: Path, what: FileKind) -> Table:
         case "json":
             return _table_of_objects(path, _json_rows(path), ())
         case _:
-            assert what != "squad"
-            return _table_of_objects(path, document_rows(path, what), (HOW_READ[what],))
+            assert kind != "squad"
+            return _table_of_objects(path, document_rows(path, kind), (HOW_READ[kind],))
 
 
 def _kind_of_lines(path: Path, first: bytes, rest: bytes, *, is_whole: bool) -> FileKind:
-    """Of a file that is called jsonl: rows a line, or JSON over several lines, or one document on one line."""
+    """Return the kind of a file named jsonl: one row per line, JSON over several lines, or one document on one line."""
     if first.startswith(b"[") and not _is_json(first):
         return "json"
     if first.rstrip() == b"{":
         return document_kind(path)
     if first.startswith(b"{") and not rest.strip() and is_whole and _is_json(first):
-        found = document_kind(path)
-        return found if found in ("wrapped", "columns", "split", "index") else "jsonl"
+        kind = document_kind(path)
+        return kind if kind in ("wrapped", "columns", "split", "index") else "jsonl"
     return "jsonl"
 
 
 def _are_rows(lines: list[bytes], *, is_whole: bool) -> bool:
-    """Whether half of the lines or more are JSON objects of their own.
+    """Whether at least half of the lines are complete JSON objects.
 
-    A document that is spread over lines can hold such a line too: the last of its rows, where each has a line.
+    A document over several lines can contain such a line too: its last row, if each row has a line.
     """
     whole_lines = [line.rstrip() for line in (lines if is_whole else lines[:-1])]
     num_lines = sum(map(bool, whole_lines))
@@ -142,7 +142,7 @@ def _table_of_objects(path: Path, rows: Rows, notes: tuple[str, ...]) -> Table:
         raise DataError(f"{path}: no rows. {EXPECTED}")
     place, problem = seen[0]
     hint = f"{RECORDS}. " if problem == not_a_row([]) else ""
-    raise DataError(f"{path}: {place}: {problem}, and no row in the {len(seen)} that were read. {hint}{EXPECTED}")
+    raise DataError(f"{path}: {place}: {problem}; no valid row among the first {len(seen)}. {hint}{EXPECTED}")
 
 
 def _jsonl_rows(path: Path) -> Rows:
@@ -151,7 +151,7 @@ def _jsonl_rows(path: Path) -> Rows:
         while line := text.stream.readline(ROW_BYTES):
             number += 1
             if len(line) == ROW_BYTES:
-                raise DataError(f"{path}: line {number} is longer than {ROW_BYTES:,} bytes. Is it jsonl?")
+                raise DataError(f"{path}: line {number} is longer than {ROW_BYTES:,} bytes. Is this jsonl?")
             if line.strip():
                 yield f"line {number}", _parse_line(line)
 
@@ -161,7 +161,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
         values = parse_json(line, unique_keys=True)
     except (NotText, RepeatedKey) as error:
         return str(error)
-    except ValueError as error:  # also numbers of many thousand digits
+    except ValueError as error:  # also for numbers of many thousand digits
         return f"not JSON: {str(error)[:100]}"
     return values if isinstance(values, dict) else not_a_row(values)
 
@@ -171,17 +171,17 @@ def _json_rows(path: Path) -> Rows:
     next(events)  # the list
     for number, (event, value) in enumerate(json_stream.items(events), start=1):
         yield f"row {number}", row_of(path, event, value, events)
-    for _ in events:  # what follows the list is an error that only reading on finds
+    for _ in events:  # read on: text after the list is an error
         pass
 
 
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
     if len(columns) > COLUMNS:
-        raise DataError(f"{path}: {len(columns):,} columns, allowed {COLUMNS:,}. Leave out those that are not read.")
+        raise DataError(f"{path}: {len(columns):,} columns, allowed {COLUMNS:,}. Remove unused columns.")
     repeated = [f'"{short(name)}"' for name, count in Counter(columns).items() if count > 1]
     if repeated:
         raise DataError(
-            f"{path}: {', '.join(repeated[:5])} is the name of several columns, and which one counts is not told. Rename or remove one."
+            f"{path}: several columns are named {', '.join(repeated[:5])}, which is ambiguous. Rename or remove all but one."
         )
 
 
@@ -208,40 +208,38 @@ def _saved_table(path: Path) -> Table:
     import datasets
 
     _check_saved_names(path)
-    with _as_data_error(path, "a folder that `datasets` saved"):
-        found = datasets.load_from_disk(str(path), keep_in_memory=False)
-        if isinstance(found, datasets.DatasetDict):
-            splits = ", ".join(str(path / name) for name in found)
-            raise DataError(f"{path}: holds several splits. Name one of them: {splits}")
-        found.data.table.validate(
-            full=True
-        )  # Arrow believes every offset in a file, and would read elsewhere in memory
-        return Table(tuple(found.column_names), _saved_rows(path, found.with_format(None)))
+    with _as_data_error(path, "a folder saved by `datasets`"):
+        dataset = datasets.load_from_disk(str(path), keep_in_memory=False)
+        if isinstance(dataset, datasets.DatasetDict):
+            splits = ", ".join(str(path / name) for name in dataset)
+            raise DataError(f"{path}: has several splits. Choose one: {splits}")
+        dataset.data.table.validate(full=True)  # Arrow trusts every offset in a file and would read elsewhere in memory
+        return Table(tuple(dataset.column_names), _saved_rows(path, dataset.with_format(None)))
 
 
 def _check_saved_names(path: Path) -> None:
-    """`datasets` opens whatever file its state.json names; only such as lie in the folder are read here."""
+    """Refuse files outside the folder in its state.json, which `datasets` would open."""
     state = path / "state.json"
-    if not state.is_file():  # a folder of several splits, or none at all, is named below
+    if not state.is_file():  # several splits, or not a saved folder: reported later
         return
     try:
         if state.stat().st_size > JSON_BYTES:
-            raise DataError(f"{state}: larger than {JSON_BYTES:,} bytes, which no file of this kind is.")
-        named = [file["filename"] for file in parse_json(state.read_bytes())["_data_files"]]
+            raise DataError(f"{state}: larger than {JSON_BYTES:,} bytes, too large for a file of this kind.")
+        names = [file["filename"] for file in parse_json(state.read_bytes())["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{state}: names no files ({type(error).__name__}: {error}). {EXPECTED}") from error
-    for name in named:
+        raise DataError(f"{state}: lists no files ({type(error).__name__}: {error}). {EXPECTED}") from error
+    for name in names:
         inside(path, name, named_by=str(state))
 
 
 def _saved_rows(path: Path, dataset: Any) -> Rows:
-    with _as_data_error(path, "a folder that `datasets` saved"):
+    with _as_data_error(path, "a folder saved by `datasets`"):
         for number, values in enumerate(dataset, start=1):
             yield f"row {number}", _without_nulls(values)
 
 
 def _without_nulls(value: Any, depth: int = 0) -> Any:
-    """Arrow gives every object in a column the keys of all of them; the keys that only others have come out as None."""
+    """Remove the None values that Arrow adds: it gives every object of a column the keys of all objects."""
     if depth > JSON_DEPTH:
         raise ValueError(f"nested more than {JSON_DEPTH} levels deep")
     if isinstance(value, dict):
@@ -249,6 +247,6 @@ def _without_nulls(value: Any, depth: int = 0) -> Any:
     return [_without_nulls(inner, depth + 1) for inner in value] if isinstance(value, list) else value
 
 
-def _as_data_error(path: Path, what: str) -> AbstractContextManager[None]:
-    """What the readers of other formats raise, as one clear error."""
-    return foreign(lambda said: DataError(f"{path}: cannot be read as {what}: {said}. {EXPECTED}"))
+def _as_data_error(path: Path, format: str) -> AbstractContextManager[None]:
+    """Convert errors of other libraries' readers to one clear DataError."""
+    return foreign(lambda reason: DataError(f"{path}: cannot be read as {format}: {reason}. {EXPECTED}"))

@@ -1,29 +1,29 @@
-"""How a conversation becomes token ids, and which of them are trained.
+"""Conversations -> token ids, and the ids that are trained.
 
-In: a `Conversation` and a tokenizer. Out: `Encoded`: ids and the spans of them that carry labels, each an assistant's turn with its stop
-token. The text is the tokenizer's own chat template's, or a plain one's when it has none ("{message}\\n" for everybody, and the
-end-of-sequence token after an answer).
+In: a `Conversation` and a tokenizer. Out: `Encoded`: ids, and the spans with labels, each an assistant turn with its stop token. The text
+comes from the tokenizer's chat template, or from a plain one if it has none ("{message}\\n" for every role, and the end-of-sequence
+token after an answer).
 
-How the turns are found, by position and never by token id (the pad token may equal the stop token):
+Turns are located by position, never by token id (the pad token may equal the stop token):
 
-    prompt    = template(messages before the turn, with its generation prompt)     what generation will see
-    turn      = template(messages up to the turn) without that prompt in front     what generation is to say
+    prompt    = template(messages before the turn, with its generation prompt)     input of generation
+    turn      = template(messages up to the turn) without that prompt in front     expected output
 
-The prompt's ids come first, whatever follows, then the turn's. Of several turns, the next one is appended only if the ids of *its*
-prompt begin with all ids so far. So for every trained turn, the ids before it are exactly those that inference sees at that turn. Where a
-template rewrites earlier turns (Qwen3 drops their thoughts), the next turn begins an example of its own.
+The ids of the prompt come first, then those of the turn. The next turn is appended only if the ids of *its* prompt begin with all ids so
+far. So the ids before every trained turn are exactly those at inference. If a template rewrites earlier turns (Qwen3 drops their
+thoughts), the next turn begins a new example.
 
 Surprising:
-- A row ends at the stop token; what a template puts after it ("\\n" in ChatML) is left out.
-- Text that a template puts between its generation prompt and the answer (an empty thinking block, say) belongs to the prompt.
-- A turn with thoughts is asked for with `enable_thinking`, one without them without it.
-- Where a template has no system role, the system's text is put before the first user message.
-- Mistral v0.3 prints the system's text in the last user message only, while that message is last: in no finished conversation.
-- In an answer a special token that is spelled out is that token where somebody means it: data.special_tokens names it, or the template
-  prints it (</think>, a tool's markers). Stop, end, begin and pad tokens and the markers of roles stay ordinary characters (spelling.py).
-- An answer or a text that ends in a stop token already gets no second one.
-- Templates that print today's date (`strftime_now`) get a fixed one where they allow it (`date_string`), so a run can be repeated
-  tomorrow. One that prints a date of its own (Llama 3.1) keeps it, as inference does.
+- An example ends at the stop token; text of the template after it ("\\n" in ChatML) is left out.
+- Text of the template between its generation prompt and the answer (an empty thinking block, for example) belongs to the prompt.
+- A turn with thoughts is prompted with `enable_thinking`, a turn without thoughts without it.
+- If a template has no system role, the system text is put before the first user message.
+- Mistral v0.3 prints the system text only in the last user message, if that is the last message: in no finished conversation.
+- A special token spelled in an answer becomes that token if data.special_tokens names it or the template prints it (</think>, the
+  markers of a tool). Stop, end, begin and pad tokens and role markers stay ordinary characters (spelling.py).
+- An answer or text that already ends in a stop token gets no second one.
+- Templates with today's date (`strftime_now`) get a fixed date if they support it (`date_string`), which makes runs repeatable. A
+  template with a built-in date (Llama 3.1) keeps it, as at inference.
 """
 
 import json
@@ -44,38 +44,38 @@ from qlora_lite.foreign import foreign
 from qlora_lite.limits import RENDERED_CHARS, TEMPLATE_BYTES, TEMPLATE_CHARS, TEMPLATE_SECONDS
 from qlora_lite.units import row_in_words
 
-# A tokenizer of transformers; typed as Any because its classes are only typed in part.
+# A tokenizer of transformers; Any, because its classes are only partly typed.
 Tokenizer = Any
 
 _PROBE_PROMPT, _PROBE_ANSWER = "Question: probe?", "Xanadu"
-# Read by the templates that know them, ignored by the others. Thinking models get their empty thinking block as prompt.
+# Ignored by templates that do not use them. Thinking models get their empty thinking block in the prompt.
 _TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False}
-_FIXED_DATE = {"date_string": "01 Jan 2026"}  # for templates that ask for today's
+_FIXED_DATE = {"date_string": "01 Jan 2026"}  # for templates that print today's date
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
 )
 
 
-# The names of tokens that end a turn or a text, of which a template may print several.
+# Names of tokens that end a turn or a text; a template may print several.
 _ENDS = re.compile(
     r"(?i)(?<![a-z])(eo[stm]|end_?of_?(text|turn|message|sentence|utterance)|im_end|return|end)(?![a-z])"
 )
-_OURS = ("role", "content", "tool_calls", "weight")  # keys of a message that are read, or looked after, elsewhere
-_PROBES = 20  # messages with a key that the template does not print, until the key is known to have no place
+_OURS = ("role", "content", "tool_calls", "weight")  # keys of a message that are handled elsewhere
+_PROBES = 20  # messages to test before a key counts as ignored by the template
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is known of a base's tokens besides its tokenizer."""
+    """Facts about the tokens of a base besides its tokenizer."""
 
-    own_tokens: tuple[str, ...] = ()  # data.special_tokens: spelled in an answer, they are meant, and they have rows
-    num_rows: int | None = None  # of the base's embedding, before rows for own tokens; None: not known
-    stops: tuple[int, ...] = ()  # ids that its own settings of generation stop at
+    own_tokens: tuple[str, ...] = ()  # data.special_tokens: become tokens in answers, and have embedding rows
+    num_rows: int | None = None  # embedding rows of the base, without those of own tokens; None: unknown
+    stops: tuple[int, ...] = ()  # stop ids of its generation settings
 
     @classmethod
     def of(cls, config: Any, own_tokens: Sequence[str], stops: Sequence[int]) -> "Vocabulary":
-        """Of a base with this config of transformers."""
+        """Make the vocabulary of a base from its transformers config."""
         return cls(tuple(own_tokens), config.get_text_config(decoder=True).vocab_size, tuple(stops))
 
 
@@ -83,15 +83,15 @@ UNKNOWN_BASE = Vocabulary()
 
 
 class TokenWithoutRow(ModelError):
-    """A token that is used has an id beyond the embedding: not a bad row, but a tokenizer of another base."""
+    """A used token has an id beyond the embedding: not a bad row, but the tokenizer of another base."""
 
 
 class NothingToTrain(ModelError):
-    """A row of stop tokens alone."""
+    """A row with only stop tokens."""
 
 
 class Remark(NamedTuple):
-    """Something that was done to a row, to be counted: `kind` is a key of `fit.TemplateNotes`, `about` a token or a key."""
+    """A change to a row, counted for the notes: `kind` is a key of `fit.TemplateNotes`, `about` a token or a key."""
 
     kind: str
     about: str
@@ -99,7 +99,7 @@ class Remark(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenized example. Labels are the tokens of `spans`; the first token of a row has none, nothing predicts it."""
+    """One tokenized example. Labels are the tokens of `spans`; the first token of an example has no label: nothing predicts it."""
 
     input_ids: list[int]
     spans: tuple[tuple[int, int], ...]  # half-open ranges, at least one, in order
@@ -121,7 +121,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedTurns:
-    """Some turns of a conversation in one example; `last` is the index of its last trained message in the conversation."""
+    """One example with some turns of a conversation; `last` is the index of its last trained message in the conversation."""
 
     encoded: Encoded
     last: int
@@ -129,13 +129,13 @@ class EncodedTurns:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template (or the plain one), and what rendering a short conversation tells about it.
+    """A tokenizer's chat template (or the plain one), with properties found by rendering a short conversation.
 
-    Making one raises ModelError when the template fails, loses the answer, or neither it nor the tokenizer has a token to stop at.
+    The constructor raises ModelError when the template fails, loses the answer, or neither it nor the tokenizer has a stop token.
     """
 
-    name: str  # "the tokenizer's chat template" or "plain", for people
-    stop_token_id: int  # every trained turn ends in it; generation stops there
+    name: str  # "the tokenizer's chat template" or "plain", for display
+    stop_token_id: int  # ends every trained turn; generation stops there
     has_system_role: bool
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary = UNKNOWN_BASE) -> None:
@@ -145,11 +145,11 @@ class ChatTemplate:
         self.name = "the tokenizer's chat template" if tokenizer.chat_template else "plain"
         self._where = tokenizer.name_or_path or "tokenizer"
         self._refuse_size()
-        self._stopped = ""  # why nothing is rendered any more
+        self._stopped = ""  # reason for rendering no more
         self._limits = Limits(seconds=TEMPLATE_SECONDS, num_bytes=TEMPLATE_BYTES)
         added = tokenizer.added_tokens_decoder
         ids = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-        # text -> id; a special token may be none of the vocabulary
+        # text -> id; a special token may be missing from the vocabulary
         self._special = {str(tokenizer.convert_ids_to_tokens(i)): i for i in ids if i is not None}
         self._added = {token.content: i for i, token in added.items() if token.content.strip()}
         asks_for_today = "strftime_now" in (tokenizer.chat_template or "")
@@ -157,16 +157,16 @@ class ChatTemplate:
         self._known_roles = {"assistant"}  # roles seen in a rendering; "" stands for tools
         asked: list[Message] = [{"role": "user", "content": _PROBE_PROMPT}]
         prompt = self._render(asked, generate=True)
-        head, found, self._tail = self._render(
+        head, answer, self._tail = self._render(
             [*asked, {"role": "assistant", "content": _PROBE_ANSWER}], generate=False
         ).rpartition(_PROBE_ANSWER)
-        if not found:
+        if not answer:
             raise ModelError(
-                f"{self._where}: the chat template leaves the assistant's answer out, so there is nothing to train on. "
-                f"A chat template must print the content of assistant messages; fix it or remove it (plain prompts)."
+                f"{self._where}: the chat template does not print the assistant's answer, so there is nothing to train on. "
+                f"Change the template to print the content of assistant messages, or remove it (plain prompts)."
             )
         # A template that rewrites the turn (a reasoning model dropping its thoughts) does not continue the generation prompt:
-        # then the answer follows that prompt directly, in training and in generation alike.
+        # then the answer directly follows that prompt, in training and in generation.
         between = head.removeprefix(prompt) if head.startswith(prompt) else ""
         self._before = between.rstrip(" ")  # part of the prompt
         self._space = between[len(self._before) :]  # part of the answer: tokenizers join it to the first word
@@ -180,19 +180,19 @@ class ChatTemplate:
 
     def _refuse_size(self) -> None:
         template = self.tokenizer.chat_template or ""
-        texts = list(template.values()) if isinstance(template, dict) else [template]  # several, each with a name
+        texts = list(template.values()) if isinstance(template, dict) else [template]  # several named templates
         if not all(isinstance(text, str) for text in texts):
-            raise ModelError(f"{self._where}: the chat template is no text. Mend it, or remove it (plain prompts).")
+            raise ModelError(f"{self._where}: the chat template is not text. Correct it, or remove it (plain prompts).")
         num_chars = sum(map(len, texts))
         if num_chars > TEMPLATE_CHARS:
             raise ModelError(
-                f"{self._where}: a chat template of {num_chars:,} characters, allowed {TEMPLATE_CHARS:,}. Remove it (plain prompts)."
+                f"{self._where}: chat template of {num_chars:,} characters, allowed {TEMPLATE_CHARS:,}. Remove it (plain prompts)."
             )
 
     def encode(self, conversation: Conversation) -> list[EncodedTurns]:
-        """Every trained turn of a conversation in as few examples as keep each turn's prefix what inference sees; never cut.
+        """Encode every trained turn of a conversation in the fewest examples whose prefixes equal those at inference; never cut.
 
-        Raises ModelError, naming row and roles, for a conversation that the template cannot render.
+        Raises ModelError, with row and roles, for a conversation that the template cannot render.
         """
         assert conversation.trained_turns, "a row without an answer is a bad row"
         try:
@@ -203,28 +203,28 @@ class ChatTemplate:
             raise ModelError(f"{row_in_words(conversation.id)}: {error}") from error
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
-        """Token ids to generate the next assistant turn from: the ids before that turn in training. Raises ModelError."""
+        """Return the prompt ids of the next assistant turn, equal to the ids before that turn in training. Raises ModelError."""
         placed, _ = self._place_system([self._without_ends(message) for message in messages])
         ids = self._prompt_ids(self._render(placed, tools, generate=True) + self._before)
         self._refuse_without_row([*ids, self.stop_token_id])
         return ids
 
     def document(self, text: str) -> tuple[list[int], frozenset[Remark]]:
-        """Token ids of plain text between the tokenizer's begin token (if it puts one) and one end token; what there is to say of it.
+        """Plain text -> (ids between the tokenizer's begin token, if it has one, and one end token; remarks).
 
-        Special tokens that the text spells are these tokens: it may be a conversation that a template has rendered. Where the text ends
-        in an end-of-text token, or in the template's stop token, it keeps that one. Raises NothingToTrain for a text of these alone.
+        Spelled special tokens become tokens: the text may be a conversation rendered by a template. A text that ends in an end-of-text
+        token or the template's stop token keeps it. Raises NothingToTrain for a text with only such tokens.
         """
         body, ends = self._split_ends(text)
         if ends and not body.strip():
-            raise NothingToTrain("a text of nothing but stop tokens")
+            raise NothingToTrain("a text with only stop tokens")
         ids = [*self.document_ids(body, is_finished=False), self._ends[ends[0]] if ends else self.end_token_id]
         self._refuse_without_row(ids)
         remarks = [Remark("document", token) for token in sorted(found_in(body, self._any_special))]
         return ids, frozenset([*remarks, *(Remark("ended", token) for token in ends)])
 
     def document_ids(self, text: str, *, is_finished: bool = True) -> list[int]:
-        """The ids alone; of a text that is to be continued without its end."""
+        """Return only the ids; without the end token for a text to continue."""
         if is_finished:
             return self.document(text)[0]
         ids, begin = self._ids(text), self._begin_ids()
@@ -233,17 +233,17 @@ class ChatTemplate:
         return ids
 
     def answer_text(self, text: str) -> str:
-        """An answer without the stop tokens that it ends in, as it is trained and compared."""
+        """Return an answer without stop tokens at its end, as it is trained and compared."""
         return self._split_ends(text)[0]
 
     @cached_property
     def hidden_ids(self) -> frozenset[int]:
-        """Special tokens that no answer says; those that one may say belong to its text."""
+        """Special tokens that are not part of any answer's text."""
         return frozenset(self._spelling.tokens.values())
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """All that ends a row: the stop token of turns, the end of text, and what else the base stops at."""
+        """All ids that end an example: the stop token of turns, the end of text, and the base's other stop tokens."""
         return sorted(set(self._ends.values()))
 
     @property
@@ -251,7 +251,7 @@ class ChatTemplate:
         """The token that ends a document. Raises ModelError when the tokenizer has none."""
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
-                f"{self._where}: no end-of-sequence token, so a trained answer would never stop. "
+                f"{self._where}: no end-of-sequence token: a trained answer would never stop. "
                 f'Set "eos_token" in tokenizer_config.json.'
             )
         return int(self.tokenizer.eos_token_id)
@@ -268,9 +268,7 @@ class ChatTemplate:
             prompt_ids, answer_ids = self._turn_ids(messages, turn, tools)
             start = len(prompt_ids)
             if start == 0:
-                raise ModelError(
-                    f"{self._where}: no token stands before the answer, so nothing predicts its first token"
-                )
+                raise ModelError(f"{self._where}: no token before the answer, so nothing predicts its first token")
             spans: tuple[tuple[int, int], ...] = ((start, start + len(answer_ids)),)
             if examples and prompt_ids[: len(examples[-1].encoded.input_ids)] == examples[-1].encoded.input_ids:
                 spans = examples.pop().encoded.spans + spans
@@ -280,17 +278,17 @@ class ChatTemplate:
         return examples
 
     def _remarks(self, conversation: Conversation) -> set[Remark]:
-        """Stop tokens taken from the ends of answers, special tokens that stay plain characters in them, marks that prompts spell."""
+        """Collect remarks: stop tokens removed from answers, special tokens kept as characters, reserved tokens spelled in prompts."""
         remarks: set[Remark] = set()
         for turn in conversation.trained_turns:
             message = conversation.messages[turn]
             body, ends = self._split_ends(message["content"])
             if ends and not body.strip() and all(key in ("role", "content", "weight") for key in message):
-                raise NothingToTrain("an answer of nothing but stop tokens")
-            said = {**message, "content": body}
-            if found_in(said, self._any_special):
-                spelled = found_in(said, self._spelling.pattern)
-                remarks |= {Remark("guarded" if self._is_guarded(each) else "spelled", each) for each in spelled}
+                raise NothingToTrain("an answer with only stop tokens")
+            answer = {**message, "content": body}
+            if found_in(answer, self._any_special):
+                spelled = found_in(answer, self._spelling.pattern)
+                remarks |= {Remark("guarded" if self._is_guarded(token) else "spelled", token) for token in spelled}
             remarks |= {Remark("ended", token) for token in ends}
         for index, message in enumerate(conversation.messages[: conversation.trained_turns[-1]]):
             if index not in conversation.trained_turns:
@@ -299,8 +297,8 @@ class ChatTemplate:
         return remarks
 
     def _left_out(self, messages: list[Message], turns: list[int], tools: Sequence[Any]) -> set[Remark]:
-        """Keys of messages, such as "name", that the template has no place for; each is looked at in a conversation that ends in it."""
-        found: set[Remark] = set()
+        """Find keys of messages, such as "name", that the template ignores; each is tested in a conversation that ends in it."""
+        remarks: set[Remark] = set()
         for index, message in enumerate(messages[: turns[-1] + 1]):
             keys = [key for key, value in message.items() if key not in _OURS and value]
             keys += ["content"] if message.get("tool_calls") and message["content"].strip() else []
@@ -310,8 +308,8 @@ class ChatTemplate:
                     is_printed = self._prints_key(messages[: index + 1], key, tools, is_trained=index in turns)
                     self._places[place] = -(2**60) if is_printed else self._places[place] + 1
                 if self._places[place] > 0:
-                    found.add(Remark("left out", key))
-        return found
+                    remarks.add(Remark("left out", key))
+        return remarks
 
     def _prints_key(self, messages: list[Message], key: str, tools: Sequence[Any], *, is_trained: bool) -> bool:
         last = messages[-1]
@@ -319,38 +317,38 @@ class ChatTemplate:
         versions = [messages, [*messages[:-1], without]]
         try:
             if is_trained:
-                one, other = (self._turn_text(version, len(messages) - 1, tools)[1] for version in versions)
+                with_key, without_key = (self._turn_text(version, len(messages) - 1, tools)[1] for version in versions)
             else:
                 is_asked = last["role"] != "assistant"
-                one, other = (self._render(version, tools, generate=is_asked) for version in versions)
+                with_key, without_key = (self._render(version, tools, generate=is_asked) for version in versions)
         except ModelError:
             return True  # the template reads the key, or fails on the row, which rendering reports
-        return one != other
+        return with_key != without_key
 
     def _turn_ids(self, messages: list[Message], turn: int, tools: Sequence[Any]) -> tuple[list[int], list[int]]:
-        """-> (ids to generate message `turn` from, ids of that message and its stop token)."""
+        """-> (prompt ids of message `turn`, ids of that message and its stop token)."""
         message = messages[turn]
         is_spelled = bool(found_in(message, self._any_special)) and bool(found_in(message, self._spelling.pattern))
-        if is_spelled:  # tokens that the answer spells out are kept apart from those that the template prints
+        if is_spelled:  # mark tokens spelled in the answer, to distinguish them from those of the template
             kept = {key: message[key] for key in ("role", "weight") if key in message}
             message = {key: self._spelling.marked(value) for key, value in message.items()} | kept
         prompt, text = self._turn_text([*messages[:turn], message], turn, tools)
         if any(call["function"]["name"] not in text for call in message.get("tool_calls", ())):
             raise ModelError(
                 f"{self._where}: the chat template does not print a message with tool_calls after its generation prompt and "
-                f"before its stop token, so it cannot be told which tokens to train. Leave such rows out, or change the template."
+                f"before its stop token, so the tokens to train cannot be located. Remove such rows, or change the template."
             )
         prompt_ids = self._prompt_ids(prompt)
         answer_ids = self._ids(text, behind=prompt, is_spelled=is_spelled)
         if self.stop_token_id in answer_ids:
             raise ModelError(
-                f"{self._where}: the chat template prints its stop token {self._text_of(self.stop_token_id)} inside of an answer, so "
-                f"generation would end there. Leave such rows out, or change the template."
+                f"{self._where}: the chat template prints its stop token {self._text_of(self.stop_token_id)} inside an answer, so "
+                f"generation would end there. Remove such rows, or change the template."
             )
         return prompt_ids, [*answer_ids, self.stop_token_id]
 
     def _turn_text(self, messages: list[Message], turn: int, tools: Sequence[Any]) -> tuple[str, str]:
-        """-> (text to generate message `turn` from, text of that message without its stop token)."""
+        """-> (prompt text of message `turn`, text of that message without its stop token)."""
         message, history = messages[turn], messages[:turn]
         finished = self._render(messages[: turn + 1], tools, generate=False)
         prompt = self._render(history, tools, generate=True) + self._before
@@ -364,18 +362,18 @@ class ChatTemplate:
         return prompt, self._call_text(history, message, tools)
 
     def _call_text(self, history: list[Message], message: Message, tools: Sequence[Any]) -> str:
-        """A message with tool_calls where the template rewrites its prompt: its text without a system message, or ""."""
+        """Render a message with tool_calls whose prompt the template rewrites, without system messages; "" if that fails too."""
         bare = [message for message in history if message["role"] != "system"]
         prompt = self._render(bare, tools, generate=True) + self._before
         finished = self._render([*bare, message], tools, generate=False)
-        is_found = finished.startswith(prompt) and finished.endswith(self._tail)
-        return finished[len(prompt) : len(finished) - len(self._tail)] + self._after if is_found else ""
+        has_prompt = finished.startswith(prompt) and finished.endswith(self._tail)
+        return finished[len(prompt) : len(finished) - len(self._tail)] + self._after if has_prompt else ""
 
     def _ids(self, text: str, *, behind: str = "", is_spelled: bool = False) -> list[int]:
-        """Token ids of a text, each special token in it one id; with `is_spelled`, those that spelling.py marked are spelled out.
+        """Tokenize a text, each special token as one id; with `is_spelled`, tokens marked by spelling.py become characters.
 
-        As in the whole text where that leaves the ids of `behind` alone, otherwise apart: SentencePiece tokenizers put a space
-        before a text that begins anew.
+        Tokenizes together with `behind` if that keeps the ids of `behind`, else separately: SentencePiece tokenizers put a space
+        before a separate text.
         """
         tokenize = self._spelling.ids if is_spelled else self._tokenize
         if behind:
@@ -385,21 +383,21 @@ class ChatTemplate:
         return tokenize(text)
 
     def _without_ends(self, message: Message) -> Message:
-        """An assistant's message without the stop tokens that its content ends in."""
+        """Remove the stop tokens at the end of an assistant message."""
         if message["role"] != "assistant":
             return message
         body, ends = self._split_ends(message["content"])
         return {**message, "content": body} if ends else message
 
     def _split_ends(self, text: str) -> tuple[str, list[str]]:
-        """-> (the text before the stop and end-of-text tokens that it ends in, these in order); [] leaves the text as it is."""
-        found: list[str] = []
-        left = text.rstrip()
-        while end := next((token for token in self._ends if left.endswith(token)), None):
-            found.insert(0, end)
-            text = left.removesuffix(end)
-            left = text.rstrip()
-        return text, found
+        """-> (the text without stop and end-of-text tokens at its end, these tokens in order); (text unchanged, []) without any."""
+        ends: list[str] = []
+        stripped = text.rstrip()
+        while end := next((token for token in self._ends if stripped.endswith(token)), None):
+            ends.insert(0, end)
+            text = stripped.removesuffix(end)
+            stripped = text.rstrip()
+        return text, ends
 
     @cached_property
     def _spelling(self) -> Spelling:
@@ -408,7 +406,7 @@ class ChatTemplate:
         return Spelling(self.tokenizer, kept, self._where)
 
     def _is_guarded(self, token: str) -> bool:
-        """Whether no answer may say it: a stop, begin, end or pad token, or a marker of a role."""
+        """Whether the token is reserved: a stop, begin, end or pad token, or a role marker."""
         is_end = bool(_ENDS.search(token)) and token not in self._own_tokens
         return is_end or token in self._ends or token in self._named_tokens or token in self._role_markers
 
@@ -429,7 +427,7 @@ class ChatTemplate:
 
     @cached_property
     def _role_markers(self) -> frozenset[str]:
-        """The special tokens that the template prints around messages of users, systems and tools, and before those of assistants."""
+        """The special tokens that the template prints around user, system and tool messages, and before assistant messages."""
         asked: list[Message] = [{"role": "user", "content": _PROBE_PROMPT}]
         answered: list[Message] = [*asked, {"role": "assistant", "content": _PROBE_ANSWER}]
         asking, prompt = self._render(asked, generate=False), self._render(asked, generate=True) + self._before
@@ -443,7 +441,7 @@ class ChatTemplate:
             texts.append(text.rpartition(_PROBE_ANSWER)[2])
         header = prompt.rpartition(_PROBE_PROMPT)[2]
         markers = {token for text in texts for token in self._any_special.findall(text)}
-        while first := self._any_special.match(header.lstrip()):  # a run of tokens, as far as they are no brackets
+        while first := self._any_special.match(header.lstrip()):  # a run of tokens without a closing counterpart
             if f"</{first[0][1:]}" in self._source:
                 break
             markers.add(first[0])
@@ -458,16 +456,16 @@ class ChatTemplate:
             token = self._text_of(token_id)
             if token_id >= self._num_rows and token not in self._own_tokens:
                 raise TokenWithoutRow(
-                    f"{self._where}: the tokenizer's token {short(token)!r} has the id {token_id}, and the base's embedding has "
-                    f"{self._num_rows:,} rows (ids 0 to {self._num_rows - 1:,}), so the model cannot read it. Use the tokenizer that "
-                    f"belongs to this base, or name the token in data.special_tokens: then it gets a row, which is trained"
+                    f"{self._where}: the tokenizer's token {short(token)!r} has the id {token_id}, but the base's embedding has "
+                    f"{self._num_rows:,} rows (ids 0 to {self._num_rows - 1:,}), so the model cannot read it. Use the tokenizer "
+                    f"of this base, or name the token in data.special_tokens: it then gets a trained embedding row"
                 )
 
     def _text_of(self, token_id: int) -> str:
         return str(self.tokenizer.convert_ids_to_tokens(int(token_id)))
 
     def _place_system(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
-        """-> (messages that the template can render, how many were merged into the next)."""
+        """-> (messages that the template can render, the number merged into the next one)."""
         is_system = bool(messages) and messages[0]["role"] == "system"
         if self.has_system_role or not is_system or len(messages) < 2 or messages[1]["role"] != "user":
             return list(messages), 0
@@ -476,9 +474,9 @@ class ChatTemplate:
         return [merged, *messages[2:]], 1
 
     def _check_roles(self, messages: list[Message], turns: list[int], tools: Sequence[Any]) -> None:
-        """Refuse a role, or tools, that the template would leave out in silence; once per role.
+        """Raise ModelError for a role, or tools, that the template silently ignores; tests each role once.
 
-        What counts is what is seen at a trained turn, not the finished conversation, where a system message may be gone again.
+        Tests the prompts of trained turns, not the finished conversation, where a system message may be missing again.
         """
         for index, message in enumerate(messages[: turns[-1]]):
             if message["role"] in self._known_roles:
@@ -487,14 +485,14 @@ class ChatTemplate:
             seen = (self._render(probe[:turn], tools, generate=True) for turn in turns if turn > index)
             if not any(_PROBE_ANSWER in text for text in seen):
                 raise ModelError(
-                    f'{self._where}: the chat template leaves messages of the role "{message["role"]}" out. '
-                    f"Give it a template that prints them, or leave such messages out of the data."
+                    f'{self._where}: the chat template ignores messages of the role "{message["role"]}". '
+                    f"Use a template that prints them, or remove such messages from the data."
                 )
             self._known_roles.add(message["role"])
         if tools and "" not in self._known_roles:
             if self._render(messages, tools, generate=False) == self._render(messages, generate=False):
                 raise ModelError(
-                    f"{self._where}: the chat template takes no tools. Give it a template that prints them, put them in a "
+                    f"{self._where}: the chat template ignores tools. Use a template that prints them, put them in a "
                     f'system message, or remove the column "tools".'
                 )
             self._known_roles.add("")
@@ -509,7 +507,7 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), *, generate: bool, **settings: Any
     ) -> str:
-        if self._stopped:  # not again for every row
+        if self._stopped:  # do not retry for every row
             raise ModelError(self._stopped)
         try:
             text = self._limits.run(
@@ -525,7 +523,7 @@ class ChatTemplate:
         except TooMuch as error:
             self._stopped = f"{self._where}: the chat template takes {error} for one conversation. Change it, or remove it (plain prompts)."
             raise ModelError(self._stopped) from error
-        except Exception as error:  # a template is foreign code: it can raise anything
+        except Exception as error:  # a template is foreign code and can raise anything
             roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
             raise ModelError(
                 f"{self._where}: the chat template cannot render messages of the roles {roles}: {short(str(error), 300)}. "
@@ -533,7 +531,7 @@ class ChatTemplate:
             ) from error
         if len(text) > RENDERED_CHARS:
             raise ModelError(
-                f"{self._where}: the chat template makes {len(text):,} characters of one conversation, allowed {RENDERED_CHARS:,}"
+                f"{self._where}: the chat template renders one conversation as {len(text):,} characters, allowed {RENDERED_CHARS:,}"
             )
         return str(text)
 
@@ -542,14 +540,14 @@ class ChatTemplate:
         return [*begin, *self._ids(text)]
 
     def _tokenize(self, text: str) -> list[int]:
-        with foreign(lambda said: ModelError(f"{self._where}: the tokenizer cannot read a text ({said})")):
+        with foreign(lambda reason: ModelError(f"{self._where}: the tokenizer cannot read a text ({reason})")):
             ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)[
                 "input_ids"
             ]
         return ids
 
     def _begin_ids(self) -> list[int]:
-        """The begin token in a list, where the tokenizer puts one before a text; otherwise []."""
+        """Return [begin token] if the tokenizer puts one before a text, else []."""
         begin = self.tokenizer.bos_token_id
         if begin is None:
             return []
@@ -557,20 +555,22 @@ class ChatTemplate:
         return [int(begin)] if ids and ids[0] == begin else []
 
     def _split_at_stop(self, tail: str) -> tuple[str, int]:
-        """`tail` is what follows an answer. -> (text before the stop token, id of the stop token)."""
-        for stops in (self._special, self._added):  # some tokenizers do not call their stop token special
-            # The first token in the text; of two that start at the same place, the longer one.
-            found = sorted((tail.index(text), -len(text), token_id) for text, token_id in stops.items() if text in tail)
-            if found:
-                position, _, token_id = found[0]
+        """`tail`, the text after an answer -> (text before the stop token, id of the stop token)."""
+        for stops in (self._special, self._added):  # some tokenizers do not mark their stop token as special
+            # The first token in the text; the longer of two that start at the same place.
+            places = sorted(
+                (tail.index(text), -len(text), token_id) for text, token_id in stops.items() if text in tail
+            )
+            if places:
+                position, _, token_id = places[0]
                 return tail[:position], token_id
         return "", self.end_token_id
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> str:
-    """SHA-256 over all that decides how this tokenizer turns a row into ids: vocabulary, rules, template and what it renders.
+    """Return the SHA-256 of everything that determines the ids of a row: vocabulary, rules, template and a rendered probe.
 
-    The backend's padding and truncation are left out: they are settings of the last call, not of the tokenizer.
+    Ignores the backend's padding and truncation: they are settings of the last call, not of the tokenizer.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)  # only "fast" tokenizers have one
     if backend is not None:
@@ -579,6 +579,6 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str:
         rules.pop("truncation", None)
     else:
         rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    probe = ChatTemplate(tokenizer).prompt_ids([{"role": "user", "content": _PROBE_PROMPT}])  # may hold the date
+    probe = ChatTemplate(tokenizer).prompt_ids([{"role": "user", "content": _PROBE_PROMPT}])  # may contain the date
     parts = [rules, tokenizer.chat_template, tokenizer.special_tokens_map, probe, _TEMPLATE_SETTINGS, _FIXED_DATE]
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,12 +1,12 @@
-"""Prefix trees: what examples share at their beginning, found from the tokens alone.
+"""Prefix trees: shared prefixes of examples, found from the tokens alone. `rows` are indices of examples here.
 
-    rows          passage question 1 answer | passage question 2 answer | header example ...
-    tree          a node for each run of tokens that several rows begin with, its children the nodes and rows that go on from there
+    examples      passage question 1 answer | passage question 2 answer | header example ...
+    tree          a node for each run of tokens shared by several examples; its children are the nodes and examples that continue it
 
-Only tokens before the first label of a row are shared: a label belongs to its own example. The first token of a branch is predicted from
-the last token of its parent, wherever it branches. A run of fewer than LEAST_SHARED tokens is not worth a branch: its rows repeat it.
+Only tokens before the first label of an example are shared: a label belongs to its own example. The first token of a branch is predicted
+from the last token of its parent. A run of fewer than LEAST_SHARED tokens is not worth a branch: its examples repeat it.
 
-Rows are sorted by their prompts; of neighbours, the lengths of the common beginnings are the whole tree.
+Examples are sorted by their prompts; the lengths of the common prefixes of neighbours determine the tree.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,12 +19,12 @@ import numpy as np
 from qlora_lite.data.template import Encoded
 
 LEAST_SHARED = 16  # tokens
-OFTEN = 4  # rows of a random step, on average, from which on it is left to chance that they share
-MOST_LEVELS = 32  # of branches from branches; what is shared deeper down is repeated
+OFTEN = 4  # examples of a random step, on average, above which sharing is left to chance
+MOST_LEVELS = 32  # of nested branches; deeper shared runs are repeated
 
 
 class TokenizedRows(Protocol):
-    """What batching needs to know of `Examples`."""
+    """The part of `Examples` that batching needs."""
 
     @property
     def lengths(self) -> np.ndarray: ...  # int [num examples]: tokens per example
@@ -34,7 +34,7 @@ class TokenizedRows(Protocol):
 
 @dataclass(frozen=True)
 class Node:
-    """Tokens [start, end) of every row below it; the rows in `rows` go on by themselves."""
+    """Tokens [start, end) of every example below it; the examples in `rows` continue alone."""
 
     start: int
     end: int
@@ -54,7 +54,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows that stay in one micro-batch, and the tokens that they take there."""
+    """Examples that stay in one micro-batch, and their tokens there."""
 
     rows: list[int]
     num_tokens: int
@@ -62,30 +62,30 @@ class Piece:
 
 @dataclass(frozen=True)
 class Forest:
-    """Trees, and rows that share nothing: a Node without tokens at the top."""
+    """Trees, and examples without a shared prefix, under a top Node without tokens."""
 
     top: Node
     lengths: dict[int, int]
 
     @property
     def num_tokens(self) -> int:
-        """With every shared run once."""
+        """Tokens with every shared run once."""
         return tokens_of(self.top, self.lengths)
 
     @property
     def num_alone(self) -> int:
-        """With every run as often as rows have it."""
+        """Tokens of the separate examples."""
         return sum(self.lengths.values())
 
     def pieces(self, capacity: int) -> Iterator[Piece]:
-        """Trees, or the parts of one that fit `capacity` tokens, and rows that share nothing."""
+        """Yield trees, or parts of trees that fit `capacity` tokens, and examples without a shared prefix."""
         yield from (Piece([row], self.lengths[row]) for row in self.top.rows)
         for node in self.top.nodes:
             yield from split(node, self.lengths, capacity)
 
 
 def grow(examples: TokenizedRows, rows: Sequence[int]) -> Forest:
-    """The trees of these rows."""
+    """Build the trees of these examples."""
     prompts = {row: _prompt(examples.encoded(row)) for row in rows}
     order = sorted(rows, key=lambda row: (prompts[row].tobytes(), row))
     common = [_num_common(prompts[a], prompts[b]) for a, b in pairwise(order)]
@@ -94,39 +94,39 @@ def grow(examples: TokenizedRows, rows: Sequence[int]) -> Forest:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What packing the rows of steps as trees saves, and what a row of such a tree is like on average."""
+    """The saving from packing the examples of steps as trees, and the average example of such a tree."""
 
-    num_alone: int  # tokens of all rows
-    num_packed: int  # with what rows of a step share once
-    trunk: int  # tokens that a row shares
-    branch: int  # tokens of its own
-    num_labels: int  # of these
-    num_rows: int = 1
-    steps: tuple[Forest, ...] = ()  # that these are the sums of
-    longest_row: int = 0  # tokens
-    most_elsewhere: int = 0  # tokens of a step that is not one of these, at most
-    most_rows_elsewhere: int = 0
+    num_alone: int  # tokens of all examples
+    num_packed: int  # tokens with the shared prefixes of a step once
+    trunk: int  # shared tokens of an average example
+    branch: int  # its own tokens
+    num_labels: int  # its label tokens
+    num_rows: int = 1  # examples
+    steps: tuple[Forest, ...] = ()  # the forests of the summed steps
+    longest_row: int = 0  # tokens of the longest example
+    most_elsewhere: int = 0  # largest number of tokens in any other step
+    most_rows_elsewhere: int = 0  # largest number of examples in any other step
 
     @property
     def factor(self) -> float:
-        """How many times as many tokens the rows have by themselves."""
+        """Tokens of the separate examples, divided by the packed tokens."""
         return self.num_alone / self.num_packed
 
     @property
     def most_tokens(self) -> int:
-        """Of a step, at most; 0 where none was looked at."""
+        """Largest number of tokens in a step; 0 without steps."""
         of_steps = [forest.num_tokens for forest in self.steps]
         return max(*of_steps, self.most_elsewhere) if of_steps else 0
 
     @property
     def most_rows(self) -> int:
-        """Of a step; 0 where none was looked at."""
+        """Largest number of examples in a step; 0 without steps."""
         of_steps = [len(forest.lengths) for forest in self.steps]
         return max(*of_steps, self.most_rows_elsewhere) if of_steps else 0
 
     @property
     def rows_per_trunk(self) -> float:
-        """On average: of a row's tokens, what it computes of its trunk beside its own."""
+        """Average number of examples per trunk: the trunk divided by an example's share of it."""
         own_part = self.num_packed / self.num_rows - self.branch
         return max(1.0, self.trunk / own_part) if own_part > 0 else float(self.num_rows)
 
@@ -141,7 +141,7 @@ class Sharing:
         }
 
     def repeated(self, micro_batch_tokens: int) -> float:
-        """How many times as many tokens are computed where trees must be cut to fit micro-batches of so many; 1.0 where none is."""
+        """Return the factor on the packed tokens when trees are cut to fit micro-batches of this size; 1.0 without cuts."""
         if not self.steps:
             return 1.0
         num_cut = sum(piece.num_tokens for forest in self.steps for piece in forest.pieces(micro_batch_tokens))
@@ -151,7 +151,7 @@ class Sharing:
 def sharing(
     examples: TokenizedRows, steps: Iterable[Sequence[int]], *, others: Iterable[Sequence[int]] = ()
 ) -> Sharing:
-    """Of steps with these rows each. Of `others` only the sizes are looked at, as if their rows shared nothing."""
+    """Measure the sharing in `steps`, each given by its examples. Of `others` it uses only the sizes, as if nothing were shared."""
     num_alone = num_packed = num_shared = num_labels = num_rows = 0
     forests: list[Forest] = []
     for rows in steps:
@@ -181,37 +181,37 @@ def sharing(
 
 
 def families(forest: Forest, *, examples_per_step: int) -> list[list[int]]:
-    """All rows, those together that should come in one step: the largest trees that a step holds, and of larger ones the rest.
+    """Group all examples into families that should come in one step: the largest trees that fit a step, and the rest of larger ones.
 
-    What so many rows share that any random step has several of them (a system prompt) makes no family: they share it anyway.
+    A prefix shared by several examples of any random step (a system prompt) makes no family: they share it anyway.
     """
     num_rows = len(forest.lengths)
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
 
     def visit(node: Node) -> None:
         rows = list(node.all_rows())
         if node.end > node.start and len(rows) <= examples_per_step:
-            found.append(rows)
+            groups.append(rows)
             return
         for child in node.nodes:
             visit(child)
         if node.end == node.start or len(rows) * examples_per_step >= OFTEN * num_rows:
-            found.extend([row] for row in node.rows)
+            groups.extend([row] for row in node.rows)
         elif node.rows:
-            found.append(list(node.rows))
+            groups.append(list(node.rows))
 
     visit(forest.top)
-    return found
+    return groups
 
 
 def tokens_of(node: Node, lengths: dict[int, int]) -> int:
-    """Of a node, all that lies below it, and nothing above."""
+    """Return the tokens of a node and everything below it."""
     own = sum(lengths[row] - node.end for row in node.rows)
     return node.end - node.start + own + sum(tokens_of(child, lengths) for child in node.nodes)
 
 
 def split(node: Node, lengths: dict[int, int], capacity: int, *, above: int = 0) -> Iterator[Piece]:
-    """Pieces of at most `capacity` tokens, each with `above` and the node's own tokens; one row may be longer by itself."""
+    """Yield pieces of at most `capacity` tokens, each with `above` and the node's own tokens; a single example may be longer."""
     whole = above + tokens_of(node, lengths)
     if whole <= capacity:
         yield Piece(list(node.all_rows()), whole)
@@ -238,7 +238,7 @@ def split(node: Node, lengths: dict[int, int], capacity: int, *, above: int = 0)
 def _grow(
     order: Sequence[int], common: Sequence[int], start: int, levels: int = MOST_LEVELS
 ) -> tuple[tuple[Node, ...], tuple[int, ...]]:
-    """-> (nodes, rows by themselves) of sorted rows whose neighbours have so many tokens in common; `start` of them are above."""
+    """-> (nodes, single examples) of sorted examples whose neighbours have `common` tokens in common, `start` of them above."""
     cuts = [index + 1 for index, length in enumerate(common) if length < start + LEAST_SHARED]
     edges = [0, *cuts, len(order)]
     nodes: list[Node] = []
@@ -254,7 +254,7 @@ def _grow(
 
 
 def _prompt(encoded: Encoded) -> np.ndarray:
-    """The tokens before the first label, so that their bytes are in the order of the tokens."""
+    """Return the tokens before the first label, big-endian: their bytes sort like the tokens."""
     return np.array(encoded.input_ids[: encoded.spans[0][0]], dtype=">u4")
 
 

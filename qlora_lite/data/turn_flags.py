@@ -1,12 +1,12 @@
-"""Flags on the turns of a conversation that say which of them are trained, and notes on those that do not count.
+"""Flags on the turns of a conversation that exclude turns from training, and notes on ineffective flags.
 
-In: a turn's keys. Out: whether it is left out of training, and sentences about keys that look like a flag and are none.
+In: the keys of a turn. Out: whether it is left out of training, and notes on keys that look like a flag but are not one.
 
-| key                                | who writes it                                       | left out at     |
+| key                                | written by                                          | left out at     |
 |------------------------------------|-----------------------------------------------------|-----------------|
 | weight                             | the OpenAI format                                   | 0               |
 | train, training, train_on_turn     | axolotl (`message_field_training` names it)         | false           |
-| trainable, learn                   | scripts of their own                                | false           |
+| trainable, learn                   | users' own scripts                                  | false           |
 | loss                               | ChatGLM3; proposed for LLaMA-Factory (#10471)       | false           |
 | masked                             | torchtune                                           | true            |
 """
@@ -37,12 +37,12 @@ _MODEL = ("assistant", "gpt", "chatgpt", "model", "function_call")
 
 
 class WrongFlag(ValueError):
-    """A flag has a value that is none, or two flags contradict each other."""
+    """A flag with an invalid value, or two contradicting flags."""
 
 
 def is_untrained(flags: Mapping[str, Any], where: str) -> bool:
     """Whether these flags of a turn leave it out of training. Raises WrongFlag."""
-    found: dict[str, bool] = {}
+    left_out_by: dict[str, bool] = {}
     for key, given in flags.items():
         if given is None or (isinstance(given, str) and not given.strip()):
             continue
@@ -52,24 +52,24 @@ def is_untrained(flags: Mapping[str, Any], where: str) -> bool:
             raise WrongFlag(
                 f"{where}.{key}: expected {kept}, or {left_out} for a message that is not trained, got {short(str(given))}"
             )
-        found[key] = value == _LEFT_OUT_AT[key]
-    if len(set(found.values())) > 1:
-        raise WrongFlag(f"{where}: {' and '.join(found)} contradict each other about whether it is trained")
-    return any(found.values())
+        left_out_by[key] = value == _LEFT_OUT_AT[key]
+    if len(set(left_out_by.values())) > 1:
+        raise WrongFlag(f"{where}: {' and '.join(left_out_by)} contradict each other: keep one of them")
+    return any(left_out_by.values())
 
 
 class FlagNotes:
-    """Counts what the turns of a file's rows have that may be meant as a flag, to say so."""
+    """Counts flags and similar keys in the turns of a file, for the notes."""
 
     def __init__(self) -> None:
         self._num_left_out: Counter[str] = Counter()  # by key
-        self._num_others: Counter[str] = (
+        self._num_not_model: Counter[str] = (
             Counter()
-        )  # turns of others than the model that are marked to be trained, by key
+        )  # turns of other speakers than the model marked for training, by key
         self._unknown: Counter[str] = Counter()
 
     def count(self, values: Mapping[str, Any]) -> None:
-        """Take one row into account."""
+        """Count the flags of one row."""
         for column, speaker in _TALKS.items():
             turns = _as_list(values.get(column))
             for turn in turns:
@@ -89,30 +89,28 @@ class FlagNotes:
             if is_left_out and speaker in _MODEL:
                 self._num_left_out[key] += 1
             elif turn[key] is not None and not is_left_out and speaker not in _MODEL:
-                self._num_others[key] += 1
+                self._num_not_model[key] += 1
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What to say; empty where no turn has a flag that changes something or may have been meant to."""
-        said = [
-            f'turns that are not trained, as their "{key}" asks: {num:,}' for key, num in self._num_left_out.items()
+        """The notes; empty if no turn has an effective flag or a key that looks like one."""
+        notes = [f'turns not trained because of "{key}": {num:,}' for key, num in self._num_left_out.items()]
+        notes += [
+            f'turns of other roles than the model marked for training by "{key}": {num:,}; only the model\'s turns are trained'
+            for key, num in self._num_not_model.items()
         ]
-        said += [
-            f'turns of others than the model that "{key}" marks to be trained: {num:,}; only the model\'s turns are trained'
-            for key, num in self._num_others.items()
-        ]
-        said += [
-            f'turns with the key "{short(key)}": {num:,}; it is not read as a flag. "train": false leaves a turn out of training'
+        notes += [
+            f'turns with the key "{short(key)}": {num:,}; it is not a flag. "train": false leaves a turn out of training'
             for key, num in self._unknown.items()
         ]
-        return tuple(said)
+        return tuple(notes)
 
 
 def _as_list(turns: Any) -> list[Any]:
-    """A csv cell holds the JSON of a list."""
+    """Return `turns` as a list, parsing the JSON of a csv cell."""
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         try:
             turns = parse_json(turns)
-        except ValueError:  # a bad row, named elsewhere
+        except ValueError:  # a bad row, reported elsewhere
             return []
     return turns if isinstance(turns, list) else []

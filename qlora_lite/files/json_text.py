@@ -1,8 +1,7 @@
-"""JSON that somebody else wrote -> plain values. Whatever it holds, the end is a value or a ValueError.
+"""JSON from other programs -> plain values, or a ValueError for any invalid content.
 
-`json.loads` raises RecursionError for deep nesting, and what it lets pass (900 levels) overflows what handles the value later.
-Of bytes it guesses an encoding: a line of a UTF-16 file is decoded from any offset, which makes other characters of it. Here bytes are
-UTF-8.
+`json.loads` raises RecursionError for deep nesting, and the 900 levels it accepts overflow later code. It guesses the encoding of
+bytes: a line of a UTF-16 file would be decoded from any offset, into wrong characters. Here bytes are UTF-8.
 """
 
 import json
@@ -13,16 +12,16 @@ from qlora_lite.limits import JSON_DEPTH
 
 
 class RepeatedKey(ValueError):
-    """An object has a key twice, and JSON does not say which of the two values counts."""
+    """A key given twice in one object; JSON does not define which value counts."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f'the key "{key[:60]}" is given twice in one object; keep one of the two')
+        super().__init__(f'the key "{key[:60]}" is given twice in one object; keep one of them')
 
 
 def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
-    """The value of a JSON text, at most JSON_DEPTH levels deep; a byte order mark before it is left out.
+    """Parse JSON text of at most JSON_DEPTH levels, with or without a byte order mark.
 
-    Raises ValueError, also for bytes that are not UTF-8, and with `unique_keys` for an object that has a key twice (RepeatedKey).
+    Raises ValueError, also for bytes that are not UTF-8, and with `unique_keys` RepeatedKey for a key given twice in one object.
     """
     text = (decode_utf8(text) if isinstance(text, bytes) else text).removeprefix("\ufeff")
     try:
@@ -35,11 +34,11 @@ def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         seen: set[str] = set()
         raise RepeatedKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-    return found
+    return value
 
 
 def _is_deep(value: Any) -> bool:

@@ -1,13 +1,13 @@
-"""Things of the cache that several processes may need before they are there: one process makes each, the others wait and use it.
+"""Cache folders that several processes need at once: one process makes each, the others wait and use it.
 
     with making(folder):            waits while another process makes `folder`
-        if not is_made(folder):     again, because it may be there now
+        if not is_made(folder):     checks again, because it may exist now
             ...
 
-The system holds the lock (filelock: flock on Unix) and gives it up when its process ends, however it ends: what a killed process leaves
-behind blocks nobody. It is a file beside the folder, `.NAME.lock`, which goes away afterwards. Surprising: a process that waited for a
-removed file and one that makes it again do not see each other. That costs no more than where no lock can be had: both make the folder
-beside its place, the first rename wins, and `make_folder_once` takes what won. Who writes into the place itself keeps the file (`stays`).
+The operating system holds the lock (filelock: flock on Unix) and releases it when its process ends in any way, so a killed process
+blocks nobody. The lock is a file beside the folder, `.NAME.lock`, removed afterwards. Surprising: a process that waited for a removed
+lock file and one that creates it again do not exclude each other. The effect is the same as without a lock: both make the folder aside,
+the first rename wins, and `make_folder_once` uses the winner's. Code that writes into the final place keeps the lock file (`stays`).
 """
 
 import shutil
@@ -23,10 +23,10 @@ from qlora_lite.files.staging import make_folder, staged_folder
 
 @contextmanager
 def making(folder: Path, *, stays: bool = False) -> Iterator[None]:
-    """Only one process at a time is inside for the same `folder`; the others wait."""
+    """Admit one process at a time per `folder`; the others wait."""
     path = folder.with_name(f".{folder.name}.lock")
     with ExitStack() as held:
-        with suppress(OSError, NotImplementedError):  # whoever writes there says why that cannot be done
+        with suppress(OSError, NotImplementedError):  # the code that writes there reports the error
             make_folder(path.parent)
             held.enter_context(FileLock(path))
             if not stays:
@@ -35,12 +35,12 @@ def making(folder: Path, *, stays: bool = False) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # Windows removes no open file
+    with suppress(OSError):  # Windows does not remove open files
         path.unlink(missing_ok=True)
 
 
 def make_folder_once(folder: Path, *, is_made: Callable[[], bool], make: Callable[[Path], None]) -> Path:
-    """`folder`, from now on made by `make(staging)`; what is there and not `is_made` is replaced. Raises what `make` does, UserError."""
+    """Return `folder`, made by `make(staging)` unless `is_made()`; replaces an incomplete one. Raises UserError and errors of `make`."""
     if is_made():
         return folder
     with making(folder):
@@ -51,6 +51,6 @@ def make_folder_once(folder: Path, *, is_made: Callable[[], bool], make: Callabl
             with staged_folder(folder) as staging:
                 make(staging)
         except UserError:
-            if not is_made():  # else another process was faster, where there are no locks
+            if not is_made():  # without locks, another process may have been faster
                 raise
     return folder

@@ -1,9 +1,9 @@
-"""`manifest.json`: the size and SHA-256 of every file of a folder, because safetensors does not notice a flipped byte.
+"""`manifest.json`: the size and SHA-256 of every file in a folder, because safetensors does not detect a flipped byte.
 
-    {"schema_version": 2, "files": {"model.safetensors": {"bytes": 123, "sha256": "..."}}, ...what the caller adds, "sha256": "..."}
+    {"schema_version": 2, "files": {"model.safetensors": {"bytes": 123, "sha256": "..."}}, ...keys of the caller, "sha256": "..."}
 
-Written last, so a folder without a manifest is an unfinished one. Names are relative to the folder, with `/`. The last key is the hash
-of all before it, and the file has exactly one spelling: a flipped bit anywhere in it is found, like one in the files it lists.
+Written last, so a folder without a manifest is unfinished. Names are relative to the folder, with `/`. The last key is the hash of
+everything before it, and the text has one canonical form: a flipped bit in the manifest is detected, as in the files it lists.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ SCHEMA_VERSION = 2
 
 @dataclass(frozen=True)
 class Checked:
-    """A file that was looked at; `why` is None where it is as it was written."""
+    """A checked file; `why` is None if it is unchanged."""
 
     path: str  # relative to the folder, with `/`
     why: str | None
-    is_extra: bool = False  # it was never listed
+    is_extra: bool = False  # not in the manifest
 
     @property
     def ok(self) -> bool:
@@ -39,7 +39,7 @@ class Checked:
 
 
 def sha256_of_file(path: Path | str) -> str:
-    """Hex SHA-256 of a file's bytes, read in chunks."""
+    """Return the hex SHA-256 of a file's bytes, read in chunks."""
     with Path(path).open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(2**20):
@@ -48,7 +48,7 @@ def sha256_of_file(path: Path | str) -> str:
 
 
 def sha256_manifest(folder: Path | str) -> dict[str, dict[str, int | str]]:
-    """`{name: {"bytes", "sha256"}}` of every file below `folder`, sorted by name, the manifest itself left out."""
+    """Return `{name: {"bytes", "sha256"}}` of every file below `folder` except the manifest, sorted by name."""
     folder = Path(folder)
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
@@ -57,14 +57,14 @@ def sha256_manifest(folder: Path | str) -> dict[str, dict[str, int | str]]:
 
 
 def seal(document: Mapping[str, Any]) -> str:
-    """The text of a JSON file that holds `document` and, as its last key, the SHA-256 of all before it."""
-    own = {key: value for key, value in document.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()
-    return json.dumps({**own, "sha256": digest}, indent=2) + "\n"
+    """Return JSON text of `document` with, as its last key, the SHA-256 of everything before it."""
+    content = {key: value for key, value in document.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=2) + "\n"
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """The document that `seal` made the text of, without its seal; None where there is none or a bit of it has changed."""
+    """Return the document in a file written by `seal`, without the hash; None if the file is missing or changed."""
     try:
         if not path.is_file() or path.stat().st_size > JSON_BYTES:
             return None
@@ -78,14 +78,14 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path | str, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Hash every file of `folder` and write its manifest, with the keys of `extra` added; returns what it wrote."""
+    """Hash every file of `folder`, write its manifest with the keys of `extra` added, and return it."""
     manifest = {"schema_version": SCHEMA_VERSION, "files": sha256_manifest(folder), **(extra or {})}
     write_text_durably(Path(folder) / MANIFEST_NAME, seal(manifest))
     return manifest
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any] | None:
-    """The manifest of `folder`, or None where there is none, or one that was changed or names a file outside the folder."""
+    """Return the manifest of `folder`; None if it is missing, changed, or names a file outside the folder."""
     manifest = read_sealed(Path(folder) / MANIFEST_NAME)
     if manifest is None or not isinstance(manifest.get("files"), dict):
         return None
@@ -94,41 +94,41 @@ def read_manifest(folder: Path | str) -> dict[str, Any] | None:
 
 
 def is_entry(value: Any) -> bool:
-    """Whether a value is what a manifest says of a file."""
+    """Whether a value has the form of a manifest's file entry."""
     return isinstance(value, dict) and type(value.get("bytes")) is int and isinstance(value.get("sha256"), str)
 
 
 def weights_sha256(manifest: Mapping[str, Any]) -> str:
-    """One hash that names a folder's weights: that of its safetensors file, or of the hashes of all of them in order."""
+    """Return one hash for a folder's weights: that of its safetensors file, or a hash over the hashes of several, in order."""
     hashes = [entry["sha256"] for name, entry in sorted(manifest["files"].items()) if name.endswith(".safetensors")]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def folder_weights_sha256(folder: Path | str) -> str:
-    """The same hash for a folder that may have no manifest: its safetensors are read and hashed now."""
+    """Return the same hash for a folder without a manifest, by hashing its safetensors files."""
     files = {path.name: {"sha256": sha256_of_file(path)} for path in Path(folder).glob("*.safetensors")}
     return weights_sha256({"files": files})
 
 
 def verify_manifest(folder: Path | str) -> list[str]:
-    """What is wrong with the files that the manifest lists, one line each; [] when all are as they were written.
+    """Check the files that the manifest lists -> one line per problem; [] if all are unchanged.
 
-    Files that the manifest does not list are not looked at; `check_folder` names them too.
+    Ignores unlisted files; `check_folder` reports them too.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        return [f"{folder / MANIFEST_NAME}: missing or damaged, so nothing in this folder can be checked"]
+        return [f"{folder / MANIFEST_NAME}: missing or damaged; no file in this folder can be checked"]
     problems = ((name, problem_of(folder / name, expected)) for name, expected in manifest["files"].items())
     return [f"{folder / name}: {why}" for name, why in problems if why is not None]
 
 
 def check_folder(folder: Path) -> Iterator[Checked]:
-    """Every file of a folder: its manifest, those that this lists, and those that it does not."""
+    """Check every file of a folder: the manifest, the listed files, and the unlisted ones."""
     manifest = read_manifest(folder)
     if manifest is None:
-        there = (folder / MANIFEST_NAME).exists()
-        yield Checked(MANIFEST_NAME, "changed since it was written" if there else "missing, so nothing can be checked")
+        exists = (folder / MANIFEST_NAME).exists()
+        yield Checked(MANIFEST_NAME, "changed since it was written" if exists else "missing; no file can be checked")
         return
     yield Checked(MANIFEST_NAME, None)
     for name, expected in manifest["files"].items():
@@ -138,13 +138,13 @@ def check_folder(folder: Path) -> Iterator[Checked]:
 
 
 def problem_of(path: Path, expected: Mapping[str, Any]) -> str | None:
-    """Why a file is not the one that was written, with `expected` bytes and sha256; None where it is."""
+    """Return how a file differs from the `expected` bytes and sha256; None if it does not."""
     try:
-        found = path.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            return "not an ordinary file"
-        if found.st_size != expected["bytes"]:
-            return f"{found.st_size} bytes, the manifest says {expected['bytes']}"
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return "not a regular file"
+        if status.st_size != expected["bytes"]:
+            return f"{status.st_size} bytes, the manifest says {expected['bytes']}"
         if sha256_of_file(path) != expected["sha256"]:
             return "contents changed (its SHA-256 is not the manifest's)"
     except FileNotFoundError:
@@ -155,12 +155,12 @@ def problem_of(path: Path, expected: Mapping[str, Any]) -> str | None:
 
 
 def _files_below(folder: Path) -> set[str]:
-    """Names of everything but folders and the manifest; links count as files and are not followed."""
-    found = set[str]()
+    """Return the names of all files except the manifest; links count as files and are not followed."""
+    files = set[str]()
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if (Path(parent) / name).is_symlink()]
-        found |= {(Path(parent) / name).relative_to(folder).as_posix() for name in [*names, *links]}
-    return found - {MANIFEST_NAME}
+        files |= {(Path(parent) / name).relative_to(folder).as_posix() for name in [*names, *links]}
+    return files - {MANIFEST_NAME}
 
 
 def _is_below(folder: Path, name: str) -> bool:

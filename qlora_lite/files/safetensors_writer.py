@@ -1,12 +1,12 @@
-"""Write safetensors files tensor by tensor and block by block, so that no checkpoint is ever whole in memory.
+"""A writer of safetensors files, tensor by tensor and block by block: no checkpoint is complete in memory.
 
 In:  the name, shape and dtype of every tensor, known up front; then the data of each tensor as blocks in row order.
 Out: `model.safetensors`, or `model-00001-of-0000N.safetensors` ... and `model.safetensors.index.json` beside them.
 
-Why not `safetensors.torch.save_file`: it wants every tensor of a file at once, leaves the file with mode 0600 and does
-not fsync it. Identical tensors give identical bytes here, whatever the order they are written in: the header is fixed
-by the specs alone, and each block goes to its own offset. The format: https://github.com/huggingface/safetensors
-(8 bytes little-endian header length, JSON header padded to 8 bytes, data without holes).
+Why not `safetensors.torch.save_file`: it needs every tensor of a file at once, leaves the file with mode 0600 and does
+not fsync it. Here identical tensors give identical bytes in any write order: the header depends on the specs alone, and
+each block goes to its own offset. The format: https://github.com/huggingface/safetensors (8 bytes little-endian header
+length, JSON header padded to 8 bytes, data without gaps).
 """
 
 import json
@@ -43,7 +43,7 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor will be, before its data exists."""
+    """The shape and dtype of a tensor whose data is not there yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -56,10 +56,10 @@ class TensorSpec:
 class ShardedWriter:
     """Streams tensors into the safetensors files of `folder`; a context manager.
 
-    `folder` must exist. `write(name, blocks)` may be called in any order, once for each name of `tensors`; leaving the
-    block without an error checks that every tensor came and fsyncs each file; leaving it with one removes the files.
+    `folder` must exist. Call `write(name, blocks)` once for each name of `tensors`, in any order. On a normal exit the
+    writer checks that every tensor was written and fsyncs each file; on an error it removes the files.
     Shards are filled in the order of `tensors`, each up to `max_shard_bytes` (a larger tensor gets its own shard).
-    A misuse raises ValueError with the tensor's name.
+    Raises ValueError with the tensor's name on misuse.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class ShardedWriter:
         return self
 
     def write(self, name: str, blocks: Iterable[Tensor]) -> None:
-        """Write tensor `name`, whose `blocks` laid end to end are its data in row-major order.
+        """Write tensor `name` from its `blocks`, which concatenate to its data in row-major order.
 
         Blocks are CPU tensors of the declared dtype (bf16 and memory-mapped ones are written without a copy).
         """
         if name not in self.tensors:
-            raise ValueError(f"{name}: was not declared to the writer")
+            raise ValueError(f"{name}: not declared to the writer")
         if name in self._written:
-            raise ValueError(f"{name}: was already written")
+            raise ValueError(f"{name}: already written")
         spec = self.tensors[name]
         offset, num_bytes = self._offsets[name], 0
         file = self._files[self.weight_map[name]]
@@ -113,7 +113,7 @@ class ShardedWriter:
                 raise ValueError(f"{name}: declared as {spec.dtype}, got a block of {block.dtype}")
             num_bytes += block.numel() * block.element_size()
             if num_bytes > spec.num_bytes:
-                break  # would run into the next tensor
+                break  # would overwrite the next tensor
             _write_all(file, _bytes_of(block))
         if num_bytes != spec.num_bytes:
             more = "more than " if num_bytes > spec.num_bytes else "only "
@@ -143,7 +143,7 @@ class ShardedWriter:
             raise
 
     def _start(self, file_name: str, names: list[str]) -> None:
-        """Write the header; the widest dtypes come first, so that every tensor is aligned (readers view, not copy)."""
+        """Write the header; the widest dtypes come first to align every tensor (readers view, not copy)."""
         header: dict[str, object] = {"__metadata__": self.metadata} if self.metadata else {}
         position = 0
         relative: dict[str, int] = {}

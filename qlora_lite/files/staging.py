@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all: written beside their place, synced, then renamed.
+"""Atomic files and folders: written beside their final place, synced, then renamed.
 
-A folder being written is locked by its writer. The lock dies with the process, so whoever writes the same folder next sees which of the
-staging folders beside it were left by one that was killed, and removes these.
+The writer of a folder locks its staging folder. The lock ends with the process, so the next writer recognizes the staging folders left
+by killed processes, and removes them.
 """
 
 import contextlib
@@ -18,54 +18,56 @@ from qlora_lite.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there, and nothing removed that could be somebody's
+except ImportError:  # Windows: no locks, and staging folders that may be in use are not removed
     fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def staged_folder(out: Path | str) -> Iterator[Path]:
-    """An empty folder beside `out` that becomes `out` in one rename when the block ends without an error.
+    """Yield an empty folder beside `out`, and rename it to `out` when the block ends without an error.
 
-    `out` must not exist or be an empty folder. Raises UserError otherwise, or when the place cannot be written to.
+    `out` must not exist or be an empty folder. Raises UserError otherwise, or when the place is not writable.
     """
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists and is not an empty folder; name another folder, or remove it first")
+        raise UserError(f"{out}: already exists and is not an empty folder; give another folder, or remove it first")
     remove_left_over(out)
     try:
         make_folder(out.parent)
         staging, lock = new_staging(out)
     except OSError as error:
-        raise UserError(f"{out.parent}: cannot make a folder here ({error.strerror}); name another place") from error
+        raise UserError(f"{out.parent}: cannot make a folder here ({error.strerror}); give another place") from error
     try:
         yield staging
         publish_folder(staging, out)
     except OSError as error:
         if error.errno is None or (error.filename is None and error.strerror is None):
             raise
-        raise UserError(f"{out}: cannot be written ({error.strerror}); free some room or name another place") from error
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror}); free some space or give another place"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         unlock(lock)
 
 
 def publish_folder(staging: Path, out: Path) -> None:
-    """Make the finished folder `staging` the folder `out`, durably and in one rename."""
+    """Rename the finished folder `staging` to `out`, durably."""
     _sync_files(staging)
     staging.replace(out)
     fsync_folder(out.parent)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, durably; nothing where it is there."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    """Make a folder and its missing parents, durably; no-op if it exists."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        fsync_folder(made.parent)
+    for path in missing:
+        fsync_folder(path.parent)
 
 
 def remove_left_over(out: Path) -> None:
-    """Remove staging folders of `out` whose writers are gone."""
+    """Remove staging folders of `out` whose writers have ended."""
     if not out.parent.is_dir():
         return
     for staging in out.parent.iterdir():
@@ -77,22 +79,22 @@ def remove_left_over(out: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a finished folder so that a half-removed one is never taken for it: it loses its name first."""
+    """Rename a finished folder, then remove it, so a half-removed folder never has the final name."""
     if not folder.exists():
         return
-    gone = _staging_name(folder)
-    folder.replace(gone)
+    renamed = _staging_name(folder)
+    folder.replace(renamed)
     fsync_folder(folder.parent)
-    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def short_name(name: str) -> str:
-    """So much of a name that with what stands behind it, in a cache and while it is staged, it is still one (255 bytes)."""
+    """Shorten a name to leave room for the suffixes of the cache and of staging (a file name has at most 255 bytes)."""
     return os.fsencode(name)[:120].decode("utf-8", "ignore")
 
 
 def write_text_durably(path: Path, text: str) -> None:
-    """Replace `path` in one step: a reader sees the old file or the whole new one, also after a power cut."""
+    """Replace `path` atomically: a reader sees the old file or the complete new one, also after a power cut."""
     staging = path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
     try:
         with staging.open("w", encoding="utf-8", newline="\n") as file:
@@ -121,7 +123,7 @@ def _sync_files(folder: Path) -> None:
         if path.is_dir():
             fsync_folder(path)
         elif path.is_file():
-            path.chmod(_usual_mode())  # safetensors creates files that only their owner may read
+            path.chmod(_usual_mode())  # safetensors creates files that only their owner can read
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -131,8 +133,8 @@ def _sync_files(folder: Path) -> None:
 
 
 def _usual_mode() -> int:
-    """Of a new file, as the user's umask has it."""
-    umask = os.umask(0o077)  # there is no other way to read it
+    """Return the mode of a new file under the user's umask."""
+    umask = os.umask(0o077)  # the only way to read it
     os.umask(umask)
     return 0o666 & ~umask
 
@@ -142,13 +144,13 @@ def _staging_name(out: Path) -> Path:
 
 
 def _prefix(out: Path) -> str:
-    """What staging folders of `out` begin with; a long name is not repeated, because names have at most 255 bytes."""
+    """Return the prefix of staging folders of `out`: its name, or a hash of a long name, since names have at most 255 bytes."""
     name = os.fsencode(out.name)
     return f".{out.name}." if len(name) <= 200 else f".{hashlib.sha256(name).hexdigest()[:16]}."
 
 
 def new_staging(out: Path) -> tuple[Path, int | None]:
-    """A new folder and its lock. Until it is locked it looks left over, so whether it is still there is asked afterwards."""
+    """Make a staging folder -> (folder, its lock). Another process may remove it before it is locked, so check it afterwards."""
     for _ in range(3):
         staging = _staging_name(out)
         staging.mkdir()
@@ -157,12 +159,12 @@ def new_staging(out: Path) -> tuple[Path, int | None]:
             break
         unlock(lock)
         lock = None
-    return staging, lock  # without a lock where the file system has none
+    return staging, lock  # None on a file system without locks
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[bool]:
-    """Hold a folder that only one process may write to; again from inside is no harm. Yields False where another process has it."""
+    """Lock a folder for writing by one process; reentrant. Yields False when another process holds the lock."""
     key = os.path.realpath(folder)
     if key not in _HELD:
         descriptor = _try_lock(folder)
@@ -185,7 +187,7 @@ _HELD: dict[str, list[Any]] = {}  # real path -> [descriptor, number of blocks t
 
 
 def _try_lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed, by us or by our end; None where another process has it."""
+    """Lock a folder -> a descriptor that holds the lock until it is closed or the process ends; None if another process has it."""
     if fcntl is None:
         return None
     try:

@@ -1,17 +1,17 @@
-"""The one way to open a text file that somebody else wrote: bytes of any of the usual encodings -> UTF-8 without its mark.
+"""Text files from other programs: bytes in any usual encoding -> UTF-8 without a byte order mark.
 
-In: an open file. Out: `OpenedText`, a stream of UTF-8 bytes, and a note on how it was read. So a file may be larger than memory.
+In: an open file. Out: `OpenedText`, a stream of UTF-8 bytes and a note on the decoding. A file may be larger than memory.
 
-| begins with                          | is                                                              |
-|--------------------------------------|-----------------------------------------------------------------|
-| a byte order mark                    | UTF-8, or UTF-16 or UTF-32, decoded whole; the mark is removed  |
-| the magic of gzip                    | unpacked while it is read, whatever its name is                 |
-| the magic of another known format    | refused, with its name and the way to text                      |
-| zeros where UTF-16 or UTF-32 has them| refused with the encoding's name: without a mark it is a guess  |
-| anything else                        | UTF-8                                                           |
+| begins with                           | treatment                                                       |
+|---------------------------------------|-----------------------------------------------------------------|
+| a byte order mark                     | UTF-8, UTF-16 or UTF-32, decoded; the mark is removed           |
+| the magic of gzip                     | unpacked while it is read, under any file name                  |
+| the magic of another known format     | refused, with its name and the way to text                      |
+| zeros in a UTF-16 or UTF-32 pattern   | refused with the encoding's name: without a mark it is a guess  |
+| anything else                         | UTF-8                                                           |
 
-Surprising: bytes that are not UTF-8 pass through here, because a reader of lines drops only the line that has them. Whoever decodes them
-uses `decode_utf8`, whose message has the line, the byte, and the encoding that it probably is.
+Surprising: bytes that are not UTF-8 pass through, because a line reader drops only the line that has them. Decode them with
+`decode_utf8`, whose error gives the line, the byte and the likely encoding.
 """
 
 import codecs
@@ -27,7 +27,7 @@ from qlora_lite.units import format_bytes
 
 _HEAD_BYTES = 4096
 _BLOCK_BYTES = 2**16
-_MARKS = (  # those of UTF-32 first: one of them begins with one of UTF-16
+_MARKS = (  # UTF-32 before UTF-16: a UTF-32 mark begins with a UTF-16 mark
     (codecs.BOM_UTF8, "UTF-8"),
     (codecs.BOM_UTF32_LE, "UTF-32-LE"),
     (codecs.BOM_UTF32_BE, "UTF-32-BE"),
@@ -35,7 +35,7 @@ _MARKS = (  # those of UTF-32 first: one of them begins with one of UTF-16
     (codecs.BOM_UTF16_BE, "UTF-16-BE"),
 )
 _GZIP = b"\x1f\x8b"
-_OTHERS = {
+_OTHER_FORMATS = {
     b"PK\x03\x04": "a zip file (an Excel workbook is one too); unpack it, or save the sheet as CSV UTF-8",
     b"BZh91AY": "a bzip2 file; unpack it first (bunzip2), or use gzip",
     b"\xfd7zXZ\x00": "an xz file; unpack it first (unxz), or use gzip",
@@ -43,17 +43,17 @@ _OTHERS = {
     b"\x04\x22\x4d\x18": "an lz4 file; unpack it first (unlz4), or use gzip",
     b"7z\xbc\xaf\x27\x1c": "a 7z file; unpack it first",
     b"\xd0\xcf\x11\xe0": "an old Excel or Word file; save it as CSV UTF-8",
-    b"ARROW1": "an Arrow file; save it as Parquet, or give the folder that `datasets` saved",
+    b"ARROW1": "an Arrow file; save it as Parquet, or give a folder saved by `datasets`",
     b"PAR1": "a Parquet file inside gzip; unpack it first (gunzip)",
     b"SQLite format 3": "an SQLite database; export the table as csv or Parquet",
-    b"%PDF-": "a PDF file; make it rows of text first",
-    b"version https://git-lfs": "a pointer of Git LFS, not the file; get the file with: git lfs pull",
+    b"%PDF-": "a PDF file; convert it to rows of text first",
+    b"version https://git-lfs": "a Git LFS pointer, not the file; get the file with: git lfs pull",
 }
 _TAR_AT, _TAR = 257, b"ustar"
 
 
 class NotText(ValueError):
-    """The bytes are not text of a known encoding. `line` counts from 1; the message holds what to do."""
+    """Bytes that are not text in a known encoding. `line` counts from 1; the message includes the advice."""
 
     def __init__(self, reason: str, *, line: int = 1) -> None:
         self.line = line
@@ -61,21 +61,21 @@ class NotText(ValueError):
 
 
 class TooLarge(NotText):
-    """More bytes than are read of such a file."""
+    """A file above the size limit of its kind."""
 
 
 @dataclass(frozen=True)
 class OpenedText:
-    """A stream of UTF-8 bytes without a byte order mark, and a sentence about how it was read ("" for plain UTF-8)."""
+    """A stream of UTF-8 bytes without a byte order mark, and a note on the decoding ("" for plain UTF-8)."""
 
     stream: BinaryIO
     note: str
 
 
 def open_utf8(file: BinaryIO, *, by_line: bool = False, longest: int = DATA_FILE_BYTES) -> OpenedText:
-    """Open a text of any encoding that its first bytes tell. With `by_line` only one line is waited for, as for a terminal.
+    """Open text in any encoding that its first bytes identify. `by_line` waits for one line only, for terminals.
 
-    `longest` is the most bytes that a gzip file may hold. Raises NotText, here or while the stream is read.
+    `longest` limits the unpacked bytes of a gzip file. Raises NotText, here or while the stream is read.
     """
     head = _head(file, by_line)
     is_packed = head.startswith(_GZIP)
@@ -89,13 +89,13 @@ def open_utf8(file: BinaryIO, *, by_line: bool = False, longest: int = DATA_FILE
     raw: io.RawIOBase = _Joined(head[len(mark) :], file)
     if encoding != "UTF-8":
         raw = _Decoded(raw, encoding)
-    said = ["gzip, unpacked while it is read"] if is_packed else []
-    said += [f"{encoding[:6]} (it has that byte order mark), decoded whole"] if encoding != "UTF-8" else []
-    return OpenedText(io.BufferedReader(raw, _BLOCK_BYTES), "; ".join(said))
+    notes = ["gzip, unpacked while it is read"] if is_packed else []
+    notes += [f"{encoding[:6]}, from its byte order mark"] if encoding != "UTF-8" else []
+    return OpenedText(io.BufferedReader(raw, _BLOCK_BYTES), "; ".join(notes))
 
 
 def decode_file(data: bytes, *, longest: int) -> tuple[str, str]:
-    """A small file's bytes -> (its text, a note on how it was read). Raises NotText, also for more than `longest` bytes of UTF-8."""
+    """Decode the bytes of a small file -> (text, a note on the decoding). Raises NotText, also above `longest` bytes of UTF-8."""
     opened = open_utf8(io.BytesIO(data), longest=longest)
     plain = opened.stream.read(longest + 1)
     if len(plain) > longest:
@@ -104,14 +104,14 @@ def decode_file(data: bytes, *, longest: int) -> tuple[str, str]:
 
 
 def text_lines(file: BinaryIO) -> Iterator[str]:
-    """The lines of a text that comes in line by line, as from a terminal. Raises NotText, with the number of the line."""
+    """Yield the lines of text that arrives line by line, as from a terminal. Raises NotText with the line number."""
     stream = open_utf8(file, by_line=True).stream
     for number, line in enumerate(stream, start=1):
         yield decode_utf8(line, line=number)
 
 
 def decode_utf8(data: bytes, *, line: int = 1) -> str:
-    """Text of UTF-8 bytes that begin at `line` of their file. Raises NotText with the line and the encoding they probably have."""
+    """Decode UTF-8 bytes that begin at `line` of their file. Raises NotText with the line and the likely encoding."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -120,19 +120,19 @@ def decode_utf8(data: bytes, *, line: int = 1) -> str:
 
 
 def _not_utf8(data: bytes, at: int) -> str:
-    """The reason, with the bytes of the same line as the evidence."""
+    """Return the reason and the advice, judged from the bytes of the same line."""
     start, end = data.rfind(b"\n", 0, at) + 1, data.find(b"\n", at)
     whole_line = data[start : end if end >= 0 else len(data)]
-    said = f"byte 0x{data[at]:02x} is not UTF-8 text"
+    problem = f"byte 0x{data[at]:02x} is not UTF-8 text"
     if not data[:at].isascii():  # UTF-8 so far
-        return f"{said}, though what stands before it is: this place is damaged. Write it again, or remove it"
+        return f"{problem}, but the text before it is: the file is damaged here. Rewrite this place, or remove it"
     try:
         char = data[at : at + 1].decode("cp1252")
         whole_line.decode("cp1252")
     except UnicodeDecodeError:
-        return f"{said}. Save the file as UTF-8 (is it a binary file?)"
+        return f"{problem}. Save the file as UTF-8 (is this a binary file?)"
     advice = 'Save the file as UTF-8: "CSV UTF-8" in Excel, or iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW'
-    return f'{said}; in Windows-1252 (and Latin-1) it is "{char}", so it is probably that. {advice}'
+    return f'{problem}; probably Windows-1252 or Latin-1, where it is "{char}". {advice}'
 
 
 def _head(file: BinaryIO, by_line: bool) -> bytes:
@@ -140,17 +140,17 @@ def _head(file: BinaryIO, by_line: bool) -> bytes:
 
 
 def _refuse_other_formats(head: bytes, is_packed: bool) -> None:
-    what = next((what for magic, what in _OTHERS.items() if head.startswith(magic)), "")
+    description = next((text for magic, text in _OTHER_FORMATS.items() if head.startswith(magic)), "")
     if head[_TAR_AT : _TAR_AT + len(_TAR)] == _TAR:
-        what = "a tar archive; unpack it first (tar -xf)"
+        description = "a tar archive; unpack it first (tar -xf)"
     if is_packed and head.startswith(_GZIP):
-        what = "a gzip file inside a gzip file; unpack it first (gunzip)"
-    if what:
-        raise NotText(f"it looks like {what}")
+        description = "a gzip file inside a gzip file; unpack it first (gunzip)"
+    if description:
+        raise NotText(f"looks like {description}")
 
 
 def _refuse_zeros(head: bytes) -> None:
-    """UTF-16 and UTF-32 without a byte order mark: the ASCII characters that every data file has bring zeros at fixed places."""
+    """Raise NotText for UTF-16 and UTF-32 without a byte order mark, where ASCII characters put zeros at regular places."""
     if b"\0" not in head:
         return
     zeros = [head[start::4].count(0) / max(1, len(head[start::4])) for start in range(4)]
@@ -160,14 +160,14 @@ def _refuse_zeros(head: bytes) -> None:
         "UTF-16-LE": (False, True, False, True),
         "UTF-16-BE": (True, False, True, False),
     }
-    found = next((name for name, wanted in patterns.items() if tuple(share > 0.4 for share in zeros) == wanted), "")
-    if found and len(head) >= 4:
+    encoding = next((name for name, wanted in patterns.items() if tuple(share > 0.4 for share in zeros) == wanted), "")
+    if encoding and len(head) >= 4:
         raise NotText(
-            f"it looks like {found} without a byte order mark, so it is a guess. Save the file as UTF-8, "
-            f"or: iconv -f {found.replace('-LE', 'LE').replace('-BE', 'BE')} -t UTF-8 OLD > NEW"
+            f"looks like {encoding} without a byte order mark, which is only a guess. Save the file as UTF-8, "
+            f"or: iconv -f {encoding.replace('-LE', 'LE').replace('-BE', 'BE')} -t UTF-8 OLD > NEW"
         )
     line = head.count(b"\n", 0, head.index(b"\0")) + 1
-    raise NotText("it holds zero bytes, so it looks like a binary file", line=line)
+    raise NotText("contains zero bytes: looks like a binary file", line=line)
 
 
 class _Raw(io.RawIOBase):
@@ -193,7 +193,7 @@ class _Raw(io.RawIOBase):
 
 
 class _Joined(_Raw):
-    """A file with the bytes that were already read in front. Of a terminal one line at a time."""
+    """A file with its already read bytes put back in front. Reads a terminal one line at a time."""
 
     def __init__(self, head: bytes, file: BinaryIO) -> None:
         super().__init__()
@@ -217,16 +217,16 @@ class _Unpacked(_Raw):
         try:
             block = self._file.read1(_BLOCK_BYTES)
         except (OSError, EOFError, zlib.error) as error:
-            raise NotText(f"a damaged gzip file: {error}. Copy or download it again") from error
+            raise NotText(f"damaged gzip file: {error}. Copy or download it again") from error
         self._num_bytes += len(block)
         if self._num_bytes > self._longest:
             allowed = format_bytes(self._longest)
-            raise TooLarge(f"a gzip file that holds more than {allowed}. Split it into smaller files")
+            raise TooLarge(f"gzip file with more than {allowed} unpacked. Split it into smaller files")
         return block
 
 
 class _Decoded(_Raw):
-    """A stream in another encoding, as UTF-8."""
+    """A stream in another encoding, converted to UTF-8."""
 
     def __init__(self, raw: io.RawIOBase, encoding: str) -> None:
         super().__init__()

@@ -1,18 +1,19 @@
-"""Describe: YAML -> `Recipe`, strict and typed, with every error at once.
+"""recipe: YAML -> `Recipe`, strict and typed, with all errors listed at once.
 
-Gives the next stages: a frozen `Recipe` whose data files are absolute paths and whose every value is one that this
-version carries out. `auto` is still in it; the plan resolves that. Only `recipe`, `plan` and `pipeline` see a Recipe.
-Imports neither torch nor transformers, so that a misspelt key is reported at once.
+Out: a frozen `Recipe` with absolute paths of data files and only values that this version supports. It still contains
+`auto`, which the plan resolves. Only `recipe`, `plan` and `pipeline` use a Recipe. Imports neither torch nor
+transformers, so a misspelt key is reported at once.
 
-    yaml_text.py    text -> values that know their line, whatever the file holds
+    yaml_text.py    text -> values with their lines; safe for any file
     schema.py       the keys: type, range, default, meaning
-    not_yet.py      what this version refuses by name
-    checks.py       files and contradictions
+    not_yet.py      the values that this version refuses by name
+    checks.py       missing files, contradicting keys
     hub_names.py    org/name -> the folder that fetch made
     wording.py      expected, got, did you mean
     load.py         load_recipe, dump_recipe, load_run_recipe
     shipped.py      the recipes and model names that come with the package
-    json_schema.py  the same keys for editors
+    json_schema.py  the keys as a JSON schema for editors
+    keys_page.py    the keys as the documentation page recipe-keys
 """
 
 from qlora_lite.recipe.hub_names import parse_hub_name

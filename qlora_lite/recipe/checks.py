@@ -1,7 +1,7 @@
-"""What types cannot say: files that must exist, and keys that contradict each other.
+"""Checks beyond types: files that must exist, and keys that contradict each other.
 
-`find_files` turns relative paths into absolute ones; `contradictions` looks at a whole typed recipe.
-Both return problems as (key, sentence) and never stop at the first.
+`find_data_file`, `find_base` and `find_adapter` make paths absolute; `contradictions` checks a whole typed recipe.
+Each returns its problems as (key, sentence) and never stops at the first.
 """
 
 import os
@@ -23,38 +23,37 @@ _ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
 
 
 def find_file(text: str, folders: Sequence[Path]) -> tuple[str | None, list[str]]:
-    """The first of `folders` that holds `text` -> (absolute path or None, every path that was looked at)."""
+    """Search `folders` for the path `text` -> (absolute path of the first match or None, every path tried)."""
     looked = list(dict.fromkeys(os.path.abspath(os.path.join(folder, os.path.expanduser(text))) for folder in folders))
     return next((path for path in looked if os.path.exists(path)), None), looked
 
 
 def find_data_file(key: str, text: str, folders: Sequence[Path]) -> tuple[str, list[KeyProblem]]:
-    """`data.train` or `data.eval` -> absolute path; the text itself when nothing was found, with the problem."""
+    """`data.train` or `data.eval` -> (absolute path, []); (the text itself, [problem]) when the file is missing."""
     path, looked = find_file(text, folders)
     if path is None:
         return text, [(key, f"no such file; looked at {_places(looked)}{_similar_file(looked)}")]
     if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in _SAVED_BY_DATASETS):
         shown = wording.printable_path(path)
         return path, [
-            (key, f"{shown} is a folder, but not one that datasets' save_to_disk wrote; expected a data file")
+            (key, f"{shown} is a folder, but not one written by datasets' save_to_disk; expected a data file")
         ]
     if not os.access(path, os.R_OK):
-        return path, [(key, f"{wording.printable_path(path)} may not be read; change its permissions")]
+        return path, [(key, f"{wording.printable_path(path)} is not readable; change its permissions")]
     return path, []
 
 
-# peft's other ways to begin, by name.
-_OTHER_STARTS = ("pissa", "olora", "loftq", "corda", "eva")
+_OTHER_STARTS = ("pissa", "olora", "loftq", "corda", "eva")  # peft's other initializations
 _STARTS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # of init_lora_weights
 _WHY_NOT = (
-    "is not carried out: PiSSA, OLoRA, LoftQ and CorDA put a part of the weights into the factors and change the frozen base, which "
-    "here is one hashed file that training, resuming and merging share; EVA needs activations first. Use null (B = 0), or the "
+    "is not supported: PiSSA, OLoRA, LoftQ and CorDA move part of the weights into the factors and change the frozen base, which "
+    "is one hashed file shared by training, resuming and merging; EVA needs activations first. Use null (B = 0), or the "
     "folder of an adapter"
 )
 
 
 def find_adapter(text: str, folders: Sequence[Path]) -> tuple[str, list[KeyProblem]]:
-    """`lora.init_from` -> absolute path of an adapter folder; the text itself when nothing was found, with the problem."""
+    """`lora.init_from` -> (absolute path of an adapter folder, []); (the text itself, [problem]) when it is missing."""
     path, looked = find_file(text, folders)
     if path is None and text.lower().split("_")[0] in _OTHER_STARTS:
         return text, [("lora.init_from", f"{wording.quoted(text)} {_WHY_NOT}")]
@@ -64,14 +63,16 @@ def find_adapter(text: str, folders: Sequence[Path]) -> tuple[str, list[KeyProbl
         below = os.path.join(path, "adapter")
         is_run = os.path.isfile(os.path.join(below, _ADAPTER_CONFIG))
         hint = f"; did you mean {wording.printable_path(below)}?" if is_run else ""
-        return path, [("lora.init_from", f"{wording.printable_path(path)} has no {_ADAPTER_CONFIG} in it{hint}")]
+        return path, [
+            ("lora.init_from", f"{wording.printable_path(path)} is not an adapter: {_ADAPTER_CONFIG} is missing{hint}")
+        ]
     return path, []
 
 
 def adapter_differences(recipe: Recipe) -> list[KeyProblem]:
-    """Where the recipe and the adapter at its `lora.init_from` (PEFT's format) disagree about what is trained.
+    """Return the keys on which the recipe and the adapter at `lora.init_from` (PEFT's format) disagree.
 
-    Its tensors are not looked at: whether layers and shapes agree is found when they are loaded.
+    Reads only the adapter's config: layers and shapes are checked when its tensors are loaded.
     """
     assert recipe.lora.init_from is not None
     path = os.path.join(recipe.lora.init_from, _ADAPTER_CONFIG)
@@ -79,35 +80,38 @@ def adapter_differences(recipe: Recipe) -> list[KeyProblem]:
         with open(path, "rb") as file:
             config = parse_json(file.read(JSON_BYTES))
     except (OSError, ValueError) as error:
-        return [("lora.init_from", f"{wording.printable_path(path)} is not readable as JSON ({error})")]
+        return [("lora.init_from", f"{wording.printable_path(path)} is not valid JSON ({error})")]
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        return [("lora.init_from", f"{wording.printable_path(path)} describes no LoRA adapter")]
+        return [("lora.init_from", f"{wording.printable_path(path)} is not the config of a LoRA adapter")]
     problems = []
-    for key, before_it_was_written in (("r", None), ("lora_alpha", None), ("use_rslora", False), ("use_dora", False)):
-        ours, theirs = getattr(recipe.lora, key), config.get(key, before_it_was_written)
-        if ours != theirs:
+    for key, default in (("r", None), ("lora_alpha", None), ("use_rslora", False), ("use_dora", False)):
+        recipe_value, adapter_value = getattr(recipe.lora, key), config.get(key, default)
+        if recipe_value != adapter_value:
             sentence = (
-                f"{wording.got(ours)}, but the adapter of lora.init_from has {wording.got(theirs)}; write the same"
+                f"{wording.got(recipe_value)}, but the adapter of lora.init_from has {wording.got(adapter_value)}; "
+                "use the adapter's value"
             )
             problems.append((f"lora.{key}", sentence))
     if config.get("init_lora_weights", True) not in _STARTS_THAT_KEEP_THE_BASE:
-        begun = wording.got(config["init_lora_weights"])
+        start = wording.got(config["init_lora_weights"])
         problems.append(
             (
                 "lora.init_from",
-                f"was trained on weights that its start had changed (init_lora_weights {begun}), not on this base",
+                f"was trained on weights that its initialization changed (init_lora_weights {start}), not on this base",
             )
         )
     if config.get("rank_pattern") or config.get("alpha_pattern"):
-        sentence = "some of its layers have a rank or an alpha of their own (rank_pattern, alpha_pattern), which a recipe cannot say"
+        sentence = (
+            "some layers have their own rank or alpha (rank_pattern, alpha_pattern), which a recipe cannot express"
+        )
         problems.append(("lora.init_from", sentence))
     return problems
 
 
 def find_base(text: str, folders: Sequence[Path], *, revision: str | None) -> tuple[str, list[KeyProblem]]:
-    """`model.base` -> a shipped or hub name as it is, or the absolute path of a folder or a .gguf file.
+    """`model.base` -> (a shipped or hub name unchanged, or the absolute path of a folder or .gguf file; problems).
 
-    `org/name` is a folder of that name where there is one, unless `model.revision` says that the hub is meant.
+    An existing folder `org/name` takes precedence over the hub, unless `model.revision` is set.
     """
     if text in SHIPPED_MODELS:
         return text, []
@@ -133,50 +137,50 @@ def _not_fetched(repo: str, revision: str | None, looked: Sequence[str]) -> list
         return []
     at = f" at revision {revision}" if revision else ""
     command = hub_names.fetch_command(repo, revision)
-    sentence = f"{repo} is no folder here, and was not fetched from the hub{at}; fetch it once with: {command}"
+    sentence = f"no folder {repo}, and not fetched from the hub{at}; fetch it with: {command}"
     return [("model.base", sentence + _similar_file(looked))]
 
 
 def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
-    """Keys that are right one by one and wrong together -> (the keys, the first is where to mend it; the sentence)."""
+    """Return keys that are valid alone but not together -> (the keys, the one to correct first; the sentence)."""
     model, lora, train = recipe.model, recipe.lora, recipe.train
     repeated = [token for token, count in Counter(recipe.data.special_tokens).items() if count > 1]
     rules: list[tuple[bool, tuple[str, ...], str]] = [
         (
             bool(repeated),
             ("data.special_tokens",),
-            f"names {' and '.join(map(wording.quoted, repeated))} more than once; each token needs one row: keep one of them",
+            f"lists {' and '.join(map(wording.quoted, repeated))} more than once; each token needs one embedding row: keep one",
         ),
         (
             model.revision is not None and not hub_names.is_hub_name(model.base),
             ("model.revision", "model.base"),
-            "belongs to a model of the hub, and model.base names none; use null",
+            "is for hub models, and model.base is not a hub name; use null",
         ),
         (
             train.epochs is None and train.max_steps is None,
             ("train.epochs", "train.max_steps"),
-            "null, and so is train.max_steps: nothing says when to stop; give one of them",
+            "null, and so is train.max_steps: training has no end; set one of them",
         ),
         (
             recipe.method != "full" and lora.target_modules == (),
             ("lora.target_modules", "method"),
-            "an empty list, so there are no factors; use all-linear or name layers",
+            "an empty list, so no layer gets factors; use all-linear or name layers",
         ),
         (
             recipe.method == "qlora" and recipe.model.quantization == "none",
             ("model.quantization", "method"),
-            "none, and method qlora tunes on a quantized base; use method: lora, or nf4",
+            "none, but method qlora needs a quantized base; use method: lora, or nf4",
         ),
         (
             recipe.method == "full" and lora.init_from is not None,
             ("lora.init_from", "method"),
-            "an adapter to start from, and method full trains the weights themselves; use null, or method: qlora",
+            "starts from an adapter, but method full trains the weights themselves; use null, or method: qlora",
         ),
         *(
             (
                 recipe.method == "full" and is_set,
                 (key, "method"),
-                "is about factors, and method full trains the weights themselves; leave it out, or use method: qlora",
+                "applies to factors, but method full trains the weights themselves; remove it, or use method: qlora",
             )
             for key, is_set in (
                 ("lora.use_dora", lora.use_dora),
@@ -188,25 +192,25 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
         (
             train.eval_every_steps is not None and recipe.data.eval is None,
             ("train.eval_every_steps", "data.eval"),
-            "there is nothing to evaluate on; give data.eval a file, or use null",
+            "needs held-out rows; give data.eval a file, or use null",
         ),
         (
             train.early_stop is not None and train.eval_every_steps is None,
             ("train.early_stop", "train.eval_every_steps"),
-            "needs evaluations while training; give train.eval_every_steps a number, or use null",
+            "needs evaluations during training; set train.eval_every_steps, or use null",
         ),
     ]
     return [(keys, sentence) for is_broken, keys, sentence in rules if is_broken]
 
 
 def refusals(values: dict[str, Any], sources: dict[str, str]) -> list[KeyProblem]:
-    """Typed values by full key, and as they were written -> those that this version does not carry out."""
-    found = []
+    """Typed values and their source text, both by full key -> a problem for each value this version does not support."""
+    problems = []
     for key, value in values.items():
         reason = not_yet.refusal(key, value)
         if reason:
-            found.append((key, f"{wording.got(value, sources.get(key, ''))} {reason}"))
-    return found
+            problems.append((key, f"{wording.got(value, sources.get(key, ''))} {reason}"))
+    return problems
 
 
 def _places(looked: Sequence[str]) -> str:
@@ -214,12 +218,12 @@ def _places(looked: Sequence[str]) -> str:
 
 
 def _similar_file(looked: Sequence[str]) -> str:
-    """`; did you mean train.json?` when a place that was looked at has a file of nearly that name."""
+    """Return `; did you mean train.json?` when a folder that was searched has a file of a similar name, else ""."""
     for path in looked:
         try:
             names = os.listdir(os.path.dirname(path))
         except (OSError, ValueError):
-            continue  # no such folder: nothing in it is similar
+            continue  # no such folder
         near = wording.nearest(os.path.basename(path), names[:10_000])
         if near:
             return f"; did you mean {wording.printable_path(os.path.join(os.path.dirname(path), near))}?"

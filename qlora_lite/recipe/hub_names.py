@@ -1,12 +1,12 @@
-"""What the hub calls a model, and where a fetched one lies. Text and files only: nothing here needs a connection or torch.
+"""Hub names of models, and the cache folders of fetched ones. Text and files only: needs no connection and no torch.
 
     in    ORG/NAME, and a branch, tag or commit
-    out   CACHE/hub/ORG/NAME@COMMIT/   a fetched model: whole, or not there
-          CACHE/hub/ORG/NAME.json      the commit that each revision was when it was last fetched, and the newest of all:
+    out   CACHE/hub/ORG/NAME@COMMIT/   a fetched model, whole or absent
+          CACHE/hub/ORG/NAME.json      the commit of each revision at its last fetch, and the commit fetched last:
                                        {"schema_version": 1, "newest": COMMIT, "revisions": {"main": COMMIT}}
 
-Surprising: branches are remembered beside the folders and not in them, because no file of a fetched folder may change
-(the quantized base is named after its files), and a second fetch of `main` may find a commit that is there already.
+Surprising: branches are recorded beside the folders, not in them, because the files of a fetched folder must not change
+(the quantized base is named after them), and a second fetch of `main` may resolve to a commit that is already there.
 """
 
 import json
@@ -23,79 +23,79 @@ _FILE_ENDINGS = (".gguf", ".json", ".safetensors", ".git")
 
 
 def default_cache() -> Path:
-    """`$QLORA_LITE_HOME`, or `~/.cache/qlora_lite`. Raises UserError where nobody knows what `~` is."""
-    asked = os.environ.get("QLORA_LITE_HOME")
-    path = os.path.expanduser(asked or "~/.cache/qlora_lite")  # leaves ~ as it is where there is no home
+    """Return `$QLORA_LITE_HOME`, or `~/.cache/qlora_lite`. Raises UserError when the user has no home folder."""
+    setting = os.environ.get("QLORA_LITE_HOME")
+    path = os.path.expanduser(setting or "~/.cache/qlora_lite")  # keeps ~ when the user has no home folder
     if path.startswith("~") and not os.path.exists(path):
-        unknown = "HOME is not set, and the system knows no home folder of this user"
-        raise UserError(f"{asked or path}: {unknown}. Set QLORA_LITE_HOME to a folder for the cache")
+        unknown = "HOME is not set, and the system has no home folder for this user"
+        raise UserError(f"{setting or path}: {unknown}. Set QLORA_LITE_HOME to a folder for the cache")
     return Path(path)
 
 
 def is_hub_name(text: str) -> bool:
-    """`ORG/NAME` as the hub allows it; never a path that leads out of a folder."""
-    looks_so = re.fullmatch(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", text, re.ASCII) is not None
+    """Whether `text` is an `ORG/NAME` that the hub allows; never true for a path that leaves its folder."""
+    has_form = re.fullmatch(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", text, re.ASCII) is not None
     too_long = len(text) > _LONGEST_NAME
-    return looks_so and not too_long and not re.search(r"\.\.|--", text) and not text.lower().endswith(_FILE_ENDINGS)
+    return has_form and not too_long and not re.search(r"\.\.|--", text) and not text.lower().endswith(_FILE_ENDINGS)
 
 
 def is_revision(text: str) -> bool:
-    """A branch, tag, commit or `refs/pr/3`, as git allows it and without anything that a path or a shell would read otherwise."""
-    looks_so = re.fullmatch(r"\w([\w./+-]*\w)?", text, re.ASCII) is not None
-    return looks_so and len(text) <= _LONGEST_REVISION and not re.search(r"\.\.|//", text)
+    """Whether `text` is a branch, tag, commit or `refs/pr/3` that git allows and that is safe in a path and a shell."""
+    has_form = re.fullmatch(r"\w([\w./+-]*\w)?", text, re.ASCII) is not None
+    return has_form and len(text) <= _LONGEST_REVISION and not re.search(r"\.\.|//", text)
 
 
 def is_commit(text: str) -> bool:
-    """A whole commit hash, which names one state of the files for ever."""
+    """Whether `text` is a full commit hash, which identifies one immutable state of the files."""
     return re.fullmatch(r"[0-9a-f]{40}", text) is not None
 
 
 def parse_hub_name(text: str) -> tuple[str, str | None]:
-    """`ORG/NAME@REVISION` -> (`ORG/NAME`, REVISION or None). Raises UserError for anything else."""
+    """Parse `ORG/NAME@REVISION` -> (`ORG/NAME`, REVISION or None). Raises UserError for anything else."""
     repo, at, revision = text.partition("@")
     if not is_hub_name(repo):
         raise UserError(
-            f"{wording.printable(text)}: expected a model's name on the hub, ORG/NAME or ORG/NAME@REVISION, "
+            f"{wording.printable(text)}: expected a hub model name, ORG/NAME or ORG/NAME@REVISION, "
             "such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
     if at and not is_revision(revision):
         raise UserError(
-            f"{wording.printable(text)}: expected a branch, tag or commit behind the @, got {wording.quoted(revision)}"
+            f"{wording.printable(text)}: expected a branch, tag or commit after the @, got {wording.quoted(revision)}"
         )
     return repo, revision or None
 
 
 def commit_folder(repo: str, commit: str, *, cache: Path) -> Path:
-    """Where this state of the model lies once it is fetched."""
+    """Return the cache folder of this commit of the model."""
     assert is_hub_name(repo) and is_commit(commit)
     return cache / "hub" / f"{repo}@{commit}"
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a fetched folder, from its name; None for any other folder."""
+    """Return the commit in the name of a fetched folder; None for any other folder."""
     commit = folder.name.rpartition("@")[2]
     return commit if is_commit(commit) else None
 
 
 def revisions_file(repo: str, *, cache: Path) -> Path:
-    """Where it is kept which commit a revision was."""
+    """Return the path of the file that records the commit of each revision."""
     assert is_hub_name(repo)
     return cache / "hub" / f"{repo}.json"
 
 
 def read_revisions(repo: str, *, cache: Path) -> tuple[str | None, dict[str, str]]:
-    """-> (the commit fetched last, the commit of each revision fetched so far); nothing where the file is missing or damaged."""
+    """-> (the commit fetched last, the commit of each fetched revision); (None, {}) when the file is missing or damaged."""
     try:
-        kept = json.loads(revisions_file(repo, cache=cache).read_text(encoding="utf-8"))
-        newest, revisions = kept["newest"], dict(kept["revisions"])
-        is_sound = all(is_commit(commit) for commit in (newest, *revisions.values()))
+        record = json.loads(revisions_file(repo, cache=cache).read_text(encoding="utf-8"))
+        newest, revisions = record["newest"], dict(record["revisions"])
+        is_valid = all(is_commit(commit) for commit in (newest, *revisions.values()))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None, {}
-    return (newest, revisions) if is_sound else (None, {})
+    return (newest, revisions) if is_valid else (None, {})
 
 
 def find_fetched(repo: str, revision: str | None, *, cache: Path) -> Path | None:
-    """The fetched folder of a revision (None: of the newest fetched), or None where it was not fetched."""
+    """Return the fetched folder of `revision` (None: the commit fetched last), or None when it was not fetched."""
     newest, revisions = read_revisions(repo, cache=cache)
     commit = newest if revision is None else revision if is_commit(revision) else revisions.get(revision)
     folder = commit_folder(repo, commit, cache=cache) if commit else None
@@ -103,5 +103,5 @@ def find_fetched(repo: str, revision: str | None, *, cache: Path) -> Path | None
 
 
 def fetch_command(repo: str, revision: str | None) -> str:
-    """The command that brings it."""
+    """Return the command that downloads this revision."""
     return f"qlora-lite fetch {repo}" + (f"@{revision}" if revision else "")

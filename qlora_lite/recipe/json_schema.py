@@ -1,8 +1,8 @@
-"""The recipe format as a JSON schema, so that an editor completes keys and shows what they mean.
+"""The recipe format as a JSON schema, for completion and descriptions in editors.
 
     qlora-lite recipes schema > recipe.schema.json
 
-and as the first line of a recipe: `# yaml-language-server: $schema=recipe.schema.json`.
+with this first line in the recipe: `# yaml-language-server: $schema=recipe.schema.json`.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from qlora_lite.recipe.schema import Recipe, section_types
 
 
 def recipe_json_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of a recipe; each key has a description, its default and its range."""
+    """Return the JSON schema (draft 2020-12) of a recipe; each key has a description, its default and its range."""
     schema = Recipe.model_json_schema()
     limits = {row.key: row.instead for row in NOT_YET}
     sections = section_types()
@@ -30,6 +30,6 @@ def recipe_json_schema() -> dict[str, Any]:
 
 
 def _add_limit(entry: dict[str, Any], limit: str | None) -> None:
-    entry.pop("title", None)  # pydantic's "Lora Alpha" says nothing new
+    entry.pop("title", None)  # pydantic's "Lora Alpha" repeats the key
     if limit:
         entry["description"] += f" In this version: {limit}."

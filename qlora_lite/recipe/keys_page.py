@@ -2,7 +2,7 @@
 
     python -m qlora_lite.recipe.keys_page > qlora_lite/docs/recipe-keys.md
 
-tests/test_docs.py holds the stored page against this rendering.
+tests/test_docs.py compares the stored page with this rendering.
 """
 
 import inspect
@@ -18,17 +18,17 @@ _HEAD = """# Recipe keys
 
 This page is generated from the recipe schema, so it has every key of this version.
 
-A recipe is a YAML file. Every key has a default, so a recipe may be a few lines. `auto` is resolved when the run is planned, and the
+A recipe is a YAML file. Every key has a default, so a recipe may be a few lines. The plan resolves each `auto`, and every automatic
 choice is printed with its reason. An unknown key, a wrong type or a value out of range is an error with its line; all errors of a file
 are listed at once. On the command line `--set section.key=value` overrides a key.
 
-The schema for editors, with completion and descriptions: `qlora-lite recipes schema > recipe.schema.json`, and as the first line of the
-recipe `# yaml-language-server: $schema=recipe.schema.json`.
+For completion and descriptions in editors, run `qlora-lite recipes schema > recipe.schema.json` and write this first line in the
+recipe: `# yaml-language-server: $schema=recipe.schema.json`.
 """
 
 
 def recipe_keys_page() -> str:
-    """Markdown: one table a section, one line a key with its default, its allowed values and its meaning."""
+    """Return the page as Markdown: one table per section, one line per key with allowed values, default and meaning."""
     defaults, sections = known_keys(), section_types()
     parts = [_HEAD, "## The recipe\n", _table([key for key in defaults if "." not in key])]
     for name, section in sections.items():
@@ -51,7 +51,7 @@ def _is_refused(key: str, value: Any) -> bool:
 
 
 def _as_written(default: Any) -> str:
-    """A default as YAML has it."""
+    """Return a default as YAML text."""
     match default:
         case None:
             return "null"

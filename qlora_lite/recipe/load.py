@@ -1,12 +1,12 @@
-"""A recipe file -> a `Recipe`, or one `RecipeError` that lists everything that is wrong with it.
+"""A recipe file -> a `Recipe`, or one `RecipeError` that lists every problem.
 
 The stages, each adding to the same list of problems:
 
     text -> entries (full key -> value and line)      yaml_text; --set entries replace those of the file
-         -> only known keys                           wording.nearest_key for the others
-         -> typed values                              schema; a bad value gives way to its default, so that the rest is checked
+         -> only known keys                           wording.nearest_key for unknown ones
+         -> typed values                              schema; the default replaces a bad value, and the checks go on
          -> absolute paths                            checks.find_*
-         -> what this version carries out             not_yet
+         -> supported values                          not_yet
          -> no contradictions                         checks.contradictions
 """
 
@@ -37,38 +37,39 @@ class _Entry:
 
 
 class _Problems:
-    """Collects problems from all stages and lays them out by line."""
+    """The problems of all stages, formatted in the order of their lines."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[int, str, str]] = []
+        self._problems: list[tuple[int, str, str]] = []
 
     def add(self, where: str, order: int, text: str) -> None:
-        self._found.append((order, where, text))
+        self._problems.append((order, where, text))
 
     def lines(self) -> list[str]:
-        found = sorted(dict.fromkeys(self._found), key=lambda problem: problem[0])
-        width = max((len(where) for _, where, _ in found if where.startswith("line ")), default=0)
+        problems = sorted(dict.fromkeys(self._problems), key=lambda problem: problem[0])
+        width = max((len(where) for _, where, _ in problems if where.startswith("line ")), default=0)
         width = max(width, len("line 10"))
         return [
-            f"{where:<{width}} {text}" if where.startswith("line ") else f"{where}  {text}" for _, where, text in found
+            f"{where:<{width}} {text}" if where.startswith("line ") else f"{where}  {text}"
+            for _, where, text in problems
         ]
 
 
 def load_recipe(
     path_or_name: str | os.PathLike[str], *, overrides: Sequence[str] = (), files_must_exist: bool = True
 ) -> Recipe:
-    """Read a recipe by path, or a shipped one by name, with `section.key=value` overrides as `--set` gives them.
+    """Read a recipe by path, or a shipped one by name, with `section.key=value` overrides as in `--set`.
 
-    Data files and a base model that is a path come back absolute: looked up beside the recipe, then in the current
-    folder; only a plan does without them (`files_must_exist`). Raises RecipeError with every problem in it.
+    Makes the paths of data files and of the base model absolute: looked up beside the recipe, then in the current
+    folder; only a plan allows missing files (`files_must_exist`). Raises RecipeError with every problem.
     """
     return _load(_find(path_or_name), overrides, files_must_exist=files_must_exist)
 
 
 def load_run_recipe(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the `recipe.yaml` of a run, as `dump_recipe` wrote it, with `overrides`; its data and base may have moved since.
+    """Read the `recipe.yaml` of a run, as `dump_recipe` wrote it, with `overrides`; its data and base may be missing.
 
-    So `ask` works when the training data are gone; whoever needs a file says that it is missing. Raises RecipeError.
+    So `ask` works without the training data; the code that needs a file reports it missing. Raises RecipeError.
     """
     return _load(Path(path), overrides, files_must_exist=False)
 
@@ -88,9 +89,9 @@ def _load(path: Path, overrides: Sequence[str], *, files_must_exist: bool) -> Re
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML text of every key, which `load_recipe` reads back as an equal recipe: the `recipe.yaml` of a run."""
+    """Return YAML text with every key, which `load_recipe` reads back as an equal recipe: the `recipe.yaml` of a run."""
     origin = f" (from {wording.printable_path(str(recipe.path))})" if recipe.path else ""
-    head = f"# The recipe of this run, every key written out{origin}.\n"
+    head = f"# The recipe of this run, every key in full{origin}.\n"
     values = recipe.model_dump()
     for section in section_types():
         values[section] = {key: list(v) if isinstance(v, tuple) else v for key, v in values[section].items()}
@@ -98,7 +99,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either YAML 1.1 (other tools) or 1.2 (yaml_text) would read as something else."""
+    """Quotes text that YAML 1.1 (other tools) or 1.2 (yaml_text) would read as another value."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         style = None if yaml_text.plain_value(data) == data else '"'
@@ -121,12 +122,12 @@ def _find(path_or_name: str | os.PathLike[str]) -> Path:
         except UserError as error:
             raise RecipeError(shown, [f"{missing}, and {error}"]) from error
     names = [recipe.name for recipe in shipped.list_recipes()]
-    hint = f"; the shipped recipe of that name is called {path.stem}" if path.stem in names else ""
+    hint = f"; did you mean the shipped recipe {path.stem}?" if path.stem in names else ""
     raise RecipeError(shown, [f"{missing}{hint}"])
 
 
 def _file_entries(path: Path, problems: _Problems) -> tuple[dict[str, _Entry], tuple[str, ...]]:
-    """-> (full key -> entry, notes on the encoding). Text that is not a YAML mapping is the one problem that stops everything."""
+    """-> (full key -> entry, notes on the encoding). Raises RecipeError at once for text that is not a YAML mapping."""
     shown = wording.printable_path(str(path))
     try:
         with open(path, "rb") as file:
@@ -137,10 +138,10 @@ def _file_entries(path: Path, problems: _Problems) -> tuple[dict[str, _Entry], t
     except yaml_text.YamlProblem as error:
         raise RecipeError(shown, [f"line {error.line:<2} {wording.printable(error.text, longest=400)}"]) from error
     if top.value is None:
-        raise RecipeError(shown, ["is empty; every key has a default, but write at least one, such as method: qlora"])
+        raise RecipeError(shown, ["is empty; every key has a default, but set at least one, such as method: qlora"])
     if not isinstance(top.value, yaml_text.Mapping):
-        found = wording.got(top.value, top.source)
-        raise RecipeError(shown, [f"line {top.line:<2} expected sections and keys such as method: qlora, got {found}"])
+        got = wording.got(top.value, top.source)
+        raise RecipeError(shown, [f"line {top.line:<2} expected sections and keys such as method: qlora, got {got}"])
     entries: dict[str, _Entry] = {}
     seen: dict[str, int] = {}
     for key, node in _flatten(top.value, seen, problems):
@@ -149,32 +150,32 @@ def _file_entries(path: Path, problems: _Problems) -> tuple[dict[str, _Entry], t
 
 
 def _flatten(top: yaml_text.Mapping, seen: dict[str, int], problems: _Problems) -> list[tuple[str, yaml_text.Node]]:
-    """Sections and keys -> full keys that exist; the others become problems, and so do keys given twice."""
+    """Sections and keys -> (full key, node) of known keys; unknown and repeated keys become problems."""
     sections, keys = section_types(), known_keys()
-    found = []
+    known = []
     for name, node in top.items:
         if _is_repeated(name, node, seen, problems) and name not in sections:
-            continue  # of a section given twice, both halves are checked
+            continue  # both halves of a repeated section are checked
         section = name
         if name not in Recipe.model_fields:
             _add_unknown(name, node, problems)
-            # the keys below a misspelt section are checked as well, under the section that was meant
+            # check the keys below a misspelt section too, under the nearest section name
             section = wording.nearest(name, list(sections)) or ""
             if not section or not isinstance(node.value, yaml_text.Mapping):
                 continue
         if section not in sections:
-            found.append((name, node))
+            known.append((name, node))
         elif isinstance(node.value, yaml_text.Mapping):
             for key, inner in node.value.items:
                 if _is_repeated(f"{name}.{key}", inner, seen, problems):
                     continue
                 if f"{section}.{key}" in keys:
-                    found.append((f"{section}.{key}", inner))
+                    known.append((f"{section}.{key}", inner))
                 else:
                     _add_unknown(f"{name}.{key}", inner, problems)
         elif node.value is not None:  # `lora:` with every key commented out is a section of defaults
             _add_section_problem(section, node, f"line {node.line}", node.line, problems)
-    return found
+    return known
 
 
 def _is_repeated(key: str, node: yaml_text.Node, seen: dict[str, int], problems: _Problems) -> bool:
@@ -193,12 +194,12 @@ def _add_unknown(key: str, node: yaml_text.Node, problems: _Problems) -> None:
 
 def _add_section_problem(section: str, node: yaml_text.Node, where: str, order: int, problems: _Problems) -> None:
     first = next(key for key in known_keys() if key.startswith(f"{section}."))
-    found = wording.got(node.value, node.source)
-    problems.add(where, order, f"{section}: expected keys below it, such as {first}, got {found}")
+    got = wording.got(node.value, node.source)
+    problems.add(where, order, f"{section}: expected keys below it, such as {first}, got {got}")
 
 
 def _override_entries(overrides: Sequence[str], problems: _Problems) -> dict[str, _Entry]:
-    """`["train.seed=1"]` -> entries; of two for the same key the last one counts, as on any command line."""
+    """`["train.seed=1"]` -> entries; the last override of a key wins."""
     entries: dict[str, _Entry] = {}
     for number, override in enumerate(overrides):
         where, order = f"--set {wording.printable(override)}", 2**40 + number
@@ -208,9 +209,7 @@ def _override_entries(overrides: Sequence[str], problems: _Problems) -> dict[str
             problems.add(where, order, "expected section.key=value, such as --set train.max_steps=10")
             continue
         if not text.strip():
-            problems.add(
-                where, order, f"{wording.printable(key)}: no value after the =; write null if you mean nothing"
-            )
+            problems.add(where, order, f"{wording.printable(key)}: no value after the =; write null for no value")
             continue
         try:
             node = yaml_text.parse_value(text)
@@ -227,7 +226,7 @@ def _override_entries(overrides: Sequence[str], problems: _Problems) -> dict[str
 
 
 def _typed(entries: dict[str, _Entry], problems: _Problems) -> dict[str, Any]:
-    """Values by full key, only those with the right type and range."""
+    """Return the values with a valid type and range, by full key."""
     values = {key: _plain(entry.value) for key, entry in entries.items()}
     try:
         _whole(values)
@@ -236,14 +235,14 @@ def _typed(entries: dict[str, _Entry], problems: _Problems) -> dict[str, Any]:
             entry = entries[key]
             expected = wording.expected(key, is_refused=partial(_is_refused, key))
             hint = _value_hint(key, entry)
-            found = wording.got(entry.value, entry.source)
-            problems.add(entry.where, entry.order, f"{key}: expected {expected}, got {found}{hint}")
+            got = wording.got(entry.value, entry.source)
+            problems.add(entry.where, entry.order, f"{key}: expected {expected}, got {got}{hint}")
             del values[key]
     return values
 
 
 def _plain(value: Any) -> Any:
-    """The mappings in a list, such as {path: ..., weight: ...}, as dicts."""
+    """Return `value` with the mappings in a list, such as {path: ..., weight: ...}, as dicts."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return {key: _plain(node.value) for key, node in value.items} if isinstance(value, yaml_text.Mapping) else value
@@ -278,42 +277,43 @@ def _whole(values: dict[str, Any]) -> Recipe:
 def _resolve_files(
     values: dict[str, Any], entries: dict[str, _Entry], folder: Path, problems: _Problems
 ) -> tuple[str, ...]:
-    """Make the paths in `values` absolute, and return what was chosen. A default data file is the shipped one."""
+    """Make the paths in `values` absolute and return notes on automatic choices. A default data file is a shipped one."""
     notes: list[str] = []
     train, held_out = entries.get("data.train"), entries.get("data.eval")
     if train and not held_out:
         values["data.eval"] = None
-        notes.append("data.eval: null, because data.train is given and data.eval is not; without it nothing is scored")
+        notes.append("data.eval: null, because only data.train is given; without data.eval there are no scores")
     if train and held_out and train.where.startswith("--set") and held_out.value and held_out.where.startswith("line"):
-        notes.append(f"data.train comes from --set, data.eval still from the recipe ({wording.got(held_out.value)})")
+        notes.append(f"data.train comes from --set, data.eval from the recipe ({wording.got(held_out.value)})")
     recipe = _whole(values)
     folders = [folder, Path.cwd()]
     wanted = {"model.base": recipe.model.base, "data.train": recipe.data.train, "data.eval": recipe.data.eval}
     for key, value in wanted.items():
-        if value is None or (key in entries and key not in values):  # null, or a problem already
+        if value is None or (key in entries and key not in values):  # null, or already a problem
             continue
         if isinstance(value, tuple):
-            found_files = [checks.find_data_file(key, file.path, folders) for file in value]
+            checked = [checks.find_data_file(key, file.path, folders) for file in value]
             values[key] = [
-                {"path": path, "weight": file.weight} for (path, _), file in zip(found_files, value, strict=True)
+                {"path": path, "weight": file.weight} for (path, _), file in zip(checked, value, strict=True)
             ]
-            found = [problem for _, problems_of_file in found_files for problem in problems_of_file]
+            path_problems = [problem for _, file_problems in checked for problem in file_problems]
         elif key == "model.base":
-            values[key], found = checks.find_base(value, folders, revision=recipe.model.revision)
+            values[key], path_problems = checks.find_base(value, folders, revision=recipe.model.revision)
         else:
-            values[key], found = checks.find_data_file(
+            values[key], path_problems = checks.find_data_file(
                 key, value, folders if key in entries else [*folders, shipped.recipes_dir()]
             )
-        _add_all(found, entries, problems)
+        _add_all(path_problems, entries, problems)
     if recipe.lora.init_from is not None:
-        values["lora.init_from"], found = checks.find_adapter(recipe.lora.init_from, folders)
-        found = found or checks.adapter_differences(_whole(values))
-        _add_all([problem for problem in found if problem[0] not in entries.keys() - values.keys()], entries, problems)
+        values["lora.init_from"], path_problems = checks.find_adapter(recipe.lora.init_from, folders)
+        path_problems = path_problems or checks.adapter_differences(_whole(values))
+        wrong = entries.keys() - values.keys()
+        _add_all([problem for problem in path_problems if problem[0] not in wrong], entries, problems)
     return tuple(notes)
 
 
 def _check(recipe: Recipe, values: dict[str, Any], entries: dict[str, _Entry], problems: _Problems) -> None:
-    """What the version cannot do and what contradicts; keys that are wrong already are left out."""
+    """Add unsupported values and contradictions to `problems`, skipping keys that already have a problem."""
     wrong = entries.keys() - values.keys()
     dumped = recipe.model_dump()
     flat = {
@@ -328,7 +328,7 @@ def _check(recipe: Recipe, values: dict[str, Any], entries: dict[str, _Entry], p
     )
 
 
-def _add_all(found: Sequence[checks.KeyProblem], entries: dict[str, _Entry], problems: _Problems) -> None:
-    for key, text in found:
+def _add_all(key_problems: Sequence[checks.KeyProblem], entries: dict[str, _Entry], problems: _Problems) -> None:
+    for key, text in key_problems:
         entry = entries.get(key)
         problems.add(entry.where if entry else "default", entry.order if entry else 2**41, f"{key}: {text}")

@@ -1,11 +1,11 @@
-"""What a recipe may say: one frozen section per heading, each key with its type, range, default and meaning.
+"""The keys of a recipe: one frozen section per heading, each key with its type, range, default and meaning.
 
 In: plain values (dict, str, int, float, bool, None, list). Out: a `Recipe`.
-This file is the only list of the keys. The words "expected ..., got ..." of an error, the JSON schema for editors and the
-nearest right key are all derived from it.
+This file is the only list of the keys. The "expected ..., got ..." of an error, the JSON schema for editors and the
+nearest valid key are all derived from it.
 
-Types are strict: `true` is not a number and "16" is not 16; a whole number is accepted where a fraction may stand.
-Values that a section accepts but that this version does not carry out are refused by name in `not_yet.py`.
+Types are strict: `true` is not a number and "16" is not 16; a whole number is a valid fraction.
+`not_yet.py` refuses, by name, values that a section accepts but this version does not support.
 """
 
 from pathlib import Path
@@ -74,7 +74,7 @@ class ModelSection(Section):
     )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
-        description="Type of the arithmetic. auto: bf16 where the device computes in it; otherwise fp16 with fp32 factors on a card, "
+        description="Type of the arithmetic. auto: bf16 if the device supports it; otherwise fp16 with fp32 factors on a card, "
         "fp32 on a CPU.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
@@ -113,14 +113,14 @@ class LoraSection(Section):
 
 
 class DataFile(Section):
-    """One of several files of training rows."""
+    """One of several files with training rows."""
 
     path: Text
     weight: float = Field(1.0, gt=0, le=1000)
 
 
 def _to_data_files(value: object) -> object:
-    """A path in a list stands for the file with weight 1."""
+    """Expand a path in a list to the file with weight 1."""
     if not isinstance(value, list | tuple):
         return value
     return tuple({"path": item} if isinstance(item, str) else item for item in value)
@@ -161,7 +161,7 @@ class DataSection(Section):
         "country_qa/train.json",
         description="Training rows: SQuAD JSON (arXiv 1606.05250, 1806.03822), or rows as json, jsonl, csv, Parquet or a "
         "folder saved by datasets; or a list of files, each a path or {path: ..., weight: ...}: weight 2 uses every row "
-        "twice, 0.5 the same half of the rows in every epoch. "
+        "twice, 0.5 uses the same half of the rows in every epoch. "
         "A relative path is looked up beside the recipe, then in the current folder.",
     )
     eval: Text | None = Field(
@@ -173,31 +173,31 @@ class DataSection(Section):
     )
     max_seq_length: Auto | Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = Field(
         "auto",
-        description="Longest example in tokens, question and answer included. Longer contexts are shortened, longer texts are split, "
-        "other longer rows are left out, and all of them are counted. auto: chosen from the rows. Fewer tokens need less memory.",
+        description="Longest example in tokens, question and answer included. In longer rows, contexts are shortened and texts split; "
+        "other longer rows are left out; all of them are counted. auto: chosen from the rows. Fewer tokens need less memory.",
     )
     num_train: Count | None = Field(
         600,
-        description="Number of training rows to use, from the first on; with several files, in proportion to the rows of each. "
+        description="Number of training rows to use, starting at the first; with several files, in proportion to the rows of each. "
         "null: all.",
     )
     special_tokens: Names = Field(
         (),
-        description="Strings that become one token each, such as [<|tool|>]. Rows that the model lacks for them are added to its "
-        "embedding and head and trained with the adapter. []: none.",
+        description="Strings that become one token each, such as [<|tool|>]. Embedding and head rows that the model lacks for them "
+        "are added and trained with the adapter. []: none.",
     )
     share_prefixes: Auto | bool = Field(
         "auto",
-        description="Compute a prefix that several rows share (a passage, a system prompt) once and the rest of the rows as branches, "
-        "with the same loss and gradient. auto: on where it saves at least 5% of the tokens and the model supports it.",
+        description="Compute a prefix that several examples share (a passage, a system prompt) once, and the rest of each example as a "
+        "branch, with the same loss and gradient. auto: on if it saves at least 5% of the tokens and the model supports it.",
     )
     no_answer_text: Text = Field(
-        "unanswerable", description="Answer to train when the context holds no answer (SQuAD v2.0)."
+        "unanswerable", description="Answer to train when the context contains no answer (SQuAD v2.0)."
     )
 
     @property
     def train_files(self) -> tuple[tuple[str, float], ...]:
-        """(path, weight) of every file of training rows."""
+        """(path, weight) of every file with training rows."""
         if isinstance(self.train, str):
             return ((self.train, 1.0),)
         return tuple((file.path, file.weight) for file in self.train)
@@ -211,14 +211,14 @@ class TrainSection(Section):
     )
     max_steps: Count | None = Field(
         None,
-        description="Optimizer steps; a number overrides epochs, whether it is more or fewer steps. null: epochs decides.",
+        description="Optimizer steps; a number overrides epochs in both directions. null: epochs decides.",
     )
     examples_per_step: int = Field(
         16, ge=1, le=1_000_000, description="Examples per optimizer step (the batch size of the paper's tables)."
     )
     micro_batch_tokens: Auto | Count = Field(
         "auto",
-        description="Tokens packed into one forward pass; a step is split into as many passes as it needs. Changes memory and "
+        description="Tokens packed into one forward pass; each step is split into as many passes as needed. Changes memory and "
         "speed, not the result. Fewer tokens need less memory. auto: chosen for speed within the budget.",
     )
     learning_rate: float = Field(
@@ -273,8 +273,8 @@ class MemorySection(Section):
 
     budget: Auto | Size = Field(
         "auto",
-        description='Memory to stay within, such as "24GiB" or 24. Every auto in this section and in train is chosen to fit, the '
-        "fastest way first. auto: the free memory of the device, less a margin.",
+        description='Memory to stay within, such as "24GiB" or 24. The plan chooses the fastest settings that fit for every auto in '
+        "this section and in train. auto: the free memory of the device, less a margin.",
     )
     gradient_checkpointing: Auto | bool | Annotated[int, Field(ge=2, le=1000)] = Field(
         "auto",
@@ -283,12 +283,12 @@ class MemorySection(Section):
     )
     head_chunk: Auto | Count = Field(
         "auto",
-        description="Label tokens whose logits are in memory at once; does not change the result. auto: 256, or fewer where "
+        description="Label tokens whose logits are in memory at once; does not change the result. auto: 256, or fewer if "
         "256 do not fit.",
     )
     eval_batch_tokens: Auto | Count = Field(
         "auto",
-        description="Prompt tokens in one batch of generated answers, padding included. auto: 4096, or fewer where 4096 do not fit.",
+        description="Prompt tokens in one batch of generated answers, padding included. auto: 4096, or fewer if 4096 do not fit.",
     )
 
 
@@ -296,12 +296,12 @@ class EvalSection(Section):
     """How the model is scored before and after training."""
 
     num_examples: Count | None = Field(
-        100, description="Number of rows of data.eval to score, from the first on; null: all."
+        100, description="Number of rows of data.eval to score, starting at the first; null: all."
     )
     max_seq_length: Auto | Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = Field(
         "auto",
-        description="Longest held-out row to score, in tokens. Longer rows are left out and counted; texts are scored in the "
-        "pieces that training makes. auto: the model's context window, or data.max_seq_length where the config names none.",
+        description="Longest held-out row to score, in tokens. Longer rows are left out and counted; texts are scored in pieces, as "
+        "in training. auto: the model's context window, or data.max_seq_length if the config has none.",
     )
     max_new_tokens: int = Field(32, ge=1, le=65_536, description="Longest answer to generate, in tokens.")
 
@@ -312,19 +312,19 @@ class MergeSection(Section):
     dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Type of the stored merged weights.")
     rounding: Literal["stochastic", "nearest"] = Field(
         "stochastic",
-        description="How sums are rounded to dtype (fp32 needs none). nearest loses small changes systematically; "
+        description="How sums are rounded to dtype (fp32 needs no rounding). nearest loses small changes systematically; "
         "stochastic is unbiased, seeded and repeatable.",
     )
     base: Literal["dequantized", "original"] = Field(
         "dequantized",
-        description="Weights to add the adapter to. dequantized: exactly the weights of training; original: the 16-bit weights "
-        "that the quantized base was made from.",
+        description="Weights to add the adapter to. dequantized: exactly the weights used in training; original: the 16-bit "
+        "weights before quantization.",
     )
     scale: float = Field(1.0, gt=0, le=100, description="Factor on the adapter's update; 1.0: as trained.")
     proof: Auto | Count = Field(
         "auto",
-        description="Number of rows of data.eval on which the merged model and the adapter model are compared. auto: chosen, with the "
-        "reason printed.",
+        description="Number of rows of data.eval on which the merged model and the adapter model are compared. auto: chosen; the "
+        "reason is printed.",
     )
 
 
@@ -344,10 +344,10 @@ class Recipe(Section):
     eval: EvalSection = Field(EvalSection(), description=EvalSection.__doc__)
     merge: MergeSection = Field(MergeSection(), description=MergeSection.__doc__)
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Device to train on. auto: cuda where there is one, else cpu."
+        "auto", description="Device to train on. auto: cuda if available, else cpu."
     )
 
-    # Where it came from: no part of what it says, so no part of equality.
+    # The origin of the recipe; not compared by ==.
     _name: str = PrivateAttr("recipe")
     _path: Path | None = PrivateAttr(None)
     _notes: tuple[str, ...] = PrivateAttr(())
@@ -359,16 +359,16 @@ class Recipe(Section):
 
     @property
     def path(self) -> Path | None:
-        """The file it was read from, absolute; None for a recipe made in Python."""
+        """The recipe's file, absolute; None for a recipe made in Python."""
         return self._path
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What loading chose by itself, a sentence each, for the screen and the run directory."""
+        """The automatic choices of loading, one sentence each, for the screen and the run directory."""
         return self._notes
 
     def with_origin(self, *, name: str, path: Path | None, notes: tuple[str, ...] = ()) -> "Recipe":
-        """The same recipe, knowing where it came from."""
+        """Return the same recipe with its origin."""
         copy = self.model_copy()
         copy._name, copy._path, copy._notes = name, path, notes
         return copy
@@ -381,7 +381,7 @@ class Recipe(Section):
 
 
 def section_types() -> dict[str, type[Section]]:
-    """`{"model": ModelSection, ...}` in the order of the recipe."""
+    """Return `{"model": ModelSection, ...}` in the order of the recipe."""
     return {
         name: field.annotation
         for name, field in Recipe.model_fields.items()
@@ -390,7 +390,7 @@ def section_types() -> dict[str, type[Section]]:
 
 
 def known_keys() -> dict[str, Any]:
-    """Every full key (`method`, `lora.r`, ...) with its default, in the order of the recipe."""
+    """Return every full key (`method`, `lora.r`, ...) with its default, in the order of the recipe."""
     keys: dict[str, Any] = {}
     sections = section_types()
     for name, field in Recipe.model_fields.items():

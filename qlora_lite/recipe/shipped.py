@@ -1,7 +1,7 @@
 """The recipes and the model names that come with the package.
 
 Recipes are the `.yaml` files of one folder, `recipes/` in a source checkout and `qlora_lite/_recipes/` in a wheel,
-with the small data files they name. The first line of each file is a comment that says what the recipe is.
+with the small data files they name. The first line of each file is a comment that describes the recipe.
 """
 
 import os
@@ -29,16 +29,16 @@ class ShippedRecipe:
 
 
 def recipes_dir() -> Path:
-    """The folder of the shipped recipes. Raises UserError when the installation has none."""
+    """Return the folder of the shipped recipes. Raises UserError when the installation has none."""
     package = Path(str(resources.files("qlora_lite")))
     for folder in (package / "_recipes", package.parent / "recipes"):
         if (folder / f"{DEFAULT_RECIPE}.yaml").is_file():
             return folder
-    raise UserError(f"the shipped recipes are missing from {package}; install qlora_lite again")
+    raise UserError(f"the shipped recipes are missing from {package}; reinstall qlora_lite")
 
 
 def list_recipes() -> tuple[ShippedRecipe, ...]:
-    """Every shipped recipe by name, the default first."""
+    """Return every shipped recipe by name, the default first."""
     names = sorted(
         (path.stem for path in recipes_dir().glob("*.yaml")), key=lambda name: (name != DEFAULT_RECIPE, name)
     )
@@ -53,19 +53,19 @@ def recipe_file(name: str) -> Path:
         return recipes_dir() / f"{stem}.yaml"
     near = wording.nearest(stem, names)
     hint = f"did you mean {near}?" if near else "shipped recipes: " + ", ".join(sorted(names))
-    raise UserError(f"no shipped recipe is called {wording.quoted(name)}; {hint}")
+    raise UserError(f"no shipped recipe named {wording.quoted(name)}; {hint}")
 
 
 def show_recipe(name: str) -> str:
-    """The text of a shipped recipe, comments included. Raises UserError for an unknown name."""
+    """Return the text of a shipped recipe, comments included. Raises UserError for an unknown name."""
     return recipe_file(name).read_text(encoding="utf-8")
 
 
 def copy_recipe(name: str, dest: str | os.PathLike[str] = ".") -> tuple[Path, ...]:
     """Copy a shipped recipe, with the data files it names, to a folder or a `.yaml` file; return the files written.
 
-    A data file that is there already with the same bytes is left alone. Raises UserError for an unknown name, and when
-    any other file would be overwritten; then nothing is copied.
+    Skips a data file that already exists with the same bytes. Raises UserError for an unknown name, and when it would
+    overwrite any other file; then nothing is copied.
     """
     source = recipe_file(name)
     target = Path(os.path.expanduser(dest))
@@ -75,9 +75,9 @@ def copy_recipe(name: str, dest: str | os.PathLike[str] = ".") -> tuple[Path, ..
     pairs = [(old, new) for old, new in pairs if new == target or not _same_bytes(old, new)]
     taken = [str(new) for _, new in pairs if os.path.lexists(new)]
     if taken:
-        raise UserError(f"not copied: {', '.join(taken)} would be overwritten; give another folder, or move it away")
+        raise UserError(f"not copied: {', '.join(taken)} would be overwritten; give another folder, or move the file")
     try:
-        for old, new in pairs:  # the recipe comes last: where it is, its data are
+        for old, new in pairs:  # the recipe comes last, so a copied recipe always has its data
             new.parent.mkdir(parents=True, exist_ok=True)
             with open(old, "rb") as reader, open(new, "xb") as writer:
                 shutil.copyfileobj(reader, writer)
@@ -98,7 +98,7 @@ def _first_comment(text: str) -> str:
 
 
 def _data_files(recipe: Path) -> list[str]:
-    """The relative paths under `data:` that exist beside the recipe."""
+    """Return the relative paths under `data:` that exist beside the recipe."""
     top = yaml_text.parse(recipe.read_text(encoding="utf-8")).value
     data = dict(top.items).get("data") if isinstance(top, yaml_text.Mapping) else None
     values = dict(data.value.items) if data and isinstance(data.value, yaml_text.Mapping) else {}

@@ -1,6 +1,6 @@
-"""The words of a recipe error: what was expected, what was found, and which right key is nearest.
+"""The wording of a recipe error: the allowed values, the value given, and the nearest valid key.
 
-All of it is derived from `schema.py`, so that a new key has good errors from its first day.
+All of it is derived from `schema.py`, so a new key needs no text here.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from qlora_lite.recipe.schema import LARGEST_COUNT, Recipe, known_keys, section_
 
 _LONGEST_SHOWN = 60
 
-# Names that other tools use and whose spelling leads nowhere.
+# Names in other tools, too far in spelling from ours.
 _ELSEWHERE = {
     "lr": "train.learning_rate",
     "batch_size": "train.examples_per_step",
@@ -40,18 +40,18 @@ def _schemas() -> dict[str, dict[str, Any]]:
 
 
 def allowed_words(key: str) -> tuple[str, ...]:
-    """The words a key may be set to (`auto`, `bf16`, ...), whether or not this version carries them out."""
+    """Return the words a key accepts (`auto`, `bf16`, ...), including those this version does not support."""
     parts = _schemas()[key].get("anyOf", [_schemas()[key]])
     return tuple(word for part in parts for word in (part.get("enum") or [part.get("const")]) if word is not None)
 
 
 def description(key: str) -> str:
-    """The meaning of a key, as schema.py has it."""
+    """Return the description of a key in schema.py."""
     return str(_schemas()[key]["description"])
 
 
 def expected(key: str, *, is_refused: Callable[[Any], bool] = lambda value: False) -> str:
-    """`lora.r` -> "a whole number from 1 to 4,096"; leaves out the values for which `is_refused` is true."""
+    """`lora.r` -> "a whole number from 1 to 4,096"; omits the values for which `is_refused` is true."""
     schema = _schemas()[key]
     words: list[str] = []
     for part in schema.get("anyOf", [schema]):
@@ -92,7 +92,7 @@ def _words_of_number(part: dict[str, Any]) -> str:
 
 
 def got(value: Any, source: str = "") -> str:
-    """A found value as it may be shown on a terminal: quoted, shortened, without control characters."""
+    """Return a value as text that is safe on a terminal: quoted, shortened, without control characters."""
     match value:
         case None:
             return "null" if source.strip() else "nothing"
@@ -113,7 +113,7 @@ def quoted(text: str) -> str:
 
 
 def printable(text: str, longest: int = _LONGEST_SHOWN) -> str:
-    """`text`, shortened; control characters, which could move the cursor, and broken Unicode are escaped."""
+    """Shorten `text`, and escape broken Unicode and control characters, which could move the cursor."""
     short = text if len(text) <= longest else text[: longest - 3] + "..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
 
@@ -123,18 +123,18 @@ def printable_path(path: str) -> str:
 
 
 def nearest(word: str, words: Sequence[str]) -> str | None:
-    """The word that is nearest in spelling, or None when none is near."""
+    """Return the word nearest in spelling, or None when none is near."""
     return next(iter(near_names(word, words, most=1)), None)
 
 
 def near_names(word: str, words: Sequence[str], *, most: int = 3) -> list[str]:
-    """Up to `most` of the words, the nearest in spelling first; none that is far."""
+    """Return up to `most` words that are near in spelling, the nearest first."""
     lower = {candidate.lower(): candidate for candidate in words}
     return [lower[name] for name in difflib.get_close_matches(word.lower()[:100], lower, n=most, cutoff=0.6)]
 
 
 def nearest_key(key: str) -> str:
-    """`train.learning_rat` -> "did you mean train.learning_rate?", also for a right key in the wrong section."""
+    """`train.learning_rat` -> "did you mean train.learning_rate?", also for a valid key in the wrong section."""
     keys, sections = list(known_keys()), list(section_types())
     section, _, last = key.rpartition(".")
     if key in keys:  # in a file, `train.epochs: 3` as one word
@@ -144,22 +144,22 @@ def nearest_key(key: str) -> str:
         by_last.setdefault(known.rpartition(".")[2], []).append(known)
     if last in _ELSEWHERE:
         return f"did you mean {_ELSEWHERE[last]}?"
-    if last in by_last:  # right key, wrong section
+    if last in by_last:  # valid key, wrong section
         near = nearest(section, sections) if section else None
         same_section = [known for known in by_last[last] if known == f"{near}.{last}"]
         return f"did you mean {_any_of(same_section or by_last[last])}?"
     if section in sections:
         siblings = [known for known in keys if known.startswith(f"{section}.")]
-        found = nearest(last, [known.rpartition(".")[2] for known in siblings])
-        if found:
-            return f"did you mean {section}.{found}?"
+        near = nearest(last, [known.rpartition(".")[2] for known in siblings])
+        if near:
+            return f"did you mean {section}.{near}?"
     if not section:
-        found = nearest(last, [*sections, *(known for known in keys if "." not in known)])
-        if found:
-            return f"did you mean {found}?"
-    found = nearest(last, list(by_last))
-    if found:
-        return f"did you mean {_any_of(by_last[found])}?"
+        near = nearest(last, [*sections, *(known for known in keys if "." not in known)])
+        if near:
+            return f"did you mean {near}?"
+    near = nearest(last, list(by_last))
+    if near:
+        return f"did you mean {_any_of(by_last[near])}?"
     if section in sections:
         return f"{section} has " + ", ".join(
             known.rpartition(".")[2] for known in keys if known.startswith(f"{section}.")

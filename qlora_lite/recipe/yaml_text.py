@@ -1,12 +1,12 @@
-"""YAML text -> values that know their line. Nothing a file can contain makes this hang, recurse or run code.
+"""YAML text -> values with their lines. No content of a file makes this hang, recurse or run code.
 
-In: the text of a recipe, or one `--set section.key=value`. Out: `Node`s; problems are `YamlProblem`s with a line.
+In: the text of a recipe, or one `--set section.key=value`. Out: `Node`s. Raises `YamlProblem`s with a line.
 
 Surprising, and on purpose:
 - Numbers and words are read as in YAML 1.2, not as in PyYAML's YAML 1.1: `2e-4` is a number (PyYAML: text),
   `no` and `on` are text (PyYAML: false and true), `010` is ten (PyYAML: eight).
-- Anchors, aliases, tags and several documents are refused: a recipe has no use for them, and they are how YAML bombs
-  and `!!python/object` attacks are made.
+- Anchors, aliases, tags and several documents are refused: a recipe does not need them, and YAML bombs and
+  `!!python/object` attacks do.
 """
 
 import re
@@ -30,7 +30,7 @@ _UNPRINTABLE = re.compile(
 
 
 class YamlProblem(Exception):
-    """The text is no recipe at all; `line` counts from 1."""
+    """The text is not plain YAML; `line` counts from 1."""
 
     def __init__(self, line: int, text: str) -> None:
         self.line = line
@@ -40,7 +40,7 @@ class YamlProblem(Exception):
 
 @dataclass(frozen=True)
 class Node:
-    """A value and where it stands. `value` is None, bool, int, float, str, a list of values, or a Mapping."""
+    """A value and its line. `value` is None, bool, int, float, str, a list of values, or a Mapping."""
 
     value: Any
     line: int
@@ -55,25 +55,25 @@ class Mapping:
 
 
 def decode(data: bytes) -> tuple[str, str]:
-    """Bytes of a recipe -> (text, a note on its encoding). Raises YamlProblem for a file that is too large, or not text."""
+    """Decode the bytes of a recipe -> (text, a note on its encoding). Raises YamlProblem when it is too large or not text."""
     try:
         text, note = decode_file(data, longest=RECIPE_BYTES)
     except TooLarge as error:
-        raise YamlProblem(1, f"{error}; a recipe is a few thousand. Is this the right file?") from error
+        raise YamlProblem(1, f"{error}; a recipe has a few thousand. Is this the right file?") from error
     except NotText as error:
         raise YamlProblem(error.line, str(error)) from error
-    found = _UNPRINTABLE.search(text)
-    if found:
-        line = text.count("\n", 0, found.start()) + 1
-        code = f"U+{ord(found.group()):04X}"
-        raise YamlProblem(line, f"character {code} cannot stand in YAML; remove it (is it a binary file?)")
+    match = _UNPRINTABLE.search(text)
+    if match:
+        line = text.count("\n", 0, match.start()) + 1
+        code = f"U+{ord(match.group()):04X}"
+        raise YamlProblem(line, f"character {code} is not allowed in YAML; remove it (is this a binary file?)")
     return text, note
 
 
 def parse(text: str) -> Node:
-    """Text of a whole recipe -> its top node. Raises YamlProblem at the first thing that is not plain YAML."""
+    """Parse the text of a whole recipe -> its top node. Raises YamlProblem at the first construct that is not plain YAML."""
     try:
-        _refuse_what_no_recipe_needs(text)
+        _refuse_exotic_yaml(text)
         top = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -84,12 +84,12 @@ def parse(text: str) -> Node:
     except yaml.YAMLError as error:  # e.g. an unprintable character that came in through --set
         raise YamlProblem(1, f"not valid YAML: {error}") from error
     except (ValueError, OverflowError) as error:  # PyYAML calls chr() on escapes such as "\UFFFFFFFF" unchecked
-        raise YamlProblem(1, f"not valid YAML: an escape in a quoted text is wrong ({error})") from error
+        raise YamlProblem(1, f"not valid YAML: invalid escape in quoted text ({error})") from error
     return Node(None, 1, "") if top is None else _node(top, top.start_mark.line + 1)
 
 
 def parse_value(text: str) -> Node:
-    """The right side of `--set key=value`: a list `[a, b]` or quoted text as in YAML, anything else as it stands."""
+    """Parse the right side of `--set key=value`: a list `[a, b]` or quoted text as in YAML, anything else literally."""
     stripped = text.strip()
     if stripped[:1] in ("[", "{", '"', "'"):
         return parse(stripped)
@@ -97,7 +97,7 @@ def parse_value(text: str) -> Node:
 
 
 def plain_value(text: str) -> Any:
-    """What unquoted text means: null, a bool, a number, or the text itself (YAML 1.2 core schema, decimal only)."""
+    """Return the value of unquoted text: null, a bool, a number, or the text itself (YAML 1.2 core schema, decimal only)."""
     if text in _NULL:
         return None
     if text in _BOOL:
@@ -109,8 +109,8 @@ def plain_value(text: str) -> Any:
     return text
 
 
-def _refuse_what_no_recipe_needs(text: str) -> None:
-    """Walk the events, which needs no recursion and builds nothing, and stop at the first that is out of bounds."""
+def _refuse_exotic_yaml(text: str) -> None:
+    """Walk the events, without recursion and without building values, and stop at the first that is out of bounds."""
     depth = num_documents = 0
     for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         line = event.start_mark.line + 1 if event.start_mark else 1
@@ -124,14 +124,14 @@ def _refuse_what_no_recipe_needs(text: str) -> None:
             raise YamlProblem(
                 line,
                 f"anchors and aliases (&{event.anchor}, *{event.anchor}) are refused; "
-                "write the value out, or quote it if it is text",
+                "write the value in full, or quote it if it is text",
             )
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
             raise YamlProblem(line, f"tags ({event.tag}) are refused; write a plain value, or quote it if it is text")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > RECIPE_DEPTH:
-                raise YamlProblem(line, f"nested more than {RECIPE_DEPTH} deep; a recipe is a section and its keys")
+                raise YamlProblem(line, f"nested more than {RECIPE_DEPTH} levels deep; a recipe has sections and keys")
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 

@@ -117,7 +117,7 @@ def test_a_flipped_byte_is_found(tmp_path):
     data = bytearray((artefact / "model.safetensors").read_bytes())
     data[-5] ^= 1
     (artefact / "model.safetensors").write_bytes(data)
-    with pytest.raises(ModelError, match=r"the quantized base is damaged: .*contents changed.*Remove .* and run again"):
+    with pytest.raises(ModelError, match=r"the quantized base is damaged: .*contents changed.*Remove .* and rerun"):
         verify_artefact(artefact)
 
 
@@ -142,7 +142,7 @@ def test_a_weight_that_is_missing_is_refused_by_name(tmp_path, name):
     """transformers would fill it in with random numbers."""
     source = Path(shutil.copytree(tiny_source(), tmp_path / "source"))
     change_weights(source, lambda tensors: tensors.pop(name))
-    with pytest.raises(ModelError, match=rf"do not fit together\n  {name}: not in the files$"):
+    with pytest.raises(ModelError, match=rf"do not match config.json\n  {name}: not in the files$"):
         quantize_base(source, cache=tmp_path)
     assert not list((tmp_path / "quantized").iterdir())
 
@@ -151,7 +151,7 @@ def test_a_weight_of_another_shape_is_refused_with_both_shapes(tmp_path):
     source = Path(shutil.copytree(tiny_source(), tmp_path / "source"))
     name = "model.layers.0.mlp.up_proj.weight"
     change_weights(source, lambda tensors: tensors.update({name: torch.zeros(64, 64).bfloat16()}))
-    with pytest.raises(ModelError, match=rf"{name}: has shape \[64, 64\], its config.json says \[192, 64\]"):
+    with pytest.raises(ModelError, match=rf"{name}: has shape \[64, 64\], config.json says \[192, 64\]"):
         quantize_base(source, cache=tmp_path)
 
 
@@ -205,7 +205,7 @@ def edit_config(folder: Path, **changes) -> None:
 def test_a_config_that_describes_no_model_is_refused(tmp_path, changes):
     source = Path(shutil.copytree(tiny_source(), tmp_path / "source"))
     edit_config(source, **changes)
-    with pytest.raises(ModelError, match=r"config\.json: describes no usable model"):
+    with pytest.raises(ModelError, match=r"config\.json: does not describe a usable model"):
         quantize_base(source, cache=tmp_path)
 
 

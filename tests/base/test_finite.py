@@ -45,14 +45,14 @@ def test_a_16_bit_base_is_refused_where_it_is_quantized_and_where_it_is_loaded(b
     for read in (lambda: load_base(base, device="cpu"), lambda: quantize_base(base, cache=tmp_path / "cache")):
         with pytest.raises(ModelError) as error:
             read()
-        assert str(error.value).startswith(f"{base}: {name} holds ") and f"first {value} at {first}" in str(error.value)
+        assert str(error.value).startswith(f"{base}: {name} has ") and f"first {value} at {first}" in str(error.value)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_training_names_the_tensor_and_neither_rows_nor_the_learning_rate(base, tmp_path):
     change(base, UP, math.nan)
     done = run_cli("train", write_recipe(tmp_path), "--set", f"model.base={base}", "--run-dir", tmp_path / "run")
-    assert done.code == 2 and f"{base}: {UP} holds 1 of" in done.last_line, done.stderr
+    assert done.code == 2 and f"{base}: {UP} has 1 of" in done.last_line, done.stderr
     assert "learning" not in done.last_line
 
 
@@ -71,7 +71,7 @@ def test_a_quantized_base_is_refused_for_its_scales_too(base, tmp_path, quantiza
     change(artefact, part, math.inf)
     with pytest.raises(ModelError) as error:
         load_base(artefact, device="cpu")
-    assert f"{artefact}: {part} holds 1 of" in str(error.value)
+    assert f"{artefact}: {part} has 1 of" in str(error.value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -84,7 +84,7 @@ def test_a_gguf_is_refused_where_it_is_converted(tmp_path, value):
     data, at = bytearray(path.read_bytes()), tensor.data_offset
     data[at + 2 : at + 4] = struct.pack("<e", value)
     path.write_bytes(data)
-    with pytest.raises(ModelError, match=rf"tiny\.gguf: blk\.0\.ffn_up\.weight \({UP}\) holds 1 of .* at \[0, 1\]"):
+    with pytest.raises(ModelError, match=rf"tiny\.gguf: blk\.0\.ffn_up\.weight \({UP}\) has 1 of .* at \[0, 1\]"):
         convert_gguf(path, cache=tmp_path / "cache")
 
 
@@ -108,12 +108,12 @@ def test_every_reader_of_an_adapter_refuses_one_that_is_not_finite(broken_adapte
             read()
         found = str(error.value).removeprefix("lora.init_from: ")
         assert found.startswith(f"{broken_adapter / 'adapter_model.safetensors'}: base_model.model.model"), verb
-        assert "up_proj.lora_B.weight holds 1 of 768 values that are not finite (first nan at [0, 1])" in found
+        assert "up_proj.lora_B.weight has 1 of 768 values that are not finite (first nan at [0, 1])" in found
 
 
 def test_finite_values_that_a_type_does_not_hold_are_told_from_damage():
     large = torch.tensor([1.0, 1e6])
-    with pytest.raises(ModelError, match="w reaches 1e\\+06, more than float16 holds"):
+    with pytest.raises(ModelError, match="w reaches 1e\\+06, beyond the range of float16"):
         refuse_not_finite(large.half(), "w", where="base", as_read=large)
     for tensor in (large, torch.tensor([]), torch.tensor([3], dtype=torch.uint8), torch.empty(2, device="meta")):
         refuse_not_finite(tensor, "w", where="base")

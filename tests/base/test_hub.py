@@ -176,7 +176,7 @@ def test_what_came_before_the_hub_went_away_is_kept_and_the_next_fetch_asks_for_
     hub.cut_after["model.safetensors"], hub.stop_after_cut = 100_000, True
     message = refused(tmp_path)
     assert f"{REPO}: no connection to {hub.url}, or it broke" in message
-    assert f"kept in {partial_folder(tmp_path)}: the same command goes on from there" in message
+    assert f"kept in {partial_folder(tmp_path)}; rerun to resume" in message
     assert (partial_folder(tmp_path) / "model.safetensors").read_bytes() == WEIGHTS[:100_000]
     assert find_fetched(REPO, None, cache=tmp_path) is None
     hub.is_down, hub.cut_after = False, {}
@@ -207,7 +207,7 @@ def test_a_full_disk_is_said_before_anything_is_fetched(hub, tmp_path, monkeypat
     free = shutil.disk_usage(tmp_path)._replace(free=200_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     message = refused(tmp_path)
-    assert f"{REPO} needs 313 KiB more, and 195 KiB are free" in message and "QLORA_LITE_HOME" in message
+    assert f"{REPO} needs 313 KiB more, but only 195 KiB are free" in message and "QLORA_LITE_HOME" in message
     assert hub.served("model.safetensors") == []
 
 
@@ -220,7 +220,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_what_came(hub, tmp_path, monkeypa
     monkeypatch.setattr(hub_module.time, "sleep", full)  # between the first part of the weights and the second
     message = refused(tmp_path)
     assert message.startswith(
-        f"{partial_folder(tmp_path)}: cannot be written (No space left on device); free some room"
+        f"{partial_folder(tmp_path)}: cannot be written (No space left on device); free some space"
     )
     assert (partial_folder(tmp_path) / "model.safetensors").read_bytes() == WEIGHTS[:100_000]
 
@@ -249,8 +249,8 @@ def test_a_second_fetch_of_the_same_model_waits_for_the_first_and_uses_what_it_b
     ("repo", "revision", "words"),
     [
         ("some-org/nothing", None, "some-org/nothing: no such model at http://127.0.0.1:"),
-        (REPO, "v9", f"{REPO}: has no branch, tag or commit called v9"),
-        (REPO, "9" * 40, f"{REPO}: has no branch, tag or commit called 999"),
+        (REPO, "v9", f"{REPO}: has no branch, tag or commit named v9"),
+        (REPO, "9" * 40, f"{REPO}: has no branch, tag or commit named 999"),
     ],
 )
 def test_a_model_or_revision_that_the_hub_does_not_have_is_named(hub, tmp_path, repo, revision, words):
@@ -278,7 +278,7 @@ def test_a_token_is_sent_when_it_is_set_never_to_another_host_and_never_kept(hub
     assert large and all(answer.token is None for answer in large)
     assert not any(b"hf_secret" in content for content in files(folder).values())
     monkeypatch.setenv("HF_TOKEN", "hf_sec ret")
-    assert "HF_TOKEN: holds blanks" in (message := refused(tmp_path)) and "hf_sec" not in message
+    assert "HF_TOKEN: contains spaces" in (message := refused(tmp_path)) and "hf_sec" not in message
 
 
 def test_a_token_that_is_only_stored_is_not_sent(hub, tmp_path, monkeypatch):
@@ -308,15 +308,15 @@ def test_the_library_stays_offline_while_and_after_we_fetch(hub, tmp_path):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ({"config.json": CONFIG, "pytorch_model.bin": b"pickle"}, r"has only pickle weights \(pytorch_model\.bin\).*refs/pr/NUMBER"),
-        ({"README.md": b"", "tiny.Q4_0.gguf": b"GGUF"}, "holds GGUF files. Download one"),
-        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "holds no base model.*adapter_config.json"),
+        ({"config.json": CONFIG, "pytorch_model.bin": b"pickle"}, r"has only pickled weights \(pytorch_model\.bin\).*refs/pr/NUMBER"),
+        ({"README.md": b"", "tiny.Q4_0.gguf": b"GGUF"}, "has GGUF files. Download one"),
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "not a base model.*adapter_config.json"),
         ({}, "it has no files"),
         (TAKEN | {"config.json": b'{"model_type": "bert"}'}, f"^{REPO}/config.json: model_type 'bert' is not supported"),
         (TAKEN | {"config.json": b"[1]"}, f"^{REPO}/config.json: expected a JSON object"),
         (
             TAKEN | {"config.json": b'{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}'},
-            "quantized with gptq, which cannot be read here",
+            "quantized with gptq, which is not supported",
         ),
     ],
     ids=["pickle", "gguf", "adapter", "empty", "bert", "list", "quantized"],
@@ -335,7 +335,7 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(h
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_file_with_another_hash_is_not_believed_and_fetched_again_the_next_time(hub, tmp_path, name):
     hub.corrupt = {name}
-    assert f"{name} did not come as the hub says it is" in refused(tmp_path)
+    assert f"the hash of {name} differs from the hub's; the file was removed" in refused(tmp_path)
     assert find_fetched(REPO, None, cache=tmp_path) is None
     assert not (partial_folder(tmp_path) / name).exists()
     hub.corrupt = set()
@@ -347,7 +347,7 @@ def test_a_file_with_another_hash_is_not_believed_and_fetched_again_the_next_tim
 
 def test_a_file_that_goes_on_longer_than_it_was_said_to_is_stopped(hub, tmp_path):
     hub.longer = {"model.safetensors"}
-    assert "sends more than the 320,000 bytes" in refused(tmp_path)
+    assert "sends more than the listed 320,000 bytes" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_a_file_that_goes_on_longer_than_it_was_said_to_is_stopped(hub, tmp_path
 def test_a_listed_name_that_could_lead_out_of_the_folder_is_refused(hub, tmp_path, name):
     hub.extra_siblings = [{"rfilename": name, "size": 1, "blobId": "0" * 40}]
     message = refused(tmp_path)
-    assert "which could lead out of its folder; nothing was fetched" in message and message.isprintable()
+    assert "which could leave its folder; nothing was fetched" in message and message.isprintable()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -368,7 +368,7 @@ def test_a_listed_name_that_could_lead_out_of_the_folder_is_refused(hub, tmp_pat
 )  # fmt: skip
 def test_an_index_that_names_no_weights_of_the_listing_is_refused(hub, tmp_path, weight_map):
     hub.models[REPO][COMMIT] = TAKEN | {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()}
-    assert "its model.safetensors.index.json does not name weights that are there" in refused(tmp_path)
+    assert "model.safetensors.index.json names no weights, or missing ones" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_an_index_that_names_no_weights_of_the_listing_is_refused(hub, tmp_path,
 def test_an_answer_that_is_not_the_hubs_is_refused(hub, tmp_path, listing, words):
     hub.listing = listing
     message = refused(tmp_path)
-    assert f"{hub.url}: its answer about {REPO} is not the hub's protocol" in message and words in message
+    assert f"{hub.url}: the answer about {REPO} does not follow the hub's protocol" in message and words in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -400,12 +400,12 @@ def test_an_answer_that_is_not_the_hubs_is_refused(hub, tmp_path, listing, words
 def test_an_answer_that_is_no_json_object_is_refused(hub, tmp_path, text):
     hub.raw_listing = text
     message = refused(tmp_path)
-    assert "is not the hub's protocol (all of it: " in message and message.isprintable()
+    assert "does not follow the hub's protocol (all of it: " in message and message.isprintable()
 
 
 def test_another_commit_than_the_one_asked_for_is_refused(hub, tmp_path):
     hub.listing = {"sha": OTHER_COMMIT}
-    assert f"answered with commit {OTHER_COMMIT} when asked for {REPO}@{COMMIT}" in refused(tmp_path, revision=COMMIT)
+    assert f"answered with commit {OTHER_COMMIT} to a request for {REPO}@{COMMIT}" in refused(tmp_path, revision=COMMIT)
 
 
 def test_the_manifest_of_a_fetched_folder_verifies(hub, tmp_path):

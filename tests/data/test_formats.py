@@ -116,7 +116,7 @@ def test_a_message_of_weight_0_is_not_trained_but_seen_by_those_behind_it(format
     assert row(1, 1).messages == tuple(TALK)
     assert [message["content"] for message in row(0, 1).messages] == ["a", "b", "c", "d"]
     assert row(1, 0).messages == tuple(TALK[:2]), "what follows the last trained message is seen by none"
-    assert "no assistant message with one before it and a weight other than 0" in row(0, 0).reason
+    assert "no assistant message after another message and a weight other than 0" in row(0, 0).reason
 
 
 def test_columns_that_are_not_read_are_known():
@@ -159,30 +159,30 @@ BAD = [
     ("sharegpt", {"conversations": called("f()")}, "conversations[1].value: not JSON"),
     ("sharegpt", {"conversations": called("[]")}, "conversations[1].value: expected a call"),
     ("sharegpt", {"conversations": called("{}")}, "tool_calls[0]: expected an object with function.name"),
-    ("squad", {**SQUAD, "answers": "", "is_impossible": "false"}, "no answers, and is_impossible is not true"),
+    ("squad", {**SQUAD, "answers": "", "is_impossible": "false"}, "no answers, but is_impossible is not true"),
     ("squad", {**SQUAD, "answers": "The Nile", "is_impossible": "perhaps"}, "is_impossible: expected true or false, got text"),
-    ("chat", {"messages": []}, "no assistant message with one before it"),
-    ("chat", {"messages": [user("a")]}, "no assistant message with one before it"),
-    ("chat", {"messages": [assistant("a")]}, "no assistant message with one before it"),
+    ("chat", {"messages": []}, "no assistant message after another message"),
+    ("chat", {"messages": [user("a")]}, "no assistant message after another message"),
+    ("chat", {"messages": [assistant("a")]}, "no assistant message after another message"),
     ("chat", {"messages": [user("a"), assistant(" ")]}, "messages[1].content: empty"),
     ("chat", {"messages": [user("a"), assistant(5)]}, "messages[1].content: expected text, got a number"),
     ("chat", {"messages": [user("a"), 5]}, "messages[1]: expected an object with role and content, got a number"),
-    ("chat", {"messages": [user("a"), {"role": "bot", "content": "b"}]}, 'messages[1].role: "bot", known are system'),
-    ("chat", {"messages": [user([{"type": "image"}]), assistant("b")]}, "only parts of the type text can be trained, got image"),
+    ("chat", {"messages": [user("a"), {"role": "bot", "content": "b"}]}, 'messages[1].role: expected one of system'),
+    ("chat", {"messages": [user([{"type": "image"}]), assistant("b")]}, "only parts of type text are supported, got image"),
     ("chat", {"messages": [user("a"), assistant("", tool_calls=[{"x": 1}])]}, "tool_calls[0]: expected an object with function.name"),
     ("chat", {"messages": [user("a"), assistant("", tool_calls={"x": 1})]}, "tool_calls: expected a list, got an object"),
     ("chat", {"messages": TALK, "tools": "{"}, "tools: not JSON"),
     ("chat", {"messages": [user("a"), assistant("b", weight=0.5)]}, "weight: expected 1, or 0 for a message that is not trained, got 0.5"),
-    ("prompt_completion", {"prompt": TALK[:1], "completion": "b", "context": "c"}, "context: can stand before a text only"),
+    ("prompt_completion", {"prompt": TALK[:1], "completion": "b", "context": "c"}, "context: needs prompt as text"),
     ("alpaca", {"instruction": "a", "output": "b", "history": [["c"]]}, "history[0]: expected [instruction, answer]"),
     ("alpaca", {"instruction": "a", "output": "b", "history": "c"}, "history: expected a list of [instruction, answer], got text"),
-    ("squad", {**SQUAD, "answers": ["The Nile"], "is_impossible": True}, "is_impossible is true, yet it has 1 answers"),
-    ("squad", {**SQUAD, "answers": [], "is_impossible": False}, "no answers, and is_impossible is not true"),
+    ("squad", {**SQUAD, "answers": ["The Nile"], "is_impossible": True}, "is_impossible is true, but there are 1 answers"),
+    ("squad", {**SQUAD, "answers": [], "is_impossible": False}, "no answers, but is_impossible is not true"),
     ("squad", {**SQUAD, "answers": [], "is_impossible": 5}, "is_impossible: expected true or false, got a number"),
     ("chat", {"messages": TALK, "tools": {"a": 1}}, "tools: expected a list of JSON schemas, got an object"),
-    ("chat", {"messages": [user("\ud800"), assistant("b")]}, "messages[0].content: holds half of a surrogate pair"),
+    ("chat", {"messages": [user("\ud800"), assistant("b")]}, "messages[0].content: contains half of a surrogate pair"),
     ("sharegpt", {"conversations": {}}, "conversations: expected a list, got an object"),
-    ("sharegpt", {"conversations": [{"from": ["x"], "value": "a"}]}, "known are system"),
+    ("sharegpt", {"conversations": [{"from": ["x"], "value": "a"}]}, "expected one of system"),
     ("sharegpt", {"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]}, "conversations[0].content: empty"),
     ("prompt_completion", {"prompt": "", "completion": "b"}, "prompt: empty"),
     ("prompt_completion", {"prompt": "a", "completion": None}, "completion: missing"),
@@ -207,12 +207,12 @@ def test_a_row_that_cannot_be_used_says_why(format, values, reason):
 
 def test_a_missing_column_names_the_columns_that_are_there():
     said = find_columns(["instruction", "response"], format="alpaca")
-    assert said == 'no column "output", which alpaca needs (instruction, output). Its columns: instruction, response'
+    assert said == 'missing column "output": alpaca needs instruction, output. The file has: instruction, response'
     said = find_columns(["question"], format="prompt_completion")
-    assert said.startswith('no column "answer", which prompt_completion needs (prompt, completion or question, answer)')
+    assert said.startswith('missing column "answer": prompt_completion needs prompt, completion or question, answer')
     said = find_columns(["instruction", "response"], format="auto")
     assert said.startswith(
-        "no format has these columns: instruction, response. Known are squad: context, question, answers"
+        "no format has these columns: instruction, response. Known formats: squad: context, question, answers"
     )
 
 

@@ -106,7 +106,7 @@ def test_columns_that_are_not_read_are_said_by_check_and_train(write, tokenizer,
     examples = load_examples(
         path, tokenizer, num_rows=None, no_answer_text="none", max_seq_length=None, cache_dir=tmp_path / "c"
     )
-    assert inspect(path, tokenizer).notes == ("rows.jsonl: columns that are not used: source, score",)
+    assert inspect(path, tokenizer).notes == ("rows.jsonl: unused columns: source, score",)
     assert examples.counts.notes == inspect(path, tokenizer).notes
 
 

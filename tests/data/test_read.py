@@ -111,7 +111,7 @@ def test_files_of_several_formats_can_be_mixed(texts, write):
 
 def test_a_format_that_a_file_is_not_is_refused(texts, write):
     with pytest.raises(
-        DataError, match=r'no column "messages", which chat needs .*Its columns: text\. .*another data\.format'
+        DataError, match=r'missing column "messages": chat needs .*The file has: text\. .*another data\.format'
     ):
         read_mix(texts("a", 1), format="chat")
     with pytest.raises(DataError, match="one JSON object, which only SQuAD files are"):

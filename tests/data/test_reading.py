@@ -40,14 +40,14 @@ def test_rows_in_another_encoding_are_the_same_rows_and_it_is_said(write, name, 
     mix = read_mix(write(data, name))
     assert pairs(mix) == WANTED and mix.num_bad == 0
     assert len(mix.notes) == (encoding != "utf-8-sig")
-    assert all("decoded whole" in note or "unpacked" in note for note in mix.notes)
+    assert all("byte order mark" in note or "unpacked" in note for note in mix.notes)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 def test_nested_questions_in_another_encoding_are_decoded_whole(write, encoding):
     mix = read_mix(write(json.dumps(SQUAD, ensure_ascii=False).encode(encoding)))
     assert [(row.context, row.answers) for row in mix] == [("10 €", ("€",))]
-    assert "decoded whole" in mix.notes[0]
+    assert "byte order mark" in mix.notes[0]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "cp1252"])
@@ -150,8 +150,8 @@ def test_a_tsv_file_with_commas_is_read_by_its_header(write):
         ("question,answer,answer\na,b,c\n", 'line 1: the header names "answer" (columns 2 and 3) more than once'),
         ("question,answer, answer\na,b,c\n", '"answer" (columns 2 and 3)'),
         ("sep=;\nx;question;x\na;b;c\n", 'line 2: the header names "x" (columns 1 and 3)'),
-        ("Question,QUESTION,answer\na,b,c\n", '"Question", "QUESTION" differ in capitals or spaces only'),
-        ("a?,b\nc?,d\n", "The first line of a csv file names its columns"),
+        ("Question,QUESTION,answer\na,b,c\n", '"Question", "QUESTION" differ only in capitals or spaces'),
+        ("a?,b\nc?,d\n", "The first line of a csv file must name its columns"),
         ('question,answer\n"a" b,c\n', "row 1: line 2: wrong quotes"),
         ('question,answer\na,b\n"open,1\nc,d\n"e",f\n', "line 3: a quote that opens in this row is not closed"),
         ('question,answer\na,b\n"open,1\n', "line 3: a quote that opens in this row is not closed"),
@@ -199,7 +199,7 @@ def test_json_of_another_plain_shape_is_read_and_it_is_said(write, document, sai
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
 def test_rows_over_several_lines_are_read(write, name):
     mix = read_mix(write("\n".join(json.dumps(row, indent=2) for row in ROWS), name))
-    assert pairs(mix) == WANTED and mix.notes == (f"{name}: read as JSON objects one behind the other",)
+    assert pairs(mix) == WANTED and mix.notes == (f"{name}: read as a sequence of JSON objects",)
     assert pairs(read_mix(write(json.dumps(ROWS, indent=2), name))) == WANTED
     talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     assert pairs(read_mix(write(json.dumps(talk, indent=2), name))) == [("a", "b")]
@@ -210,10 +210,13 @@ def test_rows_over_several_lines_are_read(write, name):
     [
         ({"train": ROWS, "test": ROWS}, 'several lists of rows, "train" and "test"'),
         ({"question": {"0": "a", "1": "b"}, "answer": {"0": "c"}}, '"answer" has fewer values'),
-        ({"question": {"0": "a"}, "answer": {"7": "c"}}, "other row numbers"),
+        ({"question": {"0": "a"}, "answer": {"7": "c"}}, "different row numbers"),
         ({"question": ["a", "b"], "answer": ["c"]}, '"answer" has fewer values'),
         ([["a", "b"]] * 3, 'df.to_json(path, orient="records", lines=True)'),
-        ({"question": {"0": "a"}, "answer": {"0": "c"}} | {f"x{i}": {"0": 1} for i in range(64)}, "at most 64"),
+        (
+            {"question": {"0": "a"}, "answer": {"0": "c"}} | {f"x{i}": {"0": 1} for i in range(64)},
+            "more than 64 columns",
+        ),
     ],
 )
 def test_json_whose_meaning_is_not_plain_is_refused_with_the_way(write, document, said):
@@ -243,7 +246,7 @@ def test_a_turn_that_a_flag_leaves_out_is_not_trained_and_it_is_said(write, form
     mix = read_mix(write([talk(format, **flag)] * 3))
     assert [row.trained_turns for row in mix] == [[3]] * 3
     assert not any(key in message for row in mix for message in row.messages for key in flag if key != "weight")
-    assert f'turns that are not trained, as their "{next(iter(flag))}" asks: 3' in mix.notes[0]
+    assert f'turns not trained because of "{next(iter(flag))}": 3' in mix.notes[0]
 
 
 @pytest.mark.parametrize("format", ["chat", "sharegpt"])

@@ -26,7 +26,7 @@ def test_identical_rows_are_counted_whatever_their_ids_and_white_space(tmp_path)
     found = find_repeats(load(tmp_path, "a.jsonl", rows), None)
     assert (found.num_rows, found.num_repeated, found.most_times) == (42, 40, 40)
     assert found.sentences[0].startswith(
-        "data.train: 40 of 42 rows are identical to an earlier one; one is there 40 times"
+        "data.train: 40 of 42 rows are identical to an earlier one; one occurs 40 times"
     )
 
 
@@ -37,7 +37,7 @@ def test_rows_that_overlap_under_another_name_and_in_another_format_are_found(tm
     ]  # fmt: skip
     found = find_repeats(train, load(tmp_path, "b.jsonl", turns))
     assert (found.num_held_out, found.num_in_training, found.num_repeated) == (3, 2, 0)
-    assert found.sentences[0].startswith("data.eval: 2 of 3 held-out rows are training rows too")
+    assert found.sentences[0].startswith("data.eval: 2 of 3 held-out rows are also training rows")
 
 
 def test_a_weight_and_the_pieces_of_a_text_repeat_nothing(tmp_path):
@@ -51,7 +51,7 @@ def test_check_and_train_warn_where_the_held_out_rows_are_the_training_rows(tmp_
     data = ["--set", "data.eval=train.json", "--set", "train.max_steps=1"]
     checked = run_cli("check", recipe, *data, "--json")
     assert checked.json["eval"]["num_in_training"] == checked.json["eval"]["num_rows"] == 4
-    said = "warning: data.eval: all 4 held-out rows are training rows too"
+    said = "warning: data.eval: all 4 held-out rows are also training rows"
     trained = run_cli("train", recipe, "--run-dir", tmp_path / "run", *data, "--set", "train.eval_every_steps=null")
     assert said in checked.stderr and said in trained.stderr, trained.stderr
-    assert "training rows too" not in run_cli("check", recipe).stderr
+    assert "also training rows" not in run_cli("check", recipe).stderr

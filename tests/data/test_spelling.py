@@ -89,7 +89,7 @@ def test_an_answer_that_ends_in_a_stop_token_is_trained_with_exactly_one(ending)
     tokenizer = make_tokenizer(eos_token="<|endoftext|>")
     found, said = labels(tokenizer, turn("yes" + ending.format("<|im_end|>")))
     assert found == tokenizer("yes", add_special_tokens=False)["input_ids"] + tokens(tokenizer, "<|im_end|>")
-    assert "1 row ended in a stop token already" in said
+    assert "1 row already ended in a stop token" in said
 
 
 def test_later_turns_and_scores_see_the_answer_without_the_stop_token_it_ended_in():
@@ -106,7 +106,7 @@ def test_later_turns_and_scores_see_the_answer_without_the_stop_token_it_ended_i
 
 
 def test_an_answer_of_nothing_but_stop_tokens_is_a_bad_row():
-    with pytest.raises(ModelError, match="nothing but stop tokens"):
+    with pytest.raises(ModelError, match="only stop tokens"):
         ChatTemplate(make_tokenizer()).encode(turn("<|im_end|>\n<|im_end|>"))
 
 
@@ -177,7 +177,7 @@ def test_a_key_without_a_place_in_the_template_is_counted_once_with_its_rows(key
     rows += [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", key: ""}]}]
     report = inspect_rows(write(rows), make_tokenizer(), num_rows=None, no_answer_text="n", max_seq_length=None)
     assert [note for note in report.notes if key in note] == [
-        f'the chat template has no place for "{key}" in messages: 30 rows lost it'
+        f'the chat template ignores "{key}" in messages: 30 rows lost it'
     ]
 
 
@@ -213,7 +213,7 @@ def test_an_id_beyond_the_embedding_is_refused_with_its_token_and_the_number_of_
     vocabulary = Vocabulary(num_rows=num_rows)
     path = write(json.dumps({"prompt": "Q", "completion": "A"}) + "\n", "rows.jsonl")
     settings = {"num_rows": None, "no_answer_text": "n", "max_seq_length": None, "vocabulary": vocabulary}
-    said = r"token '<\|done\|>' has the id 320, and the base's embedding has 320 rows"
+    said = r"token '<\|done\|>' has the id 320, but the base's embedding has 320 rows"
     with pytest.raises(TokenWithoutRow, match=said):
         inspect_rows(path, tokenizer, **settings)
     with pytest.raises(TokenWithoutRow, match=said):
@@ -242,5 +242,5 @@ def test_a_stop_token_that_the_tokenizer_does_not_call_special_is_the_stop_token
 
 def test_too_many_answers_without_text_are_refused(write):
     path = write([{"prompt": "Q", "completion": "<|im_end|>"}])
-    with pytest.raises(DataError, match="nothing but stop tokens"):
+    with pytest.raises(DataError, match="only stop tokens"):
         inspect_rows(path, make_tokenizer(), num_rows=None, no_answer_text="n", max_seq_length=None)

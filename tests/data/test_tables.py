@@ -78,8 +78,8 @@ def test_csv_rows_of_another_width_than_the_header_are_named(write):
     table = open_table(write("a,b\n1,2\n1\n1,2,3\n", "rows.csv"), "csv")
     assert list(table.rows) == [
         ("row 1", {"a": "1", "b": "2"}),
-        ("row 2", "only 1 cells, the header has 2 (line 3)"),
-        ("row 3", "more cells than the 2 of the header (line 4); quote a cell that holds the delimiter"),
+        ("row 2", "only 1 cells, but the header has 2 (line 3)"),
+        ("row 3", "more cells than the 2 of the header (line 4); quote cells that contain the delimiter"),
     ]
 
 
@@ -136,7 +136,7 @@ def test_parquet_is_read_in_batches(tmp_path, monkeypatch):
 
 def test_a_folder_of_several_splits_names_them(tmp_path):
     DatasetDict({name: Dataset.from_list(ROWS) for name in ("train", "test")}).save_to_disk(tmp_path / "both")
-    with pytest.raises(DataError, match=r"holds several splits.*both/train, .*both/test"):
+    with pytest.raises(DataError, match=r"has several splits.*both/train, .*both/test"):
         open_table(tmp_path / "both", "saved")
     assert len(list(open_table(tmp_path / "both" / "train", "saved").rows)) == 2
 
@@ -154,7 +154,11 @@ def test_a_folder_of_several_splits_names_them(tmp_path):
         ("rows.json", b'["a", "b"]', "row 1: expected an object, got text"),
         ("rows.json", b'[{"text": ' + b"[" * 100_000, "nested more than 64 levels"),
         ("rows.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: not JSON"),
-        ("notes.txt", b"Once upon a time\n", 'plain text. Make it rows: a .jsonl file with a line {"text": "..."}'),
+        (
+            "notes.txt",
+            b"Once upon a time\n",
+            'plain text. Convert it to rows: a .jsonl file with a line {"text": "..."}',
+        ),
     ],
 )
 def test_a_file_that_is_broken_is_one_clear_error(write, name, content, said):
@@ -178,5 +182,5 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(write, monk
 
 def test_a_folder_that_datasets_did_not_save_is_one_clear_error(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match="cannot be read as a folder that `datasets` saved"):
+    with pytest.raises(DataError, match="cannot be read as a folder saved by `datasets`"):
         open_table(tmp_path / "folder", "saved")

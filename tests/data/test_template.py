@@ -139,7 +139,7 @@ def test_what_surrounds_the_answer_is_read_from_any_template(chat_template):
         ("{{ raise_exception('no users here') }}", "no users here"),
         ("{% for m in messages %}", "cannot render"),
         ("{{ messages[7]['content'] }}", "cannot render"),
-        ("{{ messages[0]['content'] }}", "leaves the assistant's answer out"),
+        ("{{ messages[0]['content'] }}", "does not print the assistant's answer"),
     ],
 )
 def test_an_unusable_template_is_one_clear_error(chat_template, said):

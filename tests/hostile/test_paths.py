@@ -27,7 +27,7 @@ OUTSIDE = (
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=ascii)
 def test_a_name_that_leaves_its_folder_is_refused(tmp_path: Path, name: Any) -> None:
-    with pytest.raises(UserError, match=r"index\.json: names the file .*A file's name must stay in"):
+    with pytest.raises(UserError, match=r"index\.json: names the file .*File names must stay in"):
         inside(tmp_path, name, named_by="index.json")
 
 
@@ -48,7 +48,7 @@ def test_a_link_is_followed_only_inside_the_folder(tmp_path: Path) -> None:
     (folder / "away").symlink_to(tmp_path, target_is_directory=True)
     assert inside(folder, "near", named_by="x").read_text() == "a"
     for name in ("far", "below/up", "away/secret"):
-        with pytest.raises(UserError, match="which is a link that leads out of the folder"):
+        with pytest.raises(UserError, match="which is a link out of the folder"):
             inside(folder, name, named_by="x")
     (tmp_path / "linked").symlink_to(folder)
     assert inside(tmp_path / "linked", "a", named_by="x").read_text() == "a"  # the folder itself may be a link
@@ -64,7 +64,7 @@ def test_the_hubs_own_cache_keeps_its_links_to_its_blobs_and_no_others(tmp_path:
     (folder / "model.safetensors").symlink_to("../../blobs/123")
     (folder / "x.safetensors").symlink_to("../../other")
     assert inside(folder, "model.safetensors", named_by="x").read_text() == "weights"
-    with pytest.raises(UserError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="a link out of the folder"):
         inside(folder, "x.safetensors", named_by="x")
 
 
@@ -87,7 +87,7 @@ def test_weights_that_are_a_link_out_of_their_folder_are_refused(tmp_path: Path)
     folder = Path(shutil.copytree(tiny_source(), tmp_path / "model"))
     (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(ModelError, match=r"names the file 'model\.safetensors', which is a link that leads out"):
+    with pytest.raises(ModelError, match=r"names the file 'model\.safetensors', which is a link out"):
         list(open_tensors(folder))
 
 
@@ -98,7 +98,7 @@ def test_what_a_link_leads_to_is_not_published_with_a_merged_model(tmp_path: Pat
     (source / name).parent.mkdir(parents=True)
     out.mkdir()
     (source / name).symlink_to(tmp_path / "key")
-    with pytest.raises(UserError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="a link out of the folder"):
         copy_companions(source, out)
     assert not (out / name).exists()
 

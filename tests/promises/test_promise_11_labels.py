@@ -68,7 +68,7 @@ def test_truncation_is_counted_and_no_row_is_without_its_answer(load):
         encoded = examples.encoded(index)
         assert len(encoded.input_ids) <= 200
         assert label_text(tokenizer, encoded) == answer + "<|im_end|>"
-    with pytest.raises(DataError, match="every one of the 3 rows would lose its answer"):
+    with pytest.raises(DataError, match="all 3 rows would lose their answer"):
         load(30)
 
 

@@ -98,7 +98,7 @@ def test_copying_overwrites_nothing_but_shares_equal_data(tmp_path):
 def test_recipes_are_found_in_a_wheel_and_their_absence_is_a_users_error(tmp_path, monkeypatch):
     package = tmp_path / "site-packages" / "qlora_lite"
     monkeypatch.setattr("importlib.resources.files", lambda name: package)
-    with pytest.raises(UserError, match="install qlora_lite again"):
+    with pytest.raises(UserError, match="reinstall qlora_lite"):
         recipes_dir()
     (package / "_recipes").mkdir(parents=True)
     (package / "_recipes" / f"{DEFAULT_RECIPE}.yaml").write_text("# A recipe.\nmethod: qlora\n")

@@ -63,5 +63,7 @@ def test_an_adapter_of_another_rank_is_refused_before_anything_is_loaded(tmp_pat
     train_cli(recipe, tmp_path / "first", "--set", "data.eval=null")
     start = ("--set", f"lora.init_from={tmp_path / 'first' / 'adapter'}", "--set", "lora.r=4")
     done = run_cli("train", recipe, *start, "--run-dir", tmp_path / "second")
-    assert done.code == 2 and "lora.r: 4, but the adapter of lora.init_from has 16; write the same" in done.stderr
+    assert (
+        done.code == 2 and "lora.r: 4, but the adapter of lora.init_from has 16; use the adapter's value" in done.stderr
+    )
     assert not (tmp_path / "second").exists()
