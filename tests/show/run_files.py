@@ -18,7 +18,7 @@ REASONS = [
     "device: cpu: torch finds no CUDA device",
     "model.dtype: bf16: the CPU computes in bf16",
     "data.max_seq_length: 512: the smallest multiple of 64 that holds every row; the longest has 467 tokens",
-    "memory.gradient_checkpointing: on: keeps one hidden state a layer; costs about a third of the speed",
+    "memory.gradient_checkpointing: on: keeps one hidden state per layer; costs about a third of the speed",
     "the recipe was made for another card",
     f"data.format: squad: {EVIL}",
 ]
