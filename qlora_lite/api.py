@@ -1,7 +1,6 @@
 """The Python interface: load_recipe -> make_plan -> load_model -> train -> evaluate -> merge. No screen, no exit codes.
 
-The commands use nothing else. runs/loading.py brings the model and the rows, runs/session.py trains; what a finished run can be asked
-for is here.
+The commands use the same functions. runs/loading.py loads model and data, runs/session.py trains; operations on finished runs are here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -75,7 +74,7 @@ def evaluate(
     data: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
-    """Score `loaded` on the plan's held-out rows, or on the file `data`. Raises DataError when there are none."""
+    """Score `loaded` on the plan's held-out rows, or on the file `data`. Raises DataError if neither exists."""
     return evaluate_model(
         loaded.model,
         loaded.tokenizer,
@@ -94,21 +93,20 @@ def evaluate(
 def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None) -> MergeResult:
     """Merge the run's adapter into a 16-bit checkpoint at `out` (default: merged/ of the run), with proof.
 
-    The base is the one that training saw, dequantized, or with merge.base: original the 16-bit one it was made from.
-    What an earlier call wrote there in the same way, and was stopped after, is taken as it is. Raises ProofFailed when the merged model
-    is not the adapter model, RunError when the run has no adapter.
+    The base is that of training, dequantized, or with merge.base: original its 16-bit source. Complete output of an earlier, interrupted
+    call with equal settings is reused. Raises ProofFailed if the merged model differs from the adapter model, RunError if the run has no
+    adapter.
     """
     run, recipe = RunDir.open(run_dir), plan.recipe
     if recipe.method == "full":
         raise RunError(
-            f"{run.path}: method full trains the weights themselves, so there is nothing to merge: {run.weights} is an "
-            "ordinary checkpoint already"
+            f"{run.path}: method full trains all weights, so there is nothing to merge: {run.weights} is already an ordinary checkpoint"
         )
     folder = run_base(plan, run)
     is_original = recipe.merge.base == "original"
     if is_original and stored_quantization(read_config(plan.source), plan.source) is not None:
         raise RunError(
-            f"merge.base: original, and {plan.source} has no 16-bit original. Use --set merge.base=dequantized"
+            f"merge.base: original, but {plan.source} has no 16-bit original. Use --set merge.base=dequantized"
         )
     tokenizer = load_tokenizer(folder, special_tokens=recipe.data.special_tokens)
     return merge_files(
@@ -127,7 +125,7 @@ def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None) -> Mer
 
 
 def effect_lost(plan: Plan, run: RunDir, adapter: Path, other: Path) -> EffectLost:
-    """How much of an adapter's effect on the run's held-out rows `other`, a folder of the same kind, loses. Raises ModelError, RunError."""
+    """Return the share of an adapter's effect on held-out rows that the adapter folder `other` loses. Raises ModelError, RunError."""
     folder = run_base(plan, run)
     return adapters_effect_lost(
         folder,
@@ -140,9 +138,9 @@ def effect_lost(plan: Plan, run: RunDir, adapter: Path, other: Path) -> EffectLo
 
 
 def open_run(run_dir: Path | str, *, overrides: Sequence[str] = (), base: Path | None = None) -> tuple[RunDir, Plan]:
-    """A run's folder and the plan it was made with; `overrides` may say how it is merged and scored now (`merge.scale=0.5`).
+    """-> (run, its plan); `overrides` may change how it is merged and scored (`merge.scale=0.5`).
 
-    `base` is where the run's base lies now, for one that was moved; its hash is compared when it is loaded.
+    `base` is the new folder of a moved base; its hash is compared when it is loaded.
 
     Raises RunError, RecipeError or ModelError.
     """
@@ -150,7 +148,7 @@ def open_run(run_dir: Path | str, *, overrides: Sequence[str] = (), base: Path |
     trained_with = [override for override in overrides if not override.startswith(("merge.", "eval."))]
     if trained_with:
         raise RunError(
-            f"{run.path}: was trained with its own recipe, so {trained_with[0]} cannot be set any more; only merge.* and eval.* can"
+            f"{run.path}: its training is finished, so {trained_with[0]} cannot be set; only merge.* and eval.* can"
         )
     recipe = load_run_recipe(run.recipe, overrides=overrides)
     if base is None:
@@ -159,9 +157,9 @@ def open_run(run_dir: Path | str, *, overrides: Sequence[str] = (), base: Path |
 
 
 def run_models(plan: Plan, run: RunDir, wanted: Sequence[Which]) -> Iterator[LoadedModel]:
-    """Each of the run's models in turn, to be used until the next one is asked for; base and adapter share one set of weights.
+    """Yield the run's models one at a time, each valid until the next; base and adapter share one set of weights.
 
-    "adapter" is the tuned model also where every weight was trained. Raises RunError for what is not there yet.
+    "adapter" is the tuned model, also if every weight was trained. Raises RunError for a model that does not exist yet.
     """
     shared: LoadedModel | None = None
     for which in wanted:
@@ -174,7 +172,7 @@ def run_models(plan: Plan, run: RunDir, wanted: Sequence[Which]) -> Iterator[Loa
 
 
 def model_of_run(word: str) -> Which:
-    """`--which` as people write it. Raises UserError."""
+    """Parse the value of `--which`. Raises UserError."""
     for which in WHICH:
         if word == which:
             return which
@@ -184,7 +182,7 @@ def model_of_run(word: str) -> Which:
 def _load_run_model(plan: Plan, run: RunDir, which: Which, wanted: Sequence[Which]) -> LoadedModel:
     if which == "merged":
         if not (run.merged / "config.json").is_file():
-            raise RunError(f"{run.merged}: not there yet. Make it with: qlora-lite merge {run.path}")
+            raise RunError(f"{run.merged}: does not exist yet. Create it with: qlora-lite merge {run.path}")
         refuse_damaged(run.merged)
         return load_plain(plan, run.merged)
     folder = run_base(plan, run)
@@ -197,26 +195,26 @@ def _load_run_model(plan: Plan, run: RunDir, which: Which, wanted: Sequence[Whic
 
 @contextmanager
 def _adapter_off(loaded: LoadedModel) -> Iterator[None]:
-    """The base model alone inside this block."""
+    """Disable the adapter inside the block."""
     with loaded.model.disable_adapter() if isinstance(loaded.model, PeftModel) else nullcontext():
         yield
 
 
 def run_base(plan: Plan, run: RunDir) -> Path:
-    """The base the run was trained on. Raises RunError when what is there now is another one."""
+    """Return the folder of the run's base. Raises RunError if the base has changed since training."""
     folder = base_folder(plan)
     refuse_other_base(run, base_sha256(plan, folder), folder)
     return folder
 
 
 def _without_start(plan: Plan) -> Plan:
-    """The plan with a new adapter that starts at zero: the base alone does not need lora.init_from, which may be gone."""
+    """Return the plan without lora.init_from: the base alone does not need that adapter, which may be gone."""
     lora = plan.recipe.lora.model_copy(update={"init_from": None})
     return replace(plan, recipe=plan.recipe.model_copy(update={"lora": lora}))
 
 
 def _finished(run: RunDir) -> Path:
-    """adapter/ or weights/, as they were written. Raises RunError."""
+    """Return adapter/ or weights/, verified. Raises RunError if training is not finished or a file has changed."""
     if run.trained is None:
         raise RunError(f"{run.path}: training is not finished, so there is no tuned model. Continue it with --resume")
     refuse_damaged(run.trained)
@@ -224,19 +222,19 @@ def _finished(run: RunDir) -> Path:
 
 
 def _proof_rows(plan: Plan, tokenizer: Any) -> list[Encoded]:
-    """Held-out rows (training rows where there are none) up to PROOF_TOKENS, or as many as merge.proof says."""
+    """Return held-out examples (without held-out data, training examples) of up to PROOF_TOKENS tokens, or merge.proof examples."""
     has_held_out = plan.recipe.data.eval is not None
     examples = held_out_examples(plan, tokenizer) if has_held_out else training_examples(plan, tokenizer)
     asked = plan.recipe.merge.proof
-    # No longer than those of training, where there are such: a plan of the proof counts on it, and scoring takes longer ones too.
+    # Prefer examples no longer than training's: the plan of the proof assumes it, and scoring accepts longer ones too.
     usual = [i for i in range(len(examples)) if examples.lengths[i] <= plan.chosen.length] or range(len(examples))
     if isinstance(asked, int):
         return [examples.encoded(i) for i in usual[:asked]]
-    rows: list[Encoded] = []
+    chosen: list[Encoded] = []
     tokens = 0
     for i in usual:
         tokens += int(examples.lengths[i])
-        if rows and tokens > PROOF_TOKENS:
+        if chosen and tokens > PROOF_TOKENS:
             break
-        rows.append(examples.encoded(i))
-    return rows
+        chosen.append(examples.encoded(i))
+    return chosen

@@ -1,4 +1,4 @@
-"""The verb `merge`: the adapter added to a dequantized 16-bit checkpoint, proved and scored."""
+"""The verb `merge`: add the adapter to a dequantized 16-bit checkpoint, prove the result, and score it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ def merge(
 def _merge(run: RunDir, plan: Plan, out: Path | None) -> dict[str, Any]:
     out = out or run.merged
     if run.read_json("merge.json").get("out") == str(out) and out.is_dir() and any(out.iterdir()):
-        write_report(run)  # a merge that was killed at its very end has not come to it
+        write_report(run)  # a merge killed at its very end may lack it
         raise UserError(f"{out}: already exists and is not an empty folder; name another folder, or remove it first")
     with show.phase("merging and proving"):
         result = api.merge(plan, run.path, out)

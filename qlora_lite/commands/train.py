@@ -1,6 +1,6 @@
 """The verb `train`: plan, load, score, train, score again, report.
 
-A run that was killed continues after the last record it wrote: each part below reads what is there before it computes.
+A killed run continues after its last record: each part below reads existing records before it computes.
 """
 
 import shlex
@@ -33,20 +33,20 @@ def train(
     profile: bool = False,
     base: Path | None = None,
 ) -> dict[str, Any]:
-    """Plan, load, score, train, score again, and show what it took. `base` is where the base of a resumed run lies now."""
+    """Plan, load, score, train, score again, and show memory and time. `base` is the new folder of a resumed run's moved base."""
     begin = time.perf_counter()
     recipe = load_recipe(recipe_name, overrides=overrides, files_must_exist=base is None)
     if base is not None and not resume:
         raise UserError(
-            "train: --base names the moved base of a run that is resumed; of a new run set it: --set model.base=DIR"
+            "train: --base gives the new folder of a resumed run's base; for a new run, use --set model.base=DIR"
         )
     if resume and run_dir is None:
         raise RunError("--resume needs the run to continue: add --run-dir DIR")
-    refuse_missing_trackers(recipe.train.trackers)  # before the long work, not after it
+    refuse_missing_trackers(recipe.train.trackers)  # before the long work
     run_dir, made = (run_dir, []) if run_dir is not None else RunDir.claim_next(Path("runs"), recipe.name)
     command = resume_command(recipe_name, overrides, run_dir)
     if resume and RunDir.is_unbegun(run_dir):
-        show.say(f"{run_dir}: nothing was trained here yet, so this run begins at step 1")
+        show.say(f"{run_dir}: nothing was trained here yet; the run begins at step 1")
         resume = False
     with (
         told_how_to_go_on(RunDir(run_dir), command),
@@ -76,7 +76,7 @@ def train(
 
 
 def make_plan(session: Session, recipe: Recipe, base: Path | None) -> Plan:
-    """Of a new run, which must fit; of a resumed one as it was planned before. Raises DoesNotFit, RunError, ModelError."""
+    """Plan a new run, which must fit, or restore the plan of a resumed one. Raises DoesNotFit, RunError, ModelError."""
     run = session.run
     like = load_run_recipe(run.recipe) if session.resumes else None
     if like is not None and base is not None:
@@ -87,21 +87,21 @@ def make_plan(session: Session, recipe: Recipe, base: Path | None) -> Plan:
         plan = api.make_plan(recipe, like=like, base=None if like is None else base)
     if like is None:
         plan.refuse_what_does_not_fit()
-    else:  # what ran once has shown that it fits, or has a leaner footprint in its checkpoint
+    else:  # a resumed run has fitted before, or its checkpoint has a leaner footprint
         api.refuse_other_recipe(run, plan.recipe)
     return plan
 
 
 def _with_base_of(like: Recipe, recipe: Recipe) -> Recipe:
-    """The run's word for its base: where that lies now is no part of the recipe."""
+    """Return `recipe` with the run's name of its base; the base's new folder is not part of the recipe."""
     model = {"base": like.model.base, "revision": like.model.revision}
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
 
 
 def load(plan: Plan, spent: dict[str, float]) -> api.LoadedModel:
-    """The model ready to train, with a new adapter."""
-    how = f"{plan.quantization}; quantized once, then read from the cache" if plan.quantization else "16 bits"
-    with show.phase(f"loading the base ({how})", spent=spent) as phase:
+    """Load the model for training, with a new adapter."""
+    storage = f"{plan.quantization}; quantized once, then read from the cache" if plan.quantization else "16 bits"
+    with show.phase(f"loading the base ({storage})", spent=spent) as phase:
         loaded = api.load_model(plan, progress=phase.progress)
         phase.note(f"{format_bytes(sum(loaded.static_bytes.values()))} in memory, SHA-256 {loaded.base_sha256[:12]}")
     return loaded
@@ -110,7 +110,7 @@ def load(plan: Plan, spent: dict[str, float]) -> api.LoadedModel:
 def train_steps(
     session: Session, plan: Plan, loaded: api.LoadedModel, before: Scored, *, profile: bool, command: str
 ) -> None:
-    """Train to the end, shown step by step. Raises Interrupted, with the command that continues, when a signal stopped it."""
+    """Train to the end and show each step. Raises Interrupted, with the command that continues, after a signal."""
     run, spent = session.run, session.spent
     begin, stepping_s, spent_before = time.perf_counter(), 0.0, sum(spent.values())
     training = session.begin(plan, loaded)
@@ -125,7 +125,7 @@ def train_steps(
             for last in chain([first], steps):
                 screen.update(last)
                 stepping_s += last.step_s
-    elsewhere_s = sum(spent.values()) - spent_before  # checkpoints and the like, in `spent` already
+    elsewhere_s = sum(spent.values()) - spent_before  # checkpoints and the like, already in `spent`
     spent["training"] = stepping_s
     spent["validation, and reading the rows"] = time.perf_counter() - begin - stepping_s - elsewhere_s
     if stop.number is not None and run.trained is None:
@@ -137,7 +137,7 @@ def train_steps(
 
 
 def refuse_finished(run: RunDir) -> None:
-    """A run with its last file written; one that was stopped while its adapter was scored still has that to do."""
+    """Raise RunError if the run's last record exists; a run stopped while it scored its adapter is not finished."""
     if run.read_json("train.json"):
         raise RunError(
             f"{run.path}: is finished ({len(run.read_steps())} steps), so there is nothing to resume. Merge it with: "
@@ -146,14 +146,14 @@ def refuse_finished(run: RunDir) -> None:
 
 
 def lacks_only_its_report(run: RunDir) -> bool:
-    """It was killed when all but its page was written."""
+    """Whether the run was killed just before it wrote report.html."""
     return bool(run.read_json("train.json")) and not (run.path / "report.html").exists()
 
 
 def report_at_last(run: RunDir) -> dict[str, Any]:
-    """For a run that was killed when all but its page was written."""
+    """Write report.html of a run that lacks nothing else, and return its summary."""
     path = write_report(run)
-    show.say(f"done: {run.path} was finished but for its page: {path}")
+    show.say(f"done: {run.path} was finished except for its report: {path}")
     scores = {key: value for key, value in run.read_json("eval.json").items() if key != "schema_version"}
     return run.read_json("train.json") | {"eval": scores}
 
@@ -162,7 +162,7 @@ def train_summary(
     run: RunDir, memory: Mapping[str, Any], *, wall_s: float, spent: Mapping[str, float]
 ) -> dict[str, Any]:
     steps, manifest = run.read_steps(), read_manifest(published(run))
-    assert manifest is not None  # training has just published it
+    assert manifest is not None  # published by training
     eval_losses = [step["eval_loss"] for step in steps if step.get("eval_loss") is not None]
     train_s = sum(step["step_s"] for step in steps)
     return {
@@ -183,13 +183,13 @@ def train_summary(
 
 
 def published(run: RunDir) -> Path:
-    """adapter/ or weights/ of a run whose training has come to its end."""
-    assert run.trained is not None  # training has come to its end
+    """Return adapter/ or weights/ of a run with finished training."""
+    assert run.trained is not None  # published at the end of training
     return run.trained
 
 
 def next_command(run: RunDir) -> list[str]:
-    """`merge`; weights that were trained themselves are asked at once."""
+    """Return the next command: `merge`, or `ask` for fully trained weights."""
     if published(run) == run.weights:
         return ["qlora-lite", "ask", in_command(run.path), "..."]
     return ["qlora-lite", "merge", in_command(run.path)]

@@ -1,15 +1,15 @@
-"""Predict: a recipe -> a plan: the recipe without any `auto`, why each value was chosen, and the memory that a run will need.
+"""Plan a run: recipe -> the recipe without any `auto`, the reason for each value, and the memory that the run will need.
 
-request.py          a model's name, a folder or a recipe -> Resolved      what `plan` asks
-run_plan.py         a recipe whose base and data are here -> Plan         what training, scoring and merging go by
-resolve.py          both end here: every auto gets its value and reason
-needs.py            what the rows ask for                                 budget.py          how much memory there is
-planner.py          make it fit                                           strategy.py        ways to compute a step, fastest first
-rehearsal.py        a step on the meta device, in a ledger                scoring.py         evaluation, rehearsed there too
-merging.py          a merge and its proof, rehearsed too                  compare.py         QLoRA, LoRA, full fine-tuning side by side
+request.py          a model's name, a folder or a recipe -> Resolved, for the command `plan`
+run_plan.py         a recipe whose base and data exist -> Plan, for training, scoring and merging
+resolve.py          used by both: a value and a reason for every auto
+needs.py            requirements of the data                              budget.py          available memory
+planner.py          choose settings that fit                              strategy.py        ways to compute a step, fastest first
+rehearsal.py        rehearse a step on the meta device, in a ledger       scoring.py         rehearse an evaluation
+merging.py          rehearse a merge and its proof                        compare.py         QLoRA, LoRA, full fine-tuning side by side
 fits.py             the map of lengths and batches, the longest sequence  largest.py         the largest known model that fits
-forecast.py         Resolved -> the memory report                         workspace.py       what operators allocate inside themselves
-card_workspace.py   the same on a card
+forecast.py         Resolved -> the memory report                         workspace.py       internal allocations of operators
+card_workspace.py   internal allocations of operators on a card
 """
 
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json

@@ -1,7 +1,7 @@
-"""How much memory a run may take, and why: what was asked for, or what the device has free less a margin.
+"""The memory budget of a run, with its reason: the requested bytes, or the free memory of the device less a margin.
 
-The margin of a card is what its allocator may waste: the bytes that `doctor --measure` found on it with rows of many lengths, else 3% of
-the card, which is assumed.
+The margin of a card covers its allocator's fragmentation: the bytes that `doctor --measure` measured with sequences of many lengths, else
+an assumed 3% of the card.
 """
 
 import gc
@@ -15,23 +15,23 @@ from qlora_lite.memory.host import host_memory
 from qlora_lite.memory.kept import KEPT, kept_measurement
 from qlora_lite.units import format_bytes
 
-# Left to everything else on the machine, and to what a process takes beside its tensors (profiler events, file pages).
+# Reserved for other programs, and for this process's memory beside its tensors (profiler events, file pages).
 _HOST_MARGIN_SHARE, _HOST_MARGIN_BYTES = 0.05, 2**30
 
 
 def measured_here(card: Card, *, cache: Path) -> Mapping[str, Any]:
-    """What `doctor --measure` kept of `card`; nothing for a CPU, or where it was not measured or another one was."""
-    kept = kept_measurement(cache / KEPT)
-    if kept is None or card.is_cpu or card_here() != card:
+    """Return the figures that `doctor --measure` stored for `card`; {} for a CPU or a card that was not measured."""
+    measurement = kept_measurement(cache / KEPT)
+    if measurement is None or card.is_cpu or card_here() != card:
         return {}
-    return kept if kept.get("card") == card.name else {}
+    return measurement if measurement.get("card") == card.name else {}
 
 
 def budget_of(asked: int | str, card: Card, *, measured: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """-> (bytes, reason). `asked` is bytes, or "auto": of a device that is here what it has free now, of another card what CUDA
-    reports on it, each less a margin.
+    """-> (bytes, reason). `asked` is bytes, or "auto": the free memory of a device of this machine, or the memory that CUDA reports for
+    another card, each less a margin.
 
-    `measured` is what `measured_here` says of the device.
+    `measured` is the result of `measured_here` for the device.
     """
     if isinstance(asked, int):
         return asked, f"{format_bytes(asked)}: asked for"
@@ -39,21 +39,21 @@ def budget_of(asked: int | str, card: Card, *, measured: Mapping[str, Any] | Non
         return usable_memory(card)
     free, total = host_memory() if card.is_cpu else _free_on_card()
     share, least = (_HOST_MARGIN_SHARE, _HOST_MARGIN_BYTES) if card.is_cpu else (MARGIN_SHARE, MARGIN_BYTES)
-    holes = (measured or {}).get("fragmentation_bytes")
-    is_measured = isinstance(holes, int)
-    margin = max(least, int(holes or 0) if is_measured else int(share * total))
+    fragmentation = (measured or {}).get("fragmentation_bytes")
+    is_measured = isinstance(fragmentation, int)
+    margin = max(least, int(fragmentation or 0) if is_measured else int(share * total))
     budget = max(free - margin, free // 2)
     where = "this machine" if card.is_cpu else "the card"
-    why = "the rest of the machine" if card.is_cpu else "the allocator's holes"
-    why += ", which doctor measured" if is_measured else ""
+    purpose = "other programs" if card.is_cpu else "the allocator's fragmentation"
+    purpose += ", measured by doctor" if is_measured else ""
     return (
         budget,
-        f"{format_bytes(budget)}: of {where}'s {format_bytes(total)}, {format_bytes(free)} are free, less a margin for {why}",
+        f"{format_bytes(budget)}: {format_bytes(free)} of {where}'s {format_bytes(total)} are free, less a margin for {purpose}",
     )
 
 
 def _free_on_card() -> tuple[int, int]:
-    """-> (free, all) bytes, after this process has returned what it no longer uses: an earlier run's model, cached blocks."""
+    """-> (free, total) bytes, after this process has released unused memory: an earlier run's model, cached blocks."""
     gc.collect()
     give_back_cache()
     return free_memory()

@@ -1,16 +1,16 @@
-"""What operators allocate inside themselves on a card, by reading their sources: nothing here was measured yet (tools/gpu_check does).
+"""Internal allocations of operators on a card, derived from their sources and not measured yet (tools/gpu_check measures them).
 
-    FlashAttention-2 forward     short rows leave multiprocessors idle, so keys are split among them: fp32 sums of every split
+    FlashAttention-2 forward     short sequences leave multiprocessors idle, so keys are split among them: fp32 sums of every split
                                  (flash_api.cpp, set_params_splitkv)
-    FlashAttention-2 backward    dQ in fp32 over blocks of 128 rows, the row sums, and for grouped heads dK and dV of every query head
+    FlashAttention-2 backward    dQ in fp32 in blocks of 128 queries, the row sums, and for grouped heads dK and dV of every query head
                                  (flash_api.cpp, mha_bwd)
     memory-efficient forward     fp32 sums of the output for 16 bits and heads wider than 128 (kernel_forward.h)
-    memory-efficient backward    dQ's blocks, for wide heads on small cards dK's and dV's too, and in fp32 the product of dO and O
+    memory-efficient backward    blocks of dQ, for wide heads on small cards also of dK and dV, and in fp32 the product of dO and O
                                  (attention_backward.cu, kernel_backward.h)
-    gemm_4bit                    the whole 16-bit weight and its scales, twice, unless the fused kernel is taken (bitsandbytes
-                                 backends/cuda/ops.py); it is for up to 4 rows, and for more on some cards, so this is an upper end
+    gemm_4bit                    the whole 16-bit weight, and its scales twice, unless the fused kernel runs (bitsandbytes
+                                 backends/cuda/ops.py): always for up to 4 rows, on some cards for more, so this is an upper bound
 
-B is the batch, H the query heads, S tokens, D a head's width. Heads wider than 128 are rounded to 64, others to 32.
+B is the batch, H the query heads, S tokens, D the head width. Widths above 128 are rounded up to multiples of 64, others of 32.
 """
 
 import math
@@ -30,11 +30,11 @@ _SMALL_SHARED_MEMORY = (
     (8, 9),
     (12, 0),
     (12, 1),
-)  # whose efficient backward takes 64 x 64 blocks for heads wider than 64
+)  # capabilities whose efficient backward uses 64 x 64 blocks for heads wider than 64
 
 
 def card_workspace(card: Card) -> Workspace:
-    """-> bytes inside a call of an operator on `card`."""
+    """Return a function: a call of an operator on `card` -> bytes allocated inside."""
 
     def workspace(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
         count = _COUNTS.get(func)
@@ -46,7 +46,7 @@ def card_workspace(card: Card) -> Workspace:
 def _flash_forward(card: Card, args: Sequence[Any]) -> int:
     query, key = args[0], args[1]
     batch, heads, num_queries, width = query.shape
-    if num_queries == 1 and heads > key.shape[1]:  # query heads of a group become rows
+    if num_queries == 1 and heads > key.shape[1]:  # the query heads of a group become queries
         num_queries, heads = heads // key.shape[1], key.shape[1]
     block = 256 if width <= 64 else 128 if width <= 128 else 64
     rows = batch * heads * math.ceil(num_queries / 64)
@@ -55,7 +55,7 @@ def _flash_forward(card: Card, args: Sequence[Any]) -> int:
 
 
 def num_splits(num_row_blocks: int, num_sms: int, num_key_blocks: int) -> int:
-    """In how many parts FlashAttention-2 splits the keys: the fewest that keep 85% of the best use of the multiprocessors."""
+    """Return the number of key splits of FlashAttention-2: the fewest with 85% of the best multiprocessor utilization."""
     if num_row_blocks >= 0.8 * num_sms:
         return 1
     most = min(_MOST_SPLITS, num_sms, num_key_blocks)
@@ -85,20 +85,20 @@ def _efficient_forward(card: Card, args: Sequence[Any]) -> int:
 
 
 def _efficient_backward(card: Card, args: Sequence[Any]) -> int:
-    """The largest of the kernels that may be taken: which one fits a card's shared memory is not in torch's headers."""
+    """Return the workspace of the largest candidate kernel: torch's headers do not say which one fits a card's shared memory."""
     grad, query, key, value = args[:4]
     is_half = query.dtype != torch.float32
     rows_BH, num_queries = query.shape[0] * query.shape[1], query.shape[2]
     blocks = _efficient_blocks(card, max(query.shape[-1], value.shape[-1]), is_half=is_half)
     workspace = max(_efficient_sums(card, query, key, value, block, is_half=is_half) for block in blocks)
     delta = 4 * rows_BH * num_queries
-    # In fp32 delta comes from a product of its own, before the kernel's sums are there.
+    # In fp32, delta comes from a separate product, computed before the kernel's sums are allocated.
     product = 0 if is_half else 4 * rows_BH * num_queries * value.shape[-1] + delta
     return max(workspace, product) + delta + _copied(grad)
 
 
 def _efficient_blocks(card: Card, widest: int, *, is_half: bool) -> list[tuple[int, int, bool]]:
-    """(rows, columns, whether dK and dV stay in registers) of the kernels that may be taken for heads so wide."""
+    """-> (rows, columns, whether dK and dV stay in registers) of the candidate kernels for heads of width `widest`."""
     capability = card.capability or (0, 0)
     has_room = capability >= (8, 0) and capability not in _SMALL_SHARED_MEMORY
     if widest <= 64 or capability < (7, 0):
@@ -121,7 +121,7 @@ def _efficient_sums(
     *,
     is_half: bool,
 ) -> int:
-    """Bytes of the gradients that one kernel adds up in fp32: dQ's blocks, and dK's and dV's where registers do not hold them."""
+    """Return bytes of the gradients that one kernel sums in fp32: blocks of dQ, and of dK and dV if registers do not hold them."""
     rows, columns, in_registers = block
     rows_BH, num_queries, width = query.shape[0] * query.shape[1], query.shape[2], query.shape[3]
     num_keys, has_splits = key.shape[2], (card.capability or (0, 0)) >= (7, 0)
@@ -148,9 +148,9 @@ def _gemm_4bit(card: Card, args: Sequence[Any]) -> int:
 
 
 def _copied(tensor: torch.Tensor) -> int:
-    """Bytes of the copy that a kernel makes of [B, H, S, D] unless it lies as [B, S, H, D]."""
-    is_as_wanted = tensor.transpose(1, 2).is_contiguous()
-    return 0 if is_as_wanted else tensor.numel() * tensor.element_size()
+    """Return bytes of the copy that a kernel makes of [B, H, S, D] unless its memory layout is [B, S, H, D]."""
+    has_kernel_layout = tensor.transpose(1, 2).is_contiguous()
+    return 0 if has_kernel_layout else tensor.numel() * tensor.element_size()
 
 
 def _rounded(width: int) -> int:

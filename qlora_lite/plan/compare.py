@@ -1,7 +1,7 @@
-"""One training, three methods: QLoRA, 16-bit LoRA and full fine-tuning rehearsed side by side, and what they weigh on disk.
+"""One training by three methods: QLoRA, 16-bit LoRA and full fine-tuning, with their memory and their sizes on disk.
 
-`full` is what `method: full` runs: bf16 weights, the other half of an fp32 master, fp32 gradients, AdamW; `full_8bit` the same with
-8-bit AdamW states.
+`full` is `method: full`: bf16 weights, the lower half of an fp32 master, fp32 gradients, AdamW; `full_8bit` is the same with 8-bit
+AdamW states.
 """
 
 from dataclasses import replace
@@ -15,18 +15,18 @@ from qlora_lite.plan.rehearsal import Body, MicroBatch, Rehearsal, Settings, Sta
 from qlora_lite.plan.scoring import Scoring, rehearse_evaluation, with_evaluation
 
 METHODS = ("qlora", "lora", "full", "full_8bit")
-RANKS = (1, 8, 64)  # whose adapters are weighed beside a whole checkpoint
+RANKS = (1, 8, 64)  # ranks whose adapter sizes are listed beside a whole checkpoint
 _FULL_OPTIMIZER = {"full": "adamw", "full_8bit": "paged_adamw_8bit"}
-_STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}  # a trained weight
+_STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}  # per trained weight
 
 
-_known: dict[tuple[str, Settings, MicroBatch], Rehearsal] = {}  # a rehearsal depends on nothing else
+_known: dict[tuple[str, Settings, MicroBatch], Rehearsal] = {}  # a rehearsal depends only on these
 _known_shallow: dict[tuple[str, Settings, MicroBatch], Rehearsal] = {}
-_known_evaluations: dict[tuple[str, Settings, Scoring], dict[str, int]] = {}  # nor does this
+_known_evaluations: dict[tuple[str, Settings, Scoring], dict[str, int]] = {}  # also only on these
 
 
 class Rehearsals:
-    """Of one model, with any settings, each made once."""
+    """The rehearsals of one model, with any settings; each is computed once."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
@@ -35,7 +35,7 @@ class Rehearsals:
         self._bodies: dict[tuple[int, Settings], Body] = {}
 
     def of(self, settings: Settings, batch: MicroBatch, scoring: Scoring | None = None) -> Rehearsal:
-        """See `Stage.rehearse`; with `scoring`, evaluation is one of its phases. Raises ModelError for a config that is no model."""
+        """See `Stage.rehearse`; with `scoring`, evaluation is one of its phases. Raises ModelError for an invalid config."""
         key = self._key, settings, batch
         if key not in _known:
             _known[key] = self._stage(settings).rehearse(batch)
@@ -49,14 +49,14 @@ class Rehearsals:
         return _known_shallow[key]
 
     def _body(self, config: PreTrainedConfig, settings: Settings) -> Body:
-        """One for all settings of a step."""
+        """Return the model shared by all settings that only change a step."""
         key = config.num_hidden_layers, of_body(settings)
         if key not in self._bodies:
             self._bodies[key] = Body(config, settings)
         return self._bodies[key]
 
     def evaluation(self, settings: Settings, scoring: Scoring) -> dict[str, int]:
-        """Bytes by part at the peak of an evaluation, which does not depend on the training batch."""
+        """Return bytes by part at the peak of an evaluation, which is independent of the training batch."""
         key = self._key, settings, scoring
         if key not in _known_evaluations:
             _known_evaluations[key] = rehearse_evaluation(self._stage(settings), scoring)
@@ -64,14 +64,14 @@ class Rehearsals:
 
 
 class Comparison:
-    """Rehearsals of every method with the same settings, made when they are asked for."""
+    """Rehearsals of every method with the same settings, computed on demand."""
 
     def __init__(self, rehearsals: Rehearsals, settings: Settings) -> None:
         self.settings = settings
         self._rehearsals = rehearsals
 
     def rehearse(self, method: str, batch: MicroBatch, scoring: Scoring | None = None) -> Rehearsal:
-        """Of one of METHODS; with `scoring`, evaluation is one of its phases."""
+        """Rehearse one of METHODS; with `scoring`, evaluation is one of its phases."""
         return self._rehearsals.of(as_method(self.settings, method), batch, scoring)
 
     def rehearse_shallow(self, method: str, batch: MicroBatch) -> Rehearsal:
@@ -79,27 +79,26 @@ class Comparison:
         return self._rehearsals.shallow(as_method(self.settings, method), batch)
 
     def checkpoint_bytes(self, batch: MicroBatch) -> dict[str, int]:
-        """On disk: 16-bit weights; these with all that is needed to resume; the adapter, and the adapter with that."""
-        ours, full = self.rehearse("qlora", batch), self.rehearse("full", batch)
+        """Return bytes on disk of 16-bit weights and of the adapter, each with and without the state for resuming."""
+        qlora, full = self.rehearse("qlora", batch), self.rehearse("full", batch)
         state = _STATE_BYTES[self.settings.optimizer] + 2  # and the lower half of the fp32 master
         return {
             "full": 2 * full.num_trained,
             "full_resume": (2 + _STATE_BYTES["adamw"] + 2) * full.num_trained,
-            "adapter": self.settings.factors.itemsize * ours.num_trained,
-            "adapter_resume": (self.settings.factors.itemsize + state) * ours.num_trained,
+            "adapter": self.settings.factors.itemsize * qlora.num_trained,
+            "adapter_resume": (self.settings.factors.itemsize + state) * qlora.num_trained,
         }
 
     def adapter_bytes(self, batch: MicroBatch) -> dict[int, int]:
-        """On disk, by rank: this training's own and RANKS."""
-        ours, own = self.rehearse("qlora", batch), self.settings.r
-        rest = ours.num_trained - ours.num_in_factors
-        return {
-            r: self.settings.factors.itemsize * (rest + ours.num_in_factors // own * r) for r in sorted({own, *RANKS})
-        }
+        """Return bytes on disk of an adapter, by rank: this training's rank and RANKS."""
+        qlora, rank = self.rehearse("qlora", batch), self.settings.r
+        rest = qlora.num_trained - qlora.num_in_factors
+        per_rank = qlora.num_in_factors // rank
+        return {r: self.settings.factors.itemsize * (rest + per_rank * r) for r in sorted({rank, *RANKS})}
 
 
 def as_method(settings: Settings, method: str) -> Settings:
-    """The same choices for another method. On a card without bf16 trained weights are fp32: fp16 would lose updates."""
+    """Return the same settings for another method. On a card without bf16, trained weights are fp32: fp16 would lose updates."""
     if method in _FULL_OPTIMIZER:
         settings = replace(
             settings, method="full", optimizer=_FULL_OPTIMIZER[method], use_dora=False, modules_to_save=()
@@ -110,12 +109,12 @@ def as_method(settings: Settings, method: str) -> Settings:
 
 
 def own_method(method: str, optimizer: str) -> str:
-    """Which of METHODS a recipe runs."""
+    """Return the entry of METHODS that a recipe's method and optimizer run."""
     return "full_8bit" if method == "full" and optimizer == "paged_adamw_8bit" else method
 
 
 def as_json(rehearsal: Rehearsal) -> dict[str, Any]:
-    """One of `methods` of the plan's JSON."""
+    """Return a rehearsal as an entry of `methods` in the plan's JSON."""
     return {
         "peak_bytes": rehearsal.peak_bytes,
         "host_bytes": rehearsal.host_bytes,

@@ -1,6 +1,6 @@
-"""The memory report of a model that nobody has loaded: what it needs by every method, what fits a budget, what it weighs on disk.
+"""The memory report of a model without its weights: memory by every method, sizes that fit a budget, sizes on disk.
 
-In: a config and `Settings`. Out: `Forecast`. `sweep` asks the same of many models and many cards at once.
+In: a config and `Settings`. Out: `Forecast`. `sweep` does the same for many models and cards at once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,17 +18,17 @@ from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_h
 from qlora_lite.plan.planner import Concession, Fit, concessions, shortage
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, num_labels
 
-CARDS = tuple(gib * 2**30 for gib in (8, 12, 16, 24, 48, 80))  # bytes: the sizes that cards are sold in
+CARDS = tuple(gib * 2**30 for gib in (8, 12, 16, 24, 48, 80))  # bytes: the sizes of cards on the market
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What `plan` says. `methods` are rehearsed with the same choices; `longest` is each method's longest sequence in the budget.
+    """The report of `plan`. `methods` are rehearsed with the same settings; `longest` is each method's longest sequence in the budget.
 
-    That, and the grid, are with the leanest settings that may be chosen.
+    `longest` and `grid` use the leanest settings that the planner may choose.
     """
 
-    method: str  # one of METHODS: the one that would be run
+    method: str  # the one of METHODS that would run
     methods: dict[str, Rehearsal]
     longest: dict[str, int | None]
     largest: dict[str, str | None]  # each method's largest well-known model in the budget
@@ -59,8 +59,8 @@ class Forecast:
             "num_weights": self.methods["full"].num_weights,
             "num_trained": self.own.num_trained,
             "methods": {
-                name: as_json(found) | {"max_seq_length": self.longest[name], "largest_model": self.largest[name]}
-                for name, found in self.methods.items()
+                name: as_json(rehearsal) | {"max_seq_length": self.longest[name], "largest_model": self.largest[name]}
+                for name, rehearsal in self.methods.items()
             },
             "savings_vs_full": {
                 "bytes": full - self.own.peak_bytes,
@@ -74,14 +74,14 @@ class Forecast:
         }
 
     def shortage(self) -> str:
-        """Why it does not fit and what to try: for people, when `fits` is false."""
+        """Return a message for users: the shortage and settings to try, when `fits` is false."""
         return shortage(self.own, self.further, budget_bytes=self.budget_bytes)
 
 
 def forecast(
     rehearsals: Rehearsals, chosen: Fit, leanest: Settings, room: Room, *, method: str, merging: Merging | None = None
 ) -> Forecast:
-    """`method` is the one of METHODS that would be run. Raises ModelError for a config that is no model."""
+    """Make the report; `method` is the one of METHODS that would run. Raises ModelError for an invalid config."""
     comparison, batch = Comparison(rehearsals, chosen.settings), chosen.batch
     growth = growth_by_method(Comparison(rehearsals, leanest), rehearsals.config, batch, room.label_share)
     methods = {name: comparison.rehearse(name, batch, chosen.scoring if name == method else None) for name in METHODS}
@@ -110,7 +110,7 @@ def forecast(
 
 
 def _resident_bytes(method: str, rehearsal: Rehearsal) -> int:
-    """What any step of the method holds at least: where it is more than the budget, no length need be rehearsed."""
+    """Return the minimum bytes of any step of the method: above the budget, no length needs a rehearsal."""
     parts = ("weights", "quant_constants", "adapter", *(["optimizer"] if method.startswith("full") else []))
     return sum(rehearsal.parts.get(part, 0) for part in parts)
 
@@ -132,7 +132,7 @@ def sweep(
 
 
 def _merge(config: PreTrainedConfig, merging: Merging, batch: MicroBatch) -> dict[str, int]:
-    """Proved on as many of the longest rows as a proof takes by itself."""
+    """Return host bytes of a merge and of its proof on PROOF_TOKENS tokens in examples of the longest length."""
     rows = [(batch.length, num_labels(batch))] * max(1, PROOF_TOKENS // batch.length)
     return {
         "peak_host_bytes": merge_peak_host_bytes(config, merging),
@@ -143,15 +143,15 @@ def _merge(config: PreTrainedConfig, merging: Merging, batch: MicroBatch) -> dic
 def growth_by_method(
     comparison: Comparison, config: PreTrainedConfig, batch: MicroBatch, label_share: float
 ) -> dict[str, Growth]:
-    """Of every method. Labels meet the same frozen head in both LoRAs; and full fine-tuning with 8-bit states is full fine-tuning
-    with other states: what `batch` needs more or less by them, any other does too."""
+    """Return the growth of every method. QLoRA and LoRA have the same frozen head, so they share `Labels`. Full fine-tuning with 8-bit
+    states differs from full fine-tuning by its states only: their difference at `batch` applies to any micro-batch."""
 
     def growth(method: str, labels: Labels) -> Growth:
         return Growth(partial(comparison.rehearse, method), config, labels, label_share=label_share)
 
     def in_8_bits() -> dict[str, float]:
-        ours, theirs = (totals(comparison.rehearse(method, batch)) for method in ("full_8bit", "full"))
-        return {phase: ours[phase] - theirs[phase] for phase in ours}
+        in_8bit, in_32bit = (totals(comparison.rehearse(method, batch)) for method in ("full_8bit", "full"))
+        return {stretch: in_8bit[stretch] - in_32bit[stretch] for stretch in in_8bit}
 
     of_frozen, of_trained = (
         Labels(partial(comparison.rehearse, method), chunk=comparison.settings.head_chunk)

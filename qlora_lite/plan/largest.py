@@ -1,4 +1,4 @@
-"""The largest well-known model that a method could train in a budget: of the built-in table, by number of weights, one short example."""
+"""The largest known model that a method can train in a budget on one short example: from the built-in table, by number of weights."""
 
 from dataclasses import replace
 
@@ -10,13 +10,13 @@ from qlora_lite.plan.compare import Comparison, Rehearsals
 from qlora_lite.plan.rehearsal import MicroBatch, Settings
 
 LENGTH = 512  # tokens of the example
-# Bytes that a weight of a layer takes at least: 4 bits and their scales' 8; 16 bits; 16 bits with fp32 gradient, lower half of the
-# master and two moments. Embeddings take 16 bits in any case.
+# Minimum bytes per weight of a layer: 4 bits and an 8-bit scale per block; 16 bits; 16 bits with fp32 gradient, lower half of the
+# master and two moments. Embeddings always have at least 16 bits.
 _LEAST_BYTES = {"qlora": 0.5 + 1 / 64, "lora": 2.0, "full": 16.0, "full_8bit": 10.0}
 
 
 def largest_model(method: str, settings: Settings, *, budget_bytes: int, label_share: float) -> str | None:
-    """Its short name, or None where not even the smallest fits. `method` is one of METHODS; what cannot fit is not rehearsed."""
+    """Return its short name, None if the smallest does not fit. `method` is one of METHODS; clearly too large models are not rehearsed."""
     batch = MicroBatch(LENGTH, 1, label_share)
     settings = replace(
         settings, target_modules="all-linear", modules_to_save=(), token_ids=()

@@ -1,17 +1,17 @@
-"""What a merge and its proof hold in host memory, found by running their own code on files that are shapes alone.
+"""Host memory of a merge and its proof, rehearsed by running their own code on meta tensors.
 
-In: a config, the settings of training and how it is merged. Out: bytes of tensors at the peak, nothing else of the process.
+In: a config, the settings of training and of the merge. Out: bytes of tensors at the peak, without other memory of the process.
 
-    merge    row blocks of 16 MiB in fp32, each a few times over while it is rounded, and the fp32 scales of one weight: the same for
-             any depth, and hardly more for a large model than for a small one
-    proof    one weight in fp32, what the rows of 4,096 tokens make in one layer, last hidden states of all rows; then the
+    merge    row blocks of 16 MiB in fp32, each with a few copies while it is rounded, and the fp32 scales of one weight: independent of
+             the depth, and little more for a large model than for a small one
+    proof    one weight in fp32, activations of examples of 4,096 tokens in one layer, last hidden states of all examples; then the
              log-probabilities of five models, twice, in pieces of 256 MiB
 
-What is read lies in mapped files: page cache, no memory of the process. So the depth does not matter, and few layers are run.
-16-bit files are taken to be bf16. The proof of a run on a card computes there: either side holds at most this sum of both.
+Input files are memory-mapped: page cache, not process memory. So the depth does not matter, and few layers are rehearsed.
+16-bit files are assumed to be bf16. The proof of a run on a card computes there: host and card each hold at most this sum of both.
 
-A process has more than its tensors: what Python makes of a folder's names, and blocks that the C library keeps when they are
-freed. A Llama of two layers, 1,024 wide, 16,384 tokens, proved on 24 rows of 200: planned 84 and 395 MiB, RssAnon rose by 97 and 410.
+A process has more memory than its tensors: Python objects for a folder's names, and freed blocks that the C library keeps. A Llama of
+two layers, 1,024 wide, 16,384 tokens, proved on 24 examples of 200: planned 84 and 395 MiB, RssAnon rose by 97 and 410.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF1
 
 @dataclass(frozen=True)
 class Merging:
-    """How a run of `settings` is merged: `Settings.method` is qlora (4-bit or 8-bit files) or lora (16-bit files)."""
+    """Settings of a merge; `settings.method` is qlora (4-bit or 8-bit files) or lora (16-bit files)."""
 
     settings: Settings
     dtype: str = "bf16"
@@ -51,7 +51,7 @@ class Merging:
 
 
 def merge_peak_host_bytes(config: PreTrainedConfig, merging: Merging) -> int:
-    """Of writing the merged files: the dearest tensor, block by block."""
+    """Return peak host bytes of writing the merged files: those of the most expensive tensor, block by block."""
     base, adapter, ledger = _files(config, merging)
     dtype = DTYPES[merging.dtype]
     with ledger:
@@ -61,7 +61,7 @@ def merge_peak_host_bytes(config: PreTrainedConfig, merging: Merging) -> int:
 
 
 def proof_peak_host_bytes(config: PreTrainedConfig, merging: Merging, rows: Sequence[tuple[int, int]]) -> int:
-    """Of comparing the merged files with the adapter model on held-out `rows`: (tokens, how many of the last are labels) of each."""
+    """Return peak host bytes of comparing merged and adapter model on held-out `rows`: (tokens, number of trailing label tokens) each."""
     base, adapter, ledger = _files(config, merging)
     shallow = _shallow(config, merging)
     stored = {name: _empty(base.shape(name), DTYPES[merging.dtype]) for name in base.names}
@@ -75,7 +75,7 @@ def proof_peak_host_bytes(config: PreTrainedConfig, merging: Merging, rows: Sequ
 
 
 def write_nowhere(blocks: Iterator[torch.Tensor]) -> None:
-    """As the writer of a file, which has one block while it asks for the next."""
+    """Consume blocks like the writer of a file, which still holds one block while it requests the next."""
     for _ in blocks:
         pass
 
@@ -104,7 +104,7 @@ class _ShapeCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class _ShapeFile:
-    """What a checkpoint asks of an open safetensors file."""
+    """The methods of an open safetensors file that a checkpoint calls."""
 
     tensors: Mapping[str, torch.Tensor]
 
@@ -127,7 +127,7 @@ class _ShapeSlice:
 
 
 def _files(config: PreTrainedConfig, merging: Merging) -> tuple[Checkpoint, Adapter, Ledger]:
-    """A base, an adapter, and a ledger to which both are mapped files."""
+    """-> (base, adapter, a ledger that counts both as mapped files)."""
     settings, shallow = merging.settings, _shallow(config, merging)
     quantization = settings.quantization if settings.method == "qlora" else None
     model = empty_model(shallow)
@@ -144,14 +144,15 @@ def _files(config: PreTrainedConfig, merging: Merging) -> tuple[Checkpoint, Adap
     base = _ShapeCheckpoint(tensors, quantization=quantization, compute=settings.compute, shapes=shapes)
     adapter = _adapter(Body(shallow, settings).model)
     ledger = Ledger(workspace=workspace_of(CPU, num_threads=settings.num_threads))
-    ledger.answer = lambda operator: float(operator is torch.ops.aten.all.default)  # all is finite, nothing is wrong
-    parts = [part for each in adapter.factors.values() for part in (each.a_RI, each.b_OR, each.magnitude_O)]
+    # Every value is finite, and no check fails.
+    ledger.answer = lambda operator: float(operator is torch.ops.aten.all.default)
+    parts = [part for factors in adapter.factors.values() for part in (factors.a_RI, factors.b_OR, factors.magnitude_O)]
     ledger.hold(PAGED, *tensors.values(), *adapter.whole.values(), *(part for part in parts if part is not None))
     return base, adapter, ledger
 
 
 def _adapter(model: Any) -> Adapter:
-    """What `read_adapter` would find of a model's adapter."""
+    """Return a model's adapter in the form of `read_adapter`."""
     assert isinstance(model, PeftModel)
     trained = {
         name.removeprefix("base_model.model."): parameter.detach()
@@ -170,7 +171,7 @@ def _adapter(model: Any) -> Adapter:
 
 
 def _shallow(config: PreTrainedConfig, merging: Merging) -> PreTrainedConfig:
-    """Every kind of layer, one with a layer before it: that one's output is there too. All layers where some are named by number."""
+    """Return a config with every kind of layer, one after another layer, whose output counts too; all layers if some are named."""
     if names_layers(merging.settings):
         return config
     return with_depth(config, min(config.num_hidden_layers, layer_period(config) + 1))

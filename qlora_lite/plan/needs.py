@@ -1,4 +1,4 @@
-"""What the data ask of a plan: lengths, labels, what rows have in common, and how long held-out rows are."""
+"""Requirements of the data: lengths, labels, shared prefixes, and lengths of held-out examples."""
 
 import math
 from dataclasses import dataclass, replace
@@ -24,36 +24,36 @@ from qlora_lite.model.attention import why_not_shared
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe
 
-SAMPLED_STEPS = 64  # whose rows tell what sharing saves
-SIZED_STEPS = 4096  # after these, whose rows are counted only
-LEAST_FACTOR = 1.05  # times as many tokens, below which rows are packed one by one
+SAMPLED_STEPS = 64  # steps whose examples are sampled for the savings of sharing
+SIZED_STEPS = 4096  # later steps, of which only the sizes count
+LEAST_FACTOR = 1.05  # below this reduction of tokens, examples are packed without sharing
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the data ask of a plan."""
+    """Requirements of the data on a plan."""
 
     length: int  # tokens of the longest example
     reason: str
     label_share: float  # of all tokens
-    is_free: bool = False  # may be made shorter
-    num_scored: int = 0  # held-out rows
-    longest_scored: int = 0  # tokens of the longest of them; 0 where they were not looked at
+    is_free: bool = False  # the length may be shortened
+    num_scored: int = 0  # held-out examples
+    longest_scored: int = 0  # tokens of the longest of them; 0 if unknown
     scored_label_share: float = 0.0  # of all their tokens
-    score_limit: int | None = None  # eval.max_seq_length; None: as long as training's rows
-    score_reason: str = "as long as training's rows"
-    score_is_free: bool = False  # rows longer than training's may be left out where they do not fit
+    score_limit: int | None = None  # eval.max_seq_length; None: same as data.max_seq_length
+    score_reason: str = "same as data.max_seq_length"
+    score_is_free: bool = False  # longer examples than in training may be left out if they do not fit
     max_new_tokens: int = 32
-    lengths: np.ndarray | None = None  # of every row, uncut; None where they were not looked at
-    sharing: Sharing | None = None  # None: every row is computed by itself
+    lengths: np.ndarray | None = None  # tokens of every example, uncut; None if unknown
+    sharing: Sharing | None = None  # None: every example is computed separately
 
     def repeated(self, micro_batch_tokens: int) -> float:
-        """How many times as many tokens are computed in micro-batches of so many, which cut trees."""
+        """Return the factor of repeated tokens when micro-batches of `micro_batch_tokens` cut prefix trees."""
         return 1.0 if self.sharing is None else self.sharing.repeated(micro_batch_tokens)
 
 
 def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> Needs:
-    """What the training rows ask for. With a given length they are read only if they are there and may share. Raises DataError."""
+    """Return the needs of the training data. With a given length it is read only if it exists and may share. Raises DataError."""
     asked = recipe.data.max_seq_length
     needs = Needs(0, "asked for", 1.0, num_scored=num_scored(recipe), max_new_tokens=recipe.eval.max_new_tokens)
     if asked != "auto" and limit is not None and asked > limit:
@@ -61,7 +61,7 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
             f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
         )
     may_share = _may_share(recipe, load_config(source), 0 if asked == "auto" else asked)
-    if asked != "auto" and not (may_share and _are_there(recipe)):
+    if asked != "auto" and not (may_share and _has_data(recipe)):
         return replace(needs, length=asked)
     examples = load_examples(
         recipe.data.train_files,
@@ -73,9 +73,9 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
         cache_dir=cache / "data",
         vocabulary=Vocabulary.of(load_config(source), recipe.data.special_tokens, base_stops(source)),
     )
-    found = _sharing_of(recipe, examples) if may_share else None
+    shared = _sharing_of(recipe, examples) if may_share else None
     if asked != "auto":
-        return replace(needs, length=asked, sharing=found)
+        return replace(needs, length=asked, sharing=shared)
     length, reason = propose_max_seq_length(examples.lengths, limit=limit, is_text=examples.is_text)
     label_share = float(examples.num_label_tokens.sum() / examples.lengths.sum())
     return replace(
@@ -85,14 +85,14 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
         label_share=label_share,
         is_free=True,
         lengths=examples.lengths,
-        sharing=found,
+        sharing=shared,
     )
 
 
 def with_scored(
     recipe: Recipe, needs: Needs, source: Path, cache: Path, *, window: int | None, is_looked_at: bool
 ) -> Needs:
-    """`needs`, and how long held-out rows may be and are: scoring takes longer ones than training. Raises DataError."""
+    """Return `needs` with the limit and the lengths of held-out examples; scoring accepts longer ones than training. Raises DataError."""
     data = recipe.data
     limit, reason = longest_scored(recipe.eval.max_seq_length, window=window, trained_length=needs.length)
     is_free = recipe.eval.max_seq_length == "auto"
@@ -121,13 +121,13 @@ def _may_share(recipe: Recipe, config: PreTrainedConfig, length: int) -> bool:
     )
 
 
-def _are_there(recipe: Recipe) -> bool:
-    """The data; a run may be asked when they are gone."""
+def _has_data(recipe: Recipe) -> bool:
+    """Whether the training files exist; those of a finished run may be gone."""
     return all(Path(path).exists() for path, _ in recipe.data.train_files)
 
 
 def _sharing_of(recipe: Recipe, examples: Examples) -> Sharing:
-    """Of the steps that training begins with. Those that come later, in another order, may be fuller: of them the sizes count too."""
+    """Return the sharing of training's first steps. Later steps, in another order, may be fuller, so their sizes count too."""
     train = recipe.train
     steps_per_epoch = math.ceil(len(examples.lengths) / train.examples_per_step)
     num_steps = train.max_steps or math.ceil((train.epochs or 1.0) * steps_per_epoch)
@@ -140,12 +140,12 @@ def _sharing_of(recipe: Recipe, examples: Examples) -> Sharing:
         share=True,
     )
     num_sampled = min(steps_per_epoch, SAMPLED_STEPS)
-    others = range(num_sampled, max(num_sampled, min(num_steps, num_sampled + SIZED_STEPS)))
-    return sharing(examples, map(sampler.rows_of_step, range(num_sampled)), others=map(sampler.rows_of_step, others))
+    later = range(num_sampled, max(num_sampled, min(num_steps, num_sampled + SIZED_STEPS)))
+    return sharing(examples, map(sampler.rows_of_step, range(num_sampled)), others=map(sampler.rows_of_step, later))
 
 
 def what_is_shared(recipe: Recipe, source: Path) -> tuple[Sharing | None, str]:
-    """-> (what packing the training rows as trees saves, None where it is off; why). Raises DataError."""
+    """-> (savings of packing the training examples as prefix trees, None if off; reason). Raises DataError."""
     config = load_config(source)
     needs = needs_of(recipe, source, default_cache(), limit=context_window(config))
     needs, reason = choose_sharing(recipe, needs, config)
@@ -153,30 +153,33 @@ def what_is_shared(recipe: Recipe, source: Path) -> tuple[Sharing | None, str]:
 
 
 def choose_sharing(recipe: Recipe, needs: Needs, config: PreTrainedConfig) -> tuple[Needs, str]:
-    """-> (needs, without sharing where it is off; reason)."""
-    asked, found = recipe.data.share_prefixes, needs.sharing
+    """-> (needs, with sharing=None if sharing is off; reason)."""
+    asked, shared = recipe.data.share_prefixes, needs.sharing
     if asked is False:
         return replace(needs, sharing=None), "off: asked for"
     why_not = why_not_shared(model_class(config), config, length=needs.length)
     if why_not is not None:
-        return replace(needs, sharing=None), f"off: {why_not}, so every row is computed by itself"
-    if found is None:
-        return needs, "off: the training data are not there"
-    saved = f"{found.num_alone:,} tokens of the first steps become {found.num_packed:,}, {found.factor:.2f} times fewer"
-    if asked == "auto" and found.factor < LEAST_FACTOR:
-        return replace(needs, sharing=None), f"off: rows begin with too little in common; {saved}"
-    return needs, f"on: what rows of a step begin with in common is computed once; {saved}"
+        return replace(needs, sharing=None), f"off: {why_not}; each example is computed separately"
+    if shared is None:
+        return needs, "off: the training data are missing"
+    saved = (
+        f"{shared.num_alone:,} tokens of the first steps become {shared.num_packed:,}, {shared.factor:.2f} times fewer"
+    )
+    if asked == "auto" and shared.factor < LEAST_FACTOR:
+        return replace(needs, sharing=None), f"off: examples share too few prefix tokens; {saved}"
+    return needs, f"on: each prefix shared by examples of a step is computed once; {saved}"
 
 
 def num_scored(recipe: Recipe) -> int:
-    """Held-out rows at most; of a whole file as many as fill any batch."""
+    """Return the maximum number of held-out examples; for a whole file, enough to fill any batch."""
     return 0 if recipe.data.eval is None else recipe.eval.num_examples or BATCH_TOKENS
 
 
 def choose_format(recipe: Recipe) -> tuple[str, str]:
+    """-> (format of the training data, reason). Raises DataError."""
     data = recipe.data
-    if not all(Path(path).exists() for path, _ in data.train_files):  # a run may be asked when its data are gone
-        return data.format, "the training data are not there"
+    if not _has_data(recipe):
+        return data.format, "the training data are missing"
     chosen, reason = find_format(data.train_files, format=data.format)
     if data.eval is None or not Path(data.eval).exists():
         return chosen, reason

@@ -1,7 +1,7 @@
-"""Make it fit: a budget and what a recipe leaves free -> `Fit`, with a reason for each choice, or what would help where nothing fits.
+"""Make a plan fit: a budget and a recipe's free settings -> `Fit`, with a reason for each choice, or concessions if nothing fits.
 
-The strategy first, at the length that the data ask for; where not even the leanest fits and the length is free too, the longest that
-fits with the leanest, or the shortest there is. So a smaller budget never gives a plan that needs more.
+The strategy is chosen first, at the length of the data. If the leanest does not fit and the length is free, the longest length that fits
+with the leanest strategy is chosen, or the shortest length. So a smaller budget never gives a plan that needs more memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,36 +30,36 @@ from qlora_lite.units import format_bytes
 
 @dataclass(frozen=True)
 class Concession:
-    """A setting that the planner may not change by itself, and what it would bring on top of all that it may."""
+    """A setting that only the user may change, and the memory it saves on top of the planner's choices."""
 
-    setting: str  # as --set takes it
+    setting: str  # in the form of --set
     peak_bytes: int
     saves_bytes: int
 
 
 @dataclass(frozen=True)
 class Fit:
-    """All that was chosen. `reasons` by recipe key."""
+    """The planner's choices, with `reasons` by recipe key."""
 
     settings: Settings
     footprint: Footprint
     batch: MicroBatch
     scoring: Scoring | None  # None where nothing is scored
     length: int
-    score_limit: int  # tokens of the longest row that is scored
-    slowdown: float  # against the fastest way there is
+    score_limit: int  # tokens of the longest scored example
+    slowdown: float  # relative to the fastest strategy
     reasons: dict[str, str]
 
     @property
     def slowdown_in_words(self) -> str:
-        """The end of a sentence about the budget; empty where nothing is slower."""
+        """The end of a sentence about the budget; empty if the step is not slower."""
         if self.slowdown < 1.005:
             return ""
-        return f"; to stay within it a step takes about {self.slowdown:.2f} times as long as it could"
+        return f"; with this budget a step takes about {self.slowdown:.2f} times as long as with the fastest settings"
 
 
 def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, *, budget_bytes: int) -> Fit:
-    """`settings` with what `free` leaves open chosen; the leanest where nothing fits. Rehearses only where there is a choice."""
+    """Complete `settings` with choices for everything free, the leanest if nothing fits. Rehearses only if there is a choice."""
     needs, choice = _choose(rehearsals, settings, free, needs, budget_bytes)
     way = choice.strategy
     scoring, score_limit, reasons = _choose_scoring(
@@ -82,29 +82,30 @@ def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, *,
 
 
 def largest_batch(micro_batch_tokens: int, length: int, label_share: float) -> MicroBatch:
-    """A micro-batch as full as it may be: of equal examples, each as long as they come or a little shorter."""
+    """Return the fullest micro-batch of equal examples, each of length `length` or slightly shorter."""
     num_examples = -(-micro_batch_tokens // length)
     return MicroBatch(micro_batch_tokens // num_examples, num_examples, label_share)
 
 
 def validation_batch(batch: MicroBatch, longest: int, label_share: float) -> MicroBatch:
-    """The fullest of the validation loss: training's own, or one with the longest scored row where that is longer than training's."""
+    """Return the fullest batch of the validation loss: training's, or one with the longest scored example if that is longer."""
     if longest <= batch.length:
         return batch
     return largest_batch(max(batch.length * batch.num_examples, longest), longest, max(batch.label_share, label_share))
 
 
 def largest_tree(micro_batch_tokens: int, sharing: Sharing, *, length: int | None = None) -> MicroBatch:
-    """A micro-batch as full as it may be, or as the fullest step, or the longest row: average branches, or a little longer ones, on one
-    trunk. It holds that many tokens exactly, so what branches of one length leave over goes to the trunk. `length`: what
-    rows will be cut to, where that is less than they have.
+    """Return the largest micro-batch of a tree: branches of average length, or slightly longer, on one trunk.
+
+    Its tokens are those of a full micro-batch, of the fullest step, or of the longest example, exactly: the trunk takes the remainder
+    of the branches. `length` is the cut of examples, if they are longer.
     """
     tokens = min(micro_batch_tokens, sharing.most_tokens or micro_batch_tokens)
     longest = sharing.longest_row if length is None else min(length, sharing.longest_row)
     tokens = max(tokens, longest, 2)  # a token to predict from, and a label
     branch = min(sharing.branch, tokens)
     num_examples = max(1, (tokens - min(sharing.trunk, tokens - branch)) // branch)
-    if 0 < sharing.most_rows < num_examples:  # the rest are further trunks
+    if 0 < sharing.most_rows < num_examples:  # the remaining tokens are further trunks
         num_examples = sharing.most_rows
     else:
         branch = max(branch, (tokens - min(sharing.trunk, tokens - branch)) // num_examples)
@@ -115,7 +116,7 @@ def largest_tree(micro_batch_tokens: int, sharing: Sharing, *, length: int | Non
 
 
 def leanest_settings(settings: Settings, free: Free) -> Settings:
-    """For the longest sequences: all that is free as lean as it comes, but for the head's chunk."""
+    """Return the leanest choice of everything free except the head's chunk, for the longest sequences."""
     return replace(
         settings,
         checkpoint_every=CHECKPOINTING[-1] if free.checkpoint_every is None else settings.checkpoint_every,
@@ -126,39 +127,39 @@ def leanest_settings(settings: Settings, free: Free) -> Settings:
 def concessions(
     rehearsals: Rehearsals, settings: Settings, batch: MicroBatch, scoring: Scoring | None
 ) -> tuple[Concession, ...]:
-    """What further settings would save, those that save most first."""
+    """Return the settings that would save memory, largest saving first."""
     now = rehearsals.of(settings, batch, scoring).peak_bytes
     evaluation = 0 if scoring is None else sum(rehearsals.evaluation(settings, scoring).values())
 
-    def peak_bytes(other: Settings, smaller: MicroBatch) -> int:
-        """Evaluating needs no more than it did, so it is rehearsed only where it may be what needs most."""
-        peak = rehearsals.of(other, smaller).peak_bytes
-        return peak if peak >= evaluation else rehearsals.of(other, smaller, _shortened(scoring, smaller)).peak_bytes
+    def peak_bytes(leaner: Settings, smaller: MicroBatch) -> int:
+        """Rehearse evaluation only if it may have the highest peak: it never needs more than with `settings`."""
+        peak = rehearsals.of(leaner, smaller).peak_bytes
+        return peak if peak >= evaluation else rehearsals.of(leaner, smaller, _shortened(scoring, smaller)).peak_bytes
 
-    peaks = {setting: peak_bytes(other, smaller) for setting, other, smaller in _further(settings, batch)}
+    peaks = {setting: peak_bytes(leaner, smaller) for setting, leaner, smaller in _further(settings, batch)}
     for longest in () if scoring is None else _shorter_rows(scoring, batch):
         assert scoring is not None
-        less = _shortened(replace(scoring, longest=longest, prompts=(longest,) * len(scoring.prompts)), batch)
-        peaks[f"eval.max_seq_length={longest}"] = rehearsals.of(settings, batch, less).peak_bytes
-    found = [Concession(setting, peak, now - peak) for setting, peak in peaks.items() if peak < now]
-    return tuple(sorted(found, key=lambda concession: concession.peak_bytes))
+        shorter = _shortened(replace(scoring, longest=longest, prompts=(longest,) * len(scoring.prompts)), batch)
+        peaks[f"eval.max_seq_length={longest}"] = rehearsals.of(settings, batch, shorter).peak_bytes
+    savings = [Concession(setting, peak, now - peak) for setting, peak in peaks.items() if peak < now]
+    return tuple(sorted(savings, key=lambda concession: concession.peak_bytes))
 
 
-def shortage(found: Rehearsal, further: tuple[Concession, ...], *, budget_bytes: int) -> str:
-    """Why it does not fit and what to do, for people."""
-    largest = max(found.parts, key=lambda part: found.parts[part])
-    what = (
-        f"does not fit: needs {format_bytes(found.peak_bytes)} of {format_bytes(budget_bytes)}, which is the smallest budget for these "
-        f"settings. Largest part: {largest.replace('_', ' ')} {format_bytes(found.parts[largest])}."
+def shortage(rehearsal: Rehearsal, further: tuple[Concession, ...], *, budget_bytes: int) -> str:
+    """Return a message for users: the shortage, its largest part, and settings to try."""
+    largest = max(rehearsal.parts, key=lambda part: rehearsal.parts[part])
+    problem = (
+        f"does not fit: needs {format_bytes(rehearsal.peak_bytes)} (the smallest budget for these settings) of "
+        f"{format_bytes(budget_bytes)}. Largest part: {largest.replace('_', ' ')} {format_bytes(rehearsal.parts[largest])}."
     )
     helps = [concession for concession in further if concession.peak_bytes <= budget_bytes]
     if helps:
-        ways = [
+        proposals = [
             f"--set {concession.setting} (needs {format_bytes(concession.peak_bytes)})" for concession in helps[::-1]
         ]
-        return f"{what} Try {', or '.join(ways)}"
-    saved = ", ".join(f"{each.setting} saves {format_bytes(each.saves_bytes)}" for each in further)
-    return f"{what} No one setting is enough{f': {saved}' if saved else ''}. Use a smaller model"
+        return f"{problem} Try {', or '.join(proposals)}"
+    saved = ", ".join(f"{concession.setting} saves {format_bytes(concession.saves_bytes)}" for concession in further)
+    return f"{problem} No single setting is enough{f': {saved}' if saved else ''}. Use a smaller model"
 
 
 def _choose(
@@ -173,7 +174,7 @@ def _choose(
             repeated=needs.repeated,
         )
         if len(ways) == 1 and not needs.is_free:
-            return Choice(ways[0], fits=True, tried={})  # nothing to choose: whether it fits is asked when it matters
+            return Choice(ways[0], fits=True, tried={})  # nothing to choose; the caller checks whether it fits
         return choose(ways, lambda way: rehearsals.of(_with(settings, way), _batch(way, needs)).peak_bytes,
                       budget_bytes=budget_bytes)  # fmt: skip
 
@@ -181,13 +182,13 @@ def _choose(
     if choice.fits or not needs.is_free:
         return needs, choice
     shorter = _longest(rehearsals, _with(settings, choice.strategy), needs, budget_bytes)
-    reason = _loss_in_words(needs, shorter, budget_bytes)
+    reason = _length_reason(needs, shorter, budget_bytes)
     needs = replace(needs, length=shorter or min(STEP, needs.length), reason=reason)
     return needs, choice_for(needs)
 
 
 def _longest(rehearsals: Rehearsals, settings: Settings, needs: Needs, budget_bytes: int) -> int | None:
-    """Of one example, rehearsed itself: what its neighbours say may be off by a little."""
+    """Return the longest length of one example, confirmed by its own rehearsal: interpolation may be slightly off."""
     labels = Labels(partial(rehearsals.shallow, settings), chunk=settings.head_chunk)
     growth = Growth(partial(rehearsals.of, settings), rehearsals.config, labels, label_share=needs.label_share)
     length = longest_length(growth, Room(budget_bytes, needs.length, needs.label_share))
@@ -199,38 +200,40 @@ def _longest(rehearsals: Rehearsals, settings: Settings, needs: Needs, budget_by
 def _choose_scoring(
     rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, batch: MicroBatch, budget_bytes: int
 ) -> tuple[Scoring | None, int, dict[str, str]]:
-    """-> (what is scored, None for nothing; the longest row that is; reasons by recipe key).
+    """-> (scoring, None if nothing is scored; tokens of the longest scored example; reasons by recipe key).
 
-    Rows that are longer than training's are left out where they do not fit and the recipe leaves their length open.
+    Examples longer than training's are left out if they do not fit and eval.max_seq_length is free.
     """
-    limit, why = needs.score_limit or needs.length, needs.score_reason
+    limit, length_reason = needs.score_limit or needs.length, needs.score_reason
     if not needs.num_scored:
         tokens = free.eval_batch_tokens or EVAL_BATCH_TOKENS[0]
         reason = f"{tokens}: nothing is scored"
-        return None, limit, {"eval.max_seq_length": f"{limit}: {why}", "memory.eval_batch_tokens": reason}
+        return None, limit, {"eval.max_seq_length": f"{limit}: {length_reason}", "memory.eval_batch_tokens": reason}
 
     def fits(scoring: Scoring) -> bool:
         return bool(budget_bytes) and sum(rehearsals.evaluation(settings, scoring).values()) <= budget_bytes
 
-    found = _batch_of_answers(needs, free, batch, needs.longest_scored, fits)
-    if needs.score_is_free and needs.length < needs.longest_scored and not fits(found):
-        found, limit = _batch_of_answers(needs, free, batch, 0, fits), needs.length
-        why = f"as long as training's rows; longer ones, up to {needs.longest_scored}, do not fit {format_bytes(budget_bytes)}"
-    asked = "asked for" if free.eval_batch_tokens is not None else ""
+    scoring = _batch_of_answers(needs, free, batch, needs.longest_scored, fits)
+    if needs.score_is_free and needs.length < needs.longest_scored and not fits(scoring):
+        scoring, limit = _batch_of_answers(needs, free, batch, 0, fits), needs.length
+        length_reason = (
+            f"same as data.max_seq_length; longer examples, up to {needs.longest_scored} tokens, do not fit "
+            f"{format_bytes(budget_bytes)}"
+        )
+    batch_reason = ": asked for" if free.eval_batch_tokens is not None else " prompt tokens per batch of answers"
     reasons = {
-        "eval.max_seq_length": f"{limit}: {why}",
-        "memory.eval_batch_tokens": f"{found.batch_tokens}"
-        + (f": {asked}" if asked else " prompt tokens are answered at once"),
+        "eval.max_seq_length": f"{limit}: {length_reason}",
+        "memory.eval_batch_tokens": f"{scoring.batch_tokens}{batch_reason}",
     }
-    return found, limit, reasons
+    return scoring, limit, reasons
 
 
 def _batch_of_answers(
     needs: Needs, free: Free, batch: MicroBatch, longest: int, fits: Callable[[Scoring], bool]
 ) -> Scoring:
-    """The largest batch of answers that fits, of prompts as long as they come; the smallest where nothing does."""
+    """Return the largest batch of answers that fits with the longest prompts, or the smallest if none fits."""
     length = max(needs.length, longest)
-    found = Scoring(
+    scoring = Scoring(
         validation_batch(batch, longest, needs.scored_label_share),
         (length,) * min(needs.num_scored, EVAL_BATCH_TOKENS[0]),
         needs.max_new_tokens,
@@ -239,10 +242,10 @@ def _batch_of_answers(
         longest=longest,
     )
     for tokens in () if free.eval_batch_tokens is not None else EVAL_BATCH_TOKENS:
-        found = replace(found, batch_tokens=tokens)
-        if tokens <= length or fits(found):
-            break  # a batch holds one prompt at least
-    return found
+        scoring = replace(scoring, batch_tokens=tokens)
+        if tokens <= length or fits(scoring):
+            break  # a batch has at least one prompt
+    return scoring
 
 
 def _with(settings: Settings, way: Strategy) -> Settings:
@@ -261,14 +264,14 @@ def _batch(way: Strategy, needs: Needs) -> MicroBatch:
     return largest_batch(tokens, needs.length, needs.label_share)
 
 
-def _loss_in_words(needs: Needs, shorter: int | None, budget_bytes: int) -> str:
+def _length_reason(needs: Needs, shorter: int | None, budget_bytes: int) -> str:
     if shorter is None:
-        return f"the shortest that is tried, and not even that fits {format_bytes(budget_bytes)}; the data would take {needs.length}"
-    reason = f"the longest that fits {format_bytes(budget_bytes)}; the data would take {needs.length}"
+        return f"the shortest length tried, which does not fit {format_bytes(budget_bytes)} either; the data need {needs.length}"
+    reason = f"the longest that fits {format_bytes(budget_bytes)}; the data need {needs.length}"
     if needs.lengths is None:
         return reason
     num_longer = int((needs.lengths > shorter).sum())
-    return f"{reason}, and {num_longer} of {len(needs.lengths)} rows are longer: cut where their format allows it, else left out"
+    return f"{reason}; {num_longer} of {len(needs.lengths)} examples are longer: cut if their format allows it, else left out"
 
 
 def _reasons(choice: Choice, free: Free, budget_bytes: int) -> dict[str, str]:
@@ -278,10 +281,10 @@ def _reasons(choice: Choice, free: Free, budget_bytes: int) -> dict[str, str]:
         "train.micro_batch_tokens": f"{way.footprint.micro_batch_tokens}: "
         + ("asked for" if free.micro_batch_tokens is not None else _tokens_reason(choice, budget_bytes))
         + "; does not change the result",
-        "memory.head_chunk": f"{way.footprint.head_chunk} label tokens are projected at once"
+        "memory.head_chunk": f"{way.footprint.head_chunk} label tokens are projected at a time"
         + (", as asked for" if free.head_chunk is not None else ""),
         "train.optimizer": f"{way.optimizer}: "
-        + ("asked for" if free.optimizer is not None else f"the most exact that fits {format_bytes(budget_bytes)}"),
+        + ("asked for" if free.optimizer is not None else f"the most precise that fits {format_bytes(budget_bytes)}"),
     }
 
 
@@ -291,29 +294,29 @@ def _checkpointing_reason(choice: Choice, free: Free, budget_bytes: int) -> str:
     if free.checkpoint_every is not None:
         return f"{layers}: asked for"
     if every == 0:
-        return f"{layers}: all activations fit {format_bytes(budget_bytes)}, so nothing is computed twice"
-    less = {way: peak for way, peak in choice.tried.items() if way.footprint.checkpoint_every == CHECKPOINTING[0]}
-    fitting = [way.footprint.micro_batch_tokens for way, peak in less.items() if peak <= budget_bytes]
-    if not less:
-        without = f"keeps one hidden state a layer; the budget is {format_bytes(budget_bytes)}"
+        return f"{layers}: all activations fit {format_bytes(budget_bytes)}, so none are recomputed"
+    without = {way: peak for way, peak in choice.tried.items() if way.footprint.checkpoint_every == CHECKPOINTING[0]}
+    fitting = [way.footprint.micro_batch_tokens for way, peak in without.items() if peak <= budget_bytes]
+    if not without:
+        reason = f"keeps one hidden state per layer; the budget is {format_bytes(budget_bytes)}"
     elif fitting:
-        without = f"without it {max(fitting)} tokens would fit {format_bytes(budget_bytes)} at once, so few that a step would take longer"
+        reason = f"without it, micro-batches of at most {max(fitting)} tokens fit {format_bytes(budget_bytes)}, which is slower"
     else:
-        without = (
-            f"without it at least {format_bytes(min(less.values()))} of {format_bytes(budget_bytes)} would be needed"
+        reason = (
+            f"without it, at least {format_bytes(min(without.values()))} of {format_bytes(budget_bytes)} are needed"
         )
-    return f"{layers}: {without}"
+    return f"{layers}: {reason}"
 
 
 def _tokens_reason(choice: Choice, budget_bytes: int) -> str:
     tokens = choice.strategy.footprint.micro_batch_tokens
     if not any(way.footprint.micro_batch_tokens > tokens for way in choice.tried):
-        return "enough to hide dequantizing the weights" if choice.fits else "as few as the longest example has"
-    return f"the most that fits {format_bytes(budget_bytes)} with the other settings"
+        return "enough to hide the cost of dequantizing weights" if choice.fits else "the tokens of the longest example"
+    return f"the most that fit {format_bytes(budget_bytes)} with the other settings"
 
 
 def _shortened(scoring: Scoring | None, batch: MicroBatch) -> Scoring | None:
-    """Of rows that are no longer than the batch's, but for those that are known to be: data.max_seq_length does not cut them."""
+    """Return `scoring` with prompts cut to the batch's length, but not known longer ones: data.max_seq_length does not cut those."""
     if scoring is None:
         return None
     prompts = tuple(max(min(prompt, batch.length), scoring.longest) for prompt in scoring.prompts)
@@ -322,7 +325,7 @@ def _shortened(scoring: Scoring | None, batch: MicroBatch) -> Scoring | None:
 
 
 def _shorter_rows(scoring: Scoring, batch: MicroBatch) -> Iterator[int]:
-    """Values of eval.max_seq_length that leave rows out."""
+    """Yield values of eval.max_seq_length that leave examples out."""
     if scoring.longest > batch.length:
         yield batch.length
         if scoring.longest // 2 > batch.length:
@@ -330,7 +333,7 @@ def _shorter_rows(scoring: Scoring, batch: MicroBatch) -> Iterator[int]:
 
 
 def _further(settings: Settings, batch: MicroBatch) -> Iterator[tuple[str, Settings, MicroBatch]]:
-    """-> (what to set, settings, batch) of everything else that might help."""
+    """Yield (KEY=VALUE, settings, batch) of every further setting that may help."""
     one = replace(batch, num_examples=1)
     if settings.method != "qlora":
         yield "method=qlora", replace(settings, method="qlora", quantization=NF4), batch

@@ -1,17 +1,17 @@
-"""What a step will hold, found by running it: training's own code on the meta device, inside a ledger.
+"""The memory of a training step, rehearsed: training's own code runs on the meta device, inside a ledger.
 
-In: a transformers config and settings. Out: `Rehearsal`: bytes by part at the peak of each phase. No weights, nothing is computed.
+In: a transformers config and settings. Out: `Rehearsal`: bytes by part at the peak of each phase. No weights, no arithmetic.
 
-    weights           what is frozen (or, for full, trained), its buffers         workspace   temporaries of the update, and those that
-    quant_constants   scales and tables of quantized weights                                  operators allocate inside themselves
-    adapter           what is trained beside the base                             runtime     what the device's libraries take
-    gradients, optimizer   of what is trained                                     logits      the head's chunk
+    weights           frozen weights (with full: trained ones), buffers           workspace   temporaries of the update, and internal
+    quant_constants   scales and tables of quantized weights                                  allocations of operators
+    adapter           trained tensors beside the base                             runtime     allocations of the device's libraries
+    gradients, optimizer   of the trained tensors                                 logits      the head's chunk
     activations       made by the forward pass and kept                           recompute   made by the backward pass
 
-Layers repeat, so a deep model is rehearsed at two depths, two and three layers, or one and two periods of its layers' pattern (plus what
-is left over), and every part of every phase is continued in a line: exact, because each period adds the same storages. Where a recipe
+Layers repeat, so a deep model is rehearsed at two depths, two and three layers, or one and two periods of its layer pattern (plus the
+remainder), and every part of every phase is extrapolated on a line: exact, because each period adds the same storages. If a recipe
 names modules of single layers, every layer is rehearsed.
-Attention on meta would be decomposed; here it is the operator that the planned device runs (`attention_on`).
+On meta, attention would be decomposed; `attention_on` substitutes the operator of the planned device.
 """
 
 import copy
@@ -51,7 +51,7 @@ from qlora_lite.training.step import Observer, forward_backward, update
 PARTS = ("weights", "quant_constants", "adapter", "gradients", "optimizer", "activations", "recompute", "logits",
          "workspace", "runtime")  # fmt: skip
 NF4 = Quantization("nf4")
-_EMBEDDING = "embedding"  # what is made once the gradient of the embeddings is there, of weights that are trained
+_EMBEDDING = "embedding"  # allocations after the gradient of the embeddings, when weights are trained
 _STRETCHES = {**PHASES, _EMBEDDING: "end of backward"}
 _UPDATE = next(name for name, phase in PHASES.items() if phase == "update")
 _PHASE_OF = {"end of backward": "backward"}
@@ -60,7 +60,7 @@ Phases = dict[str, dict[str, int]]  # bytes by part at the peak of each phase
 
 @dataclass(frozen=True)
 class Settings:
-    """What is chosen, of all that memory depends on."""
+    """The settings that memory depends on."""
 
     method: str = "qlora"  # qlora, lora or full
     quantization: Quantization = NF4  # of qlora
@@ -72,39 +72,39 @@ class Settings:
     lora_dropout: float = 0.0
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
-    token_ids: tuple[int, ...] = ()  # of data.special_tokens: their rows are trained, and added where the base has none
+    token_ids: tuple[int, ...] = ()  # data.special_tokens: embedding rows to train, or to add
     optimizer: str = "paged_adamw_8bit"
-    checkpoint_every: int = 1  # layers; 0: none
+    checkpoint_every: int = 1  # n: every n-th layer is checkpointed; 0: none
     head_chunk: int = CHUNK
-    num_threads: int = 1  # of the CPU; attention there takes a block of scores for each
-    runtime_bytes: int | None = None  # what the device's libraries take of the allocator; None: the card's
+    num_threads: int = 1  # of the CPU, where attention allocates a block of scores per thread
+    runtime_bytes: int | None = None  # allocator memory of the device's libraries; None: the card's default
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The largest micro-batch of a step: `num_examples` of `length` tokens in one row, `label_share` of all tokens labelled.
+    """The largest micro-batch of a step: `num_examples` of `length` tokens in one packed sequence, `label_share` of all tokens labelled.
 
-    The first `trunk` tokens are the same in all of them and in the row once.
+    The first `trunk` tokens are shared by all examples and packed once.
     """
 
     length: int
     num_examples: int = 1
     label_share: float = 0.1
-    is_first: bool = False  # else the gradients of others are there already
+    is_first: bool = False  # otherwise gradients of earlier micro-batches are in memory
     trunk: int = 0
 
     def __post_init__(self) -> None:
         assert self.num_examples >= 1 and 0 <= self.trunk < self.length, self
 
     def shortened(self, length: int) -> "MicroBatch":
-        """The same with examples of at most `length` tokens, their trunk and their own part cut alike."""
+        """Return the micro-batch with examples of at most `length` tokens, trunk and branches cut by the same factor."""
         if length >= self.length:
             return self
         return replace(self, length=length, trunk=self.trunk * length // self.length)
 
     @property
     def num_tokens(self) -> int:
-        """Of the row."""
+        """Tokens of the packed sequence."""
         return self.trunk + self.num_examples * (self.length - self.trunk)
 
 
@@ -112,21 +112,21 @@ class MicroBatch:
 class Rehearsal:
     """Bytes by part at the peak of each stretch of a step."""
 
-    stretches: Phases  # the phases, and the end of the backward pass by itself: with the length it grows otherwise than the rest
+    stretches: Phases  # the end of backward is separate: it grows differently with the length
     num_weights: int
     num_trained: int
-    num_in_factors: int  # of the trained ones, those that grow with the rank
+    num_in_factors: int  # trained weights that grow with the rank
     host_bytes: int  # optimizer state that may page to the host
 
     @cached_property
     def phases(self) -> Phases:
-        """Of forward, head, backward, update; evaluate where it is planned: the highest of its stretches."""
-        found: Phases = {}
+        """Parts by phase (forward, head, backward, update, and evaluate if planned), at the highest stretch of each."""
+        phases: Phases = {}
         for stretch, parts in self.stretches.items():
             phase = _PHASE_OF.get(stretch, stretch)
-            if phase not in found or sum(parts.values()) > sum(found[phase].values()):
-                found[phase] = parts
-        return found
+            if phase not in phases or sum(parts.values()) > sum(phases[phase].values()):
+                phases[phase] = parts
+        return phases
 
     @property
     def phase(self) -> str:
@@ -144,10 +144,10 @@ class Rehearsal:
 
 
 class Stage:
-    """Where steps of one model with one choice of settings are rehearsed, any number of them.
+    """A place to rehearse any number of steps of one model with one choice of settings.
 
-    `bodies` gives the model of a config and settings, where another stage may have made it. Raises ModelError for a config that is
-    no model, or one whose model does not run: somebody else wrote the config, and transformers looks at many of its values only then.
+    `bodies` returns the model of a config and settings, perhaps shared with other stages. Raises ModelError for an invalid config, also
+    when its model fails to run: configs come from other people, and transformers checks many values only then.
     """
 
     def __init__(
@@ -162,47 +162,47 @@ class Stage:
         is_uniform = not names_layers(settings)
         self._times = (depth - shallow) // period if depth > deep and is_uniform else 0
         depths = (shallow, deep) if self._times else (depth,)
-        shallows = [with_depth(config, layers) for layers in depths]
-        self._scenes = [Scene(each, settings, (bodies or Body)(each, settings)) for each in shallows]
+        configs = [with_depth(config, layers) for layers in depths]
+        self._scenes = [Scene(shallow, settings, (bodies or Body)(shallow, settings)) for shallow in configs]
 
     def rehearse(self, batch: MicroBatch) -> Rehearsal:
-        """One optimizer step whose largest micro-batch is `batch`."""
+        """Rehearse one optimizer step whose largest micro-batch is `batch`."""
         with running(self._config):
-            found = [scene.rehearse(batch) for scene in self._scenes]
-        return _continued(*found, times=self._times) if self._times else found[0]
+            rehearsals = [scene.rehearse(batch) for scene in self._scenes]
+        return _continued(*rehearsals, times=self._times) if self._times else rehearsals[0]
 
     def rehearse_shallow(self, batch: MicroBatch) -> Rehearsal:
-        """The same of few layers: for differences that the depth does not matter to."""
+        """Rehearse with few layers only, for differences that are independent of the depth."""
         with running(self._config):
             return self._scenes[0].rehearse(batch)
 
     def rehearse_phases(self, act: "Callable[[Scene], Phases]") -> Phases:
-        """Anything else that a scene can show; the whole depth's phases."""
+        """Rehearse `act`, a function of a scene, and return its phases at full depth."""
         with running(self._config):
-            found = [act(scene) for scene in self._scenes]
-        return _phases_continued(*found, times=self._times) if self._times else found[0]
+            phases = [act(scene) for scene in self._scenes]
+        return _phases_continued(*phases, times=self._times) if self._times else phases[0]
 
 
 def names_layers(settings: Settings) -> bool:
-    """Whether what is trained differs from layer to layer: some are named by number, so that no few of them stand for the rest."""
+    """Whether settings name layers by number: then trained modules differ between layers, and a few layers do not represent all."""
     targets = settings.target_modules
     names = (*settings.modules_to_save, *((targets,) if isinstance(targets, str) else targets))
     return settings.method != "full" and any(part.isdigit() for name in names for part in name.split("."))
 
 
 def running(config: PreTrainedConfig) -> AbstractContextManager[None]:
-    """Raises ModelError for whatever a model of `config` raises inside, where it is run. Errors of our own code stay as they are."""
+    """Context manager: convert any error of a model of `config` to ModelError. Errors of our own code pass unchanged."""
     name = Path(config.name_or_path).name or str(config.model_type)
     return foreign(
-        lambda said: ModelError(f"{name}: config.json: a model of these values does not run ({said})"),
+        lambda said: ModelError(f"{name}: config.json: a model with these values does not run ({said})"),
         passes=is_of_our_code,
     )
 
 
 class Body:
-    """A model on meta, and what is trained of it: one for all settings that differ in nothing that `of_body` keeps.
+    """A model on meta with its trained parameters, shared by all settings with equal `of_body`.
 
-    Gradients are told to `ledger`, that of the scene that is being rehearsed.
+    Reports gradients to `ledger`, which belongs to the current scene.
     """
 
     def __init__(self, config: PreTrainedConfig, settings: Settings) -> None:
@@ -227,7 +227,7 @@ class Body:
 
 
 def of_body(settings: Settings) -> Settings:
-    """The settings that a model is made by: all that changes a step only is as a default."""
+    """Return the settings that determine a model; those that only change a step have their defaults."""
     default = Settings()
     return replace(
         settings,
@@ -241,7 +241,7 @@ def of_body(settings: Settings) -> Settings:
 
 
 class Scene:
-    """As `Stage`, with every layer of the model rehearsed."""
+    """Like `Stage`, but rehearses every layer of the model."""
 
     def __init__(self, config: PreTrainedConfig, settings: Settings, body: Body | None = None) -> None:
         self._settings = settings
@@ -278,7 +278,7 @@ class Scene:
         self._optimizer.zero_grad(set_to_none=True)
         totals = {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
         backward = [totals.pop(name) for name in ("recompute", _EMBEDDING) if name in totals]
-        if backward:  # there is none where only the head is trained
+        if backward:  # none if only the head is trained
             totals["recompute"] = max(backward)
         self.peak_totals = totals
         return Rehearsal(
@@ -290,7 +290,7 @@ class Scene:
         )
 
     def _step(self, batch: Batch) -> None:
-        """What the update needs on top of what is held before it depends on no batch, so it is gone through once."""
+        """Run a step. The bytes that the update adds are independent of the batch, so it runs only the first time."""
         ledger, chunk = self.ledger, self._settings.head_chunk
         if self._added_by_update is not None:
             forward_backward(self.model.train(), [batch], head_chunk=chunk)
@@ -307,7 +307,7 @@ class Scene:
 
 
 class _BeforeUpdate(Observer):
-    """Notes the bytes by part when the last backward pass has ended."""
+    """Records the bytes by part at the end of the last backward pass."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -320,27 +320,27 @@ class _BeforeUpdate(Observer):
 
 
 def _sum(these: Mapping[str, int], those: Mapping[str, int]) -> dict[str, int]:
-    """Part by part, without the parts that hold nothing."""
-    found = {part: these.get(part, 0) + those.get(part, 0) for part in these.keys() | those.keys()}
-    return {part: size for part, size in found.items() if size}
+    """Add part by part, and drop empty parts."""
+    total = {part: these.get(part, 0) + those.get(part, 0) for part in these.keys() | those.keys()}
+    return {part: size for part, size in total.items() if size}
 
 
 def _stretches(ledger: Ledger) -> Phases:
-    found = {_STRETCHES[name]: dict(parts) for name, parts in ledger.peaks.items() if name in _STRETCHES}
-    for parts in found.values():
+    stretches = {_STRETCHES[name]: dict(parts) for name, parts in ledger.peaks.items() if name in _STRETCHES}
+    for parts in stretches.values():
         if _EMBEDDING in parts:
             parts["recompute"] = parts.get("recompute", 0) + parts.pop(_EMBEDDING)
-    return found
+    return stretches
 
 
 def layer_period(config: PreTrainedConfig) -> int:
-    """After how many layers the kinds of layer repeat: 1 for most models, 6 for Gemma 3."""
+    """Return the period of the layer pattern, in layers: 1 for most models, 6 for Gemma 3."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "no_rope_layers", None) or [None]
     return next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
 
 
 def with_depth(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-    """The same model with its first `num_layers` layers only."""
+    """Return the config of the model's first `num_layers` layers."""
     shallow, depth = copy.deepcopy(config), config.num_hidden_layers
     for name, value in vars(shallow).items():
         if isinstance(value, list) and len(value) == depth:  # one entry a layer
@@ -350,7 +350,7 @@ def with_depth(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
 
 
 def _continued(low: Rehearsal, high: Rehearsal, *, times: int) -> Rehearsal:
-    """`low` plus `times` the difference to `high`, in every number."""
+    """Return `low` plus `times` the difference to `high`, in every number."""
 
     def line(first: int, second: int) -> int:
         return first + times * (second - first)
@@ -399,7 +399,7 @@ def _model(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | Pe
 
 
 def _add_magnitudes(model: PeftModel) -> None:
-    """DoRA on meta: peft 0.21 cannot make its layers there (it moves quantized weights about)."""
+    """Add DoRA on meta, where peft 0.21 cannot create its layers (it moves quantized weights)."""
     for layer in list(model.modules()):
         if isinstance(layer, TunedLinear):
             layer.dora, holder = Dora(layer), torch.nn.Module()
@@ -408,7 +408,7 @@ def _add_magnitudes(model: PeftModel) -> None:
 
 
 def _num_weights(model: PreTrainedModel) -> int:
-    """Of the base, tied ones once, quantized ones as many as they stand for."""
+    """Count the base's weights: tied ones once, packed ones as their unpacked number."""
     added = (".lora_", "modules_to_save", "trainable_tokens_")
     frozen = {name: p for name, p in model.named_parameters() if not any(part in name for part in added)}
     stored = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)}
@@ -419,13 +419,13 @@ def _num_weights(model: PreTrainedModel) -> int:
 
 
 def num_labels(micro_batch: MicroBatch) -> int:
-    """Label tokens of each example: at least one, and neither the first token nor one that is shared carries any."""
+    """Return the label tokens of each example: at least one; the first token and shared tokens carry none."""
     most = micro_batch.length - max(1, micro_batch.trunk)
     return min(max(1, round(micro_batch.label_share * micro_batch.length)), most)
 
 
 def meta_batch(micro_batch: MicroBatch) -> Batch:
-    """What `pack_batch` makes, by shape."""
+    """Return a batch on meta with the shapes of `pack_batch`."""
     num_examples, trunk = micro_batch.num_examples, micro_batch.trunk
     labels = num_examples * num_labels(micro_batch)
     branches = (micro_batch.length - trunk,) * num_examples
@@ -446,7 +446,7 @@ def meta_batch(micro_batch: MicroBatch) -> Batch:
 
 @contextmanager
 def attention_on(card: Card) -> Iterator[None]:
-    """`scaled_dot_product_attention` of meta tensors is the operator that torch would choose on `card`, not its decomposition."""
+    """Inside, `scaled_dot_product_attention` of meta tensors runs the operator that torch chooses on `card`, not a decomposition."""
     kernel: Callable[..., Any] = _attention_on_cpu if card.is_cpu else partial(_attention_on_card, card)
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("scaled_dot_product_attention", kernel, "AutogradMeta")
@@ -456,7 +456,7 @@ def attention_on(card: Card) -> Iterator[None]:
 
 
 def _dropout_on_card(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
-    """A card's kernel keeps a mask of booleans; elsewhere dropout multiplies by noise of the input's type, as on meta."""
+    """Dropout with a card's boolean mask; the CPU, like meta, multiplies by noise of the input's type."""
     dropped: torch.Tensor = torch.ops.aten.native_dropout(x, p, train)[0] if train and 0 < p < 1 else x
     return dropped
 
@@ -465,7 +465,7 @@ def _attention_on_cpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Its kernel adds the mask to the scores, so one of booleans is made a number of the inputs' type first."""
+    """The CPU's kernel adds the mask to the scores, so it first converts a boolean mask to the inputs' type."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -477,7 +477,7 @@ def _attention_on_card(
     card: Card, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Who calls it has repeated grouped keys where the kernel needs that; else torch falls back to plain products, and so does this."""
+    """A card's kernel. Callers repeat grouped keys if it needs that; otherwise this falls back to plain products, like torch."""
     trains = query.requires_grad and torch.is_grad_enabled()
     kernel = card.attention_kernel(
         query.dtype, query.shape[-1], value.shape[-1], has_mask=attn_mask is not None, trains=trains
@@ -491,7 +491,7 @@ def _attention_on_card(
     bias = None
     if attn_mask is not None:
         bias = torch.zeros_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
-        bias = _filled_up(bias, 8)[..., : key.shape[2]]  # its kernel reads 8 values at once
+        bias = _filled_up(bias, 8)[..., : key.shape[2]]  # the kernel reads 8 values at a time
         bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     alignment = 4 if query.dtype == torch.float32 else 8
     is_efficient = kernel == "efficient" and query.shape[1] == key.shape[1]

@@ -1,4 +1,4 @@
-"""What to plan, from what people ask: a model's name, a model folder, or a recipe. A config is enough; nothing is loaded or fetched.
+"""Requests of the command `plan`: a model's name, a model folder, or a recipe. Needs a config only; loads and fetches nothing.
 
 In: `llama-3.1-8b`, `meta-llama/Llama-3.1-8B`, a folder, or a recipe's path or name. Out: `Resolved`, with a reason for every guess.
 """
@@ -28,10 +28,10 @@ _ASSUMED_LENGTH, _ASSUMED_LABEL_SHARE = 1024, 0.1
 def read_request(
     what: str, *, overrides: Sequence[str] = (), budget_bytes: int | None = None, named: Card | None = None
 ) -> Resolved:
-    """`named` is a card to plan for that need not be here. Raises RecipeError for a recipe, UserError for anything that is not known."""
+    """Resolve a request; `named` is a card to plan for, present or not. Raises RecipeError for a recipe, UserError for an unknown name."""
     if _is_model(what):
         planned = plan_of_model(what, overrides, budget_bytes=budget_bytes, named=named)
-        return replace(planned, reasons=(f"settings: those of {DEFAULT_RECIPE}", *planned.reasons))
+        return replace(planned, reasons=(f"settings: from {DEFAULT_RECIPE}", *planned.reasons))
     if not Path(what).exists() and not what.endswith((".yaml", ".yml")) and what not in _recipe_names():
         _refuse_unknown(what)
     recipe = load_recipe(what, overrides=overrides, files_must_exist=False)
@@ -41,7 +41,7 @@ def read_request(
 def plan_of_model(
     name: str, overrides: Sequence[str] = (), *, budget_bytes: int | None = None, named: Card | None = None
 ) -> Resolved:
-    """The default recipe for another model, without its data, and without its budget, which is for a small model."""
+    """Resolve the default recipe for another model, without its data and its budget, which suits a small model only."""
     recipe = load_recipe(DEFAULT_RECIPE, overrides=["memory.budget=auto", *overrides], files_must_exist=False)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": name})})
     return _planned(recipe, overrides, budget_bytes, named, is_model=True)
@@ -66,7 +66,7 @@ def _planned(
 
 
 def _is_model(what: str) -> bool:
-    """A known shape, a model folder or file, or a name of the hub that was fetched."""
+    """Whether `what` is a known shape, a model folder or file, or a fetched hub model."""
     path = Path(what)
     if known_name(what) is not None or (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file()):
         return True
@@ -77,9 +77,9 @@ def _refuse_unknown(what: str) -> NoReturn:
     if is_hub_name(what):
         raise ModelError(
             f"{what}: not in the built-in table of shapes, and not fetched. Fetch it once with: {fetch_command(what, None)}. "
-            f"Built-in are: {', '.join(KNOWN)}"
+            f"Built-in names: {', '.join(KNOWN)}"
         )
-    known_shape(what)  # says which model may be meant
+    known_shape(what)  # raises, with the nearest names
     raise AssertionError("a known shape is a model")
 
 
@@ -109,27 +109,27 @@ def _place_of(
     budget, budget_reason = budget_of(asked if budget_bytes is None else budget_bytes, card, measured=measured)
     if is_for_another:
         assert isinstance(recipe.memory.budget, int)
-        budget_reason += f"; the recipe's own {format_bytes(recipe.memory.budget)} is left aside for --card"
+        budget_reason += f"; --card overrides the recipe's {format_bytes(recipe.memory.budget)}"
     return Place(card, reason, choose_types(recipe.model.dtype, card), budget, budget_reason, measured)
 
 
 def _choose_card(recipe: Recipe, named: Card | None, *, is_for_a_card: bool) -> tuple[Card, str]:
     if named is not None:
         if recipe.device == "cpu":
-            raise UserError("--card plans for a card, and the recipe says device: cpu. Leave one of them out")
+            raise UserError("--card plans for a card, but the recipe has device: cpu. Leave out one of them")
         return named, f"{named.in_words}: asked for"
     card, reason = (card_here(), "cuda: asked for") if recipe.device == "cuda" else choose_device(recipe.device)
     if card is not None and not (card.is_cpu and recipe.device == "auto" and is_for_a_card):
         return card, reason
-    asked = "cuda was asked for and is not here, so this plans for " if recipe.device == "cuda" else ""
+    asked = "cuda was asked for, but " if recipe.device == "cuda" else ""
     return COMMON_CARD, (
-        f"{asked}{COMMON_CARD.in_words}, a common card, though none is here; --card NAME plans for yours (plan --cards lists them), "
-        "--set device=cpu for the processor"
+        f"{COMMON_CARD.in_words}: {asked}this machine has no card, so a common one is assumed; --card NAME plans for yours "
+        "(plan --cards lists them), --set device=cpu for the processor"
     )
 
 
 def _with_format(recipe: Recipe) -> tuple[Recipe, str | None]:
-    """-> (the recipe with its data's format, reason; None where they cannot be read)."""
+    """-> (the recipe with its data's format, reason; None if the data cannot be read)."""
     try:
         data_format, reason = choose_format(recipe)
     except UserError:
@@ -138,12 +138,12 @@ def _with_format(recipe: Recipe) -> tuple[Recipe, str | None]:
 
 
 def _needs(recipe: Recipe, base: Base, *, has_data: bool) -> Needs:
-    """What the rows ask for where they can be read; assumed otherwise, with the reason."""
+    """Return the needs of the data if it can be read, else assumed ones, with the reason."""
     cache, positions, asked = default_cache(), context_window(base.config), recipe.data.max_seq_length
     is_free = asked == "auto"
     needs = Needs(
         min(_ASSUMED_LENGTH, positions or _ASSUMED_LENGTH) if asked == "auto" else asked,
-        "assumed, there are no data to look at" if is_free else "asked for",
+        "assumed, because there are no data to read" if is_free else "asked for",
         _ASSUMED_LABEL_SHARE,
         num_scored=num_scored(recipe),
         max_new_tokens=recipe.eval.max_new_tokens,
@@ -153,9 +153,10 @@ def _needs(recipe: Recipe, base: Base, *, has_data: bool) -> Needs:
         try:
             needs = needs_of(recipe, folder, cache, limit=positions)
         except UserError as error:
-            unread = f"because the data cannot be read ({error})"
-            needs = replace(needs, reason=f"assumed, {unread}" if is_free else f"asked for; labels assumed, {unread}")
+            unreadable = f"because the data cannot be read ({error})"
+            reason = f"assumed, {unreadable}" if is_free else f"asked for; label tokens assumed, {unreadable}"
+            needs = replace(needs, reason=reason)
     try:
         return with_scored(recipe, needs, folder, cache, window=positions, is_looked_at=has_data)
-    except UserError:  # held-out rows that cannot be read count as long as training's
+    except UserError:  # unreadable held-out rows count as long as training's
         return with_scored(recipe, needs, folder, cache, window=positions, is_looked_at=False)

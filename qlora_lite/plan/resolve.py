@@ -1,7 +1,7 @@
-"""From a recipe, a base and a device to values: the one place where every `auto` but the memory budget's gets its value and its reason.
+"""Resolve a recipe: recipe, base and device -> a value and a reason for every `auto` except the memory budget's.
 
-`plan`, `train` and the Python interface all go through `resolve`; they differ in how they find base, device and rows: run_plan.py for a
-run, request.py for a name, a folder or a card that is not here.
+`plan`, `train` and the Python interface all call `resolve`; they differ in how they find base, device and data: run_plan.py for a run,
+request.py for a name, a folder or a card that is not present.
 """
 
 import copy
@@ -37,64 +37,64 @@ from qlora_lite.recipe import Recipe
 
 @dataclass(frozen=True)
 class Base:
-    """The model of a recipe: its config, and its folder where there is one."""
+    """The base model of a recipe: its config, and its folder if it exists."""
 
     config: PreTrainedConfig
     source: Path | None  # 16-bit or quantized model folder; None for a shape of the built-in table
-    commit: str | None = None  # of a model of the hub
+    commit: str | None = None  # of a hub model
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where training computes, in which types, within which budget, with the reason of each."""
+    """The device of training, its number types and its budget, with a reason for each."""
 
     card: Card
     card_reason: str
     types: NumberTypes
     budget_bytes: int
     budget_reason: str
-    measured: Mapping[str, Any]  # what doctor measured on this card
-    begun_on: str | None = None  # the recipe's word for the device where a resumed run was begun
+    measured: Mapping[str, Any]  # by doctor on this card
+    begun_on: str | None = None  # the recipe's `device` where a resumed run began
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe without any `auto` but the memory budget's, and what it will need."""
+    """A recipe without any `auto` except the memory budget's, and the memory it needs."""
 
     recipe: Recipe
-    card: Card  # the device that computes; `recipe.device` says where a run that is resumed was begun
+    card: Card  # the computing device; `recipe.device` is where a resumed run began
     types: NumberTypes
     budget_bytes: int
-    rehearsals: Rehearsals  # made when they are asked for
+    rehearsals: Rehearsals  # computed on demand
     chosen: Fit
-    free: Free  # what the recipe left to the planner
+    free: Free  # the recipe's settings, None for those left to the planner
     label_share: float  # of all tokens
-    reasons: tuple[str, ...]  # one sentence for each choice
-    sharing: Sharing | None  # what rows have in common; None where every row is computed alone
+    reasons: tuple[str, ...]  # one sentence per choice
+    sharing: Sharing | None  # shared prefixes; None if every example is computed separately
 
     @property
     def device(self) -> str:
-        """torch's word for where tensors lie."""
+        """torch's device type of the tensors."""
         return self.card.device
 
     @property
     def shares(self) -> bool:
-        """Whether rows are packed as prefix trees."""
+        """Whether examples are packed as prefix trees."""
         return self.recipe.data.share_prefixes is True
 
     @property
     def batch(self) -> MicroBatch:
-        """The largest micro-batch there may be."""
+        """The largest possible micro-batch."""
         return self.chosen.batch
 
     @property
     def method(self) -> str:
-        """Which of METHODS is run."""
+        """The one of METHODS that runs."""
         return own_method(self.recipe.method, self.chosen.settings.optimizer)
 
     @property
     def peak_bytes(self) -> int:
-        """The recipe's own method's, on the device."""
+        """The peak of the recipe's method, on the device."""
         return self.rehearsal(self.method).peak_bytes
 
     @property
@@ -103,11 +103,11 @@ class Resolved:
 
     @cached_property
     def concessions(self) -> tuple[Concession, ...]:
-        """Settings that would save memory; empty where it fits."""
+        """Settings that would save memory; empty if the plan fits."""
         return () if self.fits else concessions(self.rehearsals, self.chosen.settings, self.batch, self.chosen.scoring)
 
     def refuse_what_does_not_fit(self) -> None:
-        """Raise DoesNotFit, with what would help, where more is needed than the budget."""
+        """Raise DoesNotFit, with settings to try, if the plan needs more than the budget."""
         if not self.fits:
             own = self.rehearsal(self.method)
             raise DoesNotFit(shortage(own, self.concessions, budget_bytes=self.budget_bytes))
@@ -117,13 +117,13 @@ class Resolved:
         return Comparison(self.rehearsals, self.chosen.settings)
 
     def rehearsal(self, method: str) -> Rehearsal:
-        """Of one of METHODS, with these settings and the largest micro-batch; the run's own method with its evaluation."""
+        """Rehearse one of METHODS with these settings and the largest micro-batch; the run's own method with its evaluation."""
         scoring = self.chosen.scoring if method == self.method else None
         return self.comparison.rehearse(method, self.batch, scoring)
 
     @property
     def leanest(self) -> Settings:
-        """What the longest sequences are trained with."""
+        """The settings for the longest sequences."""
         return leanest_settings(self.chosen.settings, self.free)
 
     @property
@@ -132,7 +132,7 @@ class Resolved:
 
     @property
     def merging(self) -> Merging | None:
-        """How the adapter will be merged; None where every weight is trained."""
+        """The settings of the merge; None if every weight is trained."""
         settings, merge = self.chosen.settings, self.recipe.merge
         if settings.method == "full":
             return None
@@ -141,12 +141,12 @@ class Resolved:
 
     @property
     def quantization(self) -> Quantization | None:
-        """How the frozen weights are stored; None in 16 bits."""
+        """The quantization of the frozen weights; None for 16 bits."""
         model = self.recipe.model
         return None if model.quantization == "none" else Quantization(model.quantization, model.double_quant)
 
     def methods_json(self) -> dict[str, Any]:
-        """The part of the JSON document that compares methods."""
+        """Return the part of the JSON document that compares methods."""
         full = self.rehearsal("full").peak_bytes
         return {
             "methods": {method: as_json(self.rehearsal(method)) for method in METHODS},
@@ -155,9 +155,9 @@ class Resolved:
 
 
 def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) -> Resolved:
-    """Choose what `recipe` leaves open, within the place's budget. `free` is what the planner may change: see `free_of`.
+    """Choose a value for every `auto` of `recipe`, within the place's budget. `free` has the planner's freedom: see `free_of`.
 
-    `recipe.data.format` is already chosen where there are data. Whether it fits is asked of the result. Raises ModelError.
+    `recipe.data.format` is already chosen if data exist. The result's `fits` says whether it fits. Raises ModelError.
     """
     quantization, quantization_reason = _choose_quantization(recipe, base.source)
     refuse_without_bf16(recipe, place.types)
@@ -178,20 +178,20 @@ def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) 
         needs,
         budget_bytes=place.budget_bytes,
     )
-    packed = "each branch over its passage and itself" if needs.sharing else "example by example"
+    packed = "each branch attends to its prefix and itself" if needs.sharing else "each example attends to itself"
     reasons = [
         *recipe.notes,
         f"device: {place.card_reason}",
         f"model.dtype: {place.types.reason}",
         f"model.quantization: {quantization_reason}",
-        f"model.attention: sdpa, {packed} on packed rows",
+        f"model.attention: sdpa: {packed} in a packed sequence",
         f"data.share_prefixes: {sharing_reason}",
         f"memory.budget: {place.budget_reason}{chosen.slowdown_in_words}",
         *(f"{key}: {reason}" for key, reason in chosen.reasons.items()),
     ]
     if place.card.is_cpu and chosen.settings.optimizer.startswith("paged"):
         reasons.append(
-            f"train.optimizer: {chosen.settings.optimizer} pages on CUDA only; on the CPU its state stays where it is"
+            f"train.optimizer: {chosen.settings.optimizer} pages on CUDA only; on the CPU its state is never paged"
         )
     return Resolved(
         recipe=_with_choices(values, chosen),
@@ -208,7 +208,7 @@ def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) 
 
 
 def free_of(recipe: Recipe) -> Free:
-    """What `recipe` leaves to the planner."""
+    """Return `recipe`'s settings of the planner, with None for each auto."""
     memory, train = recipe.memory, recipe.train
     checkpointing, tokens, chunk = memory.gradient_checkpointing, train.micro_batch_tokens, memory.head_chunk
     return Free(
@@ -221,7 +221,7 @@ def free_of(recipe: Recipe) -> Free:
 
 
 def _with_choices(recipe: Recipe, chosen: Fit) -> Recipe:
-    """`recipe` with the planner's choices in place of its autos."""
+    """Return `recipe` with the planner's choices in place of each auto."""
     footprint, every = chosen.footprint, chosen.footprint.checkpoint_every
     asked = recipe.memory.eval_batch_tokens
     fitting = BATCH_TOKENS if chosen.scoring is None else chosen.scoring.batch_tokens
@@ -242,10 +242,8 @@ def _with_choices(recipe: Recipe, chosen: Fit) -> Recipe:
 
 
 def settings_of(recipe: Recipe, place: Place, *, token_ids: tuple[int, ...] = ()) -> Settings:
-    """What a rehearsal must know of a recipe and of the device; `fit` says the rest. `token_ids`: see `_token_ids`."""
-    workspace = place.measured.get(
-        "cublas_workspace_bytes"
-    )  # of one handle: the program's thread and autograd's have one each
+    """Return the settings of a rehearsal that recipe and device determine; `fit` chooses the rest. `token_ids`: see `_token_ids`."""
+    workspace = place.measured.get("cublas_workspace_bytes")  # of one of two handles: the main thread's and autograd's
     lora, targets = recipe.lora, recipe.lora.target_modules
     model = recipe.model
     return Settings(
@@ -267,7 +265,7 @@ def settings_of(recipe: Recipe, place: Place, *, token_ids: tuple[int, ...] = ()
 
 
 def _token_ids(recipe: Recipe, base: Base) -> tuple[int, ...]:
-    """Of data.special_tokens, as training will number them; after all others where there is no tokenizer to ask. Raises ModelError."""
+    """Return the ids of data.special_tokens, as in training; without a tokenizer, the ids after the vocabulary. Raises ModelError."""
     tokens = recipe.data.special_tokens
     if not tokens:
         return ()
@@ -278,7 +276,7 @@ def _token_ids(recipe: Recipe, base: Base) -> tuple[int, ...]:
 
 
 def refuse_wrong_modules(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Raise ModelError for names in lora.target_modules and lora.modules_to_save that the model has not, as training would."""
+    """Raise ModelError for names in lora.target_modules and lora.modules_to_save that the model lacks, like training."""
     lora, targets = recipe.lora, recipe.lora.target_modules
     if recipe.method == "full" or (isinstance(targets, str) and not lora.modules_to_save):
         return
@@ -292,33 +290,33 @@ def refuse_wrong_modules(recipe: Recipe, config: PreTrainedConfig) -> None:
 
 
 def refuse_without_bf16(recipe: Recipe, types: NumberTypes) -> None:
-    """fp16 factors have fp32 masters of their own kind; whole weights and new rows have none."""
-    asked = {
+    """Raise ModelError if the model's own weights would be trained in fp16: unlike factors, they have no fp32 master there."""
+    trained = {
         "method: full": recipe.method == "full",
         "lora.modules_to_save": bool(recipe.lora.modules_to_save),
         "data.special_tokens": bool(recipe.data.special_tokens),
     }
-    for name in (name for name, is_asked in asked.items() if is_asked and types.scale_loss):
+    for name in (name for name, is_trained in trained.items() if is_trained and types.scale_loss):
         raise ModelError(
-            f"{name}: trains weights of the model itself, which fp16 cannot hold exactly enough ({types.reason}). "
+            f"{name}: trains weights of the base model, and fp16 is not precise enough for them ({types.reason}). "
             "Use model.dtype: fp32"
         )
 
 
 def _choose_quantization(recipe: Recipe, source: Path | None) -> tuple[dict[str, Any], str]:
-    """-> (model.quantization and model.double_quant as they will be, reason)."""
+    """-> (values of model.quantization and model.double_quant, reason). Raises ModelError."""
     stored = None if source is None else stored_quantization(read_config(source), source)
     if stored is None and recipe.method == "qlora":
         quantization = Quantization(recipe.model.quantization, recipe.model.double_quant)
         return _as_settings(quantization), f"{quantization}: asked for"
     if stored is None:
-        return {"quantization": "none"}, f"none: method {recipe.method} has a 16-bit base"
+        return {"quantization": "none"}, f"none: method {recipe.method} uses a 16-bit base"
     if recipe.method != "qlora":
         raise ModelError(
-            f"{source}: its weights are quantized ({stored}), and method {recipe.method} needs 16 bits. Use method: qlora, or "
-            "give the original"
+            f"{source}: its weights are quantized ({stored}), but method {recipe.method} needs 16-bit weights. Use method: qlora, "
+            "or the 16-bit original"
         )
-    return _as_settings(stored), f"{stored}: the folder is quantized already and used as it is"
+    return _as_settings(stored), f"{stored}: the folder is already quantized and used unchanged"
 
 
 def _as_settings(quantization: Quantization) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The plan of a run: a recipe whose base and data are on this machine -> `Plan`, which training, scoring and merging go by."""
+"""The plan of a run: a recipe whose base and data are on this machine -> `Plan`, for training, scoring and merging."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ from qlora_lite.training.footprint import Footprint
 
 @dataclass(frozen=True)
 class Plan(Resolved):
-    """What will be run, on a base that is here."""
+    """The resolved recipe of a run, with its base on this machine."""
 
-    source: Path  # folder of the base
+    source: Path  # the base's folder
     cache: Path
-    leaner: Callable[[Footprint], Footprint | None]  # for a run that has no memory left
+    leaner: Callable[[Footprint], Footprint | None]  # the next footprint when memory runs out
 
     def to_json_dict(self) -> dict[str, Any]:
-        """The plan as plan.json has it."""
+        """Return the content of plan.json."""
         return {
             "model": self.recipe.model.base,
             "card": name_of(self.card),
@@ -56,28 +56,28 @@ def make_plan(
 ) -> Plan:
     """Resolve `recipe` for this machine. Reads config, tokenizer and data, no weights (a GGUF is converted on first use).
 
-    With `like`, a recipe that was resolved before, everything that `recipe` leaves to auto is as it was then, except the device, which is
-    this machine's. `is_record`: `recipe` is a finished run's, opened on any machine: it says what was trained, and with which types.
-    `base`: where the model of `model.base` lies now, for one that was moved; its hash is compared when it is loaded. Whether it fits is
-    asked of the plan (`fits`). Raises UserError subclasses for a model, a device or data that cannot be used.
+    With `like`, a recipe resolved earlier, each auto of `recipe` takes its value, except the device, which is this machine's.
+    `is_record`: `recipe` is that of a finished run, opened on any machine, and its number types are those of the training.
+    `base`: the new folder of a moved `model.base`; its hash is compared when it is loaded. The plan's `fits` says whether it fits.
+    Raises UserError subclasses for an unusable model, device or data.
     """
     cache = cache or default_cache()
     free, asked = free_of(recipe), "auto" if is_record else recipe.device
     recipe = recipe if like is None else _settled(recipe, like)
     place = _place_of(recipe, cache, device=asked, is_resumed=like is not None, is_record=is_record)
-    found = _base_of(recipe, cache, moved_to=base)
+    model = _base_of(recipe, cache, moved_to=base)
     if not is_record:
-        refuse_wrong_modules(recipe, found.config)
+        refuse_wrong_modules(recipe, model.config)
     data_format, format_reason = choose_format(recipe)
-    source, window = found.source, context_window(found.config)
+    source, window = model.source, context_window(model.config)
     assert source is not None
     needs = needs_of(recipe, source, cache, limit=window)
     needs = with_scored(recipe, needs, source, cache, window=window, is_looked_at=not is_record)
     asked_revision = recipe.model.revision
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": data_format})})
-    resolved = resolve(recipe, found, place, needs, free)
+    resolved = resolve(recipe, model, place, needs, free)
     reasons = [
-        *([f"model.revision: {found.commit}, {_revision_reason(asked_revision)}"] if found.commit else []),
+        *([f"model.revision: {model.commit}: {_revision_reason(asked_revision)}"] if model.commit else []),
         f"data.format: {data_format}: {format_reason}",
         *resolved.reasons,
     ]
@@ -89,7 +89,7 @@ def _place_of(recipe: Recipe, cache: Path, *, device: str, is_resumed: bool, is_
     card, reason = choose_device(device)
     begun_on = recipe.device if is_resumed or is_record else recipe_word(card)
     if begun_on != recipe_word(card):
-        reason += f"; the run was begun on {begun_on}"
+        reason += f"; the run began on {begun_on}"
     types = types_of_run(recipe.model.dtype) if is_record else choose_types(recipe.model.dtype, card)
     measured = measured_here(card, cache=cache)
     return Place(card, reason, types, *budget_of(recipe.memory.budget, card, measured=measured), measured, begun_on)
@@ -104,13 +104,13 @@ def _base_of(recipe: Recipe, cache: Path, *, moved_to: Path | None) -> Base:
 
 
 def _settled(recipe: Recipe, like: Recipe) -> Recipe:
-    """`recipe` with every auto as `like` has it."""
+    """Return `recipe` with the values of `like` in place of each auto."""
 
-    def settled(mine: Any, theirs: Any) -> Any:
-        if not isinstance(mine, BaseModel):
-            return theirs if mine == "auto" else mine
-        return mine.model_copy(
-            update={name: settled(getattr(mine, name), getattr(theirs, name)) for name in type(mine).model_fields}
+    def settled(value: Any, earlier: Any) -> Any:
+        if not isinstance(value, BaseModel):
+            return earlier if value == "auto" else value
+        return value.model_copy(
+            update={name: settled(getattr(value, name), getattr(earlier, name)) for name in type(value).model_fields}
         )
 
     merged: Recipe = settled(recipe, like)
@@ -118,4 +118,4 @@ def _settled(recipe: Recipe, like: Recipe) -> Recipe:
 
 
 def _revision_reason(asked: str | None) -> str:
-    return f"which {asked} was when it was fetched" if asked else "the newest that was fetched"
+    return f"the commit of {asked} when it was fetched" if asked else "the newest fetched commit"

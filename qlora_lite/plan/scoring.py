@@ -1,22 +1,22 @@
-"""What evaluating holds, found by running it on the meta device: the validation loss and a batch of answers, by evaluation's own code.
+"""The memory of evaluation, rehearsed with its own code on the meta device: the validation loss and a batch of answers.
 
-    validation   `batch_loss` of the largest batch without gradients, the optimizer's state resident: it interrupts training
-    prompt       transformers' `generate` on a batch of prompts: activations of B x T tokens, a mask of B x T x T where prompts
-                 are padded, keys and values of every layer
-    reading      where prompts may share their beginning: a packed row of them all, its keys and values and their padded copy
-    answer       its last two steps, when the cache has T + new tokens: each step makes a layer's keys and values anew, one longer
+    validation   `batch_loss` of the largest batch without gradients, but with the optimizer's state: it interrupts training
+    prompt       transformers' `generate` on a batch of prompts: activations of B x T tokens, a mask of B x T x T for padded prompts,
+                 keys and values of every layer
+    reading      if prompts may share prefixes: one packed sequence of all prompts, its keys and values and their padded copy
+    answer       its last two steps, when the cache has T + new tokens: each step reallocates a layer's keys and values, one longer
 
 In: a `Stage` and a `Scoring`. Out: one more phase of a `Rehearsal`, `evaluate`, the highest of these. Keys, values and the head's
-logits of one position each count as activations. Answers are generated before and after training, when there is no optimizer.
+logits of one position each count as activations. Answers are generated before and after training, without an optimizer.
 
-Which batch is dearest depends on the prompts: long ones cost their mask, short ones come many at once and each grows by an answer.
-What B prompts of T tokens hold is a sum of multiples of B T, B T^2 and B. Where batches are full (B T the same for all), the largest
-sum is that of the longest prompts or that of the most prompts: these two are rehearsed.
+The most expensive batch depends on the prompts: long ones need a large mask, short ones are many per batch and each grows by an answer.
+B prompts of T tokens need a sum of multiples of B T, B T^2 and B. For full batches (equal B T), the largest sum is that of the longest
+prompts or that of the most prompts: these two are rehearsed.
 
-`generate` reads values, which meta tensors have not: whether the mask hides anything, and whether all answers have ended. The
-ledger tells it (`_answering`). The steps between are skipped: their keys and values are put into the cache by shape.
+`generate` reads two values that meta tensors lack: whether the mask hides anything, and whether all answers have ended. The ledger
+supplies them (`_answering`). The steps between are skipped: tensors of their shape are put into the cache.
 
-Left out: what the CPU's matrix products pack for themselves, about 100 KB a thread.
+Left out: packing buffers of the CPU's matrix products, about 100 KB per thread.
 """
 
 from collections.abc import Iterator
@@ -43,45 +43,45 @@ from qlora_lite.training.step import batch_loss
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is evaluated. `prompts` are the token counts of all that are answered; none where only the loss is taken.
+    """The work of an evaluation. `prompts` are the token counts of all prompts to answer; empty if only the loss is computed.
 
-    Where the prompts are not known yet, as many of the longest length as will be asked are the upper end of all but very short ones.
+    For unknown prompts, the expected number of prompts of the longest length is an upper bound, except for very short prompts.
     """
 
     validation: MicroBatch  # the largest batch of the validation loss
     prompts: tuple[int, ...] = ()
     max_new_tokens: int = 32
     batch_tokens: int = BATCH_TOKENS
-    share: bool = False  # prompts are read as packed trees
-    longest: int = 0  # tokens of the longest held-out row; 0 where they were not looked at
+    share: bool = False  # prompts are packed as prefix trees
+    longest: int = 0  # tokens of the longest held-out example; 0 if unknown
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
-        """(prompts, tokens of the longest) of the batch with the longest prompts and of the one with most prompts."""
+        """-> (number of prompts, tokens of the longest) of the batch with the longest prompts and of the one with most prompts."""
         indices = list(length_batches(self.prompts, self.batch_tokens))
         sizes = [(len(batch), max(self.prompts[i] for i in batch)) for batch in indices]
         return tuple(dict.fromkeys([*sizes[:1], *sorted(sizes)[-1:]]))
 
 
 def with_evaluation(rehearsal: Rehearsal, parts: dict[str, int]) -> Rehearsal:
-    """The rehearsal with a phase `evaluate` beside those of a step: the run's peak is the highest of all."""
+    """Return the rehearsal with a phase `evaluate` beside those of a step; the run's peak is the highest of all."""
     return replace(rehearsal, stretches={**rehearsal.stretches, "evaluate": parts})
 
 
 def rehearse_evaluation(stage: Stage, scoring: Scoring) -> dict[str, int]:
-    """Bytes by part at the highest peak of an evaluation."""
+    """Return bytes by part at the highest peak of an evaluation."""
     moments = stage.rehearse_phases(lambda scene: evaluation_moments(scene, scoring))
     return max(moments.values(), key=lambda parts: sum(parts.values()))
 
 
 def evaluation_moments(scene: Scene, scoring: Scoring) -> Phases:
-    """Bytes by part at the peak of the validation loss, of each batch of prompts and of its answers' last steps."""
+    """Return bytes by part at the peaks of the validation loss, of each batch of prompts and of its answers' last steps."""
     moments = {"validation": _validation(scene, scoring.validation)}
     for num_prompts, length in scoring.batches:
-        found = _generation(
+        phases = _generation(
             scene, num_prompts, length, max_new_tokens=scoring.max_new_tokens, share=scoring.share and length > 1
         )
-        moments |= {f"{name}, {num_prompts} of {length} tokens": parts for name, parts in found.items()}
+        moments |= {f"{name}, {num_prompts} of {length} tokens": parts for name, parts in phases.items()}
     return moments
 
 
@@ -95,12 +95,12 @@ def _validation(scene: Scene, micro_batch: MicroBatch) -> dict[str, int]:
 
 
 def _generation(scene: Scene, num_prompts: int, length: int, *, max_new_tokens: int, share: bool) -> Phases:
-    """The first token is the prompt's forward pass, each other one a step that lengthens the cache by one.
+    """Rehearse the answers: the first token is the prompt's forward pass, each later one a step that lengthens the cache by one.
 
-    With `share` the prompts are read as one packed row before that, as if they shared nothing: the most that it may be.
+    With `share` the prompts are read first as one packed sequence, as if they shared no tokens: the upper bound.
     """
     cache = DynamicCache(config=causal_lm(scene.model).config.get_text_config(decoder=True))
-    prompt = _ids_and_mask(num_prompts, length)  # held until the answers are there
+    prompt = _ids_and_mask(num_prompts, length)  # held until the answers are complete
     scene.ledger.hold("activations", *prompt)
     phases: Phases = {}
     if share:
@@ -110,7 +110,7 @@ def _generation(scene: Scene, num_prompts: int, length: int, *, max_new_tokens: 
     phases["prompt"] = _generate(scene, *prompt, cache, num_tokens=2)
     _lengthen(scene, cache, max_new_tokens - 4)
     longer = _ids_and_mask(num_prompts, length + max_new_tokens - 2)
-    scene.ledger.hold(PAGED, *longer)  # stand for the prompt's, which are held; what each step makes of them counts
+    scene.ledger.hold(PAGED, *longer)  # in place of the prompt's, already counted; only tensors made from them count
     phases["answer"] = _generate(scene, *longer, cache, num_tokens=2)
     return phases
 
@@ -128,7 +128,7 @@ def _read(scene: Scene, num_prompts: int, length: int) -> tuple[Cache, dict[str,
 def _generate(
     scene: Scene, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache, *, num_tokens: int
 ) -> dict[str, int]:
-    """Parts at the peak of so many forward passes; what is in the cache are the first tokens of the rows."""
+    """Return parts at the peak of `num_tokens` forward passes; the cache already holds the first tokens of each prompt."""
     ledger, model = scene.ledger, scene.model
     ledger.forget_peaks()
     with ledger, attention_on(ledger.card), generating(model), _answering(scene, len(ids_BT) > 1, num_tokens):
@@ -143,7 +143,7 @@ def _ids_and_mask(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _lengthen(scene: Scene, cache: DynamicCache, num_tokens: int) -> None:
-    """Put so many tokens into the cache, the last by itself: a layer with a sliding window lets go of old ones at each step."""
+    """Append `num_tokens` to the cache, the last one separately: a layer with a sliding window drops old tokens at each step."""
     for index, layer in enumerate(cache.layers):
         for count in (num_tokens - 1, 1) if num_tokens else ():
             keys, values = (
@@ -156,7 +156,7 @@ def _lengthen(scene: Scene, cache: DynamicCache, num_tokens: int) -> None:
 
 @contextmanager
 def _answering(scene: Scene, is_padded: bool, num_tokens: int) -> Iterator[None]:
-    """What generation is told when it asks for a value: the mask is not all ones, nothing is wrong, and the answers end together."""
+    """Supply the values that generation reads: the mask is not all ones, no check fails, and all answers end together."""
     ledger, before, num_done = scene.ledger, scene.ledger.answer, 0
 
     def count(*_: Any) -> None:

@@ -1,15 +1,15 @@
-"""How a step is computed so that it fits: the fastest of all ways that stay within the budget, and the leaner ones after it.
+"""Strategies to compute a step: the fastest one within the budget, and the leaner ones after it.
 
-In: what the recipe leaves free, and a function that rehearses one way. Out: `Choice`, with how much slower than the fastest it is.
+In: the recipe's free settings, and a function that rehearses one strategy. Out: `Choice`, with its slowdown relative to the fastest.
 
     slowdown = (F + R / k) / F  *  (1 + C / tokens) / (1 + C / most tokens)  *  S
 
-F is the operations a weight and token of a step without recomputation, in pairs: forward, gradient of the input and, where the weight is
-trained, of the weight (2 or 3); R = 1 the forward pass again, in one layer of k. C is what making a 16-bit weight of a 4-bit one costs,
-in tokens of its matrix product: on a card 4.5 bytes moved a weight against 2 operations a token, by the card's rates (an RTX 4090's
-165 TFLOP/s and 1 TB/s: 370); on a CPU 115, which tools/bench_ways found with the small shipped model: nine ways, whose times scatter by
-6% about the formula (tools/results/bench_ways.json). A card's is not measured yet. S is how many times as many tokens are computed where
-prefix trees must be cut to fit such micro-batches, counted on the data (1 where nothing is shared).
+F is the number of operation pairs per weight and token without recomputation: forward, gradient of the input and, for trained weights,
+of the weight (2 or 3). R = 1 is the recomputed forward pass, in one layer of k. C is the cost of dequantizing a 4-bit weight to 16 bits,
+in tokens of its matrix product: on a card 4.5 bytes moved per weight against 2 operations per token, at the card's rates (an RTX 4090's
+165 TFLOP/s and 1 TB/s: 370); on a CPU 115, fitted by tools/bench_ways on the small shipped model: nine strategies, whose times scatter
+by 6% about the formula (tools/results/bench_ways.json). It is not measured on a card yet. S is the factor of repeated tokens when
+micro-batches cut prefix trees, counted on the data (1 without sharing).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,23 +20,18 @@ from qlora_lite.evaluation.generate import BATCH_TOKENS
 from qlora_lite.model.head import CHUNK
 from qlora_lite.training.footprint import Footprint
 
-CPU_MICRO_BATCH_TOKENS, CARD_MICRO_BATCH_TOKENS = (
-    2048,
-    4096,
-)  # enough to hide dequantizing the weights behind the products
-CHECKPOINTING = (0, 2, 1)  # every so many-th layer, from fastest to leanest
+CPU_MICRO_BATCH_TOKENS, CARD_MICRO_BATCH_TOKENS = 2048, 4096  # enough to hide dequantizing behind the products
+CHECKPOINTING = (0, 2, 1)  # n: every n-th layer, 0: none; from fastest to leanest
 HEAD_CHUNKS = (CHUNK, 64, 16)
 EVAL_BATCH_TOKENS = (BATCH_TOKENS, 2048, 1024, 512, 256)
 OPTIMIZERS = ("adamw", "paged_adamw_32bit", "paged_adamw_8bit")
-_CPU_DEQUANTIZING_TOKENS, _DEQUANTIZING_BYTES = (
-    115,
-    4.5,
-)  # bytes moved a weight: half a byte read, two written, two read again
+_CPU_DEQUANTIZING_TOKENS = 115
+_DEQUANTIZING_BYTES = 4.5  # moved per weight: half a byte read, two written, two read again
 
 
 @dataclass(frozen=True)
 class Free:
-    """What a recipe fixes; None is free to choose."""
+    """The recipe's settings; None is free to choose."""
 
     checkpoint_every: int | None = None
     micro_batch_tokens: int | None = None
@@ -47,16 +42,15 @@ class Free:
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way of computing a step."""
+    """One way to compute a step."""
 
     footprint: Footprint
     optimizer: str
-    slowdown: float  # 1.0 is the fastest of those that were free to choose
+    slowdown: float  # 1.0 is the fastest of the allowed strategies
 
     def is_as_lean_as(self, other: "Strategy") -> bool:
-        """In every respect, so that it cannot need more memory."""
-        mine, theirs = self._leanness(), other._leanness()
-        return all(a >= b for a, b in zip(mine, theirs, strict=True))
+        """Whether it is as lean in every respect, so that it cannot need more memory."""
+        return all(a >= b for a, b in zip(self._leanness(), other._leanness(), strict=True))
 
     def _leanness(self) -> tuple[float, ...]:
         footprint = self.footprint
@@ -70,7 +64,7 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Choice:
-    """The first strategy that fits, or the leanest where none does; `tried` has the peak of every one that was rehearsed."""
+    """The first strategy that fits, or the leanest if none fits; `tried` has the peak bytes of every rehearsed one."""
 
     strategy: Strategy
     fits: bool
@@ -84,10 +78,10 @@ class Choice:
 def strategies(
     free: Free, *, card: Card, method: str, length: int, repeated: Callable[[int], float] = lambda tokens: 1.0
 ) -> tuple[Strategy, ...]:
-    """All that the recipe allows, from fastest to leanest. `length` is the longest example in tokens; `repeated` is S of the formula."""
+    """Return all allowed strategies, fastest first. `length` is the longest example in tokens; `repeated` is S of the formula."""
     tokens, cost = _token_choices(free, card, length), dequantizing_tokens(card, method)
     repeats = {t: repeated(t) for t in tokens}
-    found = [
+    allowed = [
         Strategy(
             Footprint(t, every, chunk),
             optimizer,
@@ -98,22 +92,22 @@ def strategies(
         for t in tokens
         for optimizer in _choices(free.optimizer, OPTIMIZERS)
     ]
-    fastest = min(strategy.slowdown for strategy in found)
-    found = [replace(strategy, slowdown=strategy.slowdown / fastest) for strategy in found]
-    # A smaller chunk of the head saves little and is the last resort.
-    return tuple(sorted(found, key=lambda s: (-s.footprint.head_chunk, s.slowdown, OPTIMIZERS.index(s.optimizer))))
+    fastest = min(strategy.slowdown for strategy in allowed)
+    allowed = [replace(strategy, slowdown=strategy.slowdown / fastest) for strategy in allowed]
+    # A smaller chunk of the head saves little, so it is the last resort.
+    return tuple(sorted(allowed, key=lambda s: (-s.footprint.head_chunk, s.slowdown, OPTIMIZERS.index(s.optimizer))))
 
 
 def choose(ways: Sequence[Strategy], peak_bytes: Callable[[Strategy], int], *, budget_bytes: int) -> Choice:
-    """The first of `ways` whose peak is within the budget. A smaller budget never gives one that needs more: the order is fixed.
+    """Return the first of `ways` whose peak fits the budget. The order is fixed, so a smaller budget never chooses a larger peak.
 
-    One that cannot fit, because another that is as lean in every respect does not, is not rehearsed.
+    Skips the rehearsal of a strategy if another one that is as lean in every respect does not fit.
     """
     tried: dict[Strategy, int] = {}
     leanest = next(way for way in ways if all(way.is_as_lean_as(other) for other in ways))
 
     def fits(way: Strategy) -> bool:
-        if any(tried[other] > budget_bytes and other.is_as_lean_as(way) for other in tried):
+        if any(peak > budget_bytes and leaner.is_as_lean_as(way) for leaner, peak in tried.items()):
             return False
         if way not in tried:
             tried[way] = peak_bytes(way)
@@ -129,7 +123,7 @@ def choose(ways: Sequence[Strategy], peak_bytes: Callable[[Strategy], int], *, b
 
 
 def next_leaner(free: Free, *, length: int) -> Callable[[Footprint], Footprint | None]:
-    """For a run that has no memory left: what to change next, of what the recipe leaves free; None when that is all."""
+    """Return a function for a run out of memory: footprint -> the next leaner one that the recipe allows; None if it is the leanest."""
 
     def leaner(now: Footprint) -> Footprint | None:
         if free.checkpoint_every is None and now.checkpoint_every != CHECKPOINTING[-1]:
@@ -147,38 +141,38 @@ def _leanest_with(checkpoint_every: int, ways: Sequence[Strategy]) -> Strategy:
     return next(way for way in kin if all(way.is_as_lean_as(other) for other in kin))
 
 
-def _choices(asked: "int | str | None", all_of_them: tuple) -> tuple:  # type: ignore[type-arg]
-    return all_of_them if asked is None else (asked,)
+def _choices(asked: "int | str | None", choices: tuple) -> tuple:  # type: ignore[type-arg]
+    return choices if asked is None else (asked,)
 
 
 def _token_choices(free: Free, card: Card, length: int) -> tuple[int, ...]:
     if free.micro_batch_tokens is not None:
         return (free.micro_batch_tokens,)
-    most = CPU_MICRO_BATCH_TOKENS if card.is_cpu else CARD_MICRO_BATCH_TOKENS
-    return tuple(_halves(max(most, length), length))
+    largest = CPU_MICRO_BATCH_TOKENS if card.is_cpu else CARD_MICRO_BATCH_TOKENS
+    return tuple(_halves(max(largest, length), length))
 
 
-def _halves(most: int, least: int) -> Iterator[int]:
-    while most > least:
-        yield most
-        most //= 2
-    yield least
+def _halves(largest: int, smallest: int) -> Iterator[int]:
+    while largest > smallest:
+        yield largest
+        largest //= 2
+    yield smallest
 
 
 def _recomputed(every: int) -> float:
-    """Share of the layers."""
+    """Return the share of recomputed layers."""
     return 1 / every if every else 0.0
 
 
 def slowdown(every: int, tokens: int, most_tokens: int, *, cost: float, method: str) -> float:
-    """Time of a step against one without recomputing in micro-batches of `most_tokens`; `cost` is C."""
+    """Return the time of a step relative to one without recomputation in micro-batches of `most_tokens`; `cost` is C."""
     pairs = 3 if method == "full" else 2
     recomputing = (pairs + _recomputed(every)) / pairs
     return recomputing * (1 + cost / tokens) / (1 + cost / most_tokens)
 
 
 def dequantizing_tokens(card: Card, method: str) -> float:
-    """C of the formula; nothing is dequantized where the weights have 16 bits."""
+    """Return C of the formula; 0 for 16-bit weights, which need no dequantizing."""
     if method != "qlora":
         return 0
     return _CPU_DEQUANTIZING_TOKENS if card.is_cpu else _DEQUANTIZING_BYTES * card.flops / (2 * card.bytes_per_s)

@@ -1,15 +1,15 @@
-"""What an operator allocates and frees inside itself, which no ledger sees: one function an operator, by device.
+"""Internal allocations of operators, which a ledger does not see: one function per operator and device.
 
-    CPU    bitsandbytes' AdamW for 8-bit states works on fp32 copies in five tensors, for 32-bit states in three
+    CPU    bitsandbytes' AdamW uses fp32 copies in five tensors for 8-bit states, in three for 32-bit states
            (its Python kernels; tests/plan/test_workspace.py measures them with the allocator)
-           flash attention: score blocks a thread, forward 6 bytes a score and its rows, backward 12 (PyTorch, FlashAttentionKernel.cpp),
-           and what its 16-bit matrix products pack for themselves, which is measured where the plan is made: on processors with AMX
-           keys and values once more
-           16-bit matrix products: buffers of oneDNN, measured too, by shape and by which side is transposed: a few hundred KB, up to
-           7 MB on processors with AMX
+           flash attention: score blocks per thread, forward 6 bytes per score and its rows, backward 12 (PyTorch,
+           FlashAttentionKernel.cpp), and packing buffers of its 16-bit matrix products, measured on the planning machine: on processors
+           with AMX, another copy of keys and values
+           16-bit matrix products: buffers of oneDNN, also measured, by shape and transposed side: a few hundred KB, up to 7 MB on
+           processors with AMX
     cards  card_workspace.py
 
-A block of scores is 256 x 512, 64 x 512 or 32 x 512, the fewer rows the shorter the sequence.
+A block of scores is 256 x 512, 64 x 512 or 32 x 512; shorter sequences have fewer rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +26,12 @@ from qlora_lite.plan.card_workspace import card_workspace
 _ops: Any = torch.ops
 Count = Callable[[Sequence[Any], int], int]
 _HALF_TYPES = (torch.bfloat16, torch.float16)
-_MEASURED_KEYS = 512  # attention goes through keys in blocks of as many
+_MEASURED_KEYS = 512  # attention processes keys in blocks of this size
 _MEASURED_PRODUCT, _MEASURED_PRODUCT_AMX = (1024, 2048, 1024), (2048, 4096, 4096)
 
 
 def workspace_of(card: Card, *, num_threads: int) -> Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]:
-    """-> bytes inside a call of an operator, for a `Ledger`."""
+    """Return a function for a `Ledger`: a call of an operator -> bytes allocated inside."""
     if not card.is_cpu:
         return card_workspace(card)
 
@@ -59,19 +59,19 @@ def _flash_forward_on_cpu(args: Sequence[Any], num_threads: int) -> int:
 
 def _forward_blocks(num_queries: int, num_keys: int, width: int, dtype: torch.dtype, num_threads: int) -> int:
     rows, columns = _score_block(num_queries, num_keys)
-    reduced = 2 if dtype in _HALF_TYPES else 0  # bytes of a score in the inputs' own type
+    reduced = 2 if dtype in _HALF_TYPES else 0  # bytes per score in the inputs' type
     return num_threads * (rows * columns * (4 + reduced) + 2 * 4 * rows + 4 * rows * width)
 
 
 @cache
 def _packed_forward_on_cpu(num_queries: int, num_keys: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """-> (bytes for any number of heads, bytes of each key head) that 16-bit products of the forward pass pack, from one and two heads."""
+    """-> (fixed bytes, bytes per key head) of packing buffers in the forward pass's 16-bit products, measured on one and two heads."""
     attend = _ops.aten._scaled_dot_product_flash_attention_for_cpu
     blocks = _forward_blocks(num_queries, num_keys, width, dtype, torch.get_num_threads())
     packed = []
     for heads in (1, 2):
         query, key = (torch.zeros(1, heads, length, width, dtype=dtype) for length in (num_queries, num_keys))
-        for _ in range(2):  # the first makes what is made once
+        for _ in range(2):  # the first call also allocates one-time buffers
             with measure_allocations("cpu") as allocations:
                 output, total = attend(query, key, key, 0.0, num_queries == num_keys)
         packed.append(allocations.peak_bytes - output.nbytes - total.nbytes - blocks)
@@ -96,11 +96,11 @@ def _backward_blocks(num_queries: int, num_keys: int, dtype: torch.dtype, num_th
 
 @cache
 def _packed_on_cpu(num_queries: int, num_keys: int, width: int) -> int:
-    """What 16-bit matrix products of the backward pass pack for themselves: oneDNN's decision for a processor, measured on one head."""
+    """Return bytes of packing buffers in the backward pass's 16-bit products: oneDNN decides by processor; measured on one head."""
     query, key = (torch.zeros(1, 1, length, width, dtype=torch.bfloat16) for length in (num_queries, num_keys))
     output, total = _ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, key)
     backward = _ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    for _ in range(2):  # the first makes what is made once
+    for _ in range(2):  # the first call also allocates one-time buffers
         with measure_allocations("cpu") as allocations:
             grads = backward(output, query, key, key, output, total, 0.0, False)
     blocks = _backward_blocks(num_queries, num_keys, query.dtype, torch.get_num_threads())
@@ -108,13 +108,13 @@ def _packed_on_cpu(num_queries: int, num_keys: int, width: int) -> int:
 
 
 def _product_on_cpu(left: torch.Tensor, right: torch.Tensor) -> int:
-    """left [n, k] @ right [k, m]. The buffers hardly grow beyond the sizes that are measured."""
+    """Return buffer bytes of left [n, k] @ right [k, m]; they hardly grow beyond the largest measured sizes."""
     if left.dtype not in _HALF_TYPES:
         return 0
     (n, k), m = left.shape, right.shape[1]
-    most_n, most_k, most_m = _MEASURED_PRODUCT_AMX if cpu_has_amx() else _MEASURED_PRODUCT
+    max_n, max_k, max_m = _MEASURED_PRODUCT_AMX if cpu_has_amx() else _MEASURED_PRODUCT
     return _buffers_of_product(
-        min(n, most_n), min(k, most_k), min(m, most_m), left.dtype, _is_transposed(left), _is_transposed(right)
+        min(n, max_n), min(k, max_k), min(m, max_m), left.dtype, _is_transposed(left), _is_transposed(right)
     )
 
 
@@ -128,7 +128,7 @@ def _buffers_of_product(
 ) -> int:
     left = torch.zeros(k, n, dtype=dtype).T if is_left_transposed else torch.zeros(n, k, dtype=dtype)
     right = torch.zeros(m, k, dtype=dtype).T if is_right_transposed else torch.zeros(k, m, dtype=dtype)
-    for _ in range(2):  # the first makes what is made once
+    for _ in range(2):  # the first call also allocates one-time buffers
         with measure_allocations("cpu") as allocations:
             product = left @ right
     return max(0, allocations.peak_bytes - product.nbytes)

@@ -1,8 +1,8 @@
-"""Runs: a run's folder, and what is done with a whole run. No screen.
+"""Runs: the folder of a run, and operations on a whole run. No screen output.
 
-folder.py          RunDir: its files, and how they are written        records.py         the hash of each record
-session.py         a sitting of training: lock, rows, steps, records  publish.py         the best checkpoint becomes adapter/
-loading.py         plan -> model and rows                             resume.py          when a run may continue
-memory_record.py   memory.json: planned and measured                  verify.py          every file against its hash
-adapters.py        adapters of runs: ranked, shortened, added up, tried on one base
+folder.py          RunDir: files of a run, and how they are written       records.py   hashes of a run's records
+session.py         one session of training: lock, data, steps, records    publish.py   copy the best checkpoint to adapter/
+loading.py         plan -> model and examples                             resume.py    conditions for resuming a run
+memory_record.py   memory.json: planned and measured memory               verify.py    compare every file with its hash
+adapters.py        adapters of runs: rank, shorten, mix, serve several on one base
 """

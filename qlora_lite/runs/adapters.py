@@ -1,7 +1,7 @@
-"""Adapters as changes: looked at (rank), shortened, added up (mix), and tried side by side on one loaded base (Blend). No screen.
+"""Operations on adapters: analyze (rank), shorten, add (mix), and serve several on one loaded base (Blend). No screen output.
 
-What comes out of `truncate` and `mix` is a run and an adapter in one folder: adapter_config.json and adapter_model.safetensors, so plain
-peft reads it, and the recipe.yaml and env.json of the run it comes from, so `ask`, `eval`, `merge` and `rank` take it like any run.
+`truncate` and `mix` write a run and an adapter into one folder: adapter_config.json and adapter_model.safetensors, readable by plain
+peft, and the recipe.yaml and env.json of the original run, so that `ask`, `eval`, `merge` and `rank` accept it like any run.
 """
 
 import tempfile
@@ -33,12 +33,12 @@ from qlora_lite.runs.folder import RunDir
 from qlora_lite.runs.loading import LoadedModel, load_model
 from qlora_lite.runs.verify import refuse_damaged
 
-_OF_A_RUN = ("recipe.yaml", "env.json")  # what makes an adapter's folder a run
+_OF_A_RUN = ("recipe.yaml", "env.json")  # records that make an adapter folder a run
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter lies, and the run that made it; None for a folder of peft's."""
+    """The folder of an adapter, and the run that made it; None for a folder from peft."""
 
     folder: Path
     run: RunDir | None
@@ -52,73 +52,73 @@ class Source:
 
     @property
     def texts(self) -> dict[str, str]:
-        """The records that an adapter made from this one takes along."""
+        """The records that an adapter derived from this one copies."""
         if self.run is None:
             return {}
         return {name: (self.run.path / name).read_text(encoding="utf-8") for name in _OF_A_RUN}
 
 
 def open_source(path: Path | str) -> Source:
-    """The adapter of a run, or of a folder in PEFT's format; verified where there is a manifest. Raises RunError."""
+    """Open the adapter of a run, or of a folder in PEFT's format; verified if it has a manifest. Raises RunError."""
     path = Path(path)
     if RunDir(path.parent).has_begun and RunDir(path.parent).trained == path:
-        path = path.parent  # RUN/adapter is the run's, which says what base it is for
+        path = path.parent  # RUN/adapter belongs to the run, which names the base
     if not RunDir(path).has_begun:
         if not (path / "adapter_config.json").is_file():
-            raise RunError(f"{path}: neither a run nor an adapter in PEFT's format (it has no adapter_config.json)")
+            raise RunError(f"{path}: neither a run nor an adapter in PEFT's format: adapter_config.json is missing")
         if (path / "manifest.json").exists():
             refuse_damaged(path)
         return Source(path, None)
     run = RunDir.open(path)
     if run.trained is None:
-        raise RunError(f"{path}: training is not finished, so there is no adapter. Continue it with --resume")
+        raise RunError(f"{path}: training is not finished, so there is no adapter yet. Continue it with --resume")
     if run.trained == run.weights:
-        raise RunError(f"{path}: method full trained the weights themselves, so there is no adapter")
+        raise RunError(f"{path}: method full trains all weights, so there is no adapter")
     refuse_damaged(run.trained)
     return Source(run.trained, run)
 
 
 def rank_report(source: Source, other: Source | None = None) -> dict[str, Any]:
-    """Spectra by module and by kind, the advice, and the overlap with another adapter: what `rank --json` prints. Raises ModelError."""
+    """Return the document of `rank --json`: spectra by module and kind, advice, overlap with another adapter. Raises ModelError."""
     if other is not None:
-        _refuse_different_bases([source, other], "their directions have nothing to do with each other")
+        _refuse_different_bases([source, other], "their directions cannot be compared")
     adapter = source.read()
     if not adapter.factors:
         raise ModelError(
-            f"{source.folder}: whole modules were trained and no factors, so there are no directions to look at"
+            f"{source.folder}: only whole modules were trained, no factors, so there are no directions to analyze"
         )
-    found = spectra(adapter)
-    kinds = by_kind(found)
+    modules = spectra(adapter)
+    kinds = by_kind(modules)
     return {
-        "modules": [_as_json(each) for each in found],
+        "modules": [_as_json(spectrum) for spectrum in modules],
         "kinds": [asdict(kind) for kind in kinds],
         "advice": advice(kinds),
-        "num_parameters": _num_parameters(found, {each.module: each.r for each in found}),
+        "num_parameters": _num_parameters(modules, {spectrum.module: spectrum.r for spectrum in modules}),
         "uses_dora": any(factors.magnitude_O is not None for factors in adapter.factors.values()),
-        "overlap": [] if other is None else [asdict(each) for each in overlaps(adapter, other.read())],
+        "overlap": [] if other is None else [asdict(overlap) for overlap in overlaps(adapter, other.read())],
     }
 
 
 def truncate(
     source: Source, out: Path, *, rank: int | None = None, num_parameters: int | None = None, dtype: str = "fp32"
 ) -> dict[str, Any]:
-    """Write the best approximation of the adapter by `rank` a module, or by so many parameters in all; says what it loses.
+    """Write the best approximation of the adapter with `rank` per module, or with `num_parameters` in total; return a report.
 
-    `dtype` is that of the factors on disk: fp32, bf16 or int8. Raises RunError, ModelError, UserError.
+    `dtype` is the type of the factors on disk: fp32, bf16 or int8. Raises RunError, ModelError, UserError.
     """
     if (rank is None) == (num_parameters is None) or (rank or num_parameters or 0) < 1:
         raise UserError("rank: give either --to R or --parameters N, above 0")
     adapter = source.read()
     _refuse_more_than_factors(adapter, source.folder)
-    found = spectra(adapter)
-    trained = max(each.r for each in found)
+    modules = spectra(adapter)
+    trained = max(spectrum.r for spectrum in modules)
     if rank is not None and rank > trained:
         raise UserError(f"--to {rank}: the adapter's rank is {trained} and cannot be raised. Use at most {trained}")
-    ranks = ranks_of_equal(found, rank) if rank is not None else ranks_of_budget(found, num_parameters or 0)
+    ranks = ranks_of_equal(modules, rank) if rank is not None else ranks_of_budget(modules, num_parameters or 0)
     if not any(ranks.values()):
-        smallest = min(sum(each.shape) for each in found)
+        smallest = min(sum(spectrum.shape) for spectrum in modules)
         raise UserError(
-            f"--parameters {num_parameters}: no direction of any module is that small; the smallest takes {smallest}"
+            f"--parameters {num_parameters}: too few for one direction of any module; the smallest needs {smallest}"
         )
     made_of = {"adapter_sha256": folder_weights_sha256(source.folder), "ranks": ranks}
     shortened = truncated_adapter(adapter, ranks)
@@ -126,19 +126,19 @@ def truncate(
     return {
         "out": str(out),
         "ranks": ranks,
-        "lost_share": lost_share(found, ranks),
+        "lost_share": lost_share(modules, ranks),
         "dtype": dtype,
         "adapter_bytes": {"before": factor_bytes(source.folder), "after": factor_bytes(out)},
         "num_parameters": {
-            "before": _num_parameters(found, {each.module: each.r for each in found}),
-            "after": _num_parameters(found, ranks),
+            "before": _num_parameters(modules, {spectrum.module: spectrum.r for spectrum in modules}),
+            "after": _num_parameters(modules, ranks),
         },
     }
 
 
 @dataclass(frozen=True)
 class Asked:
-    """`runs/a:0.7,down_proj=0.2`: an adapter, its weight, and the weights of some of its modules."""
+    """A part of a mix, such as `runs/a:0.7,down_proj=0.2`: an adapter, its weight, and weights of single modules."""
 
     path: Path
     weight: float
@@ -146,38 +146,38 @@ class Asked:
 
 
 def parse_part(text: str) -> Asked:
-    """Raises UserError that shows what was expected."""
+    """Parse `RUN_DIR:WEIGHT[,MODULE=WEIGHT...]`. Raises UserError that shows the expected form."""
     path, colon, rest = text.rpartition(":")
     try:
-        first, *others = rest.split(",")
-        weights = {name: float(value) for name, _, value in (other.partition("=") for other in others)}
+        first, *modules = rest.split(",")
+        weights = {name: float(value) for name, _, value in (module.partition("=") for module in modules)}
         if not (colon and path) or "" in weights:
             raise ValueError
         return Asked(Path(path), float(first), weights)
     except ValueError as error:
         raise UserError(
-            f"{text!r}: expected RUN_DIR:WEIGHT, such as runs/a:0.7, or with weights of single modules runs/a:0.7,down_proj=0.2"
+            f"{text!r}: expected RUN_DIR:WEIGHT, such as runs/a:0.7, or, with weights of single modules, runs/a:0.7,down_proj=0.2"
         ) from error
 
 
 def parts_of(asked: Sequence[Asked]) -> tuple[list[Part], list[Source]]:
-    """The adapters of a mix, which must be of one base. Raises RunError."""
-    sources = [open_source(each.path) for each in asked]
-    _refuse_different_bases(sources, "their changes do not add up")
-    names = [str(each.path) for each in asked]
+    """-> (parts, sources) of a mix; all adapters must have one base. Raises RunError."""
+    sources = [open_source(part.path) for part in asked]
+    _refuse_different_bases(sources, "their changes cannot be added")
+    names = [str(part.path) for part in asked]
     parts = [Part(n, s.read(), a.weight, a.weights) for n, s, a in zip(names, sources, asked, strict=True)]
     return parts, sources
 
 
 def _refuse_different_bases(sources: Sequence[Source], consequence: str) -> None:
-    """Where the runs say what their bases were."""
+    """Raise RunError if the runs recorded different bases."""
     bases = {source.base_sha256: source.run.path for source in sources if source.run is not None and source.base_sha256}
     if len(bases) > 1:
         raise RunError(f"{' and '.join(map(str, bases.values()))}: were trained on different bases, so {consequence}")
 
 
 def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None, dtype: str = "fp32") -> dict[str, Any]:
-    """Write the weighted sum of adapters as one: exact, or the best of `rank`; factors as `dtype` (fp32, bf16 or int8).
+    """Write the weighted sum of adapters as one adapter: exact, or the best of rank `rank`; factors in `dtype` (fp32, bf16 or int8).
 
     Raises RunError, ModelError, UserError.
     """
@@ -187,8 +187,8 @@ def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None, dtype: st
     mixed = mix_adapters(parts, rank=rank)
     first = next((source for source in sources if source.run is not None), sources[0])
     made_of = [
-        {"adapter_sha256": folder_weights_sha256(source.folder), "weight": each.weight, "weights": each.weights}
-        for each, source in zip(asked, sources, strict=True)
+        {"adapter_sha256": folder_weights_sha256(source.folder), "weight": part.weight, "weights": part.weights}
+        for part, source in zip(asked, sources, strict=True)
     ]
     write_adapter(
         mixed.adapter, out, base_name=_base_name(first), made_of={"mix": made_of}, dtype=dtype, texts=first.texts
@@ -200,21 +200,21 @@ def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None, dtype: st
         "dtype": dtype,
         "adapter_bytes": factor_bytes(out),
         "num_modules": len(mixed.adapter.factors),
-        "parts": [{"path": str(each.path), "weight": each.weight, "weights": each.weights} for each in asked],
+        "parts": [{"path": str(part.path), "weight": part.weight, "weights": part.weights} for part in asked],
     }
 
 
 def factor_bytes(folder: Path) -> int:
-    """What an adapter's tensors take on disk."""
+    """Return the size of an adapter's tensors on disk."""
     return sum(path.stat().st_size for path in folder.glob("adapter_model*.safetensors"))
 
 
 class Blend:
-    """One loaded base with the factors of several adapters beside each other; which counts how much is changed in no time.
+    """One loaded base with the factors of several adapters side by side, whose weights can be changed instantly.
 
-    In: a plan and adapters by name. `use(weights)` makes `loaded` the base plus the weighted sum of changes: A_1; A_2; ... are all there,
-    and the columns of [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] are written anew. So several adapters are served, mixed or swept over a scale
-    without loading again. Factors are in the type that the plan trains in. Raises ModelError for what cannot be mixed.
+    In: a plan and adapters by name. `use(weights)` makes `loaded` the base plus the weighted sum of changes: A_1; A_2; ... stay in place,
+    and the columns of [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] are rewritten. So several adapters are served, mixed or swept over a scale without
+    reloading. Factors have the plan's training type. Raises ModelError for adapters that cannot be mixed.
     """
 
     def __init__(self, plan: Plan, adapters: Mapping[str, Adapter]) -> None:
@@ -225,7 +225,9 @@ class Blend:
             self.loaded: LoadedModel = load_model(plan, adapter=path)
         self._columns = {
             module: [
-                (name, each.factors[module].a_RI.shape[0]) for name, each in adapters.items() if module in each.factors
+                (name, adapter.factors[module].a_RI.shape[0])
+                for name, adapter in adapters.items()
+                if module in adapter.factors
             ]
             for module in side_by_side.factors
         }
@@ -233,10 +235,10 @@ class Blend:
 
     @torch.no_grad()
     def use(self, weights: Mapping[str, float]) -> LoadedModel:
-        """The base plus `weights[name]` of each adapter's change; those that are not named have 0."""
+        """Return the base plus `weights[name]` times each adapter's change; unnamed adapters have weight 0."""
         unknown = weights.keys() - set(self.names)
         if unknown:
-            raise UserError(f"{min(unknown)}: no such adapter here; there are {', '.join(self.names)}")
+            raise UserError(f"{min(unknown)}: unknown adapter; loaded are {', '.join(self.names)}")
         assert isinstance(self.loaded.model, PeftModel)
         state = get_peft_model_state_dict(self.loaded.model, save_embedding_layers=False)
         for module, columns in self._columns.items():
@@ -245,23 +247,23 @@ class Blend:
         return self.loaded
 
 
-def _as_json(found: Spectrum) -> dict[str, Any]:
-    ranks = {f"{share:.0%}": found.energy_rank(share) for share in (0.5, 0.9, 0.99)}
+def _as_json(spectrum: Spectrum) -> dict[str, Any]:
+    ranks = {f"{share:.0%}": spectrum.energy_rank(share) for share in (0.5, 0.9, 0.99)}
     return {
-        "module": found.module,
-        "kind": found.kind,
-        "layer": found.layer,
-        "shape": list(found.shape),
-        "r": found.r,
-        "norm": found.norm,
-        "effective_rank": found.effective_rank,
+        "module": spectrum.module,
+        "kind": spectrum.kind,
+        "layer": spectrum.layer,
+        "shape": list(spectrum.shape),
+        "r": spectrum.r,
+        "norm": spectrum.norm,
+        "effective_rank": spectrum.effective_rank,
         "energy_ranks": ranks,
-        "singular_values": list(found.singular_values),
+        "singular_values": list(spectrum.singular_values),
     }
 
 
-def _num_parameters(found: Sequence[Spectrum], ranks: Mapping[str, int]) -> int:
-    return sum(ranks[each.module] * sum(each.shape) for each in found)
+def _num_parameters(modules: Sequence[Spectrum], ranks: Mapping[str, int]) -> int:
+    return sum(ranks[spectrum.module] * sum(spectrum.shape) for spectrum in modules)
 
 
 def _base_name(source: Source) -> str:
@@ -269,8 +271,8 @@ def _base_name(source: Source) -> str:
 
 
 def _refuse_more_than_factors(adapter: Adapter, folder: Path) -> None:
-    others = sorted({*adapter.whole, *adapter.rows})
-    if others:
+    names = sorted({*adapter.whole, *adapter.rows})
+    if names:
         raise RunError(
-            f"{folder}: {others[0]} was trained besides the factors, which a truncated adapter would lose. Merge it instead"
+            f"{folder}: {names[0]} was trained besides the factors, and a shortened adapter would lose it. Merge the run instead"
         )

@@ -1,4 +1,4 @@
-"""From a plan to what training, scoring and merging begin with: the model on its device, and the rows as tokens."""
+"""Load the model of a plan onto its device, and tokenize its data, for training, scoring and merging."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ from qlora_lite.training.seeds import purpose_seed
 
 @dataclass
 class LoadedModel:
-    """A model ready to train, ask or score."""
+    """A model ready for training, questions or scoring."""
 
     model: PeftModel | PreTrainedModel
     tokenizer: Any
-    base: Path  # folder of the base model: quantized in the cache, or in 16 bits where it was found
+    base: Path  # folder of the base model: quantized in the cache, or the 16-bit source
     base_sha256: str
     static_bytes: dict[str, int]  # resident before the first step: weights, constants, adapter
 
@@ -41,8 +41,8 @@ def load_model(
 ) -> LoadedModel:
     """Load the plan's base (quantized the first time) and put a new adapter on it, or the saved one at `adapter`.
 
-    A new one has the factors of the recipe's lora.init_from, where that is given. With method full there is no adapter, and
-    every weight is trainable. `progress(done, total)` counts tensors while quantizing. Raises ModelError.
+    A new adapter copies the factors of the recipe's lora.init_from, if given. With method full there is no adapter, and every weight
+    is trainable. `progress(done, total)` counts tensors while quantizing. Raises ModelError.
     """
     recipe = plan.recipe
     folder = base_folder(plan, progress=progress)
@@ -61,14 +61,14 @@ def load_model(
 
 
 def load_plain(plan: Plan, folder: Path) -> LoadedModel:
-    """A 16-bit model folder as it is, nothing trainable."""
+    """Load a 16-bit model folder unchanged, with nothing trainable."""
     tokens = plan.recipe.data.special_tokens
     base = load_base(folder, device=plan.device, compute=plan.types.compute, special_tokens=tokens)
     return LoadedModel(base.model, base.tokenizer, folder, "", {})
 
 
 def base_folder(plan: Plan, *, progress: Callable[[int, int], None] | None = None) -> Path:
-    """The folder that the base is read from: the quantized artefact, made the first time, or the 16-bit source itself."""
+    """Return the folder of the base: the quantized artefact, made on first use, or the 16-bit source."""
     if plan.quantization is None:
         return plan.source
     return quantize_base(plan.source, cache=plan.cache, quantization=plan.quantization, progress=progress)
@@ -79,7 +79,7 @@ def base_sha256(plan: Plan, folder: Path) -> str:
 
 
 def training_examples(plan: Plan, tokenizer: Any) -> Examples:
-    """The plan's training rows, tokenized. Raises DataError."""
+    """Return the plan's training data, tokenized. Raises DataError."""
     data = plan.recipe.data
     return load_examples(
         data.train_files,
@@ -94,7 +94,7 @@ def training_examples(plan: Plan, tokenizer: Any) -> Examples:
 
 
 def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = None) -> Examples:
-    """The rows of data.eval or `path` that are scored, tokenized: at most eval.num_examples of data.eval. Raises DataError."""
+    """Return the held-out data of data.eval (at most eval.num_examples) or of `path`, tokenized. Raises DataError."""
     data = plan.recipe.data
     file = path or data.eval
     if file is None:
@@ -116,12 +116,12 @@ def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = N
 
 
 def template_of(plan: Plan, tokenizer: Any) -> ChatTemplate:
-    """How the plan's model is asked. Raises ModelError."""
+    """Return the chat template of the plan's model. Raises ModelError."""
     return ChatTemplate(tokenizer, vocabulary_of(plan))
 
 
 def vocabulary_of(plan: Plan) -> Vocabulary:
-    """Which tokens the plan's base has rows for, and which are the recipe's own. Raises ModelError."""
+    """Return the tokens with rows in the base's embedding, and the recipe's own tokens. Raises ModelError."""
     return Vocabulary.of(load_config(plan.source), plan.recipe.data.special_tokens, base_stops(plan.source))
 
 
@@ -152,7 +152,7 @@ def _length(plan: Plan) -> int:
 
 
 def _static_bytes(base: LoadedBase, model: PeftModel | PreTrainedModel) -> dict[str, int]:
-    ours = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
-    adapter = sum(p.nbytes for name, p in model.named_parameters() if any(part in name for part in ours))
+    trained = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
+    adapter = sum(p.nbytes for name, p in model.named_parameters() if any(part in name for part in trained))
     weights = {"weights_bytes": base.weights_bytes, "quant_constants_bytes": base.quant_constants_bytes}
     return {**weights, "adapter_bytes": adapter}

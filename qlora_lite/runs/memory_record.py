@@ -1,11 +1,11 @@
-"""memory.json: what a run planned to hold, what it held, and the difference, by part and by phase.
+"""memory.json: planned memory, measured memory, and the difference, by part and by phase.
 
-resident     tensors that lie there all the time, by their own size
+resident     tensors that stay in memory, by their size
 phases       the allocator's peaks of the largest step: forward, head, backward, update
-paged        optimizer state in managed memory, which lies on the card or the host as it is used: no part of a peak
-allocator    what the card's caching allocator says at the end; null on the CPU
-parts        at the highest of these peaks; what the allocator counts and no tensor explains is workspace,
-                 the device's libraries' own memory included
+paged        optimizer state in managed memory, on the card or the host depending on its use: not part of a peak
+allocator    final statistics of the card's caching allocator; null on the CPU
+parts        at the highest of these peaks; workspace is the allocator's bytes that no tensor explains, including memory of the
+                 device's libraries
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ def memory_record(
     steps: Sequence[Mapping[str, Any]],
     tried: Preflight | None,
 ) -> dict[str, Any]:
-    """The whole file, at the end of training; `steps` are the lines of steps.jsonl."""
+    """Return the content of the file at the end of training; `steps` are the lines of steps.jsonl."""
     trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
     on_device, paged = state_bytes(state.optimizer)
     planned = as_json(plan.rehearsal(plan.method))
@@ -37,14 +37,14 @@ def memory_record(
         steps=steps,
         tried=tried,
     )
-    asked, used = plan.chosen.footprint, state.footprint or plan.chosen.footprint
+    first, last = plan.chosen.footprint, state.footprint or plan.chosen.footprint
     return {
         "method": plan.method,
         "budget_bytes": plan.budget_bytes,
         **measured,
         "paged_bytes": compared(planned["host_bytes"], paged),
         "allocator": allocator_statistics(plan.device),
-        "retries": [] if used == asked else [f"memory ran out with {asked}; trained with {used}"],
+        "retries": [] if last == first else [f"out of memory with {first}; trained with {last}"],
     }
 
 
@@ -67,7 +67,7 @@ def memory_of_run(
             part: compared(size, parts.get(part.removesuffix("_bytes"))) for part, size in planned["parts"].items()
         },
         "phases": {
-            phase: compared(found["peak_bytes"], phases.get(phase)) for phase, found in planned["phases"].items()
+            phase: compared(entry["peak_bytes"], phases.get(phase)) for phase, entry in planned["phases"].items()
         },
         "timeline": [
             {"phase": m.phase, "layer": m.name, "bytes": m.num_bytes} for m in (tried.moments if tried else ())
@@ -76,17 +76,17 @@ def memory_of_run(
 
 
 def compared(planned: int, measured: int | None) -> dict[str, int | None]:
-    """One line of the file; what was not measured has no difference."""
+    """Return one entry of the file; without a measurement, the difference is null."""
     return {"planned": planned, "measured": measured, "difference": None if measured is None else measured - planned}
 
 
 def _measured_phases(resident: int, steps: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The highest of all steps that were measured, all sittings of the run together."""
-    found: dict[str, int] = {}
+    """Return the highest measured peak by phase, over all sessions of the run."""
+    peaks: dict[str, int] = {}
     for step in steps:
         for phase, peak in (step.get("phase_peaks") or {}).items():
-            found[phase] = max(found.get(phase, 0), resident + peak)
-    return found
+            peaks[phase] = max(peaks.get(phase, 0), resident + peak)
+    return peaks
 
 
 def _measured_parts(
@@ -97,6 +97,6 @@ def _measured_parts(
     phase = max(phases, key=lambda name: phases[name])
     made = tried.phases.get(phase, {}) if tried is not None else {}
     parts = {name: resident[f"{name}_bytes"] for name in _RESIDENT}
-    parts["gradients"] = made.get("gradients", 0) if made else gradients_bytes  # all of them before an update
+    parts["gradients"] = made.get("gradients", 0) if made else gradients_bytes  # all gradients exist before an update
     parts |= {name: made.get(name, 0) for name in _MADE}
     return parts | {"workspace": phases[phase] - sum(parts.values()), "runtime": 0}

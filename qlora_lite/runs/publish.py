@@ -1,4 +1,4 @@
-"""The end of training: the best checkpoint's weights become adapter/ or weights/ of the run."""
+"""Publish the result of training: copy the best checkpoint's weights to adapter/ or weights/ of the run."""
 
 import shutil
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from qlora_lite.training import TrainState, best_valid
 
 
 def publish(run: RunDir, plan: Plan, loaded: LoadedModel, state: TrainState, say: Callable[[str], None]) -> None:
-    """Copy what the best checkpoint has trained to adapter/ or weights/, whole or not at all, and leave the model with it.
+    """Copy the best checkpoint's trained weights to adapter/ or weights/, completely or not at all, and load them into the model.
 
-    A tokenizer with new tokens goes with it, and generation settings that stop where rows do. Its manifest.json names the step and hashes
-    the files.
+    Adds a tokenizer with new tokens, and generation settings with the stop tokens of training. Its manifest.json has the step and the
+    hashes of all files.
     """
     name = folder_name(state.model)
     last_step, best = state.step, state.best
     checkpoint, problems = best_valid(run.checkpoints, best)
     for problem in problems:
         say(problem)
-    assert checkpoint is not None  # the last step has just written one
+    assert checkpoint is not None  # the last step has written one
     state.load(checkpoint)
     remove_folder(run.path / name)
     with staged_folder(run.path / name) as staging:
@@ -36,5 +36,5 @@ def publish(run: RunDir, plan: Plan, loaded: LoadedModel, state: TrainState, say
         write_manifest(staging, {"step": state.step})
     if best is not None and state.step == best.step:
         last = run.read_steps()[-1]["eval_loss"]
-        beside = f"; the last step's was {last:.3f}" if best.step != last_step else ", and it was the last"
-        say(f"{name}/ is step {best.step}'s, with the lowest validation loss, {best.eval_loss:.3f}{beside}")
+        comparison = f"; the last step has {last:.3f}" if best.step != last_step else ", which is the last step"
+        say(f"{name}/ holds step {best.step}, with the lowest validation loss, {best.eval_loss:.3f}{comparison}")

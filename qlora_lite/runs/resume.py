@@ -1,6 +1,6 @@
-"""When a run may go on: with the same recipe but for keys that change nothing trained, on the same base and the same data.
+"""Conditions for resuming a run: the same recipe except keys that do not affect training, the same base and the same data.
 
-What is computed with other versions or another number of threads may differ in its last bits: that is said, not refused.
+Other versions or another number of threads may change the last bits of results: a note names them, and the run continues.
 """
 
 import json
@@ -24,12 +24,12 @@ from qlora_lite.recipe import Recipe, dump_recipe, load_run_recipe
 from qlora_lite.runs.folder import RunDir, in_command
 
 PACKAGES = ("qlora-lite", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
-# Keys, besides those of merge, that change nothing that is trained.
+# Keys, besides those of merge, that do not affect training.
 MAY_DIFFER = frozenset({"train.save_every_steps", "train.keep_checkpoints", "train.trackers", "eval.max_seq_length"})
 
 
 def refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
-    """Raise RunError for a resolved `recipe` that is not the run's, but for what may differ: it would silently mix two runs."""
+    """Raise RunError if a resolved `recipe` differs from the run's in a key that affects training: it would silently mix two runs."""
     changed = _differences(load_run_recipe(run.recipe), recipe)
     refused = [f"{key} was {was}, is {now}" for key, was, now in changed if not _may_differ(key)]
     if refused:
@@ -37,16 +37,16 @@ def refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
 
 
 def go_on_with(run: RunDir, recipe: Recipe) -> list[str]:
-    """Make what may differ in a resolved `recipe` the run's; -> a sentence for each key. Raises RunError for anything else."""
+    """Store the changes of a resolved `recipe` that do not affect training -> one sentence per key. Raises RunError for others."""
     refuse_other_recipe(run, recipe)
     changed = list(_differences(load_run_recipe(run.recipe), recipe))
     if changed:
         run.write_text(run.recipe.name, dump_recipe(recipe))
-    return [f"{key} was {was}, is {now} from here on: it changes nothing that is trained" for key, was, now in changed]
+    return [f"{key} was {was}, is {now} from now on; it does not affect training" for key, was, now in changed]
 
 
 def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value before, value now) of every key that differs."""
+    """Yield (key, value before, value now) of every key that differs."""
     old, new = (recipe.model_dump(mode="json") for recipe in (before, now))
     for section, values in new.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
@@ -60,61 +60,61 @@ def _may_differ(key: str) -> bool:
 
 
 def refuse_other_base(run: RunDir, now: str, folder: Path) -> None:
-    """Raise RunError where the base in `folder`, whose weights' SHA-256 is `now`, is not the run's: other weights, config or tokenizer."""
+    """Raise RunError if the base in `folder`, with weights of SHA-256 `now`, is not the run's: other weights, config or tokenizer."""
     env = run.read_json("env.json")
     then = env.get("base_sha256")
     if then is not None and now != then:
         raise RunError(
             f"{run.path}: was trained on another base (SHA-256 {then[:12]}..., now {now[:12]}...). {_how_to_get_it_back(run)}"
         )
-    recorded, there = env.get("base_files"), files_of_base(folder)
-    if not isinstance(recorded, dict):  # a run of an earlier version has no record of them
+    recorded, present = env.get("base_files"), files_of_base(folder)
+    if not isinstance(recorded, dict):  # a run of an earlier version did not record them
         return
-    changed = [name for name in sorted(recorded.keys() | there.keys()) if recorded.get(name) != there.get(name)]
+    changed = [name for name in sorted(recorded.keys() | present.keys()) if recorded.get(name) != present.get(name)]
     if changed:
         raise RunError(
-            f"{run.path}: the base's weights are the run's own, but {' and '.join(changed)} in {folder} differ from what it was trained "
-            "with. Put back what was there then, or give --base DIR with the folder as it was"
+            f"{run.path}: the base's weights are those of the run, but {' and '.join(changed)} in {folder} changed since training. "
+            "Restore them, or give --base DIR with an unchanged folder"
         )
 
 
 def refuse_missing_base(run: RunDir, recipe: Recipe) -> None:
-    """Raise RunError, with the way to name it, where the run's base is not where it was."""
+    """Raise RunError, with advice on --base, if the run's base is not at its recorded place."""
     try:
         find_base(recipe.model.base, cache=default_cache(), revision=recipe.model.revision)
     except ModelError as error:
-        kept = _kept_artefact(run)
-        also = f", or the quantized copy that the run was trained on: --base {in_command(kept)}" if kept else ""
+        artefact = _kept_artefact(run)
+        alternative = f", or use the quantized copy from training: --base {in_command(artefact)}" if artefact else ""
         raise RunError(
-            f"{run.path}: its base cannot be used where it was ({error}). If it lies elsewhere now, add --base DIR (its hash is "
-            f"checked){also}"
+            f"{run.path}: its base is not usable at its recorded place ({error}). If it was moved, add --base DIR (its hash is "
+            f"checked){alternative}"
         ) from error
 
 
 def _kept_artefact(run: RunDir) -> Path | None:
-    """The quantized base of the run, where it is still in the cache."""
+    """Return the quantized base of the run if it is still in the cache."""
     path = Path(str(run.read_json("env.json").get("base") or ""))
     return path if path.is_absolute() and (path / MANIFEST_NAME).is_file() else None
 
 
 def _how_to_get_it_back(run: RunDir) -> str:
-    """Advice for a base of other bytes: it is another model, or it was quantized with something else than then."""
+    """Return advice for a base of other bytes: another model, or one quantized by another version or device."""
     env = run.read_json("env.json")
     if load_run_recipe(run.recipe).model.quantization == "none":
-        return "Give the folder that it was trained on: --base DIR"
-    kept, then = _kept_artefact(run), env.get("versions")
-    if kept is not None:
-        return f"The quantized copy that it was trained on is still there: --base {in_command(kept)}"
+        return "Give the folder used in training: --base DIR"
+    artefact, then = _kept_artefact(run), env.get("versions")
+    if artefact is not None:
+        return f"The quantized copy from training still exists: --base {in_command(artefact)}"
     was = then.get("bitsandbytes") if isinstance(then, dict) else None
-    here = f"bitsandbytes {was} on {env.get('card') or env.get('device')}, here with {version('bitsandbytes')}"
+    change = f"bitsandbytes {was} on {env.get('card') or env.get('device')}, now with {version('bitsandbytes')}"
     return (
-        "Give the original that it was quantized from: --base DIR. If this is the original, quantizing it again has rounded differently "
-        f"(then with {here}): run it once with that version on such a device, put the old cache back, or train again"
+        "Give the original that was quantized: --base DIR. If this is the original, quantizing it again rounded differently "
+        f"(then with {change}): run it once with that version on such a device, restore the old cache, or train again"
     )
 
 
 def data_hashes(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of each file that rows are read from, by its path; of a folder one over the hashes of all its files."""
+    """Return the SHA-256 of each data file by path; for a folder, one over the hashes of its files."""
     files = [str(path) for path, _ in as_pairs(recipe.data.train_files)]
     files += [] if recipe.data.eval is None else [recipe.data.eval]
     return {file: _data_hash(Path(file)) for file in files}
@@ -125,7 +125,7 @@ def _data_hash(path: Path) -> str:
 
 
 def refuse_other_data(run: RunDir, now: Mapping[str, str]) -> None:
-    """Raise RunError where a file holds other bytes than when the run began."""
+    """Raise RunError if a data file has changed since the run began."""
     then = run.read_json("env.json").get("data_sha256", now)
     changed = [
         f"{file} (SHA-256 {then[file][:12]}..., now {digest[:12]}...)"
@@ -134,18 +134,18 @@ def refuse_other_data(run: RunDir, now: Mapping[str, str]) -> None:
     ]
     if changed:
         raise RunError(
-            f"{run.path}: cannot resume, the data have changed since the run began: {', '.join(changed)}. Put the file back as it "
-            "was, or start a new run"
+            f"{run.path}: cannot resume, the data have changed since the run began: {', '.join(changed)}. Restore the file, "
+            "or start a new run"
         )
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what is computed."""
+    """Return the versions of the packages that affect results."""
     return {name: version(name) for name in PACKAGES}
 
 
 def computed_with(recipe: Recipe, card: Card) -> dict[str, Any]:
-    """What a checkpoint's manifest says of how it came about."""
+    """Return the entries of a checkpoint's manifest about its computation: recipe, device, threads, versions."""
     return {
         "recipe_sha256": fixed_sha256(recipe),
         "device": card.in_words,
@@ -155,7 +155,7 @@ def computed_with(recipe: Recipe, card: Card) -> dict[str, Any]:
 
 
 def fixed_sha256(recipe: Recipe) -> str:
-    """Of the resolved recipe without what may differ when the run is resumed."""
+    """Return the hash of the resolved recipe without the keys that may change on resuming."""
     values = recipe.model_dump(mode="json")
     kept = {
         f"{section}.{key}": value
@@ -167,16 +167,16 @@ def fixed_sha256(recipe: Recipe) -> str:
 
 
 def computed_otherwise(checkpoint: Path, recipe: Recipe, card: Card) -> Iterator[str]:
-    """Why going on from `checkpoint` may not be bit-identical to never having stopped."""
+    """Yield the reasons why resuming from `checkpoint` may not be bit-identical to an uninterrupted run."""
     then, now = read_manifest(checkpoint) or {}, computed_with(recipe, card)
     if then.get("device", now["device"]) != now["device"]:
         yield (
-            f"before it was {then['device']}, now it is {now['device']}: sums are formed in another order, so the last bits differ, and "
+            f"the device was {then['device']}, is {now['device']} now: sums are added in another order, so the last bits differ, and "
             "dropout draws other random numbers"
         )
     if card.is_cpu and then.get("num_threads", now["num_threads"]) != now["num_threads"]:
         yield (
-            f"before it was {then['num_threads']} threads, now it is {now['num_threads']}: sums are formed in another order, so "
+            f"the number of threads was {then['num_threads']}, is {now['num_threads']} now: sums are added in another order, so "
             f"the last bits may differ. OMP_NUM_THREADS={then['num_threads']} keeps them"
         )
     before = then.get("versions", {})
@@ -184,4 +184,4 @@ def computed_otherwise(checkpoint: Path, recipe: Recipe, card: Card) -> Iterator
         f"{name} {before[name]} -> {new}" for name, new in now["versions"].items() if before.get(name, new) != new
     ]
     if changed:
-        yield f"other versions than before, so the last bits may differ: {', '.join(changed)}"
+        yield f"versions have changed, so the last bits may differ: {', '.join(changed)}"

@@ -1,10 +1,10 @@
-"""One sitting of a training run: it holds the run's lock, reads its rows, trains, and writes everything that the run keeps.
+"""One session of a training run: lock the run, read its data, train, and write all its files.
 
     with Session.open(run_dir, resume=...) as session:     the lock; a new folder, or a run to continue
-        training = session.begin(plan, loaded)             rows, optimizer, state; the first records
+        training = session.begin(plan, loaded)             data, optimizer, state; the first records
         for stats in training.steps(): ...                 log, checkpoints, at the end adapter/ and memory.json
 
-The command `train` and `api.train` both go this way. All files go through `RunDir`.
+Both the command `train` and `api.train` use it. `RunDir` writes all files.
 """
 
 import platform
@@ -65,12 +65,12 @@ Say = Callable[[str], None]
 
 @dataclass
 class Session:
-    """A run that only this process writes to, from `open` to the end of its block."""
+    """A run locked for this process, from `open` to the end of its block."""
 
     run: RunDir
-    resumes: bool  # continues from the newest whole checkpoint
+    resumes: bool  # from the newest valid checkpoint
     say: Say
-    spent: dict[str, float] = field(default_factory=dict)  # seconds of everything that is not a step
+    spent: dict[str, float] = field(default_factory=dict)  # seconds outside steps, by phase
 
     @classmethod
     @contextmanager
@@ -83,16 +83,16 @@ class Session:
         say: Say = lambda text: None,
         spent: dict[str, float] | None = None,
     ) -> Iterator["Session"]:
-        """A new run, or with `resume` one to continue. A new run's folder, and those that `made` names, are removed again when the block
-        fails before training has begun. Raises RunError.
+        """Open a new run, or with `resume` an existing one. If the block fails before training has begun, a new run's folder and the
+        folders `made` are removed again. Raises RunError.
         """
         with RunDir.writing(run_dir) if resume else RunDir.creating(run_dir, made=made) as run:
             yield cls(run, resume, say, {} if spent is None else spent)
 
     def begin(self, plan: Plan, loaded: LoadedModel) -> "Training":
-        """Read the rows, make the optimizer's state, and write the first records, or load the checkpoint.
+        """Read the data, create the optimizer's state, and write the first records, or load the checkpoint.
 
-        Raises RunError where a resumed run's recipe, base or data are others; DataError; UserError for a tracker that is not installed.
+        Raises RunError if recipe, base or data of a resumed run have changed; DataError; UserError for a tracker that is not installed.
         """
         run, recipe = self.run, plan.recipe
         refuse_missing_trackers(recipe.train.trackers)
@@ -102,7 +102,7 @@ class Session:
                 self.say(sentence)
             refuse_other_base(run, loaded.base_sha256, loaded.base)
             refuse_other_data(run, data)
-        examples, held_out = self._read_rows(plan, loaded)
+        examples, held_out = self._read_data(plan, loaded)
         sampler = sampler_of(
             examples,
             examples_per_step=recipe.train.examples_per_step,
@@ -129,16 +129,16 @@ class Session:
         return Training(self, plan, loaded, state, examples, held_out, sampler)
 
     @contextmanager
-    def clocked(self, what: str) -> Iterator[None]:
-        """Add the block's seconds to `spent[what]`."""
+    def clocked(self, phase: str) -> Iterator[None]:
+        """Add the block's seconds to `spent[phase]`."""
         begin = time.perf_counter()
         try:
             yield
         finally:
-            self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - begin
+            self.spent[phase] = self.spent.get(phase, 0.0) + time.perf_counter() - begin
 
-    def _read_rows(self, plan: Plan, loaded: LoadedModel) -> tuple[Examples, Examples | None]:
-        """Training and held-out rows as tokens; reports the rows that are left out or repeated."""
+    def _read_data(self, plan: Plan, loaded: LoadedModel) -> tuple[Examples, Examples | None]:
+        """-> (training examples, held-out examples); reports omitted and repeated rows."""
         data = plan.recipe.data
         examples = training_examples(plan, loaded.tokenizer)
         for sentence in examples.account("training rows", limit="data.num_train"):
@@ -170,7 +170,7 @@ class Session:
 
 @dataclass
 class Training:
-    """A run whose first records are written; `steps` trains it to its end."""
+    """A run with its first records written; `steps` trains it to the end."""
 
     session: Session
     plan: Plan
@@ -185,12 +185,12 @@ class Training:
         return self.session.run
 
     def steps(self, *, profile: bool = False, should_stop: Callable[[], bool] = lambda: False) -> Iterator[StepStats]:
-        """One `StepStats` per optimizer step, checkpoints on the way, adapter/ (or weights/) at the end.
+        """Yield one `StepStats` per optimizer step; write checkpoints, and at the end adapter/ (or weights/).
 
-        When `should_stop()` becomes true, the current step is finished, a checkpoint written, and the generator ends. A finished run has no
-        steps left. Afterwards the model holds the factors that adapter/ holds: those of the lowest validation loss where the recipe asks
-        for evaluations, else the last. Before the first step the largest micro-batch is tried; one that runs out of memory, then or later,
-        is repeated with leaner settings. With `profile`, profile/ gets a timeline of two steps.
+        When `should_stop()` becomes true, finish the current step, write a checkpoint, and end. A finished run yields no steps. At the
+        end the model holds the factors of adapter/: those of the lowest validation loss if the recipe evaluates, else the last. The
+        largest micro-batch is tried before the first step; work that runs out of memory, then or later, is repeated with leaner settings.
+        With `profile`, write a timeline of two steps into profile/.
         Raises RunError, TrainingStopped, DoesNotFit.
         """
         run, state, say = self.run, self.state, self.session.say
@@ -222,7 +222,7 @@ class Training:
                 f"stopped early after step {state.step} of {len(self.sampler)}: the validation loss has not fallen for "
                 f"{early_stop} evaluations"
             )
-        if tried is not None or not run.read_json("memory.json"):  # a sitting without a step has nothing to add
+        if tried is not None or not run.read_json("memory.json"):  # a session without steps adds nothing
             run.write_json("memory.json", memory_record(self.plan, self.loaded, state, run.read_steps(), tried))
         publish(run, self.plan, self.loaded, state, say)
 
@@ -248,8 +248,8 @@ class Training:
         )
 
     def _validation_loss(self) -> float:
-        """The loss on the held-out rows as the model is now, by evaluation's own code."""
-        assert self.held_out is not None  # `begin` has read it, or refused the run
+        """Return the current loss on the held-out examples, by evaluation's own code."""
+        assert self.held_out is not None  # `begin` has read them, or raised
         tokens = (self.state.footprint or self.plan.chosen.footprint).micro_batch_tokens
         return validation_loss(
             self.loaded.model,
@@ -260,7 +260,7 @@ class Training:
         )
 
     def _try_largest_batch(self) -> Preflight | None:
-        """None where no step is left to train."""
+        """Try the largest micro-batch; None if no step is left to train."""
         if self.state.step >= len(self.sampler):
             return None
         return try_largest_batch(
@@ -287,11 +287,11 @@ class Training:
         unlogged = self.run.append_step(asdict(stats))
         if unlogged is not None and not was_unlogged:
             self.session.say(
-                f"step {stats.step}: {unlogged}. Training continues; the line is written as soon as there is room"
+                f"step {stats.step}: {unlogged}. Training continues; the line is written as soon as there is space"
             )
 
     def _save_if_due(self, stats: StepStats, *, must: bool) -> None:
-        """Where a checkpoint `must` be written, a failure ends training; otherwise it costs this checkpoint only."""
+        """Write a checkpoint if it is due. A failure ends training if it `must` be written; otherwise only this checkpoint is lost."""
         is_best = self.state.best is not None and self.state.best.step == stats.step
         if must:
             self._save()
@@ -302,7 +302,7 @@ class Training:
                 self.session.say(f"{error.what}. Training continues; the next checkpoint is tried when it is due")
 
     def _save(self) -> None:
-        """Write a checkpoint, after the log up to its step is synced. Raises RunError when either cannot be written."""
+        """Sync the log, then write a checkpoint. Raises RunError if either cannot be written."""
         run, plan = self.run, self.plan
         try:
             run.seal_steps()
@@ -313,18 +313,18 @@ class Training:
                 base=self.loaded.base,
                 facts=computed_with(plan.recipe, plan.card),
             )
-        except (OSError, UserError, SafetensorError) as error:  # SafetensorError: what save_file makes of a full disk
+        except (OSError, UserError, SafetensorError) as error:  # save_file raises SafetensorError for a full disk
             reason = error.what if isinstance(error, UserError) else f"{run.checkpoints}: {error}"
             raise RunError(
                 f"the checkpoint of step {self.state.step} cannot be written ({reason})",
-                advice="Earlier ones are kept: free some room and continue with --resume",
+                advice="Earlier checkpoints are kept: free some space and continue with --resume",
             ) from error
 
     def _newest_in_words(self) -> str:
         newest, _ = newest_valid(self.run.checkpoints)
         if newest is None:
             return "no checkpoint was written yet"
-        return f"the checkpoint {newest.name} is kept, --resume continues from it"
+        return f"the checkpoint {newest.name} is kept; --resume continues from it"
 
 
 def train(
@@ -337,13 +337,13 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     say: Say = lambda text: None,
 ) -> Iterator[StepStats]:
-    """Train and keep `run_dir`: see `Session` and `Training.steps`. Raises RunError, DataError, TrainingStopped, DoesNotFit, UserError."""
+    """Train into `run_dir`: see `Session` and `Training.steps`. Raises RunError, DataError, TrainingStopped, DoesNotFit, UserError."""
     with Session.open(run_dir, resume=resume, say=say) as session:
         yield from session.begin(plan, loaded).steps(profile=profile, should_stop=should_stop)
 
 
 def _write_first_records(run: RunDir, plan: Plan, loaded: LoadedModel, data: Mapping[str, str]) -> None:
-    """recipe.yaml, which makes the folder a run, comes last."""
+    """Write plan.json, env.json and, last, recipe.yaml, which makes the folder a run."""
     run.write_json("plan.json", plan.to_json_dict() | disk_speed(default_cache()))
     run.write_json(
         "env.json",
@@ -366,12 +366,14 @@ def _write_first_records(run: RunDir, plan: Plan, loaded: LoadedModel, data: Map
 
 
 def _start_of(recipe: Recipe) -> dict[str, str] | None:
-    """The adapter that the factors start from, and its hash."""
+    """Return the path and hash of lora.init_from; None if it is not set."""
     folder = recipe.lora.init_from
     return None if folder is None else {"path": folder, "sha256": sha256_of_file(factors_file(Path(folder)))}
 
 
 def _trace_in_words(trace: Trace) -> str:
     if not trace.files:
-        return "no timeline was recorded: that takes at least two steps, and on the CPU three, because one is measured"
+        return (
+            "no timeline was recorded: it needs at least two steps, on the CPU three, because one of them is measured"
+        )
     return f"timeline: {', '.join(map(str, trace.files))}; ui.perfetto.dev opens it (nothing is sent anywhere)"

@@ -1,10 +1,10 @@
 """Train: a loaded model and tokenized examples -> `StepStats`, one per optimizer step, and a `TrainState` that can be saved.
 
 loop.py        the generator of steps                        step.py        one step: forward, backward, clip, AdamW
-preflight.py   the largest micro-batch, tried first; what to do when memory runs out
-optimizer.py   AdamW that keeps small steps                  schedule.py    the learning rate of a step
-state.py       everything that changes                       checkpoint.py  it on disk
-best.py        the lowest validation loss                    footprint.py   how a step is computed
+preflight.py   try the largest micro-batch first; retry with leaner settings when memory runs out
+optimizer.py   AdamW that keeps small updates                schedule.py    the learning rate of a step
+state.py       all changing state of a run                   checkpoint.py  checkpoints on disk
+best.py        the lowest validation loss                    footprint.py   memory settings of a step
 trackers.py    dashboards                                    trace.py       a timeline of two steps
 seeds.py       one seed for each purpose
 """

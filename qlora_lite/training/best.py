@@ -1,4 +1,4 @@
-"""The lowest validation loss of a run so far: which checkpoint stays, which adapter is published, when to stop early."""
+"""The lowest validation loss of a run so far: decides which checkpoint is kept and published, and when to stop early."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ class Best:
 
 
 def best_after(best: Best | None, *, step: int, eval_loss: float) -> Best:
-    """The best after one more evaluation; of equal losses the earlier one stays."""
+    """Return the best after one more evaluation; for equal losses, the earlier one."""
     if best is None or eval_loss < best.eval_loss:
         return Best(step, eval_loss)
     return replace(best, num_since=best.num_since + 1)

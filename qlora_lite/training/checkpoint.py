@@ -1,7 +1,7 @@
-"""Checkpoints on disk: `checkpoints/step-000050/`, whole or not there; the newest few are kept, and the best one.
+"""Checkpoints on disk: `checkpoints/step-000050/`, complete or absent; the newest few are kept, and the best one.
 
-Written into a staging folder, synced, hashed (manifest last) and renamed, so a half-written one is never picked up.
-The best one has no name of its own: `best.step` in the newest one's state.json says which it is, so the two cannot disagree.
+Written into a staging folder, synced, hashed (manifest last) and renamed, so an incomplete one is never used.
+The best one has no special name: `best.step` in the newest one's state.json identifies it, so names and state cannot disagree.
 """
 
 import re
@@ -17,18 +17,18 @@ from qlora_lite.training.best import Best
 from qlora_lite.training.state import TrainState
 from qlora_lite.units import format_bytes
 
-_MARGIN_BYTES = 4 * 2**20  # configs, manifest, and what a file system rounds up to
+_MARGIN_BYTES = 4 * 2**20  # configs, manifest, and rounding of the file system
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 def save_checkpoint(
     state: TrainState, folder: Path, *, keep: int, base: Path, facts: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write `folder/step-XXXXXX` for the state as it is now, and remove all but the newest `keep` and the best; returns its path.
+    """Write `folder/step-XXXXXX` for the current state, remove all but the newest `keep` and the best, and return its path.
 
-    `facts` go into its manifest. A damaged one of this step is replaced. Ones of later steps are damaged too (the run came back to an
-    earlier step), so they count for nothing and are left where they are. Raises RunError, with the bytes it needs, when the disk has not
-    the room; UserError or OSError when it turns out only while writing.
+    `facts` go into its manifest. Replaces a damaged checkpoint of this step. Checkpoints of later steps are damaged too (the run resumed
+    from an earlier step), so they do not count and are left in place. Raises RunError, with the bytes needed, if the disk is too full;
+    UserError or OSError if writing fails.
     """
     path = folder / f"step-{state.step:06d}"
     if path.exists() and verify_manifest(path):
@@ -46,50 +46,50 @@ def save_checkpoint(
 
 
 def _refuse_full_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if free < needed:
         raise RunError(
             f"{folder}: a checkpoint needs {format_bytes(needed)}, {format_bytes(free)} are free",
-            advice="Free some room",
+            advice="Free some space",
         )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first; their contents are not looked at."""
+    """Return the checkpoint folders, oldest first, without checking them."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
 
 
 def newest_valid(folder: Path, *, recipe_sha256: str | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are as they were written, and what is wrong with each newer one.
+    """-> (the newest valid checkpoint, None if there is none; one problem per newer checkpoint).
 
-    With `recipe_sha256`, one that another recipe wrote is not valid either.
+    A checkpoint is valid if its files are unchanged and, with `recipe_sha256`, no other recipe wrote it.
     """
     problems: list[str] = []
     for path in reversed(list_checkpoints(folder)):
-        wrong = verify_manifest(path) or _of_another_recipe(path, recipe_sha256)
-        if not wrong:
+        damage = verify_manifest(path) or _of_another_recipe(path, recipe_sha256)
+        if not damage:
             return path, problems
-        problems.append(f"{path.name} is not used: {wrong[0]}")
+        problems.append(f"{path.name} is not used: {damage[0]}")
     return None, problems
 
 
 def best_valid(folder: Path, best: Best | None) -> tuple[Path | None, list[str]]:
-    """The checkpoint of the lowest validation loss, or the newest valid one where there is none or it is damaged."""
+    """-> (the checkpoint of the lowest validation loss, or the newest valid one if that is missing or damaged; problems)."""
     if best is None:
         return newest_valid(folder)
     path = folder / f"step-{best.step:06d}"
-    wrong = verify_manifest(path)
-    if not wrong:
+    damage = verify_manifest(path)
+    if not damage:
         return path, []
     newest, problems = newest_valid(folder)
-    return newest, [f"{path.name}, the best one, is not used, the newest is: {wrong[0]}", *problems]
+    return newest, [f"{path.name}, the best checkpoint, is not used; using the newest instead: {damage[0]}", *problems]
 
 
 def _of_another_recipe(path: Path, recipe_sha256: str | None) -> list[str]:
     written_by = (read_manifest(path) or {}).get("recipe_sha256")
-    return ["another recipe wrote it"] if recipe_sha256 and written_by not in (None, recipe_sha256) else []
+    return ["written by another recipe"] if recipe_sha256 and written_by not in (None, recipe_sha256) else []
 
 
 def _step_of(path: Path) -> int:

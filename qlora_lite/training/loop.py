@@ -2,9 +2,9 @@
 
     examples of the step -> packed micro-batches -> `update` (step.py): forward and backward of each, clip, AdamW
 
-The loop knows neither files nor screen: the caller saves, shows and decides when to stop pulling. Between two steps the state is whole, and
-after TrainingStopped it is that of the last good step. Validation is a function it is given, called after the update; its seconds are no
-part of the step's. accelerate places the model and owns backward and clipping.
+The loop uses neither files nor screen: the caller saves, prints, and stops iterating. Between two steps the state is consistent; after
+TrainingStopped it is that of the last good step. The validation function is an argument, called after the update; its time is not part of
+the step's. accelerate places the model and runs backward and clipping.
 """
 
 import math
@@ -35,14 +35,14 @@ from qlora_lite.training.step import NotFinite, Observer, OutOfMemoryInUpdate, u
 from qlora_lite.training.trace import Trace
 from qlora_lite.units import row_in_words
 
-_WINDOW = 10  # steps whose mean loss is watched
+_WINDOW = 10  # steps of the watched mean loss
 _DIVERGED = 2.0  # stop when that mean is this many times the first loss, and
 _DIVERGED_NATS = 1.0  # this many nats above it
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What is the same in every step of a run."""
+    """Settings of all steps of a run."""
 
     device: str
     learning_rate: float
@@ -69,10 +69,10 @@ class StepStats:
     num_micro_batches: int
     step_s: float
     rss_bytes: int
-    peak_bytes: int | None  # of this step above its start, by the allocator; None where it was not measured
-    eval_loss: float | None = None  # on held-out rows; None where it was not due
-    phase_peaks: dict[str, int] | None = None  # the peak of forward, head, backward and update apart
-    other_cores: float | None = None  # that the rest of the machine kept busy meanwhile, on average
+    peak_bytes: int | None  # allocator's peak above the step's start; None if not measured
+    eval_loss: float | None = None  # on held-out examples; None if not due
+    phase_peaks: dict[str, int] | None = None  # peaks of forward, head, backward and update
+    other_cores: float | None = None  # mean number of cores that other programs used during the step
 
 
 def train_steps(
@@ -86,20 +86,20 @@ def train_steps(
     trace: Trace | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[StepStats]:
-    """Train from `state.step` to the sampler's last step, computed as `state.footprint` says. Raises TrainingStopped, DoesNotFit.
+    """Train from `state.step` to the sampler's last step, with `state.footprint`. Raises TrainingStopped, DoesNotFit.
 
-    A step that runs out of memory in its forward or backward passes is repeated with the footprint that `leaner` returns, reported through
-    `say`; DoesNotFit when there is none, and when memory runs out inside the update, where there is no way back.
+    A step that runs out of memory in forward or backward is repeated with the footprint from `leaner`, and reported through `say`.
+    DoesNotFit is raised if `leaner` returns None, or if memory runs out inside the update, which cannot be repeated.
 
-    `evaluate` returns the validation loss; it is called after every `eval_every_steps` steps and after the last, and must leave model and
-    random numbers as they were. The allocator's peak is measured in the step with the largest micro-batch, on an accelerator in every step;
-    `trace` records a few others.
+    `evaluate` returns the validation loss; it is called after every `eval_every_steps` steps and after the last, and must not change model
+    or random numbers. The allocator's peak is measured in the step with the largest micro-batch, on an accelerator in every step;
+    `trace` records a few other steps.
     """
     work = _Work(state, examples, sampler, settings, trace)
     other_work = OtherWork()
     while not state.is_over(len(sampler), early_stop=settings.early_stop):
         begin = time.perf_counter()
-        other_work.cores()  # of the time between two steps
+        other_work.cores()  # discard the time between two steps
         rows = sampler.rows_of_step(state.step)
         rate = learning_rate_at(
             state.step,
@@ -138,7 +138,7 @@ def train_steps(
 
 @dataclass(frozen=True)
 class _Done:
-    """What an optimizer step leaves behind."""
+    """The result of an optimizer step."""
 
     loss: float
     norm: float
@@ -147,7 +147,7 @@ class _Done:
 
 
 class _Work:
-    """Computes the steps of a run, each again with a leaner footprint where memory runs out."""
+    """Computes the steps of a run; repeats a step with a leaner footprint when memory runs out."""
 
     def __init__(
         self, state: TrainState, examples: Examples, sampler: StepSampler, settings: TrainSettings, trace: Trace | None
@@ -155,7 +155,7 @@ class _Work:
         assert state.footprint is not None
         self._state, self._examples, self._sampler, self._settings = state, examples, sampler, settings
         self._trace = trace
-        # accelerate knows the machine; where we compute is our own choice
+        # accelerate knows the machine, but the device is our choice
         self._accelerator = Accelerator(cpu=card_here() is None, mixed_precision="no")
         self._model = self._accelerator.prepare_model(state.model, device_placement=False)
         apply_footprint(state.model, state.footprint)
@@ -165,7 +165,7 @@ class _Work:
         self._model.train()
 
     def step(self, rows: list[int], *, leaner: Leaner, say: Callable[[str], None]) -> _Done:
-        """One optimizer step; gradients are gone afterwards. Raises TrainingStopped, DoesNotFit."""
+        """Compute one optimizer step and clear the gradients. Raises TrainingStopped, DoesNotFit."""
         state, number = self._state, self._state.step + 1
         try:
             return within_memory(state, partial(self._compute, rows), leaner=leaner, say=say, what=f"step {number}")
@@ -232,9 +232,9 @@ class _LoopObserver(Observer):
             yield
 
     def peaks(self, model: torch.nn.Module, num_batches: int) -> dict[str, int] | None:
-        """The step's peaks above its start: of its last micro-batch, and of the update, whose fp32 copies of a large weight count.
+        """Return peaks above the step's start by phase: of its last micro-batch, and of the update with its fp32 copies of weights.
 
-        Gradients are in memory before the last micro-batch begins, unless it is the only one, and before the update in any case.
+        Gradients are in memory before the last micro-batch, unless it is the only one, and always before the update.
         """
         if self._device is None:
             return None
@@ -258,21 +258,21 @@ def _evaluated(state: TrainState, stats: StepStats, eval_loss: float) -> StepSta
 
 
 def _watch(state: TrainState, loss: float, rows: list[int], examples: Examples) -> None:
-    """Remember the loss and stop when the last few are far above where training began."""
+    """Record the loss, and raise TrainingStopped if the mean of the last few is far above the first."""
     state.first_loss = loss if state.first_loss is None else state.first_loss
     state.history = [*state.history, loss][-_WINDOW:]
     mean = fmean(state.history)
     if len(state.history) == _WINDOW and mean > max(_DIVERGED * state.first_loss, state.first_loss + _DIVERGED_NATS):
-        what = f"the loss diverged: {mean:.2f} over the last {_WINDOW} steps, {state.first_loss:.2f} at the first"
-        raise _stopped(what, state.step, rows, examples, state_is_good=False)
+        cause = f"the loss diverged: mean {mean:.2f} over the last {_WINDOW} steps, {state.first_loss:.2f} at the first step"
+        raise _stopped(cause, state.step, rows, examples, state_is_good=False)
 
 
-def _stopped(what: str, step: int, rows: list[int], examples: Examples, *, state_is_good: bool) -> TrainingStopped:
+def _stopped(cause: str, step: int, rows: list[int], examples: Examples, *, state_is_good: bool) -> TrainingStopped:
     ids = [examples.row(row).id for row in rows[:8]]
     names = ", ".join(ids) if row_in_words(ids[0]) == ids[0] else f"rows {', '.join(ids)}"
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     message = (
-        f"stopped at step {step}: {what}; {names}{more}. Earlier checkpoints are kept. "
-        "Look at these rows, or lower train.learning_rate"
+        f"stopped at step {step}: {cause}; {names}{more}. Earlier checkpoints are kept. "
+        "Check these rows, or lower train.learning_rate"
     )
     return TrainingStopped(message, state_is_good=state_is_good)

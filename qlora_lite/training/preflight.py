@@ -1,10 +1,10 @@
-"""Before the first step: the largest micro-batch of the real data, forward and backward once, so that what does not fit shows now.
+"""Try the largest micro-batch before the first step: one forward and backward pass, so that a lack of memory shows early.
 
-    in    TrainState with its optimizer's state made, the batch       out    `Preflight`: bytes by phase and part, and layer by layer
-    left  as it was: random numbers, gradients, weights; only the footprint is a leaner one where the first did not fit
+    in         TrainState with the optimizer's state, the batch      out    `Preflight`: bytes by phase and part, and layer by layer
+    unchanged  random numbers, gradients, weights; only the footprint becomes leaner if the first one does not fit
 
-`within_memory` is the answer to running out of memory, here and in every step: the next leaner footprint, said out loud, and the same
-work again from the same random numbers. It begins after the failed work's exception is gone: a traceback keeps tensors alive.
+`within_memory` handles a lack of memory, here and in every step: it reports the next leaner footprint and repeats the same work from
+the same random numbers, after the exception of the failed work is gone: a traceback keeps tensors alive.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,18 +34,18 @@ Leaner = Callable[[Footprint], Footprint | None]
 
 @dataclass(frozen=True)
 class Preflight:
-    """What one micro-batch held, storage by storage; what operators allocate inside themselves is no part of it."""
+    """The memory of one micro-batch, counted by storage, without internal allocations of operators."""
 
     phases: dict[str, dict[str, int]]  # forward, head, backward -> bytes by part at that phase's peak
-    moments: tuple[Moment, ...]  # in order: the most that was held until a layer was done, phases named as above
+    moments: tuple[Moment, ...]  # in order: the peak up to the end of each layer, phases named as above
 
 
 def within_memory(
     state: TrainState, work: Callable[[Footprint], Result], *, leaner: Leaner, say: Callable[[str], None], what: str
 ) -> Result:
-    """`work(state.footprint)`, again with leaner ones as long as memory runs out. Raises DoesNotFit when none is left.
+    """Return `work(state.footprint)`, retried with leaner footprints while memory runs out. Raises DoesNotFit after the leanest.
 
-    `work` may change gradients and random numbers, nothing else, before it runs out of memory.
+    `what` names the work in messages. Before it runs out of memory, `work` may change gradients and random numbers only.
     """
     while True:
         assert state.footprint is not None
@@ -62,10 +62,10 @@ def within_memory(
         following = leaner(state.footprint)
         if following is None:
             raise DoesNotFit(
-                f"{what}: out of memory ({message}), with the leanest settings there are ({state.footprint}). Use a smaller "
+                f"{what}: out of memory ({message}), even with the leanest settings ({state.footprint}). Use a smaller "
                 "data.max_seq_length, lora.r or model"
             )
-        say(f"{what}: out of memory ({message}). Again with {following}, which gives the same result more slowly")
+        say(f"{what}: out of memory ({message}). Retrying with {following}: same result, slower")
         state.footprint = following
         apply_footprint(state.model, following)
 
@@ -78,7 +78,7 @@ def try_largest_batch(
     leaner: Leaner,
     say: Callable[[str], None],
 ) -> Preflight:
-    """Try the last of `make_batches(footprint)`, the micro-batches of a step, as it will be when the others are done.
+    """Try the last of `make_batches(footprint)`, the micro-batches of a step, with gradients of the earlier ones in memory.
 
     Raises DoesNotFit.
     """
@@ -102,7 +102,7 @@ def _try(state: TrainState, batches: Sequence[Batch], footprint: Footprint, devi
     trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     ledger = _ledger(state, batch)
     try:
-        for parameter in trained if len(batches) > 1 else ():  # the others' gradients
+        for parameter in trained if len(batches) > 1 else ():  # gradients of earlier micro-batches
             parameter.grad = torch.zeros(parameter.shape, dtype=parameter.grad_dtype, device=parameter.device)
             ledger.hold("gradients", parameter.grad)
         with ledger, _marking_layers(causal_lm(state.model), ledger), _holding_gradients(trained, ledger):
@@ -113,7 +113,7 @@ def _try(state: TrainState, batches: Sequence[Batch], footprint: Footprint, devi
                 observer=_MarkingHead(ledger),
                 head_chunk=footprint.head_chunk,
             )
-            ledger.current = "recompute"  # the embedding comes last on the way back
+            ledger.current = "recompute"  # the embedding is last in the backward pass
             ledger.mark("embedding")
     finally:
         state.optimizer.zero_grad(set_to_none=True)
@@ -124,7 +124,7 @@ def _try(state: TrainState, batches: Sequence[Batch], footprint: Footprint, devi
 
 
 class _MarkingHead(Observer):
-    """A mark when the loss has been computed."""
+    """Marks the ledger when the loss has been computed."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -134,7 +134,7 @@ class _MarkingHead(Observer):
 
 
 def _ledger(state: TrainState, batch: Batch) -> Ledger:
-    """With all that is there already."""
+    """Return a ledger with all tensors that are already in memory."""
     ledger = Ledger(card=card_at(batch.input_ids_1T.device))
     for category, tensors in residents(state.model).items():
         ledger.hold(category, *tensors)
@@ -147,7 +147,7 @@ def _ledger(state: TrainState, batch: Batch) -> Ledger:
 
 @contextmanager
 def _marking_layers(model: torch.nn.Module, ledger: Ledger) -> Iterator[None]:
-    """A mark when a layer has been computed, and when its gradient is about to be."""
+    """Mark the ledger after each layer of the forward pass, and before each of the backward pass."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     handles = [layer.register_forward_hook(_mark_layer(ledger, str(i))) for i, layer in enumerate(layers)]
     try:
@@ -159,7 +159,7 @@ def _marking_layers(model: torch.nn.Module, ledger: Ledger) -> Iterator[None]:
 
 @contextmanager
 def _holding_gradients(trained: Sequence[torch.nn.Parameter], ledger: Ledger) -> Iterator[None]:
-    """A gradient counts as one as soon as it is there."""
+    """Count each gradient as a gradient as soon as it is computed."""
     handles = [p.register_post_accumulate_grad_hook(lambda p: ledger.hold("gradients", p.grad)) for p in trained]
     try:
         yield
@@ -173,7 +173,7 @@ def _mark_layer(ledger: Ledger, name: str) -> Callable[[Any, Any, Any], None]:
         ledger.mark(name)
         hidden = output[0] if isinstance(output, Sequence) else output
         if hidden.requires_grad:
-            hidden.register_hook(lambda _: ledger.mark(name))  # all behind this layer is done
+            hidden.register_hook(lambda _: ledger.mark(name))  # all later layers are done
 
     return hook
 

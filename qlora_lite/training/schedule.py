@@ -1,4 +1,4 @@
-"""The learning rate of a step: a pure function, so that a resumed run needs to remember nothing."""
+"""The learning rate of a step: a pure function, so that a resumed run needs no stored state."""
 
 import math
 
@@ -6,9 +6,9 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 def learning_rate_at(step: int, *, num_steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
-    """The rate of step `step` (from 0): rises in a line over ceil(warmup_ratio * num_steps) steps, then follows `schedule`.
+    """Return the rate of step `step` (from 0): rises linearly over ceil(warmup_ratio * num_steps) steps, then follows `schedule`.
 
-    The first step already learns (rate peak / warmup steps), the last one still does.
+    The rate is never 0: the first step has peak / warmup steps, and the last one is still above 0.
     """
     warmup = math.ceil(warmup_ratio * num_steps)
     if step < warmup:

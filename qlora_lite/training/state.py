@@ -1,4 +1,4 @@
-"""Everything of a run that changes while it trains, in one object: what a checkpoint holds and what a retry goes back to.
+"""All state of a run that changes during training, in one object: the content of a checkpoint, and the starting point of a retry.
 
 trained      the adapter's parameters, or every weight (saved as model/trained.py has it)
 optimizer    its state tensors and step counts
@@ -28,7 +28,7 @@ from qlora_lite.training.footprint import Footprint
 from qlora_lite.training.optimizer import STATE_TENSORS
 
 _TENSORS, _FACTS = "state.safetensors", "state.json"
-_ACCELERATORS = "random/cuda"  # there where a card is: checkpoints go from machines with one to machines without
+_ACCELERATORS = "random/cuda"  # present with a card: checkpoints move between machines with and without one
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,22 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
-    first_loss: float | None = None  # what divergence is judged against
+    first_loss: float | None = None  # the reference of divergence
     history: list[float] = field(default_factory=list)  # losses of the last steps, newest last
     best: Best | None = None  # None before the first evaluation
-    footprint: Footprint | None = None  # how steps are computed now; None before the first
+    footprint: Footprint | None = None  # memory settings of the current steps; None before the first
 
     def is_over(self, num_steps: int, *, early_stop: int | None = None) -> bool:
-        """All steps are done, or the validation loss has not fallen for `early_stop` evaluations (None: not looked at)."""
+        """Whether all steps are done, or the validation loss has not fallen for `early_stop` evaluations (None: ignored)."""
         has_stalled = early_stop is not None and self.best is not None and self.best.num_since >= early_stop
         return self.step >= num_steps or has_stalled
 
     def snapshot(self) -> Snapshot:
-        """A copy that later steps do not touch."""
+        """Return a copy that later steps do not change."""
         return Snapshot({name: tensor.detach().clone() for name, tensor in self._tensors().items()}, self._facts())
 
     def random_numbers(self) -> Snapshot:
-        """Of a snapshot, all that a forward or backward pass changes: cheap enough for every step."""
+        """Return the part of a snapshot that forward and backward change: cheap enough for every step."""
         tensors = {"random/cpu": torch.get_rng_state()}
         of_accelerator = random_state()
         if of_accelerator is not None:
@@ -70,26 +70,26 @@ class TrainState:
         return Snapshot(tensors, {})
 
     def restore_random_numbers(self, snapshot: Snapshot) -> None:
-        """As they were in `snapshot`. An accelerator's generator that only one of the two machines has stays as it is."""
+        """Restore the generators of `snapshot`; an accelerator's generator only if both machines have one."""
         torch.set_rng_state(snapshot.tensors["random/cpu"])
         if _ACCELERATORS in snapshot.tensors and random_state() is not None:
             set_random_state(snapshot.tensors[_ACCELERATORS])
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to `snapshot`, in place. Raises ValueError when it is of another run."""
-        own = self._tensors()
-        differing = {name for name in own.keys() ^ snapshot.tensors.keys() if name != _ACCELERATORS}
+        """Restore `snapshot`, in place. Raises ValueError if it belongs to another run."""
+        tensors = self._tensors()
+        differing = {name for name in tensors.keys() ^ snapshot.tensors.keys() if name != _ACCELERATORS}
         if differing:
             raise ValueError(f"state of another run: {sorted(differing)[:3]}")
         with torch.no_grad():
-            for name, tensor in own.items():
+            for name, tensor in tensors.items():
                 if not name.startswith("random/"):
                     tensor.copy_(snapshot.tensors[name])
         self._set_facts(snapshot.facts)
         self.restore_random_numbers(snapshot)
 
     def num_bytes(self) -> int:
-        """Of all tensors that `save` writes."""
+        """Return the bytes of all tensors that `save` writes."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def save(self, folder: Path, *, base: Path) -> None:
@@ -100,8 +100,8 @@ class TrainState:
         (folder / _FACTS).write_text(json.dumps(self._facts(), indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote. Raises RunError when the files are damaged or of another run."""
-        with foreign(lambda what: RunError(f"{folder}: not a checkpoint of this run ({what})")):
+        """Load the files of `save`. Raises RunError if they are damaged or belong to another run."""
+        with foreign(lambda reason: RunError(f"{folder}: not a checkpoint of this run ({reason})")):
             trained = load_trained(self.model, folder)
             tensors = load_file(folder / _TENSORS)
             facts = parse_json((folder / _FACTS).read_bytes())

@@ -1,12 +1,12 @@
-"""One optimizer step, from micro-batches to updated weights: what the loop runs and what a plan rehearses.
+"""One optimizer step, from micro-batches to updated weights: run by the loop, rehearsed by a plan.
 
     update             one whole step
-      forward_backward   its micro-batches, one after the other: gradients add up in `param.grad`
+      forward_backward   its micro-batches, one after another: gradients accumulate in `param.grad`
         batch_loss         one micro-batch through decoder and head
       clip, AdamW
 
 The loss of a step is the sum over all its label tokens divided by their number. The divisor is the step's, not the micro-batch's, so a step
-can be cut anywhere without changing the gradient (a mean of micro-batch means would weigh a micro-batch with few label tokens too much).
+can be split anywhere without changing the gradient (a mean of micro-batch means would overweight a micro-batch with few label tokens).
 """
 
 import math
@@ -32,11 +32,11 @@ class NotFinite(Exception):
 
 
 class OutOfMemoryInUpdate(Exception):
-    """Memory ran out after some weights may have been changed."""
+    """Memory ran out after some weights may have changed."""
 
 
 class Observer:
-    """Sees a step while it is computed; this one ignores it."""
+    """Observes a step during its computation; this base class ignores it."""
 
     def see_loss(self, batch: Batch, loss: float) -> None:
         """A micro-batch's loss per label token, before its backward pass. May raise."""
@@ -51,7 +51,7 @@ class Observer:
 
 
 def batch_loss(model: PeftModel | PreTrainedModel, batch: Batch, *, head_chunk: int = CHUNK) -> torch.Tensor:
-    """Cross entropy summed over the batch's label tokens: an fp32 scalar; `head_chunk` of them are projected at once."""
+    """Return the cross entropy summed over the batch's label tokens, an fp32 scalar; `head_chunk` tokens are projected at a time."""
     hidden_ND = predicting_states(
         model,
         input_ids_1T=batch.input_ids_1T,
@@ -71,9 +71,9 @@ def forward_backward(
     observer: Observer = Observer(),  # noqa: B008  (it has no state)
     head_chunk: int = CHUNK,
 ) -> float:
-    """Add the gradient of the step's loss to `param.grad`; returns that loss, in nats per label token.
+    """Add the gradient of the step's loss to `param.grad`, and return the loss in nats per label token.
 
-    `backward` runs the backward pass of a scalar; loss scaling is its business.
+    `backward` runs the backward pass of a scalar, including any loss scaling.
     """
     num_label_tokens = sum(len(batch.target_N) for batch in batches)
     total = 0.0
@@ -83,7 +83,7 @@ def forward_backward(
             loss = batch_loss(model, batch, head_chunk=head_chunk)
             summed = loss.item()
             observer.see_loss(batch, summed / len(batch.target_N))
-            count_as("logits")  # until the gradient of the hidden states is there
+            count_as("logits")  # until the gradient of the hidden states is computed
             backward(loss / num_label_tokens)
             del loss
         if batch.input_ids_1T.is_cpu:
@@ -103,10 +103,10 @@ def update(
     observer: Observer = Observer(),  # noqa: B008
     head_chunk: int = CHUNK,
 ) -> tuple[float, float]:
-    """-> (loss, gradient norm before clipping). Raises NotFinite before it updates; with loss scaling such a step is skipped instead.
+    """-> (loss, gradient norm before clipping). Raises NotFinite before the update; with loss scaling, the update is skipped instead.
 
-    `accelerator` runs backward pass and clipping where other processes take part. Memory that runs out before the first weight is changed
-    raises torch's own error; afterwards, OutOfMemoryInUpdate.
+    `accelerator` runs backward pass and clipping if other processes take part. A lack of memory raises torch's own error before the first
+    weight changes, and OutOfMemoryInUpdate afterwards.
     """
     backward = accelerator.backward if accelerator else torch.Tensor.backward
     clip = accelerator.clip_grad_norm_ if accelerator else torch.nn.utils.clip_grad_norm_
@@ -127,7 +127,7 @@ def update(
 
 @contextmanager
 def _no_way_back() -> Iterator[None]:
-    """Out of memory inside: some weights may be changed and others not."""
+    """Convert a lack of memory inside the block to OutOfMemoryInUpdate: some weights may have changed."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

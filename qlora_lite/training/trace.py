@@ -1,12 +1,12 @@
-"""A timeline of a few steps by torch's profiler, for people who ask where the time goes.
+"""Record a timeline of a few steps with torch's profiler.
 
-    out   FOLDER/step-000002.json.gz   every operator of the step's last micro-batch and of its update, by time, with the layer that
-                                       called it; ui.perfetto.dev and chrome://tracing open it, nothing is sent anywhere
-          FOLDER/step-000002.pickle    on CUDA: every allocation and where in the program it was made, for the memory viewer at
-                                       docs.pytorch.org/memory_viz. torch writes it so; nothing here ever reads it
+    out   FOLDER/step-000002.json.gz   every operator of the step's last micro-batch and of its update, by time, with the calling
+                                       layer; ui.perfetto.dev and chrome://tracing open it, nothing is sent anywhere
+          FOLDER/step-000002.pickle    on CUDA: every allocation with its place in the program, for the memory viewer at
+                                       docs.pytorch.org/memory_viz. The format is torch's; this program never reads it
 
-The first step makes what is made once, so recording begins with the second of a sitting. torch has one profiler at a time: on the
-CPU a step that the allocator's meter measures is passed over. A recorded step is slower: an operator costs microseconds more.
+The first step includes one-time work, so recording begins with the second step of a session. torch runs one profiler at a time: on the
+CPU, steps whose allocations are measured are skipped. A recorded step is slower, by microseconds per operator.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from torch.profiler import profile, supported_activities
 from qlora_lite.device.accelerator import is_accelerator, torch_module
 
 NUM_STEPS = 2
-_MAX_ALLOCATIONS = 200_000  # that the memory viewer's file holds
+_MAX_ALLOCATIONS = 200_000  # in the memory viewer's file
 Context = AbstractContextManager[object]
 
 
 class Trace:
-    """Records into `folder`; `files` are those written so far."""
+    """Records into `folder`; `files` are the files written so far."""
 
     def __init__(self, folder: Path, *, device: str, num_steps: int = NUM_STEPS) -> None:
         self.files: list[Path] = []
@@ -41,7 +41,7 @@ class Trace:
         return (self._begun(), self._ended(f"step-{step:06d}")) if is_due else (nullcontext(), nullcontext())
 
     def write(self) -> None:
-        """Write what the last step recorded, if it did: not while its time is taken."""
+        """Write the recording of the last step, if any; called outside the measured time of a step."""
         if self._recorded is None:
             return
         name, recorded = self._recorded
@@ -57,7 +57,7 @@ class Trace:
             self.files.append(snapshot)
 
     def drop(self) -> None:
-        """Stop a recording whose step did not come to its end."""
+        """Stop the recording of a step that failed."""
         if self._running is not None:
             self._stop()
 
@@ -69,7 +69,7 @@ class Trace:
         self._running.start()
         try:
             yield
-        except BaseException:  # out of memory: the step comes again
+        except BaseException:  # out of memory: the step is repeated
             self.drop()
             raise
 

@@ -1,9 +1,9 @@
-"""Dashboards that follow a run: TensorBoard, Weights & Biases and trackio, by accelerate's tracker classes. Files only.
+"""Dashboards of a run: TensorBoard, Weights & Biases and trackio, with accelerate's tracker classes. Files only.
 
-    in    StepStats, one a step        out    RUN_DIR/trackers/{tensorboard,wandb,trackio}/
+    in    StepStats, one per step        out    RUN_DIR/trackers/{tensorboard,wandb,trackio}/
 
-Nothing leaves this machine: W&B runs offline and reports no errors home, what could send trackio's rows elsewhere is taken
-out of the environment, and the hub is not asked who the user is. Their packages are imported only when a run asks for them.
+No data leaves this machine: W&B runs offline without error reports, environment variables that make trackio send its data elsewhere are
+removed, and the hub is not queried for the user's name. The packages are imported only when a run uses them.
 """
 
 import io
@@ -26,16 +26,16 @@ from qlora_lite.training.loop import StepStats
 
 _PROJECT = "qlora_lite"
 _OFFLINE = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "WANDB_CONSOLE": "off"}
-_ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # where trackio would send rows instead of keeping them
+_ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # places where trackio would send its data
 
 
 def refuse_missing_trackers(names: Sequence[str]) -> None:
-    """Raise UserError when the package of one of `names` (which are the packages' own) is not installed."""
+    """Raise UserError if one of `names` (they are also package names) is not installed."""
     missing = [name for name in dict.fromkeys(names) if find_spec(name) is None]
     if missing:
         raise UserError(
-            f"train.trackers: {', '.join(missing)} cannot be used, because the package is not installed. "
-            f"Install it with: pip install {' '.join(missing)}, or leave it out of train.trackers"
+            f"train.trackers: {', '.join(missing)} cannot be used: the package is not installed. "
+            f"Install it with: pip install {' '.join(missing)}, or remove it from train.trackers"
         )
 
 
@@ -43,11 +43,11 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
 def open_trackers(
     names: Sequence[str], folder: Path, *, run_name: str, first_step: int, settings: Mapping[str, Any]
 ) -> Iterator[Callable[[StepStats], None]]:
-    """Inside, a function that logs a step to each of `names`; files go below `folder`, `settings` are shown with the run.
+    """Context manager: a function that logs a step to each of `names`; files go below `folder`, `settings` are shown with the run.
 
-    Their packages must be there (`refuse_missing_trackers`). `first_step` is the first step that will be logged: those that
-    an interrupted run logged after its checkpoint give way in TensorBoard and are there twice in trackio, which continues
-    its run; W&B, which cannot continue offline, starts another of the same name.
+    The packages must be installed (`refuse_missing_trackers`). `first_step` is the first step to log. Steps that an interrupted run
+    logged after its checkpoint are replaced in TensorBoard and appear twice in trackio, which continues its run; W&B cannot continue
+    offline and starts another run of the same name.
     """
     trackers = [
         _make(name, folder, run_name=run_name, first_step=first_step, settings=settings)
@@ -55,19 +55,17 @@ def open_trackers(
     ]
     if trackers:
         folder.mkdir(parents=True, exist_ok=True)
-        PartialState(
-            cpu=card_here() is None
-        )  # accelerate's logging asks for it; the loop's Accelerator finds the same one
+        PartialState(cpu=card_here() is None)  # needed by accelerate's logging; shared with the loop's Accelerator
     with ExitStack() as opened:
         for tracker in trackers:
-            with redirect_stdout(io.StringIO()):  # trackio prints the folder's name as it is, escapes and all
+            with redirect_stdout(io.StringIO()):  # trackio prints the folder's name with its escapes
                 tracker.start()
             opened.callback(_finish, tracker)
         yield lambda stats: _log(trackers, stats)
 
 
 def tracked_values(stats: StepStats) -> dict[str, float]:
-    """What trackers are told of a step; `eval_loss` only where it was measured."""
+    """Return the logged values of a step; `eval_loss` only if it was measured."""
     values = {
         "loss": stats.loss,
         "learning_rate": stats.learning_rate,
@@ -78,7 +76,7 @@ def tracked_values(stats: StepStats) -> dict[str, float]:
 
 
 def flat_settings(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested `settings` as one table, keys joined: {"lora": {"r": 16}} -> {"lora.r": 16}. Lists are values."""
+    """Flatten nested `settings`, joining keys: {"lora": {"r": 16}} -> {"lora.r": 16}. Lists are values."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= flat_settings(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
@@ -106,10 +104,10 @@ def _make(name: str, folder: Path, *, run_name: str, first_step: int, settings: 
 
 
 class _TensorBoard(TensorBoardTracker):
-    """accelerate's, with the settings on TensorBoard's text page.
+    """accelerate's tracker, with the settings on TensorBoard's text page.
 
-    accelerate's `store_init_configuration` is not used: it refuses lists, leaves out what is null, and files the settings under
-    a run of their own, named by the clock, beside this one.
+    accelerate's `store_init_configuration` is not used: it refuses lists, omits null values, and stores the settings in a separate run
+    named by the time.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], first_step: int) -> None:
@@ -121,12 +119,12 @@ class _TensorBoard(TensorBoardTracker):
         lines = [
             f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in flat_settings(self._settings).items()
         ]
-        # Four spaces are Markdown's way to show text as it is. At the first step, so that a resumed run's take its place.
+        # Four spaces make a Markdown code block. Logged at the first step, so that a resumed run's settings replace them.
         self.writer.add_text("settings", "\n".join(f"    {line}" for line in lines), global_step=self._first_step)
 
 
 class _Trackio(TrackioTracker):
-    """accelerate's, kept on this machine, in `folder`, and really over once it is finished."""
+    """accelerate's tracker, stored on this machine in `folder`, and fully ended by `finish`."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], run_name: str) -> None:
         super().__init__(_PROJECT, name=run_name, resume="allow", embed=False, config=dict(settings))
@@ -136,7 +134,7 @@ class _Trackio(TrackioTracker):
         os.environ["TRACKIO_DIR"] = str(self._folder)
         for variable in _ELSEWHERE:
             os.environ.pop(variable, None)
-        # trackio reads its folder once, when it is imported: a second run in this process would go to the first one's.
+        # trackio reads its folder once, on import: a second run in this process would write into the first one's.
         for module in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
             del sys.modules[module]
         with _hub_offline():
@@ -150,7 +148,7 @@ class _Trackio(TrackioTracker):
 
 @contextmanager
 def _hub_offline() -> Iterator[None]:
-    """trackio puts the user's name in the hub into every run's settings; this keeps it from asking."""
+    """Keep trackio from querying the hub for the user's name, which it stores in every run's settings."""
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:

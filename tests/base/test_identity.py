@@ -80,8 +80,8 @@ def test_resuming_names_base_and_with_it_goes_on_from_a_cache_that_is_gone(
     monkeypatch.setattr(resuming, "_kept_artefact", lambda run: None)  # as where the cache of then is gone
     refused = run_cli("eval", run, "--base", other)
     assert refused.code == 2 and "was trained on another base (SHA-256" in refused.last_line
-    assert "Give the original that it was quantized from: --base DIR" in refused.last_line
-    assert "quantizing it again has rounded differently" in refused.last_line
+    assert "Give the original that was quantized: --base DIR" in refused.last_line
+    assert "quantizing it again rounded differently" in refused.last_line
 
 
 def test_the_quantized_copy_that_is_still_in_the_cache_is_named_and_is_enough(stopped: Path, monkeypatch) -> None:

@@ -94,7 +94,7 @@ def test_rank_by_a_number_of_parameters_keeps_within_it(runs: tuple[Path, Path],
     ]
     assert 1000 < found["num_parameters"]["after"] <= 1500 and "eval" not in found
     too_few = run_cli("rank", runs[0], "--parameters", 3, "--out", tmp_path / "none")
-    assert too_few.code == 2 and "no direction of any module is that small" in too_few.stderr
+    assert too_few.code == 2 and "too few for one direction of any module" in too_few.stderr
 
 
 def test_a_mix_is_the_sum_and_plain_peft_reads_it(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_trying_ranks_trains_each_and_says_which_to_take(tmp_path: Path) -> None
         (("rank", "{a}", "--to", "17", "--out", "x"), "the adapter's rank is 16 and cannot be raised"),
         (
             ("rank", "{a}", "--parameters", "3", "--out", "x"),
-            "no direction of any module is that small; the smallest takes 96",
+            "too few for one direction of any module; the smallest needs 96",
         ),
         (("rank", "{a}", "--parameters", "-3", "--out", "x"), "above 0"),
         (("rank", "{a}", "--out", "x"), "needs --to R or --parameters N"),

@@ -177,7 +177,7 @@ def test_a_plan_pins_the_commit_so_that_a_run_keeps_its_base(hub, tmp_path):
     plan = make_plan(recipe)
     assert (plan.recipe.model.base, plan.recipe.model.revision) == (REPO, COMMIT)
     assert plan.source == home() / "hub" / f"{REPO}@{COMMIT}"
-    assert f"model.revision: {COMMIT}, the newest that was fetched" in plan.reasons
+    assert f"model.revision: {COMMIT}: the newest fetched commit" in plan.reasons
 
     hub.models[REPO][OTHER_COMMIT] = hub.models[REPO][COMMIT]
     hub.revisions["main"] = OTHER_COMMIT

@@ -218,7 +218,7 @@ def test_a_run_can_be_merged_another_way_than_its_recipe_says(trained: tuple[Pat
     assert (facts["base"], facts["dtype"]) == ("original", "fp32") and facts["arithmetic_ratio"] < 0.01
     refused(
         run_cli("merge", run, "--set", "lora.r=8"),
-        "was trained with its own recipe, so lora.r=8 cannot be set any more",
+        "its training is finished, so lora.r=8 cannot be set",
     )
     refused(run_cli("merge", run, "--set", "merge.bsae=original"), "merge.bsae: unknown key; did you mean merge.base?")
 
@@ -393,7 +393,7 @@ def test_a_run_stopped_while_its_adapter_was_scored_is_completed(
 def test_resuming_needs_a_run(recipe: Path, tmp_path: Path) -> None:
     refused(run_cli("train", recipe, "--resume"), "add --run-dir DIR")
     done = train_cli(recipe, tmp_path / "none", "--resume")
-    refused(done, "no recipe.yaml here")
+    refused(done, "recipe.yaml is missing")
     assert "planning" not in done.stderr and list(tmp_path.iterdir()) == []
 
 
@@ -477,7 +477,7 @@ def test_a_model_that_is_not_here_is_told_with_what_to_do(base: str, why: str, r
 
 def test_a_file_in_the_place_of_the_run_directory_is_named_and_left(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    refused(train_cli(recipe, tmp_path / "file"), "is a file, so it cannot hold a run")
+    refused(train_cli(recipe, tmp_path / "file"), "is a file, not a folder. Choose another")
     refused(train_cli(recipe, tmp_path / "file" / "run"), "cannot be written (Not a directory)")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -558,7 +558,7 @@ def test_a_run_that_is_not_finished_says_how_to_finish_it(
 def test_the_merged_model_of_a_run_that_was_not_merged_is_told_with_what_to_do(trained: tuple[Path, Done]) -> None:
     run, _ = trained
     for command in (("eval", run, "--which", "merged"), ("ask", run, "Why?", "--which", "merged")):
-        refused(run_cli(*command), "not there yet. Make it with: qlora-lite merge")
+        refused(run_cli(*command), "does not exist yet. Create it with: qlora-lite merge")
 
 
 def test_a_model_name_that_does_not_exist_is_told_before_anything_is_loaded(trained: tuple[Path, Done]) -> None:
@@ -582,7 +582,7 @@ def test_a_context_that_is_missing_or_no_text_is_named(
 
 def test_a_folder_that_is_no_run_is_told_by_every_verb(tmp_path: Path) -> None:
     for verb, *rest in (("eval",), ("merge",), ("ask", "Why?"), ("report",)):
-        refused(run_cli(verb, tmp_path, *rest), "no recipe.yaml here, so this is no run")
+        refused(run_cli(verb, tmp_path, *rest), "not a run: recipe.yaml is missing")
     assert list(tmp_path.iterdir()) == []
 
 

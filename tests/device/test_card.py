@@ -156,7 +156,7 @@ def test_plan_for_a_card_says_what_it_takes_off_and_why():
         "device: Tesla T4 (SM 7.5): asked for" in reasons
         and "fp16: the card (Tesla T4 (SM 7.5)) has no bf16" in reasons
     )
-    assert "less 500 MiB for its context" in reasons and "the recipe's own 512 MiB is left aside for --card" in reasons
+    assert "less 500 MiB for its context" in reasons and "--card overrides the recipe's 512 MiB" in reasons
 
 
 def test_cards_are_listed():

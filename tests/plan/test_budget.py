@@ -29,7 +29,7 @@ def test_auto_leaves_a_margin_and_says_so(monkeypatch):
     assert 0 < found < memory.total and found == pytest.approx(
         memory.available - max(GIB, 0.05 * memory.total), rel=0.2
     )
-    assert "are free, less a margin for the rest of the machine" in reason
+    assert "are free, less a margin for other programs" in reason
 
 
 def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path):
@@ -37,7 +37,7 @@ def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path):
     (tmp_path / "now").write_text(f"{GIB // 2}\n")
     monkeypatch.setattr(host, "_CGROUPS", ((tmp_path / "max", tmp_path / "now"),))
     found, reason = budget_of("auto", CPU)
-    assert found == 5 * GIB // 2 - GIB and "of this machine's 3 GiB, 2.5 GiB are free" in reason
+    assert found == 5 * GIB // 2 - GIB and "2.5 GiB of this machine's 3 GiB are free" in reason
 
 
 def test_a_limit_of_none_is_no_limit(monkeypatch, tmp_path):
@@ -70,7 +70,7 @@ def test_what_doctor_measured_on_the_card_that_is_here_is_used(card, tmp_path):
     measured = measured_here(SOME, cache=tmp_path)
     assert measured == MEASURED
     found, reason = budget_of("auto", SOME, measured=measured)
-    assert found == 15 * GIB and reason.endswith("less a margin for the allocator's holes, which doctor measured")
+    assert found == 15 * GIB and reason.endswith("less a margin for the allocator's fragmentation, measured by doctor")
     settings = settings_of(load_recipe(DEFAULT_RECIPE), Place(SOME, "", choose_types("auto", SOME), 0, "", measured))
     assert settings.runtime_bytes == 2 * 32 * 2**20  # the program's thread and autograd's have a handle each
 

@@ -109,5 +109,5 @@ def test_a_model_that_does_not_run_is_a_fault_of_the_config(monkeypatch):
     stage = Stage(CONFIG, Settings(card=CPU, r=4))
     for scene in stage._scenes:
         scene.model.get_base_model().model.rotary_emb.inv_freq = torch.empty(3, device="meta")
-    with pytest.raises(ModelError, match="a model of these values does not run"):
+    with pytest.raises(ModelError, match="a model with these values does not run"):
         stage.rehearse(MicroBatch(32, 2))

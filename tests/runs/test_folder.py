@@ -193,6 +193,6 @@ def test_a_folder_in_which_nothing_was_trained_yet_may_become_a_run(tmp_path: Pa
 
 
 def test_a_name_that_is_no_utf_8_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"is no UTF-8"):
+    with pytest.raises(RunError, match=r"is not UTF-8"):
         RunDir.create(os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff"))
     assert list(tmp_path.iterdir()) == []

@@ -58,8 +58,8 @@ def test_what_changes_nothing_that_is_trained_may_differ_is_said_and_becomes_the
 ) -> None:
     done = go_on(stopped, folder, "--set", "merge.rounding=nearest", "--set", "train.keep_checkpoints=5")
     assert done.code == 0, done.stderr
-    assert "merge.rounding was stochastic, is nearest from here on: it changes nothing that is trained" in done.stderr
-    assert "train.keep_checkpoints was 2, is 5 from here on" in done.stderr
+    assert "merge.rounding was stochastic, is nearest from now on; it does not affect training" in done.stderr
+    assert "train.keep_checkpoints was 2, is 5 from now on" in done.stderr
     assert "rounding: nearest" in (folder / "run" / "recipe.yaml").read_text()
     assert run_cli("verify", folder / "run").code == 0
     assert run_cli("merge", folder / "run", "--json").json["rounding"] == "nearest"
@@ -94,8 +94,8 @@ def test_other_threads_and_versions_are_said(stopped: Path, folder: Path) -> Non
     write_manifest(checkpoint, facts | {"num_threads": 64, "versions": facts["versions"] | {"torch": "2.0.0"}})
     done = go_on(stopped, folder)
     assert done.code == 0
-    assert "before it was 64 threads, now it is" in done.stderr and "OMP_NUM_THREADS=64 keeps them" in done.stderr
-    assert "other versions than before, so the last bits may differ: torch 2.0.0 -> " in done.stderr
+    assert "the number of threads was 64, is " in done.stderr and "OMP_NUM_THREADS=64 keeps them" in done.stderr
+    assert "versions have changed, so the last bits may differ: torch 2.0.0 -> " in done.stderr
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(stopped: Path, folder: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_log_whose_sealed_part_has_changed_is_refused_with_what_to_do(stopped:
 def test_resuming_where_nothing_was_trained_yet_begins_the_run(stopped: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     done = go_on(stopped, tmp_path)
-    assert done.code == 0 and "nothing was trained here yet, so this run begins at step 1" in done.stderr
+    assert done.code == 0 and "nothing was trained here yet; the run begins at step 1" in done.stderr
     again = go_on(stopped, tmp_path)
     assert again.code == 2 and "is finished" in again.stderr
 

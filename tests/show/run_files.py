@@ -17,8 +17,8 @@ PHASE_SHARES = {"forward": 0.7, "head": 0.9, "backward": 1.0, "update": 0.5}
 REASONS = [
     "device: cpu: torch finds no CUDA device",
     "model.dtype: bf16: the CPU computes in bf16",
-    "data.max_seq_length: 512: the smallest multiple of 64 that fits every row; the longest has 467 tokens",
-    "memory.gradient_checkpointing: on: keeps one hidden state a layer; costs about a third of the speed",
+    "data.max_seq_length: 512: the smallest multiple of 64 that holds every row; the longest has 467 tokens",
+    "memory.gradient_checkpointing: on: keeps one hidden state per layer; costs about a third of the speed",
     "the recipe was made for another card",
     f"data.format: squad: {EVIL}",
 ]

@@ -233,6 +233,6 @@ def test_state_that_managed_memory_cannot_hold_is_refused_before_bitsandbytes_as
     monkeypatch.setattr(optimizer, "free_memory", lambda: (50_000, 2**30))
     with standin.card("rtx-4090"):
         weight = torch.nn.Parameter(torch.zeros(400, 300, device=standin.NAME))
-        with pytest.raises(DoesNotFit, match=r"its state takes 234 KiB of managed memory; .* 146 KiB free"):
+        with pytest.raises(DoesNotFit, match=r"its state needs 234 KiB of managed memory; .* 146 KiB free"):
             make_optimizer([("weight", weight)], name="paged_adamw_8bit", learning_rate=1e-3, weight_decay=0.0)
         make_optimizer([("weight", weight)], name="adamw", learning_rate=1e-3, weight_decay=0.0)  # nothing of it pages

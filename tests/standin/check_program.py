@@ -178,8 +178,8 @@ def test_a_run_that_is_resumed_on_the_device_is_the_one_that_never_stopped(
 def test_a_run_goes_on_without_the_card_that_it_was_begun_on(recipe: Path, stopped: Path, tmp_path: Path) -> None:
     run = shutil.copytree(stopped, tmp_path / "run")
     done = go_on(recipe, run)
-    assert "before it was NVIDIA GeForce RTX 4090 (SM 8.9), now it is CPU" in done.stderr
-    assert "the run was begun on cuda" in done.stderr and len(losses(run)) == 4
+    assert "the device was NVIDIA GeForce RTX 4090 (SM 8.9), is CPU now" in done.stderr
+    assert "the run began on cuda" in done.stderr and len(losses(run)) == 4
     whole = train_cli(recipe, tmp_path / "whole", "--json")
     assert whole.code == 0 and losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=CLOSE["bf16"])
 
@@ -188,7 +188,7 @@ def test_a_run_goes_on_with_a_card_that_it_was_begun_without(recipe: Path, tmp_p
     run = stopped_run(recipe, tmp_path / "run", on_card=False)
     with standin.card(AMPERE):
         done = go_on(recipe, run)
-    assert "before it was CPU, now it is NVIDIA GeForce RTX 4090 (SM 8.9)" in done.stderr and len(losses(run)) == 4
+    assert "the device was CPU, is NVIDIA GeForce RTX 4090 (SM 8.9) now" in done.stderr and len(losses(run)) == 4
 
 
 def test_a_run_may_be_taken_to_the_processor_by_asking_for_it(recipe: Path, stopped: Path, tmp_path: Path) -> None:

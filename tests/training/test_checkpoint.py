@@ -113,7 +113,7 @@ def test_the_best_one_is_found_and_when_it_is_damaged_the_newest_takes_its_place
     damage(tmp_path, 5)
     path, problems = best_valid(tmp_path, Best(5, 0.5))
     assert path == tmp_path / "step-000010"
-    assert problems[0].startswith("step-000005, the best one, is not used, the newest is: ")
+    assert problems[0].startswith("step-000005, the best checkpoint, is not used; using the newest instead: ")
 
 
 def test_a_checkpoint_that_has_no_room_is_refused_with_bytes_needed_and_free_and_costs_no_older_one(
@@ -130,4 +130,4 @@ def test_a_checkpoint_of_another_recipe_is_named_and_not_used(tmp_path):
     for step, recipe in ((5, "mine"), (10, "other")):
         save_checkpoint(State(step), tmp_path, keep=9, base="base", facts={"recipe_sha256": recipe})
     path, problems = newest_valid(tmp_path, recipe_sha256="mine")
-    assert path == tmp_path / "step-000005" and problems == ["step-000010 is not used: another recipe wrote it"]
+    assert path == tmp_path / "step-000005" and problems == ["step-000010 is not used: written by another recipe"]

@@ -61,7 +61,7 @@ def test_the_best_checkpoint_is_kept_published_and_left_in_the_model(
     model = {n.replace(".default.", "."): p for n, p in loaded.model.named_parameters() if p.requires_grad}
     assert_same(published, model)
     assert read_manifest(run.adapter)["step"] == 2 and verify_manifest(run.adapter) == []
-    assert said == ["adapter/ is step 2's, with the lowest validation loss, 1.000; the last step's was 2.500"]
+    assert said == ["adapter/ holds step 2, with the lowest validation loss, 1.000; the last step has 2.500"]
     assert [step["eval_loss"] for step in run.read_steps()] == [3.0, 1.0, 2.0, 2.5]
 
 
@@ -80,7 +80,7 @@ def test_a_resumed_run_still_knows_its_best_step(tmp_path: Path, monkeypatch: py
     assert [stats.step for stats in steps] == [1, 2, 3]
     said: list[str] = []
     assert [s.step for s in train(plan, load_model(plan), run.path, resume=True, say=said.append)] == [4]
-    assert said[-1] == "adapter/ is step 1's, with the lowest validation loss, 1.000; the last step's was 2.500"
+    assert said[-1] == "adapter/ holds step 1, with the lowest validation loss, 1.000; the last step has 2.500"
     assert_same(factors(run.adapter), factors(run.checkpoints / "step-000001" / "adapter"))
 
 
@@ -92,7 +92,7 @@ def test_a_best_checkpoint_that_was_damaged_gives_way_to_the_newest_out_loud(
     for stats in train(plan, load_model(plan), run.path, say=said.append):
         if stats.step == 3:
             (run.checkpoints / "step-000001" / "state.json").unlink()
-    assert "step-000001, the best one, is not used, the newest is" in said[0]
+    assert "step-000001, the best checkpoint, is not used; using the newest" in said[0]
     assert read_manifest(run.adapter)["step"] == 4
 
 
