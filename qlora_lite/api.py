@@ -21,6 +21,7 @@ from qlora_lite.merging import merge as merge_files
 from qlora_lite.merging.adapter_proof import EffectLost
 from qlora_lite.merging.adapter_proof import effect_lost as adapters_effect_lost
 from qlora_lite.merging.proof import PROOF_TOKENS
+from qlora_lite.merging.write import MergeOptions
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.plan import Plan, make_plan
 from qlora_lite.recipe import load_recipe, load_run_recipe
@@ -115,12 +116,14 @@ def merge(plan: Plan, run_dir: Path | str, out: Path | str | None = None) -> Mer
         Path(out) if out is not None else run.merged,
         _proof_rows(plan, tokenizer),
         stop_tokens=template_of(plan, tokenizer).stop_token_ids,
-        dtype=recipe.merge.dtype,
-        rounding=recipe.merge.rounding,
-        scale=recipe.merge.scale,
-        seed=purpose_seed(recipe.train.seed, "rounding"),
-        compute_dtype=None if is_original else plan.types.name,
         device=plan.device,
+        options=MergeOptions(
+            dtype=recipe.merge.dtype,
+            rounding=recipe.merge.rounding,
+            scale=recipe.merge.scale,
+            seed=purpose_seed(recipe.train.seed, "rounding"),
+            compute_dtype=None if is_original else plan.types.name,
+        ),
     )
 
 

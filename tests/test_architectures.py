@@ -20,7 +20,7 @@ from qlora_lite.data.batches import pack_trees
 from qlora_lite.device.card import CPU
 from qlora_lite.evaluation.generate import generate_answers
 from qlora_lite.merging import merge
-from qlora_lite.model.adapter import attach_adapter, save_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
 from qlora_lite.model.attention import packs_rows, padded_attention, why_not_shared
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import project
@@ -97,8 +97,11 @@ def test_every_linear_layer_but_the_head_is_in_4_bits(name):
 @every_architecture
 def test_chunked_loss_of_a_packed_row_equals_the_full_logits_of_each_example(name):
     """Promise 2, and packing: value and gradient, also where the row leaves a sliding window."""
-    model = attach_adapter(load_base(artefact(name), device="cpu", compute=torch.float32).model, r=4, lora_alpha=8,
-                           factor_dtype=torch.float32)  # fmt: skip
+    model = attach_adapter(
+        load_base(artefact(name), device="cpu", compute=torch.float32).model,
+        Lora(r=4, lora_alpha=8),
+        factor_dtype=torch.float32,
+    )
     move_factors(model)
     rows = random_rows([3, 1, 5], prompt=LONG)
     (batch,) = split_batches(rows, 1)
@@ -130,7 +133,7 @@ def test_a_packed_tree_has_the_loss_and_the_gradient_of_separate_examples(name):
     assert [why is not None for why in why_not] == [name in SHARES_NOT | WINDOWS, name in SHARES_NOT], why_not
     if why_not[1] is not None:
         return
-    model = attach_adapter(base, r=4, lora_alpha=8, factor_dtype=torch.float32)
+    model = attach_adapter(base, Lora(r=4, lora_alpha=8), factor_dtype=torch.float32)
     move_factors(model)
     tree = pack_trees(rows, range(len(rows)))
     assert tree.input_ids_1T.shape[1] < rows.lengths.sum()
@@ -151,7 +154,7 @@ def take_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @every_architecture
 def test_from_published_files_to_a_proved_merge_and_an_answer(name, tmp_path):
     loaded = load_base(artefact(name), device="cpu")
-    model = attach_adapter(loaded.model, r=8, lora_alpha=16)
+    model = attach_adapter(loaded.model, Lora(r=8, lora_alpha=16))
     checkpoint_activations(causal_lm(model), every=1)
     rows = random_rows([3, 6, 2, 5], prompt=SHORT)
     losses = train_until_the_loss_has_fallen(model, split_batches(rows, 2))
@@ -192,7 +195,7 @@ def test_from_published_files_to_a_proved_merge_and_an_answer(name, tmp_path):
 @every_architecture
 def test_lora_on_the_16_bit_base_is_merged_into_it(name, tmp_path):
     loaded = load_base(published(name), device="cpu")
-    model = attach_adapter(loaded.model, r=8, lora_alpha=16)
+    model = attach_adapter(loaded.model, Lora(r=8, lora_alpha=16))
     rows = random_rows([3, 6, 2, 5], prompt=SHORT)
     losses = train_until_the_loss_has_fallen(model, split_batches(rows, 2))
     assert losses[-1] < falls_to(name) * losses[0], losses

@@ -18,7 +18,7 @@ from qlora_lite.base.artefact import quantize_base
 from qlora_lite.data.batches import Batch, pack_batch
 from qlora_lite.data.rows import QuestionRow
 from qlora_lite.data.template import Encoded
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.load import LoadedBase, load_base
 from qlora_lite.training.step import forward_backward
 from tests.data.tiny_tokenizer import make_tokenizer
@@ -69,7 +69,7 @@ def tiny_adapted(
     *, compute: torch.dtype = torch.bfloat16, factors: torch.dtype = torch.bfloat16, moved: bool = True, r: int = 4
 ) -> PeftModel:
     """A fresh 4-bit model with an adapter; `moved`: with factors B that are not zero, as after some training."""
-    model = attach_adapter(tiny_base(compute=compute).model, r=r, lora_alpha=2 * r, factor_dtype=factors)
+    model = attach_adapter(tiny_base(compute=compute).model, Lora(r=r, lora_alpha=2 * r), factor_dtype=factors)
     if moved:
         move_factors(model)
     return model

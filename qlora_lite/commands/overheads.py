@@ -43,7 +43,7 @@ from qlora_lite.data.template import Encoded
 from qlora_lite.device.accelerator import card_at, free_memory, is_accelerator, synchronize, torch_module
 from qlora_lite.errors import UserError
 from qlora_lite.memory.measuring import measure_allocations, rss_bytes
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.dtypes import choose_types
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.load import checkpoint_activations
@@ -176,7 +176,7 @@ def training(device: str, model_name: str, num_layers: int) -> Callable[[Sequenc
     config = known_config(model_name)
     config.num_hidden_layers = num_layers
     base = random_model(config, quantization=Quantization("nf4"), device=device, compute=types.compute)
-    model = attach_adapter(base, r=16, lora_alpha=32, factor_dtype=types.factors)
+    model = attach_adapter(base, Lora(r=16, lora_alpha=32), factor_dtype=types.factors)
     checkpoint_activations(causal_lm(model), every=1)
     optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=1e-4, weight_decay=0.0)
     scaler = torch.amp.GradScaler(device, enabled=types.scale_loss)

@@ -21,12 +21,12 @@ from qlora_lite.base.generation_settings import add_stop_tokens
 from qlora_lite.files.manifest import folder_weights_sha256, read_manifest, verify_manifest, write_manifest
 from qlora_lite.files.staging import staged_folder
 from qlora_lite.merging.proof import Proof, prove_merge
-from qlora_lite.merging.write import MAX_SHARD_BYTES, WriteResult, merge_adapter, write_merged
+from qlora_lite.merging.write import MergeOptions, WriteResult, merge_adapter, write_merged
 
 if TYPE_CHECKING:
     from qlora_lite.data.template import Encoded
 
-__all__ = ["MergeResult", "Proof", "WriteResult", "merge", "merge_adapter", "prove_merge"]
+__all__ = ["MergeOptions", "MergeResult", "Proof", "WriteResult", "merge", "merge_adapter", "prove_merge"]
 
 
 @dataclass(frozen=True)
@@ -62,70 +62,65 @@ def merge(
     out_dir: Path | str,
     encoded_rows: "Sequence[Encoded] | None",
     *,
-    dtype: str = "bf16",
-    rounding: str = "stochastic",
-    scale: float = 1.0,
-    seed: int = 0,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    compute_dtype: str | None = "bf16",
+    options: MergeOptions = MergeOptions(),
     device: str = "cpu",
     stop_tokens: Sequence[int] = (),
 ) -> MergeResult:
     """Merge, prove the written files on `encoded_rows`, and only then rename them to `out_dir`.
 
     `out_dir` must be missing or empty, or hold the result of the same call, which is then returned. A few dozen held-out rows suffice;
-    None skips the proof, with a warning. `compute_dtype` is that of the training run; `device` runs the proof. Plain `generate` of the
+    None skips the proof, with a warning. `device` runs the proof. Plain `generate` of the
     merged model stops at `stop_tokens` too. Raises ProofFailed for a wrong merge, ModelError for a base and an adapter that do not fit,
     UserError for options; an error leaves no folder.
     """
-    options = {"dtype": dtype, "rounding": rounding, "scale": scale, "seed": seed, "compute_dtype": compute_dtype}
-    made_of = {"base": Path(base_dir).name, "adapter_sha256": folder_weights_sha256(adapter_dir), **options}
+    of_values = {key: value for key, value in asdict(options).items() if key != "max_shard_bytes"}
+    made_of = {"base": Path(base_dir).name, "adapter_sha256": folder_weights_sha256(adapter_dir), **of_values}
     made_of |= {"stop_tokens": list(stop_tokens)} if stop_tokens else {}
     done = _done_before(Path(out_dir), made_of)
     if done is not None:
         return done
     with staged_folder(out_dir) as folder:
-        written = write_merged(
-            base_dir,
-            adapter_dir,
-            folder,
-            dtype=dtype,
-            rounding=rounding,
-            scale=scale,
-            seed=seed,
-            max_shard_bytes=max_shard_bytes,
-            compute_dtype=compute_dtype,
-        )
+        written = write_merged(base_dir, adapter_dir, folder, options)
         if stop_tokens:
             add_stop_tokens(folder, stop_tokens, base=Path(base_dir))
         proof = None
         if encoded_rows is not None:
             proof = prove_merge(
-                base_dir, adapter_dir, folder, encoded_rows, scale=scale, compute_dtype=compute_dtype, device=device
+                base_dir,
+                adapter_dir,
+                folder,
+                encoded_rows,
+                scale=options.scale,
+                compute_dtype=options.compute_dtype,
+                device=device,
             )
-        result = MergeResult(
-            out=Path(out_dir),
-            dtype=dtype,
-            rounding=rounding,
-            seed=seed,
-            scale=scale,
-            num_merged=written.num_merged,
-            total_bytes=written.total_bytes,
-            adapter_effect=proof.adapter_effect if proof else None,
-            arithmetic_ratio=proof.arithmetic_ratio if proof else None,
-            storage_ratio=proof.storage_ratio if proof else None,
-            nearest_ratio=proof.nearest_ratio if proof else None,
-            ratio=proof.ratio if proof else None,
-            equal_greedy_share=proof.equal_greedy_share if proof else None,
-            num_rows=proof.num_rows if proof else 0,
-            num_label_tokens=proof.num_label_tokens if proof else 0,
-            peak_host_bytes=written.peak_host_bytes,
-            proof_peak_host_bytes=proof.peak_host_bytes if proof else None,
-            warnings=written.warnings + _proof_warnings(proof, dtype=dtype, rounding=rounding),
-        )
+        result = _result(Path(out_dir), options, written, proof)
         kept = {key: value for key, value in result.to_json_dict().items() if key != "out"}
         write_manifest(folder, {"made_of": made_of, "result": kept})
     return result
+
+
+def _result(out: Path, options: MergeOptions, written: WriteResult, proof: Proof | None) -> MergeResult:
+    return MergeResult(
+        out=out,
+        dtype=options.dtype,
+        rounding=options.rounding,
+        seed=options.seed,
+        scale=options.scale,
+        num_merged=written.num_merged,
+        total_bytes=written.total_bytes,
+        adapter_effect=proof.adapter_effect if proof else None,
+        arithmetic_ratio=proof.arithmetic_ratio if proof else None,
+        storage_ratio=proof.storage_ratio if proof else None,
+        nearest_ratio=proof.nearest_ratio if proof else None,
+        ratio=proof.ratio if proof else None,
+        equal_greedy_share=proof.equal_greedy_share if proof else None,
+        num_rows=proof.num_rows if proof else 0,
+        num_label_tokens=proof.num_label_tokens if proof else 0,
+        peak_host_bytes=written.peak_host_bytes,
+        proof_peak_host_bytes=proof.peak_host_bytes if proof else None,
+        warnings=written.warnings + _proof_warnings(proof, dtype=options.dtype, rounding=options.rounding),
+    )
 
 
 def _done_before(out: Path, made_of: dict[str, Any]) -> MergeResult | None:

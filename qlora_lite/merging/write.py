@@ -45,70 +45,66 @@ class WriteResult:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class MergeOptions:
+    """How the merged weights are computed and stored. Raises UserError with the option, its value and the allowed values."""
+
+    dtype: str = "bf16"
+    rounding: str = "stochastic"
+    scale: float = 1.0  # factor on the adapter's change
+    seed: int = 0  # of stochastic rounding
+    compute_dtype: str | None = "bf16"  # of the training run: 4-bit weights are dequantized to it, as in training
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        for option, value, allowed in (
+            ("dtype", self.dtype, tuple(DTYPES)),
+            ("rounding", self.rounding, ROUNDINGS),
+            ("compute_dtype", self.compute_dtype, (*DTYPES, None)),
+        ):
+            if value not in allowed:
+                raise UserError(f"merge.{option}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
+        if not math.isfinite(self.scale):
+            raise UserError(f"merge.scale: expected a finite number, got {self.scale}")
+
+
 def merge_adapter(
-    base_dir: Path | str,
-    adapter_dir: Path | str,
-    out_dir: Path | str,
-    *,
-    dtype: str = "bf16",
-    rounding: str = "stochastic",
-    scale: float = 1.0,
-    seed: int = 0,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    compute_dtype: str | None = "bf16",
+    base_dir: Path | str, adapter_dir: Path | str, out_dir: Path | str, *, options: MergeOptions = MergeOptions()
 ) -> WriteResult:
     """Merge without proof into `out_dir`, which must be missing or empty; an error leaves nothing behind."""
     with staged_folder(out_dir) as folder:
-        return write_merged(
-            base_dir,
-            adapter_dir,
-            folder,
-            dtype=dtype,
-            rounding=rounding,
-            scale=scale,
-            seed=seed,
-            max_shard_bytes=max_shard_bytes,
-            compute_dtype=compute_dtype,
-        )
+        return write_merged(base_dir, adapter_dir, folder, options)
 
 
-def write_merged(
-    base_dir: Path | str,
-    adapter_dir: Path | str,
-    folder: Path,
-    *,
-    dtype: str,
-    rounding: str,
-    scale: float,
-    seed: int,
-    max_shard_bytes: int,
-    compute_dtype: str | None,
-) -> WriteResult:
+def write_merged(base_dir: Path | str, adapter_dir: Path | str, folder: Path, options: MergeOptions) -> WriteResult:
     """Write the merged model into the existing, empty `folder`.
 
-    `compute_dtype` is that of the training run ("bf16", or "fp16" on cards without bf16): 4-bit weights are dequantized to it, as in
-    training. Raises ModelError when base and adapter do not belong together or values exceed the range of `dtype`, UserError when the
+    Raises ModelError when base and adapter do not belong together or values exceed the range of `dtype`, UserError when the
     disk is too small.
     """
-    check_options(dtype=dtype, rounding=rounding, scale=scale, compute_dtype=compute_dtype)
+    dtype = DTYPES[options.dtype]
     with HostMemoryMeter() as meter:
-        base, adapter = open_pair(base_dir, adapter_dir, compute_dtype=compute_dtype)
+        base, adapter = open_pair(base_dir, adapter_dir, compute_dtype=options.compute_dtype)
         specs = {
-            name: TensorSpec(adapter.shape_of(name, base.shape(name)), _out_dtype(base, name, DTYPES[dtype]))
+            name: TensorSpec(adapter.shape_of(name, base.shape(name)), _out_dtype(base, name, dtype))
             for name in base.names
         }
         total_bytes = sum(spec.num_bytes for spec in specs.values())
         _check_disk(folder, total_bytes)
-        with ShardedWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
+        with ShardedWriter(folder, specs, max_shard_bytes=options.max_shard_bytes) as writer:
             for name, spec in specs.items():
-                blocks = merged_blocks(base, adapter, name, spec.dtype, rounding=rounding, scale=scale, seed=seed)
+                blocks = merged_blocks(
+                    base, adapter, name, spec.dtype, rounding=options.rounding, scale=options.scale, seed=options.seed
+                )
                 writer.write(name, blocks)
-        _write_config(base, adapter, folder, DTYPES[dtype])
+        _write_config(base, adapter, folder, dtype)
         copy_companions(
             Path(adapter_dir), folder
         )  # an adapter's tokenizer (with new tokens) takes precedence over the base's
         copy_companions(base.folder, folder)
-    return WriteResult(folder, len(specs), len(adapter), total_bytes, meter.peak_bytes, tuple(_warnings(base, dtype)))
+    return WriteResult(
+        folder, len(specs), len(adapter), total_bytes, meter.peak_bytes, tuple(_warnings(base, options.dtype))
+    )
 
 
 def merged_blocks(
@@ -181,19 +177,6 @@ def open_pair(
         head = f"{adapter_dir}: the adapter was not trained on this base ({len(problems)} of {len(adapter)} modules)"
         raise ModelError("\n".join([head, *(f"  {problem}" for problem in problems)]))
     return base, adapter
-
-
-def check_options(*, dtype: str, rounding: str, scale: float, compute_dtype: str | None) -> None:
-    """Raise UserError with the option, its value and the allowed values."""
-    for option, value, allowed in (
-        ("dtype", dtype, tuple(DTYPES)),
-        ("rounding", rounding, ROUNDINGS),
-        ("compute_dtype", compute_dtype, (*DTYPES, None)),
-    ):
-        if value not in allowed:
-            raise UserError(f"merge.{option}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
-    if not math.isfinite(scale):
-        raise UserError(f"merge.scale: expected a finite number, got {scale}")
 
 
 def _out_dtype(base: Checkpoint, name: str, dtype: torch.dtype) -> torch.dtype:

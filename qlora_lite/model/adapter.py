@@ -10,6 +10,7 @@ visible effect. And the layers compute base and change in one product (tuned_lin
 
 import warnings
 from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +31,43 @@ from qlora_lite.model.products import product_in_fp32
 from qlora_lite.model.tuned_linear import TunedLinear
 
 
+@dataclass(frozen=True)
+class Lora:
+    """An adapter's hyperparameters, by PEFT's names."""
+
+    r: int
+    lora_alpha: int
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"  # name endings, or "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: Sequence[str] = ()  # name endings of modules that are trained whole, as copies in their own type
+
+
 def attach_adapter(
     model: PreTrainedModel,
+    lora: Lora,
     *,
-    r: int,
-    lora_alpha: int,
-    lora_dropout: float = 0.0,
-    target_modules: str | list[str] = "all-linear",
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    modules_to_save: Sequence[str] = (),
     new_token_ids: Sequence[int] = (),
     factor_dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> PeftModel:
-    """Wrap `model` with a new trainable adapter; the base is frozen. `target_modules` are name endings, or "all-linear".
+    """Wrap `model` with a new trainable adapter; the base is frozen. In embedding and head, the rows of `new_token_ids` are trained.
 
-    `modules_to_save` are name endings of modules that are trained whole, as copies in their own type. In embedding and head, the rows of
-    `new_token_ids` are trained. Raises ModelError when a name matches no linear layer, or no module that can be trained whole.
+    Raises ModelError when a name matches no linear layer, or no module that can be trained whole.
     """
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     whole = modules_trained_whole(
-        model, target_modules=target_modules, modules_to_save=modules_to_save, has_new_tokens=bool(new_token_ids)
+        model, target_modules=targets, modules_to_save=lora.modules_to_save, has_new_tokens=bool(new_token_ids)
     )
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=target_modules,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         modules_to_save=whole
         or None,  # full names: peft matches a name as the end of a longer one, with or without a dot
         trainable_token_indices={name: list(new_token_ids) for name in token_modules(model)} if new_token_ids else None,

@@ -33,7 +33,7 @@ from qlora_lite.device.card import COMMON_CARD, Card
 from qlora_lite.errors import ModelError
 from qlora_lite.foreign import foreign, is_of_our_code
 from qlora_lite.memory.ledger import PAGED, PHASES, Ledger, count_as_after, counted_as
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import CHUNK
@@ -381,15 +381,16 @@ def _model(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | Pe
     if settings.method == "full":
         make_trainable(base)
     else:
-        targets = settings.target_modules
         with torch.device("meta"):  # peft would fill factors on the CPU and move them
             model = attach_adapter(
                 base,
-                r=settings.r,
-                lora_alpha=2 * settings.r,
-                lora_dropout=settings.lora_dropout,
-                target_modules=targets if isinstance(targets, str) else list(targets),
-                modules_to_save=settings.modules_to_save,
+                Lora(
+                    settings.r,
+                    2 * settings.r,
+                    lora_dropout=settings.lora_dropout,
+                    target_modules=settings.target_modules,
+                    modules_to_save=settings.modules_to_save,
+                ),
                 new_token_ids=make_room(base, settings.token_ids) if settings.token_ids else (),
                 factor_dtype=settings.factors,
             )

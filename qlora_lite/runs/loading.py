@@ -16,7 +16,7 @@ from qlora_lite.data.template import ChatTemplate, Vocabulary
 from qlora_lite.errors import DataError
 from qlora_lite.evaluation.held_out import held_out_rows
 from qlora_lite.files.manifest import folder_weights_sha256
-from qlora_lite.model.adapter import attach_adapter, load_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter, load_adapter
 from qlora_lite.model.factors import copy_factors
 from qlora_lite.model.load import LoadedBase, load_base
 from qlora_lite.model.trained import make_trainable
@@ -126,16 +126,18 @@ def vocabulary_of(plan: Plan) -> Vocabulary:
 
 
 def _new_adapter(plan: Plan, base: LoadedBase) -> PeftModel:
-    lora, targets = plan.recipe.lora, plan.recipe.lora.target_modules
+    lora = plan.recipe.lora
     adapted = attach_adapter(
         base.model,
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        modules_to_save=lora.modules_to_save,
+        Lora(
+            lora.r,
+            lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=lora.target_modules,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
+            modules_to_save=lora.modules_to_save,
+        ),
         new_token_ids=base.new_token_ids,
         factor_dtype=plan.types.factors,
         seed=purpose_seed(plan.recipe.train.seed, "factors"),

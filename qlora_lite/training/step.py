@@ -68,7 +68,7 @@ def forward_backward(
     batches: Sequence[Batch],
     *,
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
-    observer: Observer = Observer(),  # noqa: B008  (it has no state)
+    observer: Observer = Observer(),
     head_chunk: int = CHUNK,
 ) -> float:
     """Add the gradient of the step's loss to `param.grad`, and return the loss in nats per label token.
@@ -100,7 +100,7 @@ def update(
     scaler: torch.amp.GradScaler,
     max_grad_norm: float,
     accelerator: Accelerator | None = None,
-    observer: Observer = Observer(),  # noqa: B008
+    observer: Observer = Observer(),
     head_chunk: int = CHUNK,
 ) -> tuple[float, float]:
     """-> (loss, gradient norm before clipping). Raises NotFinite before the update; with loss scaling, the update is skipped instead.

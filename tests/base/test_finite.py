@@ -14,7 +14,7 @@ from qlora_lite.base.finite import refuse_not_finite
 from qlora_lite.base.gguf_folder import convert_gguf
 from qlora_lite.base.quantization import Quantization
 from qlora_lite.errors import ModelError
-from qlora_lite.model.adapter import attach_adapter, load_adapter, save_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter, load_adapter, save_adapter
 from qlora_lite.model.factors import copy_factors
 from qlora_lite.model.load import load_base
 from qlora_lite.runs.adapters import open_source, parse_part, parts_of
@@ -90,7 +90,7 @@ def test_a_gguf_is_refused_where_it_is_converted(tmp_path, value):
 
 @pytest.fixture
 def broken_adapter(tmp_path) -> Path:
-    save_adapter(attach_adapter(tiny_base().model, r=4, lora_alpha=8), tmp_path / "adapter", base_name="base")
+    save_adapter(attach_adapter(tiny_base().model, Lora(r=4, lora_alpha=8)), tmp_path / "adapter", base_name="base")
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     change(tmp_path / "adapter", name, math.nan, file="adapter_model.safetensors")
     return tmp_path / "adapter"
@@ -99,7 +99,9 @@ def broken_adapter(tmp_path) -> Path:
 def test_every_reader_of_an_adapter_refuses_one_that_is_not_finite(broken_adapter):
     readers = {
         "load": lambda: load_adapter(tiny_base().model, broken_adapter),
-        "lora.init_from": lambda: copy_factors(attach_adapter(tiny_base().model, r=4, lora_alpha=8), broken_adapter),
+        "lora.init_from": lambda: copy_factors(
+            attach_adapter(tiny_base().model, Lora(r=4, lora_alpha=8)), broken_adapter
+        ),
         "rank": lambda: open_source(broken_adapter).read(),
         "mix": lambda: parts_of([parse_part(f"{broken_adapter}:0.5")]),
     }

@@ -15,7 +15,7 @@ from qlora_lite.base.quantization import Quantization
 from qlora_lite.errors import ModelError
 from qlora_lite.merging import merge
 from qlora_lite.merging.checkpoint import open_checkpoint
-from qlora_lite.model.adapter import attach_adapter, save_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
 from qlora_lite.model.load import load_base
 from tests.architectures import PUBLISHED, artefact, published, published_config
 from tests.data.tiny_tokenizer import make_tokenizer
@@ -128,7 +128,7 @@ def test_a_folder_with_published_names_trains_and_has_a_proved_merge(name, tmp_p
     saved_by_transformers(published(name), tmp_path / "given", NF4_SINGLE)
     rename(tmp_path / "given", PUBLISHED[name].key)
     folder = quantize_base(tmp_path / "given", cache=tmp_path / "cache", quantization=NF4_SINGLE)
-    model = attach_adapter(load_base(folder, device="cpu").model, r=4, lora_alpha=8)
+    model = attach_adapter(load_base(folder, device="cpu").model, Lora(r=4, lora_alpha=8))
     move_factors(model, std=0.1)
     rows = random_rows([3, 5, 2])
     batches = split_batches(rows, 3)  # one example a row: BLOOM computes its attention itself

@@ -14,7 +14,7 @@ from qlora_lite.base.quantization import Quantization, parts_of, stored_quantiza
 from qlora_lite.errors import ModelError
 from qlora_lite.merging import merge
 from qlora_lite.merging.checkpoint import open_checkpoint
-from qlora_lite.model.adapter import attach_adapter, save_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
 from qlora_lite.model.load import load_base
 from tests.tiny_model import gradients, move_factors, random_rows, split_batches, tiny_source
 
@@ -49,7 +49,7 @@ def test_bits_a_weight_are_those_of_the_paper():
 def test_a_merge_reads_what_training_computes_with(quantization, compute, tmp_path):
     """A layer with factors that are still zero, applied to the identity, gives the weight that the checkpoint reader gives."""
     folder = quantize_base(tiny_source(), cache=tmp_path, quantization=quantization)
-    model = attach_adapter(load_base(folder, device="cpu", compute=compute).model, r=4, lora_alpha=8).train()
+    model = attach_adapter(load_base(folder, device="cpu", compute=compute).model, Lora(r=4, lora_alpha=8)).train()
     files = open_checkpoint(folder, compute_dtype=compute)
     name = "model.layers.1.mlp.down_proj"
     layer, eye = model.get_base_model().get_submodule(name), torch.eye(192, dtype=compute)
@@ -62,7 +62,7 @@ def test_a_merge_reads_what_training_computes_with(quantization, compute, tmp_pa
 @every_quantization
 def test_a_base_of_every_kind_has_gradients_and_a_proved_merge(quantization, tmp_path):
     folder = quantize_base(tiny_source(), cache=tmp_path, quantization=quantization)
-    model = attach_adapter(load_base(folder, device="cpu").model, r=4, lora_alpha=8)
+    model = attach_adapter(load_base(folder, device="cpu").model, Lora(r=4, lora_alpha=8))
     move_factors(model)
     rows = random_rows([3, 5, 2])
     assert all(gradient.norm() > 0 for gradient in gradients(model, split_batches(rows, 1)).values())

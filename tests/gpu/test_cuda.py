@@ -5,7 +5,7 @@ import torch
 
 from qlora_lite.data.batches import StepSampler
 from qlora_lite.device.accelerator import card_at
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.dtypes import choose_types
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.load import checkpoint_activations, load_base
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 def test_twenty_steps_on_the_card_lower_the_loss_and_measure_the_allocator(optimizer: str) -> None:
     types = choose_types("auto", card_at("cuda"))
     base = load_base(tiny_model.tiny_artefact(), device="cuda", compute=types.compute)
-    model = attach_adapter(base.model, r=8, lora_alpha=16, factor_dtype=types.factors)
+    model = attach_adapter(base.model, Lora(r=8, lora_alpha=16), factor_dtype=types.factors)
     checkpoint_activations(causal_lm(model), every=1)
     rows = tiny_model.random_rows([3] * 8)
     state = TrainState(
@@ -45,7 +45,7 @@ def test_the_gradient_on_the_card_is_the_one_of_the_cpu_within_bf16() -> None:
     gradients = {}
     for device in ("cpu", "cuda"):
         base = load_base(tiny_model.tiny_artefact(), device=device, compute=torch.float32)
-        model = attach_adapter(base.model, r=4, lora_alpha=8, factor_dtype=torch.float32)
+        model = attach_adapter(base.model, Lora(r=4, lora_alpha=8), factor_dtype=torch.float32)
         tiny_model.move_factors(model)
         batches = [batch.to(device) for batch in tiny_model.split_batches(rows, 1)]
         gradients[device] = {name: value.cpu() for name, value in tiny_model.gradients(model, batches).items()}

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lite.merging.lora import read_adapter
-from qlora_lite.merging.write import merge_adapter
+from qlora_lite.merging.write import MergeOptions, merge_adapter
 from tests.merging.test_spectrum import dense
 from tests.tiny_model import tiny_source
 
@@ -19,7 +19,7 @@ def merged_again_and_again(base: Path, adapter: Path, folder: Path, rounding: st
     """The weights after `NUM_TIMES` merges of a fifth of the change each."""
     for number in range(NUM_TIMES):
         out = folder / f"{rounding}-{number}"
-        merge_adapter(base, adapter, out, rounding=rounding, scale=1 / NUM_TIMES, seed=number)
+        merge_adapter(base, adapter, out, options=MergeOptions(rounding=rounding, scale=1 / NUM_TIMES, seed=number))
         base = out
     return load_file(base / "model.safetensors")
 

@@ -14,6 +14,7 @@ from qlora_lite.errors import ModelError, UserError
 from qlora_lite.merging import merge_adapter
 from qlora_lite.merging.checkpoint import Checkpoint
 from qlora_lite.merging.lora import read_adapter
+from qlora_lite.merging.write import MergeOptions
 
 
 def load_all(folder):
@@ -30,7 +31,7 @@ def expected_fp32(base_dir, adapter_dir, scale=1.0):
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_fp32_holds_base_plus_scaled_product(base_dir, make_adapter, tmp_path, scale):
-    result = merge_adapter(base_dir, make_adapter(), tmp_path / "out", dtype="fp32", scale=scale)
+    result = merge_adapter(base_dir, make_adapter(), tmp_path / "out", options=MergeOptions(dtype="fp32", scale=scale))
     merged, expected = load_all(tmp_path / "out"), expected_fp32(base_dir, tmp_path / "adapter-0", scale)
     assert merged.keys() == expected.keys()
     for name, values in expected.items():
@@ -44,9 +45,9 @@ def test_nearest_rounds_to_nearest_and_untouched_tensors_are_copied_exactly(
 ):
     shapes = {"model.layers.0.down_proj": (64, 576)}
     adapter_dir = make_adapter(shapes=shapes)
-    merge_adapter(base_dir, adapter_dir, tmp_path / "near", dtype=dtype, rounding="nearest")
-    merge_adapter(base_dir, adapter_dir, tmp_path / "stochastic", dtype=dtype)
-    merge_adapter(base_dir, adapter_dir, tmp_path / "fp32", dtype="fp32")
+    merge_adapter(base_dir, adapter_dir, tmp_path / "near", options=MergeOptions(dtype=dtype, rounding="nearest"))
+    merge_adapter(base_dir, adapter_dir, tmp_path / "stochastic", options=MergeOptions(dtype=dtype))
+    merge_adapter(base_dir, adapter_dir, tmp_path / "fp32", options=MergeOptions(dtype="fp32"))
     near, stochastic, fp32 = (load_all(tmp_path / name) for name in ("near", "stochastic", "fp32"))
     for name, values in fp32.items():
         assert near[name].dtype == torch_dtype
@@ -58,8 +59,8 @@ def test_same_inputs_and_seed_give_the_same_values_whatever_the_shards(base_dir,
     adapter_dir = make_adapter()
     merge_adapter(base_dir, adapter_dir, tmp_path / "a")
     merge_adapter(base_dir, adapter_dir, tmp_path / "b")
-    merge_adapter(base_dir, adapter_dir, tmp_path / "shards", max_shard_bytes=10_000)
-    merge_adapter(base_dir, adapter_dir, tmp_path / "other", seed=1)
+    merge_adapter(base_dir, adapter_dir, tmp_path / "shards", options=MergeOptions(max_shard_bytes=10_000))
+    merge_adapter(base_dir, adapter_dir, tmp_path / "other", options=MergeOptions(seed=1))
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     a, shards, other = (load_all(tmp_path / name) for name in ("a", "shards", "other"))
@@ -116,14 +117,14 @@ def test_a_folder_in_use_is_refused_and_an_empty_one_is_taken(base_dir, make_ada
 def test_values_beyond_fp16_are_refused_with_their_count(base_dir, make_adapter, tmp_path):
     adapter_dir = make_adapter(lora_alpha=4e7)
     with pytest.raises(ModelError, match=r"\d+ values are not finite in fp16; try --set merge.dtype=bf16"):
-        merge_adapter(base_dir, adapter_dir, tmp_path / "out", dtype="fp16")
+        merge_adapter(base_dir, adapter_dir, tmp_path / "out", options=MergeOptions(dtype="fp16"))
     assert not (tmp_path / "out").exists()
-    merge_adapter(base_dir, adapter_dir, tmp_path / "out", dtype="bf16")
+    merge_adapter(base_dir, adapter_dir, tmp_path / "out", options=MergeOptions(dtype="bf16"))
 
 
 def test_an_unknown_option_is_named_with_what_is_allowed(base_dir, make_adapter, tmp_path):
     with pytest.raises(UserError, match=r"merge\.rounding: expected one of stochastic, nearest, got 'up'"):
-        merge_adapter(base_dir, make_adapter(), tmp_path / "out", rounding="up")
+        merge_adapter(base_dir, make_adapter(), tmp_path / "out", options=MergeOptions(rounding="up"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

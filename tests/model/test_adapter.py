@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_lite.base.artefact import quantize_base
 from qlora_lite.errors import ModelError
-from qlora_lite.model.adapter import FactorLinear, attach_adapter, load_adapter, save_adapter
+from qlora_lite.model.adapter import FactorLinear, Lora, attach_adapter, load_adapter, save_adapter
 from qlora_lite.model.load import load_base
 from tests.plain_peft import assert_plain_peft_computes_the_same
 from tests.tiny_model import (
@@ -44,7 +44,7 @@ def logits(model):
 
 def test_all_linear_layers_but_the_head_get_two_bf16_factors_and_nothing_else_trains():
     r = 4
-    model = attach_adapter(tiny_base().model, r=r, lora_alpha=8)
+    model = attach_adapter(tiny_base().model, Lora(r=r, lora_alpha=8))
     width, inner, kv = SIZES["hidden_size"], SIZES["intermediate_size"], 32
     shapes = [(width, width), (kv, width), (kv, width), (width, width)]  # q, k, v, o
     shapes += [(inner, width), (inner, width), (width, inner)]  # gate, up, down
@@ -59,11 +59,11 @@ def test_all_linear_layers_but_the_head_get_two_bf16_factors_and_nothing_else_tr
 def test_a_new_adapter_changes_nothing_yet():
     base = tiny_base().model
     before = logits(base)
-    assert torch.equal(logits(attach_adapter(base, r=4, lora_alpha=8)), before)
+    assert torch.equal(logits(attach_adapter(base, Lora(r=4, lora_alpha=8))), before)
 
 
 def test_target_modules_by_name_get_factors_and_no_others():
-    model = attach_adapter(tiny_base().model, r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    model = attach_adapter(tiny_base().model, Lora(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
     parents = {name.split(".lora_")[0].rpartition(".")[2] for name in factors_of(model)}
     assert parents == {"q_proj", "down_proj"} and len(factors_of(model)) == 2 * 2 * SIZES["num_hidden_layers"]
 
@@ -73,7 +73,7 @@ def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(name):
     with pytest.raises(
         ModelError, match=rf'"{name}" is not a linear layer of this model.*; its linear layers: down_proj, .*v_proj'
     ):
-        attach_adapter(tiny_base().model, r=4, lora_alpha=8, target_modules=["q_proj", name])
+        attach_adapter(tiny_base().model, Lora(r=4, lora_alpha=8, target_modules=["q_proj", name]))
 
 
 def test_a_tied_head_is_no_target(tmp_path):
@@ -81,7 +81,9 @@ def test_a_tied_head_is_no_target(tmp_path):
     with pytest.raises(
         ModelError, match=r"lora\.target_modules: this model ties lm_head to its embedding \(one weight\)"
     ):
-        attach_adapter(load_base(folder, device="cpu").model, r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])
+        attach_adapter(
+            load_base(folder, device="cpu").model, Lora(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])
+        )
 
 
 @pytest.mark.parametrize(
@@ -90,12 +92,12 @@ def test_a_tied_head_is_no_target(tmp_path):
 )
 def test_rows_of_new_tokens_and_the_whole_module_are_not_both_trained(settings):
     with pytest.raises(ModelError, match=r"data\.special_tokens: .* gets rows for new tokens"):
-        attach_adapter(tiny_base().model, r=4, lora_alpha=8, new_token_ids=[310, 311], **settings)
+        attach_adapter(tiny_base().model, Lora(r=4, lora_alpha=8, **settings), new_token_ids=[310, 311])
 
 
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 8 / 16), (True, 8 / sqrt(16))])
 def test_scaling_is_alpha_over_r_or_over_its_root_with_rslora(use_rslora, scaling):
-    model = attach_adapter(tiny_base().model, r=16, lora_alpha=8, use_rslora=use_rslora)
+    model = attach_adapter(tiny_base().model, Lora(r=16, lora_alpha=8, use_rslora=use_rslora))
     found = {
         module.scaling["default"] for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)
     }
@@ -105,7 +107,7 @@ def test_scaling_is_alpha_over_r_or_over_its_root_with_rslora(use_rslora, scalin
 def test_the_seed_decides_the_factors_and_disturbs_no_other_random_stream():
     def start(seed):
         torch.manual_seed(7)
-        model = attach_adapter(tiny_base().model, r=4, lora_alpha=8, seed=seed)
+        model = attach_adapter(tiny_base().model, Lora(r=4, lora_alpha=8), seed=seed)
         return torch.cat([p.detach().flatten() for p in trainable_of(model).values()]), torch.rand(1)
 
     (first, after), (again, _), (other, after_other) = start(0), start(0), start(1)
@@ -197,7 +199,7 @@ def test_a_damaged_adapter_folder_is_refused(tmp_path, name, content):
 
 
 def test_moved_factors_have_an_effect():
-    model = attach_adapter(tiny_base().model, r=4, lora_alpha=8)
+    model = attach_adapter(tiny_base().model, Lora(r=4, lora_alpha=8))
     before = logits(model)
     move_factors(model)
     assert not torch.equal(logits(model), before)

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from qlora_lite.base.bnb import dequantized
 from qlora_lite.merging import merge
-from qlora_lite.model.adapter import attach_adapter, save_adapter
+from qlora_lite.merging.write import MergeOptions
+from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
 from qlora_lite.model.dora import row_norms
 from tests.plain_peft import assert_plain_peft_computes_the_same
 from tests.tiny_model import gradients, move_factors, random_rows, split_batches, tiny_artefact, tiny_base
@@ -17,7 +18,7 @@ LAYER = "model.layers.1.mlp.down_proj"
 
 def dora_model(*, compute: torch.dtype = torch.float32, moved: bool = True, **settings) -> PeftModel:
     model = attach_adapter(
-        tiny_base(compute=compute).model, r=4, lora_alpha=8, use_dora=True, factor_dtype=compute, **settings
+        tiny_base(compute=compute).model, Lora(r=4, lora_alpha=8, use_dora=True), factor_dtype=compute, **settings
     )
     if moved:
         move_factors(model, std=0.2)
@@ -115,7 +116,11 @@ def test_a_merge_is_the_adapter_model(scale, tmp_path):
     save_adapter(model, tmp_path / "adapter", base_name="base")
     rows = random_rows([3, 5, 2])
     result = merge(
-        tiny_artefact(), tmp_path / "adapter", tmp_path / "merged", [rows.encoded(i) for i in range(3)], scale=scale
+        tiny_artefact(),
+        tmp_path / "adapter",
+        tmp_path / "merged",
+        [rows.encoded(i) for i in range(3)],
+        options=MergeOptions(scale=scale),
     )
     assert result.adapter_effect > 1 and result.arithmetic_ratio < 0.01
     if scale == 1.0:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lite.errors import ModelError
-from qlora_lite.model.adapter import attach_adapter, save_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
 from qlora_lite.model.factors import FACTORS_FILE, copy_factors
 from tests.tiny_model import gradients, random_rows, split_batches, tiny_adapted, tiny_base
 
@@ -56,7 +56,7 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
     ],
 )
 def test_factors_that_do_not_fit_are_counted_and_named_and_nothing_is_copied(adapter, expected, saved):
-    model = attach_adapter(tiny_base().model, lora_alpha=8, **adapter)
+    model = attach_adapter(tiny_base().model, Lora(lora_alpha=8, **adapter))
     before = factors_of(model)
     with pytest.raises(ModelError, match=r"lora\.init_from: .*Set lora\.r and lora\.target_modules") as caught:
         copy_factors(model, saved[1])

@@ -13,7 +13,8 @@ from qlora_lite.api import open_run, run_models
 from qlora_lite.base.artefact import quantize_base
 from qlora_lite.data.template import Encoded
 from qlora_lite.merging import merge as merge_files
-from qlora_lite.model.adapter import attach_adapter, save_adapter
+from qlora_lite.merging.write import MergeOptions
+from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
 from qlora_lite.model.load import LoadedBase, load_base, load_tokenizer
 from qlora_lite.training.optimizer import make_optimizer
 from qlora_lite.training.step import forward_backward
@@ -44,7 +45,7 @@ def rows_with(ids: list[int]) -> Rows:
 def trained(artefact: Path, num_steps: int = 8) -> tuple[PeftModel, list[int], Rows]:
     base = loaded(artefact)
     ids = base.tokenizer.convert_tokens_to_ids(TOKENS)
-    model, rows = attach_adapter(base.model, r=4, lora_alpha=8, new_token_ids=ids), rows_with(ids)
+    model, rows = attach_adapter(base.model, Lora(r=4, lora_alpha=8), new_token_ids=ids), rows_with(ids)
     optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=1e-2, weight_decay=0.0)
     model.train()
     for _ in range(num_steps):
@@ -75,7 +76,7 @@ def test_a_token_that_is_there_already_is_not_added_again(artefact):
 def test_only_the_new_rows_are_trained_with_gradients_in_fp32(artefact):
     base = loaded(artefact)
     ids = base.tokenizer.convert_tokens_to_ids(TOKENS)
-    model = attach_adapter(base.model, r=4, lora_alpha=8, new_token_ids=ids).train()
+    model = attach_adapter(base.model, Lora(r=4, lora_alpha=8), new_token_ids=ids).train()
     batches = split_batches(rows_with(ids), 1)
     forward_backward(model, batches)
     rows = {name: p for name, p in model.named_parameters() if "trainable_tokens_delta" in name}
@@ -104,7 +105,7 @@ def test_splitting_a_step_does_not_change_their_gradient(artefact):
     rows = Rows([two.encoded(0), two.encoded(1), two.encoded(1), two.encoded(0)])
     one, four = (
         gradients(
-            attach_adapter(loaded(artefact).model, r=4, lora_alpha=8, new_token_ids=ids), split_batches(rows, num)
+            attach_adapter(loaded(artefact).model, Lora(r=4, lora_alpha=8), new_token_ids=ids), split_batches(rows, num)
         )
         for num in (1, 4)
     )
@@ -119,7 +120,9 @@ def test_a_merge_has_the_rows_and_is_proved_on_them(artefact, tmp_path, scale):
     model, ids, rows = trained(artefact)
     save_adapter(model, tmp_path / "adapter", base_name="base")
     encoded = [rows.encoded(i) for i in range(len(rows))]
-    result = merge_files(artefact, tmp_path / "adapter", tmp_path / "merged", encoded, scale=scale)
+    result = merge_files(
+        artefact, tmp_path / "adapter", tmp_path / "merged", encoded, options=MergeOptions(scale=scale)
+    )
     assert result.adapter_effect > 1 and result.arithmetic_ratio < 0.01
     merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.bfloat16)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM, Ph
 from qlora_lite.base.source import load_config, read_config
 from qlora_lite.device.card import CPU
 from qlora_lite.merging import merge
-from qlora_lite.model.adapter import attach_adapter, save_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
 from qlora_lite.model.load import load_base
 from qlora_lite.model.new_tokens import make_room
 from qlora_lite.model.trained import make_trainable, save_trained
@@ -35,7 +35,9 @@ def llama(tmp_path_factory) -> Path:
 
 
 def adapter_gradients(base: Path) -> dict[str, torch.Tensor]:
-    model = attach_adapter(load_base(base, device="cpu").model, r=4, lora_alpha=8, modules_to_save=["embed_tokens"])
+    model = attach_adapter(
+        load_base(base, device="cpu").model, Lora(r=4, lora_alpha=8, modules_to_save=["embed_tokens"])
+    )
     move_factors(model)
     return gradients(model, split_batches(ROWS, 2))
 
@@ -62,7 +64,7 @@ def test_the_row_of_a_padding_token_that_occurs_is_trained(llama):
 
 
 def proved(base: Path, folder: Path) -> float:
-    model = attach_adapter(load_base(base, device="cpu").model, r=4, lora_alpha=8)
+    model = attach_adapter(load_base(base, device="cpu").model, Lora(r=4, lora_alpha=8))
     move_factors(model)
     save_adapter(model, folder / "adapter", base_name="base")
     result = merge(base, folder / "adapter", folder / "merged", [ROWS.encoded(0)])

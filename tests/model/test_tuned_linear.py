@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from qlora_lite.base.bnb import dequantized
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.tuned_linear import TunedLinear
 from tests.tiny_model import NUM_LINEAR, move_factors, set_dropout, tiny_adapted, tiny_base
 
@@ -88,6 +88,6 @@ def test_a_change_below_the_grid_of_bf16_reaches_the_output_on_average(size):
 
 
 def test_every_layer_with_factors_is_ours():
-    model = attach_adapter(tiny_base().model, r=4, lora_alpha=8)
+    model = attach_adapter(tiny_base().model, Lora(r=4, lora_alpha=8))
     wrapped = [module for module in model.modules() if isinstance(module, LoraLayer)]
     assert len(wrapped) == NUM_LINEAR and all(isinstance(module, TunedLinear) for module in wrapped)

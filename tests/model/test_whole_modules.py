@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from qlora_lite.base.artefact import quantize_base
 from qlora_lite.errors import ModelError
 from qlora_lite.merging import merge
-from qlora_lite.model.adapter import attach_adapter, save_adapter
+from qlora_lite.merging.write import MergeOptions
+from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
 from qlora_lite.model.load import load_base
 from qlora_lite.training.optimizer import make_optimizer
 from qlora_lite.training.step import forward_backward
@@ -17,7 +18,7 @@ from tests.tiny_model import gradients, random_rows, save_tiny_llama, split_batc
 
 
 def model_with(whole=("lm_head", "embed_tokens"), **settings) -> PeftModel:
-    return attach_adapter(tiny_base().model, r=4, lora_alpha=8, modules_to_save=whole, **settings)
+    return attach_adapter(tiny_base().model, Lora(r=4, lora_alpha=8, modules_to_save=whole), **settings)
 
 
 def trained(num_steps: int = 6) -> PeftModel:
@@ -74,7 +75,11 @@ def test_a_merge_holds_them_and_is_proved(tmp_path, scale):
     save_adapter(trained(), tmp_path / "adapter", base_name="base")
     rows = random_rows([3, 5, 2])
     result = merge(
-        tiny_artefact(), tmp_path / "adapter", tmp_path / "merged", [rows.encoded(i) for i in range(3)], scale=scale
+        tiny_artefact(),
+        tmp_path / "adapter",
+        tmp_path / "merged",
+        [rows.encoded(i) for i in range(3)],
+        options=MergeOptions(scale=scale),
     )
     assert result.adapter_effect > 1 and result.arithmetic_ratio < 0.01
     assert result.num_merged == 14 + 2
@@ -109,4 +114,4 @@ def test_a_tied_head_is_refused(tmp_path):
     source = save_tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
     base = load_base(quantize_base(source, cache=tmp_path), device="cpu").model
     with pytest.raises(ModelError, match="ties its head to its embedding"):
-        attach_adapter(base, r=4, lora_alpha=8, modules_to_save=["lm_head"])
+        attach_adapter(base, Lora(r=4, lora_alpha=8, modules_to_save=["lm_head"]))

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from qlora_lite.device.card import COMMON_CARD
 from qlora_lite.device.card import CPU as CPU_CARD
 from qlora_lite.memory.measuring import measure_allocations
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.load import checkpoint_activations, load_base
 from qlora_lite.model.new_tokens import make_room
@@ -150,9 +150,11 @@ def real_model(settings: Settings):
     base = load_base(tiny_artefact(), device="cpu", compute=settings.compute).model
     new = make_room(base, settings.token_ids) if settings.token_ids else ()
     model = attach_adapter(
-        base, r=settings.r, lora_alpha=2 * settings.r, lora_dropout=settings.lora_dropout, new_token_ids=new,
+        base,
+        Lora(r=settings.r, lora_alpha=2 * settings.r, lora_dropout=settings.lora_dropout),
+        new_token_ids=new,
         factor_dtype=settings.factors,
-    )  # fmt: skip
+    )
     checkpoint_activations(base, every=settings.checkpoint_every)
     return model
 

@@ -20,7 +20,7 @@ from qlora_lite.merging.checkpoint import Checkpoint
 from qlora_lite.merging.proof import Models
 from qlora_lite.merging.rounding import DTYPES, ROUNDINGS
 from qlora_lite.merging.write import merged_blocks, open_pair
-from qlora_lite.model.adapter import attach_adapter, save_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
 from qlora_lite.model.load import load_base
 from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes, write_nowhere
 from qlora_lite.plan.rehearsal import Settings
@@ -44,9 +44,10 @@ def _drawn_by_torch(monkeypatch):
 
 def save_adapter_of(base: Path, settings: Settings, folder: Path) -> Path:
     model = attach_adapter(
-        load_base(base, device="cpu").model, r=settings.r, lora_alpha=8, use_dora=settings.use_dora,
-        modules_to_save=settings.modules_to_save, factor_dtype=settings.factors,
-    )  # fmt: skip
+        load_base(base, device="cpu").model,
+        Lora(r=settings.r, lora_alpha=8, use_dora=settings.use_dora, modules_to_save=settings.modules_to_save),
+        factor_dtype=settings.factors,
+    )
     move_factors(model)
     save_adapter(model, folder, base_name="base")
     return folder

@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 
 from qlora_lite.device.card import COMMON_CARD, CPU
 from qlora_lite.errors import ModelError
-from qlora_lite.model.adapter import attach_adapter, save_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
 from qlora_lite.model.load import load_base
 from qlora_lite.plan import MicroBatch, Settings, Stage
 from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes
@@ -45,7 +45,7 @@ def test_the_head_alone_is_trained_and_merged_with_proof(tmp_path):
     from qlora_lite.merging import merge
 
     base = save_tiny_llama(tmp_path / "base")
-    model = attach_adapter(load_base(base, device="cpu").model, r=4, lora_alpha=8, target_modules=["lm_head"])
+    model = attach_adapter(load_base(base, device="cpu").model, Lora(r=4, lora_alpha=8, target_modules=["lm_head"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from qlora_lite.base.artefact import quantize_base
 from qlora_lite.base.source import find_base
 from qlora_lite.data.batches import make_batches
 from qlora_lite.device.accelerator import cpu_multiplies_bf16
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import summed_loss
 from qlora_lite.model.load import checkpoint_activations, load_base
@@ -111,7 +111,7 @@ def test_micro_batch_split_does_not_change_the_gradient_of_the_real_model(real_h
 
 def real_model(home, compute):
     base = load_base(quantize_base(find_base("smollm2-135m", cache=home), cache=home), device="cpu", compute=compute)
-    model = attach_adapter(base.model, r=4, lora_alpha=8, factor_dtype=compute)
+    model = attach_adapter(base.model, Lora(r=4, lora_alpha=8), factor_dtype=compute)
     move_factors(model, std=0.005)
     return model
 

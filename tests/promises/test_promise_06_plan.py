@@ -18,7 +18,7 @@ from qlora_lite.data.template import Encoded
 from qlora_lite.device.card import CPU as cpu_card
 from qlora_lite.memory.ledger import Ledger, counted_as
 from qlora_lite.memory.measuring import measure_allocations
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.dtypes import choose_types
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.load import checkpoint_activations, load_base
@@ -52,7 +52,7 @@ def real_model(settings: Settings, *, quantized=None, plain=None):
     if settings.method == "full":
         make_trainable(base)
     else:
-        model = attach_adapter(base, r=settings.r, lora_alpha=2 * settings.r, factor_dtype=settings.factors)
+        model = attach_adapter(base, Lora(r=settings.r, lora_alpha=2 * settings.r), factor_dtype=settings.factors)
     checkpoint_activations(base, every=settings.checkpoint_every)  # last, as when a run loads its model
     return model
 

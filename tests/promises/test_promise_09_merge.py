@@ -25,6 +25,7 @@ from qlora_lite.data.template import Encoded
 from qlora_lite.errors import ModelError, ProofFailed
 from qlora_lite.merging import merge, merge_adapter, proof, prove_merge, write
 from qlora_lite.merging.checkpoint import Checkpoint
+from qlora_lite.merging.write import MergeOptions
 
 VOCAB = 120
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -109,7 +110,7 @@ def distance(left: torch.Tensor, right: torch.Tensor) -> float:
 def test_merged_fp32_log_probabilities_equal_the_adapter_models_within_one_percent_of_its_effect(
     folders, tmp_path, evaluate_first
 ):
-    merge_adapter(folders.base, folders.adapter, tmp_path / "merged", dtype="fp32")
+    merge_adapter(folders.base, folders.adapter, tmp_path / "merged", options=MergeOptions(dtype="fp32"))
     base = label_log_probs(live_base(folders.base))
     adapter = label_log_probs(
         PeftModel.from_pretrained(live_base(folders.base, evaluate_first=evaluate_first), folders.adapter)
@@ -136,7 +137,9 @@ def test_merged_fp32_log_probabilities_equal_the_adapter_models_within_one_perce
 )
 def test_the_streamed_proof_reports_what_whole_live_models_show(tmp_path, config, dtype, rounding):
     folders = make_folders(tmp_path, config)
-    result = merge(folders.base, folders.adapter, tmp_path / "merged", ROWS, dtype=dtype, rounding=rounding)
+    result = merge(
+        folders.base, folders.adapter, tmp_path / "merged", ROWS, options=MergeOptions(dtype=dtype, rounding=rounding)
+    )
     base = label_log_probs(live_base(folders.base))
     adapter = label_log_probs(PeftModel.from_pretrained(live_base(folders.base), folders.adapter))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
@@ -226,7 +229,7 @@ def test_evaluating_a_live_model_changes_nothing_in_a_later_merge(folders, tmp_p
 
 def test_an_adapter_that_does_nothing_gives_zero_ratios_and_a_warning(tmp_path):
     folders = make_folders(tmp_path)
-    result = merge(folders.base, folders.adapter, tmp_path / "merged", ROWS, scale=0.0)
+    result = merge(folders.base, folders.adapter, tmp_path / "merged", ROWS, options=MergeOptions(scale=0.0))
     assert (result.adapter_effect, result.arithmetic_ratio, result.storage_ratio, result.ratio) == (0.0, 0.0, 0.0, 0.0)
     assert any("changes almost nothing" in warning for warning in result.warnings)
 
@@ -245,7 +248,7 @@ def test_the_proof_reads_the_files_and_not_what_it_thinks_they_hold(folders, tmp
 def test_fp16_that_would_overflow_on_the_rows_is_refused_naming_the_layer(tmp_path):
     folders = make_folders(tmp_path, enlarge=50_000.0)
     with pytest.raises(ProofFailed, match=r"model\.layers\.0\..*above fp16's limit of 65504"):
-        merge(folders.base, folders.adapter, tmp_path / "merged", ROWS, dtype="fp16")
+        merge(folders.base, folders.adapter, tmp_path / "merged", ROWS, options=MergeOptions(dtype="fp16"))
     assert not (tmp_path / "merged").exists()
 
 

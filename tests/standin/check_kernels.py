@@ -7,7 +7,7 @@ import torch
 
 from qlora_lite.base.bnb import bitsandbytes
 from qlora_lite.base.quantization import BLOCK
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.attention import packed_attention, padded_rows_attention
 from qlora_lite.model.load import load_base
 from qlora_lite.model.products import product_in_fp32
@@ -177,7 +177,9 @@ def test_a_gradient_is_the_cpus(method):
     for device in ("cpu", standin.NAME):
         with standin.card("rtx-4090"):
             base = load_base(tiny_model.tiny_artefact(), device=device, compute=torch.float32)
-            model = attach_adapter(base.model, r=4, lora_alpha=8, factor_dtype=torch.float32, use_dora=method == "dora")
+            model = attach_adapter(
+                base.model, Lora(r=4, lora_alpha=8, use_dora=method == "dora"), factor_dtype=torch.float32
+            )
             for name, parameter in model.named_parameters():
                 if "lora_" in name:  # the same factors on both devices
                     generator = torch.Generator().manual_seed(len(name))

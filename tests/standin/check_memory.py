@@ -13,7 +13,7 @@ from qlora_lite.device.out_of_memory import is_out_of_memory
 from qlora_lite.errors import DoesNotFit
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.measuring import measure_allocations
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.load import checkpoint_activations, load_base
 from qlora_lite.model.trained import make_trainable
@@ -87,7 +87,7 @@ def real_step(settings: Settings, micro_batch: MicroBatch):
         make_trainable(model)
     else:
         model = attach_adapter(
-            model, r=settings.r, lora_alpha=16, use_dora=settings.use_dora, factor_dtype=settings.factors
+            model, Lora(r=settings.r, lora_alpha=16, use_dora=settings.use_dora), factor_dtype=settings.factors
         )
     checkpoint_activations(causal_lm(model), every=settings.checkpoint_every)
     made = make_optimizer(model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0)
@@ -111,7 +111,7 @@ def real_step(settings: Settings, micro_batch: MicroBatch):
 def fresh_state() -> TrainState:
     """On the stand-in, with dropout, so that its result depends on the random numbers of the device."""
     base = load_base(tiny_model.tiny_artefact(), device=standin.NAME)
-    model = attach_adapter(base.model, r=4, lora_alpha=8)
+    model = attach_adapter(base.model, Lora(r=4, lora_alpha=8))
     tiny_model.set_dropout(model, 0.1)
     tiny_model.move_factors(model)
     made = make_optimizer(model.named_parameters(), name="paged_adamw_8bit", learning_rate=1e-3, weight_decay=0.0)

@@ -7,7 +7,7 @@ import torch
 from gpu.common import Found, device
 from qlora_lite.data.batches import Batch, pack_batch, pack_trees
 from qlora_lite.data.template import Encoded
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.load import load_base
 from tests import tiny_model
 
@@ -44,7 +44,7 @@ def _gradients(place: str, rows: tiny_model.Rows, num_batches: int, compute: tor
 
 def _gradients_of(place: str, batches: Sequence[Batch], compute: torch.dtype) -> dict[str, torch.Tensor]:
     base = load_base(tiny_model.tiny_artefact(), device=place, compute=compute)
-    model = attach_adapter(base.model, r=4, lora_alpha=8, factor_dtype=compute)
+    model = attach_adapter(base.model, Lora(r=4, lora_alpha=8), factor_dtype=compute)
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # the same factors on both devices
             generator = torch.Generator().manual_seed(len(name))

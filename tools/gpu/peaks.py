@@ -21,7 +21,7 @@ from qlora_lite.data.template import Encoded
 from qlora_lite.device.accelerator import card_here, torch_module
 from qlora_lite.memory.ledger import PHASES
 from qlora_lite.memory.measuring import measure_allocations
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.load import checkpoint_activations
 from qlora_lite.model.random_model import random_model
@@ -103,7 +103,7 @@ def step_of(
 ) -> tuple[Any, Callable[..., dict[str, int]]]:
     """A model of random weights, and a function that runs a step whose gradients are there already."""
     base = random_model(known_config(name), quantization=Quantization("nf4"), device=device())
-    model = attach_adapter(base, r=r, lora_alpha=2 * r)
+    model = attach_adapter(base, Lora(r=r, lora_alpha=2 * r))
     checkpoint_activations(causal_lm(model), every=every)
     optimizer = make_optimizer(model.named_parameters(), name="paged_adamw_8bit", learning_rate=1e-4, weight_decay=0.0)
     scaler = torch.amp.GradScaler(device(), enabled=False)

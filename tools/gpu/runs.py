@@ -21,7 +21,7 @@ from qlora_lite.base.known import known_config
 from qlora_lite.base.quantization import Quantization
 from qlora_lite.data.batches import StepSampler
 from qlora_lite.device.accelerator import torch_module
-from qlora_lite.model.adapter import attach_adapter
+from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.random_model import random_model
 from qlora_lite.training import Footprint, TrainState, make_optimizer
 from qlora_lite.training.loop import TrainSettings, train_steps
@@ -142,7 +142,7 @@ def _trained(footprint: Footprint, limit_bytes: int | None) -> tuple[list[float]
     config.num_hidden_layers = 6
     torch.manual_seed(0)
     base = random_model(config, quantization=Quantization("nf4"), device=device())
-    model = attach_adapter(base, r=8, lora_alpha=16)
+    model = attach_adapter(base, Lora(r=8, lora_alpha=16))
     tiny_model.set_dropout(model, 0.1)
     tiny_model.move_factors(model)
     optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=1e-4, weight_decay=0.0)
