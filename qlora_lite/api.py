@@ -15,7 +15,7 @@ from qlora_lite.base.quantization import stored_quantization
 from qlora_lite.base.source import read_config
 from qlora_lite.data.template import Encoded
 from qlora_lite.errors import RunError, UserError
-from qlora_lite.evaluation import EvalResult, evaluate_model
+from qlora_lite.evaluation import EvalResult, EvalSettings, evaluate_model
 from qlora_lite.merging import MergeResult
 from qlora_lite.merging import merge as merge_files
 from qlora_lite.merging.adapter_proof import EffectLost
@@ -80,13 +80,15 @@ def evaluate(
         loaded.model,
         loaded.tokenizer,
         held_out_examples(plan, loaded.tokenizer, path=data),
-        device=plan.device,
+        EvalSettings(
+            plan.device,
+            plan.recipe.data.no_answer_text,
+            plan.recipe.eval.max_new_tokens,
+            plan.chosen.footprint.micro_batch_tokens,
+            batch_tokens=int(plan.recipe.memory.eval_batch_tokens),
+            share=plan.shares,
+        ),
         template=template_of(plan, loaded.tokenizer),
-        no_answer_text=plan.recipe.data.no_answer_text,
-        max_new_tokens=plan.recipe.eval.max_new_tokens,
-        micro_batch_tokens=plan.chosen.footprint.micro_batch_tokens,
-        batch_tokens=int(plan.recipe.memory.eval_batch_tokens),
-        share=plan.shares,
         progress=progress,
     )
 

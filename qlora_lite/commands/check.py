@@ -1,23 +1,21 @@
 """The verb `check`: recipe, data, rendered rows with their trained tokens, lengths; everything except training."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from qlora_lite import show
-from qlora_lite.base.generation_settings import base_stops
 from qlora_lite.base.shipped import default_cache
 from qlora_lite.base.source import context_window, find_base, load_config
 from qlora_lite.data.examples import Examples, load_examples
-from qlora_lite.data.inspect import inspect_rows
+from qlora_lite.data.inspect import DataReport, inspect_rows
 from qlora_lite.data.read import find_format, format_of_held_out
 from qlora_lite.data.repeats import find_repeats
-from qlora_lite.data.template import Vocabulary
 from qlora_lite.errors import UserError
 from qlora_lite.evaluation.held_out import account_of, held_out_rows, left_out_of, longest_scored
 from qlora_lite.model.load import load_tokenizer
-from qlora_lite.plan import refuse_wrong_modules, what_is_shared
+from qlora_lite.plan import reading_of, refuse_wrong_modules, what_is_shared
 from qlora_lite.recipe import Recipe, load_recipe
 
 
@@ -35,32 +33,16 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     config = load_config(source)
     refuse_wrong_modules(recipe, config)
     tokenizer = load_tokenizer(source, special_tokens=recipe.data.special_tokens)
-    vocabulary = Vocabulary.of(config, recipe.data.special_tokens, base_stops(source))
+    reading = reading_of(recipe, source)
     asked = recipe.data.max_seq_length
     inspected = inspect_rows(
         recipe.data.train_files,
         tokenizer,
-        format=recipe.data.format,
-        num_rows=recipe.data.num_train,
-        no_answer_text=recipe.data.no_answer_text,
+        reading,
         max_seq_length=asked if isinstance(asked, int) else None,
         limit=context_window(config),
-        vocabulary=vocabulary,
     )
-    for row in inspected.bad:
-        show.say_warning(f"bad row, left out: {row}")
-    show.show_rows([(row.id, row.tokens) for row in inspected.rows])
-    show.show_truncation(inspected.truncation)
-    show.say(f"format: {inspected.format} ({inspected.format_reason})")
-    if inspected.num_left_out:
-        total = inspected.num_rows + inspected.num_left_out
-        show.say(f"the first {inspected.num_rows:,} of {total:,} rows; data.num_train: null takes all")
-    show.say(
-        f"{inspected.num_rows} rows, {inspected.num_dropped} dropped; template: {inspected.template}; stop token: {inspected.stop_token}"
-    )
-    for note in inspected.notes:
-        show.say(note)
-    show.say(f"proposed data.max_seq_length: {inspected.proposed_max_seq_length} ({inspected.reason})")
+    _show_training_rows(inspected)
     if inspected.num_rows and inspected.num_dropped >= inspected.num_rows:
         raise UserError(
             f"data.max_seq_length: at {asked} tokens every row would lose its labels. Use {inspected.proposed_max_seq_length}, or auto"
@@ -70,7 +52,10 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     show.say(f"data.share_prefixes: {sharing_reason}")
     eval_rows = None if recipe.data.eval is None else _held_out(recipe, recipe.data.eval, source, tokenizer, length)
     held_out = None if eval_rows is None else _check_held_out(recipe, eval_rows)
-    repeats = find_repeats(_trained(recipe, tokenizer, length, vocabulary), eval_rows)
+    examples = load_examples(
+        recipe.data.train_files, tokenizer, reading, max_seq_length=length, cache_dir=default_cache() / "data"
+    )
+    repeats = find_repeats(examples, eval_rows)
     for sentence in repeats.sentences:
         show.say_warning(sentence)
     return {
@@ -93,37 +78,36 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _trained(recipe: Recipe, tokenizer: Any, max_seq_length: int, vocabulary: Vocabulary) -> Examples:
-    data = recipe.data
-    return load_examples(
-        data.train_files,
-        tokenizer,
-        format=data.format,
-        num_rows=data.num_train,
-        no_answer_text=data.no_answer_text,
-        max_seq_length=max_seq_length,
-        cache_dir=default_cache() / "data",
-        vocabulary=vocabulary,
+def _show_training_rows(inspected: DataReport) -> None:
+    for row in inspected.bad:
+        show.say_warning(f"bad row, left out: {row}")
+    show.show_rows([(row.id, row.tokens) for row in inspected.rows])
+    show.show_truncation(inspected.truncation)
+    show.say(f"format: {inspected.format} ({inspected.format_reason})")
+    if inspected.num_left_out:
+        total = inspected.num_rows + inspected.num_left_out
+        show.say(f"the first {inspected.num_rows:,} of {total:,} rows; data.num_train: null takes all")
+    show.say(
+        f"{inspected.num_rows} rows, {inspected.num_dropped} dropped; template: {inspected.template}; stop token: {inspected.stop_token}"
     )
+    for note in inspected.notes:
+        show.say(note)
+    show.say(f"proposed data.max_seq_length: {inspected.proposed_max_seq_length} ({inspected.reason})")
 
 
 def _held_out(recipe: Recipe, file: str, source: Path, tokenizer: Any, trained_length: int) -> Examples:
     """The rows of data.eval that scoring will use, chosen by scoring's own code."""
-    data, config = recipe.data, load_config(source)
-    window = context_window(config)
+    window = context_window(load_config(source))
     longest, reason = longest_scored(recipe.eval.max_seq_length, window=window, trained_length=trained_length)
     show.say(f"eval.max_seq_length: {longest}, {reason}")
     return held_out_rows(
         file,
         tokenizer,
-        format=_trained_format(recipe),
-        num_rows=recipe.eval.num_examples,
-        no_answer_text=data.no_answer_text,
+        replace(reading_of(recipe, source), format=_trained_format(recipe), num_rows=recipe.eval.num_examples),
         max_seq_length=longest,
         text_length=trained_length,
         window=window,
         cache_dir=default_cache() / "data",
-        vocabulary=Vocabulary.of(config, data.special_tokens, base_stops(source)),
     )
 
 

@@ -135,18 +135,25 @@ class Examples:
         return self.dataset.data.column(name)[int(index)].as_py()
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How data files become examples, apart from their length: the keys of a recipe's data section that decide it."""
+
+    format: str = "auto"
+    num_rows: int | None = None  # the first usable ones; None: all
+    no_answer_text: str = "unanswerable"  # what is trained for a question without an answer
+    vocabulary: Vocabulary = UNKNOWN_BASE
+    max_bad_share: float = 0.02
+
+
 def load_examples(
     source: Source,
     tokenizer: Tokenizer,
+    reading: Reading = Reading(),
     *,
-    num_rows: int | None,
-    no_answer_text: str,
     max_seq_length: int | None,
     cache_dir: str | os.PathLike[str],
-    format: str = "auto",
-    max_bad_share: float = 0.02,
     may_cut: bool = True,
-    vocabulary: Vocabulary = UNKNOWN_BASE,
 ) -> Examples:
     """Tokenize the first `num_rows` usable rows (None: all) of one or several weighted files, or map the cache of an earlier call.
 
@@ -155,38 +162,28 @@ def load_examples(
     `max_bad_share` of the rows, when every row is too long, or when the cache cannot be written; ModelError when the tokenizer's
     template is unusable, or a token of the rows is beyond the embedding of `vocabulary`.
     """
-    for name, number in (("num_rows", num_rows), ("max_seq_length", max_seq_length)):
+    for name, number in (("num_rows", reading.num_rows), ("max_seq_length", max_seq_length)):
         if number is not None and number < 1:
             raise DataError(f"{name}: expected a whole number above 0, got {number}")
-    if not no_answer_text.strip():
+    if not reading.no_answer_text.strip():
         raise DataError("no_answer_text: empty; an unanswerable row needs an answer to train on. Give it a word.")
     pairs, cache_dir = as_pairs(source), Path(cache_dir)
-    settings = {
-        "code_version": CODE_VERSION,
-        "tokenizer": tokenizer_identity(tokenizer),
-        "vocabulary": asdict(vocabulary),
-        "num_rows": num_rows,
-        "no_answer_text": no_answer_text,
-        "max_seq_length": max_seq_length,
-        "format": format,
-        "max_bad_share": max_bad_share,
-        "may_cut": may_cut,
-        "names": [path.name for path, _ in pairs] if len(pairs) > 1 else [],  # then they are part of the row ids
-        "data": [(file_identity(path), weight) for path, weight in pairs],
-    }
+    settings = _settings(pairs, tokenizer, reading, max_seq_length, may_cut)
     fingerprint = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = cache_dir / fingerprint
     counts = _read_cache(folder)
     if counts is None:
 
         def tokenize() -> ReadCounts:
-            mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
+            mix = read_mix(
+                source, format=reading.format, num_rows=reading.num_rows, max_bad_share=reading.max_bad_share
+            )
             fitter = RowFitter(
                 mix,
-                ChatTemplate(tokenizer, vocabulary),
-                no_answer_text=no_answer_text,
+                ChatTemplate(tokenizer, reading.vocabulary),
+                no_answer_text=reading.no_answer_text,
                 max_seq_length=max_seq_length,
-                max_bad_share=max_bad_share,
+                max_bad_share=reading.max_bad_share,
                 may_cut=may_cut,
             )
             return _write_cache(folder, _Records(fitter), fingerprint)
@@ -205,6 +202,29 @@ def load_examples(
             f"shortest context they exceed max_seq_length={max_seq_length}. Increase data.max_seq_length."
         )
     return Examples(_map(folder), counts=counts, fingerprint=fingerprint, max_seq_length=max_seq_length)
+
+
+def _settings(
+    pairs: Sequence[tuple[Path, float]],
+    tokenizer: Tokenizer,
+    reading: Reading,
+    max_seq_length: int | None,
+    may_cut: bool,
+) -> dict[str, Any]:
+    """Everything that the tokenized examples depend on."""
+    return {
+        "code_version": CODE_VERSION,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "vocabulary": asdict(reading.vocabulary),
+        "num_rows": reading.num_rows,
+        "no_answer_text": reading.no_answer_text,
+        "max_seq_length": max_seq_length,
+        "format": reading.format,
+        "max_bad_share": reading.max_bad_share,
+        "may_cut": may_cut,
+        "names": [path.name for path, _ in pairs] if len(pairs) > 1 else [],  # then they are part of the row ids
+        "data": [(file_identity(path), weight) for path, weight in pairs],
+    }
 
 
 class _Records:

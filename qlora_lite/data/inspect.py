@@ -10,10 +10,11 @@ from itertools import islice
 
 import numpy as np
 
+from qlora_lite.data.examples import Reading
 from qlora_lite.data.fit import RowFitter, TemplateNotes, fit_row, least_tokens
-from qlora_lite.data.read import Source, find_format, read_mix
+from qlora_lite.data.read import Mix, Source, find_format, read_mix
 from qlora_lite.data.rows import QuestionRow, Row
-from qlora_lite.data.template import UNKNOWN_BASE, ChatTemplate, Encoded, Tokenizer, Vocabulary
+from qlora_lite.data.template import ChatTemplate, Encoded, Tokenizer
 
 TEXT_TOKENS = 1024  # proposed for plain text, which loses nothing in pieces
 TABLE_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -71,67 +72,80 @@ class DataReport:
 def inspect_rows(
     source: Source,
     tokenizer: Tokenizer,
+    reading: Reading = Reading(),
     *,
-    num_rows: int | None,
-    no_answer_text: str,
     max_seq_length: int | None,
-    format: str = "auto",
     limit: int | None = None,
-    max_bad_share: float = 0.02,
-    vocabulary: Vocabulary = UNKNOWN_BASE,
 ) -> DataReport:
     """Report on the first `num_rows` usable rows (None: all) of one or several weighted files.
 
     `max_seq_length` None uses the proposal; `limit` is the model's context window in tokens, the upper bound of a proposal.
     Raises DataError as `load_examples` does for bad rows, ModelError when the tokenizer's template is unusable.
     """
-    mix = read_mix(source, format=format, num_rows=num_rows, max_bad_share=max_bad_share)
-    template = ChatTemplate(tokenizer, vocabulary)
-    fitter = RowFitter(mix, template, no_answer_text=no_answer_text, max_seq_length=None, max_bad_share=max_bad_share)
-    notes = TemplateNotes()
-    positions, lengths, unanswerable = [], [], []  # of the rows that the template renders
-    for position, row in enumerate(mix):
-        fitted = fitter.fit(row)
-        if fitted is None:
-            continue
-        examples, _ = fitted
-        positions.append(position)
-        whole = max(len(example.encoded.input_ids) for example in examples)
-        lengths.append((whole, least_tokens(template, row, whole, no_answer_text=no_answer_text)))
-        unanswerable.append(isinstance(row, QuestionRow) and not row.answers)
-        notes.count(template, row, examples)
-    fitter.refuse_too_many()
-    (whole_B, shortest_B), unanswerable_B = np.array(lengths).T, np.array(unanswerable)
+    mix = read_mix(source, format=reading.format, num_rows=reading.num_rows, max_bad_share=reading.max_bad_share)
+    template = ChatTemplate(tokenizer, reading.vocabulary)
+    rows = _measure_rows(mix, template, reading)
+    whole_B, shortest_B, unanswerable_B = (np.array(column) for column in zip(*rows.measures, strict=True))
     proposed, reason = propose_max_seq_length(
         whole_B, limit=limit, is_text=mix.format == "text", outliers=_OUTLIERS.get(mix.format, _OUTLIERS_OF_ANY)
     )
     used = max_seq_length or proposed
     tried = sorted({*TABLE_LENGTHS, used, int(whole_B.max())})
     table = {length: _truncation_line(length, whole_B, shortest_B) for length in tried}
-    shown = [positions[i] for i in _choose_rows(whole_B, shortest_B, unanswerable_B, used)]
+    shown = [rows.positions[i] for i in _choose_rows(whole_B, shortest_B, unanswerable_B, used)]
     is_nested = all(file.kind == "squad" for file in mix.files)
     version = "v2.0" if unanswerable_B.any() else "v1.1"
     return DataReport(
         num_rows=len(whole_B),
         num_left_out=mix.num_left_out,
         num_dropped=table[used].num_dropped,
-        num_bad=fitter.num_bad,
-        bad=fitter.bad,
+        num_bad=rows.num_bad,
+        bad=rows.bad,
         format=f"SQuAD {version} JSON" if is_nested else mix.format,
-        format_reason=find_format(source, format=format)[1],
+        format_reason=find_format(source, format=reading.format)[1],
         template=template.name,
-        notes=(*mix.notes, *notes.sentences),
+        notes=(*mix.notes, *rows.notes),
         stop_token=str(tokenizer.convert_ids_to_tokens(template.stop_token_id)),
         max_tokens=int(whole_B.max()),
         truncation=tuple(table.values()),
         rows=tuple(
-            _render_row(template, row, no_answer_text, used)
+            _render_row(template, row, reading.no_answer_text, used)
             for position, row in enumerate(islice(mix, max(shown, default=-1) + 1))
             if position in shown
         ),
         proposed_max_seq_length=proposed,
         reason=reason,
     )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The rows that the template renders, and what happened to the others."""
+
+    positions: list[int]
+    measures: list[tuple[int, int, bool]]  # tokens uncut, tokens at least, whether the row is unanswerable
+    num_bad: int
+    bad: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _measure_rows(mix: Mix, template: ChatTemplate, reading: Reading) -> _Measured:
+    """Raises DataError for too many bad rows."""
+    text, notes = reading.no_answer_text, TemplateNotes()
+    fitter = RowFitter(mix, template, no_answer_text=text, max_seq_length=None, max_bad_share=reading.max_bad_share)
+    positions, measures = [], []
+    for position, row in enumerate(mix):
+        fitted = fitter.fit(row)
+        if fitted is None:
+            continue
+        examples, _ = fitted
+        whole = max(len(example.encoded.input_ids) for example in examples)
+        least = least_tokens(template, row, whole, no_answer_text=text)
+        positions.append(position)
+        measures.append((whole, least, isinstance(row, QuestionRow) and not row.answers))
+        notes.count(template, row, examples)
+    fitter.refuse_too_many()
+    return _Measured(positions, measures, fitter.num_bad, fitter.bad, tuple(notes.sentences))
 
 
 def propose_max_seq_length(

@@ -7,12 +7,20 @@ held_out.py      the choice of rows that are scored
 """
 
 from qlora_lite.evaluation.generate import BATCH_TOKENS, answer_tokenizer, stream_answer
-from qlora_lite.evaluation.scores import EvalResult, Prediction, by_phrasing, evaluate_model, validation_loss
+from qlora_lite.evaluation.scores import (
+    EvalResult,
+    EvalSettings,
+    Prediction,
+    by_phrasing,
+    evaluate_model,
+    validation_loss,
+)
 from qlora_lite.evaluation.squad_score import Scores, score
 
 __all__ = [
     "BATCH_TOKENS",
     "EvalResult",
+    "EvalSettings",
     "Prediction",
     "Scores",
     "answer_tokenizer",

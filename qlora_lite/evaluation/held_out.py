@@ -8,13 +8,12 @@ Surprising: a question is never cut here, because the kept part would reveal the
 left out. A text loses nothing by cutting, so it is scored in training's pieces.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_lite.data.examples import Examples, load_examples
+from qlora_lite.data.examples import Examples, Reading, load_examples
 from qlora_lite.data.read import format_of_held_out
-from qlora_lite.data.template import UNKNOWN_BASE, Vocabulary
 from qlora_lite.errors import DataError
 
 KEY = "eval.max_seq_length"
@@ -52,32 +51,26 @@ def longest_scored(asked: int | Literal["auto"], *, window: int | None, trained_
 def held_out_rows(
     file: Path | str,
     tokenizer: Any,
+    reading: Reading,
     *,
-    format: str,
-    num_rows: int | None,
-    no_answer_text: str,
     max_seq_length: int,
     text_length: int,
     window: int | None,
     cache_dir: Path,
-    vocabulary: Vocabulary = UNKNOWN_BASE,
 ) -> Examples:
     """The rows of `file` that are scored: the first `num_rows` usable ones (None: all) of at most `max_seq_length` tokens.
 
     `text_length` is the length of training's pieces of a text. A file without the columns of `format` has the format of its own columns.
     Raises DataError, also when every row is too long.
     """
-    file_format = format_of_held_out(file, format=format)
+    file_format = format_of_held_out(file, format=reading.format)
     examples = load_examples(
         file,
         tokenizer,
-        format=file_format,
-        num_rows=num_rows,
-        no_answer_text=no_answer_text,
+        replace(reading, format=file_format),
         max_seq_length=min(max_seq_length, text_length) if file_format == "text" else max_seq_length,
         cache_dir=cache_dir,
         may_cut=False,
-        vocabulary=vocabulary,
     )
     if len(examples) == 0:
         raise DataError(

@@ -56,26 +56,39 @@ class EvalResult:
         return kept | self.left_out.to_json_dict()
 
 
+@dataclass(frozen=True)
+class EvalSettings:
+    """How a model is scored: the recipe's words for an unanswerable question, and the sizes of batches, which change no score."""
+
+    device: str
+    no_answer_text: str
+    max_new_tokens: int
+    micro_batch_tokens: int  # of the loss
+    batch_tokens: int = BATCH_TOKENS  # prompt tokens answered at once
+    share: bool = False  # compute a passage once for all its questions
+
+
 def evaluate_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: Any,
     examples: Examples,
+    settings: EvalSettings,
     *,
     template: ChatTemplate | None = None,
-    device: str,
-    no_answer_text: str,
-    max_new_tokens: int,
-    micro_batch_tokens: int,
-    batch_tokens: int = BATCH_TOKENS,
-    share: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
-    """Answer and score every example: the loss in batches of `micro_batch_tokens`, the answers in batches of `batch_tokens` prompt tokens.
+    """Answer and score every example.
 
     `template` is the template of the examples; None: the tokenizer's own. `progress(done, total)` is called per batch of answers.
     """
     template = template or ChatTemplate(tokenizer)
-    loss = validation_loss(model, examples, device=device, micro_batch_tokens=micro_batch_tokens, share=share)
+    loss = validation_loss(
+        model,
+        examples,
+        device=settings.device,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        share=settings.share,
+    )
     left_out, account = left_out_of(examples), tuple(account_of(examples))
     asked = [(i, golds) for i in range(len(examples)) if (golds := examples.row(i).answers) is not None]
     if not asked:
@@ -86,13 +99,13 @@ def evaluate_model(
         answer_tokenizer(tokenizer, template),
         [examples.prompt_ids(i) for i, _ in asked],
         stop_token=template.stop_token_id,
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
-        share=share,
+        max_new_tokens=settings.max_new_tokens,
+        batch_tokens=settings.batch_tokens,
+        share=settings.share,
         progress=None if progress is None else lambda done: progress(done, len(asked)),
     )
     pairs = [
-        score(answer, golds, no_answer_text=no_answer_text, is_squad=examples.row(i).is_squad)
+        score(answer, golds, no_answer_text=settings.no_answer_text, is_squad=examples.row(i).is_squad)
         for answer, (i, golds) in zip(answers, asked, strict=True)
     ]
     scores = aggregate(pairs)

@@ -16,7 +16,7 @@ from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
 from qlora_lite.plan.fits import Cell, Room
 from qlora_lite.plan.forecast import CARDS, Forecast, forecast, sweep
 from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes
-from qlora_lite.plan.needs import what_is_shared
+from qlora_lite.plan.needs import reading_of, what_is_shared
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
 from qlora_lite.plan.request import plan_of_model, read_request
 from qlora_lite.plan.resolve import Resolved, refuse_wrong_modules
@@ -46,6 +46,7 @@ __all__ = [
     "plan_of_model",
     "proof_peak_host_bytes",
     "read_request",
+    "reading_of",
     "refuse_wrong_modules",
     "sweep",
     "what_is_shared",

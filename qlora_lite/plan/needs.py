@@ -12,7 +12,7 @@ from qlora_lite.base.shipped import default_cache
 from qlora_lite.base.skeleton import model_class
 from qlora_lite.base.source import context_window, load_config
 from qlora_lite.data.batches import sampler_of
-from qlora_lite.data.examples import Examples, load_examples
+from qlora_lite.data.examples import Examples, Reading, load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
 from qlora_lite.data.read import find_format, format_of_held_out
 from qlora_lite.data.template import Vocabulary
@@ -52,6 +52,13 @@ class Needs:
         return 1.0 if self.sharing is None else self.sharing.repeated(micro_batch_tokens)
 
 
+def reading_of(recipe: Recipe, source: Path) -> Reading:
+    """How the recipe's training rows are read for the base in `source`. Raises ModelError."""
+    data = recipe.data
+    vocabulary = Vocabulary.of(load_config(source), data.special_tokens, base_stops(source))
+    return Reading(data.format, data.num_train, data.no_answer_text, vocabulary)
+
+
 def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> Needs:
     """Return the needs of the training data. With a given length it is read only if it exists and may share. Raises DataError."""
     asked = recipe.data.max_seq_length
@@ -66,12 +73,9 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
     examples = load_examples(
         recipe.data.train_files,
         load_tokenizer(source, special_tokens=recipe.data.special_tokens),
-        format=recipe.data.format,
-        num_rows=recipe.data.num_train,
-        no_answer_text=recipe.data.no_answer_text,
+        reading_of(recipe, source),
         max_seq_length=None if asked == "auto" else asked,
         cache_dir=cache / "data",
-        vocabulary=Vocabulary.of(load_config(source), recipe.data.special_tokens, base_stops(source)),
     )
     shared = _sharing_of(recipe, examples) if may_share else None
     if asked != "auto":
@@ -103,9 +107,7 @@ def with_scored(
     rows = held_out_rows(
         data.eval,
         load_tokenizer(source, special_tokens=data.special_tokens),
-        format=data.format,
-        num_rows=recipe.eval.num_examples,
-        no_answer_text=data.no_answer_text,
+        replace(reading_of(recipe, source), num_rows=recipe.eval.num_examples),
         max_seq_length=limit,
         text_length=needs.length,
         window=window,

@@ -1,7 +1,7 @@
 """Load the model of a plan onto its device, and tokenize its data, for training, scoring and merging."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qlora_lite.base.artefact import quantize_base, verify_artefact
-from qlora_lite.base.generation_settings import base_stops
-from qlora_lite.base.source import context_window, load_config
+from qlora_lite.base.source import context_window
 from qlora_lite.data.examples import Examples, load_examples
-from qlora_lite.data.template import ChatTemplate, Vocabulary
+from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import DataError
 from qlora_lite.evaluation.held_out import held_out_rows
 from qlora_lite.files.manifest import folder_weights_sha256
@@ -20,7 +19,7 @@ from qlora_lite.model.adapter import Lora, attach_adapter, load_adapter
 from qlora_lite.model.factors import copy_factors
 from qlora_lite.model.load import LoadedBase, load_base
 from qlora_lite.model.trained import make_trainable
-from qlora_lite.plan import Plan
+from qlora_lite.plan import Plan, reading_of
 from qlora_lite.training import apply_footprint
 from qlora_lite.training.seeds import purpose_seed
 
@@ -84,12 +83,9 @@ def training_examples(plan: Plan, tokenizer: Any) -> Examples:
     return load_examples(
         data.train_files,
         tokenizer,
-        format=data.format,
-        num_rows=data.num_train,
-        no_answer_text=data.no_answer_text,
+        reading_of(plan.recipe, plan.source),
         max_seq_length=_length(plan),
         cache_dir=plan.cache / "data",
-        vocabulary=vocabulary_of(plan),
     )
 
 
@@ -104,25 +100,17 @@ def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = N
     return held_out_rows(
         file,
         tokenizer,
-        format=data.format,
-        num_rows=plan.recipe.eval.num_examples if path is None else None,
-        no_answer_text=data.no_answer_text,
+        replace(reading_of(plan.recipe, plan.source), num_rows=plan.recipe.eval.num_examples if path is None else None),
         max_seq_length=longest,
         text_length=_length(plan),
         window=context_window(plan.rehearsals.config),
         cache_dir=plan.cache / "data",
-        vocabulary=vocabulary_of(plan),
     )
 
 
 def template_of(plan: Plan, tokenizer: Any) -> ChatTemplate:
     """Return the chat template of the plan's model. Raises ModelError."""
-    return ChatTemplate(tokenizer, vocabulary_of(plan))
-
-
-def vocabulary_of(plan: Plan) -> Vocabulary:
-    """Return the tokens with rows in the base's embedding, and the recipe's own tokens. Raises ModelError."""
-    return Vocabulary.of(load_config(plan.source), plan.recipe.data.special_tokens, base_stops(plan.source))
+    return ChatTemplate(tokenizer, reading_of(plan.recipe, plan.source).vocabulary)
 
 
 def _new_adapter(plan: Plan, base: LoadedBase) -> PeftModel:

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 
 from qlora_lite.data import examples as module
-from qlora_lite.data.examples import load_examples
 from qlora_lite.data.fit import fit_row
-from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.prompts import question_prompt
 from qlora_lite.data.rows import QuestionRow
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import DataError
 from tests.data.conftest import CONTEXT, question, squad
 from tests.data.families import FAMILIES
+from tests.reading import inspect_rows, load_examples
 
 QUESTIONS = [
     question("a", "Which river?", "The Nile", "Nile"),
@@ -170,8 +169,7 @@ def test_nothing_is_pickled_and_nothing_is_written_elsewhere(write, tmp_path):
         "def refuse(*a, **k): raise SystemExit('pickled')\n"
         "dill.dump = dill.dumps = dill.load = dill.loads = pickle.dump = pickle.load = pickle.loads = refuse\n"
         "t = make_tokenizer()\n"
-        "settings = dict(num_rows=None, no_answer_text='none', max_seq_length=None)\n"
-        f"e = load_examples({str(path)!r}, t, cache_dir={str(tmp_path / 'c')!r}, **settings)\n"
+        f"e = load_examples({str(path)!r}, t, max_seq_length=None, cache_dir={str(tmp_path / 'c')!r})\n"
         "assert e.dataset.cache_files[0]['filename'].endswith('rows.arrow'); print(len(e))"
     )
     home = tmp_path / "home"

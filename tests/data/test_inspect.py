@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from qlora_lite.data.examples import load_examples
-from qlora_lite.data.inspect import TEXT_TOKENS, inspect_rows, propose_max_seq_length, render_tokens
+from qlora_lite.data.inspect import TEXT_TOKENS, propose_max_seq_length, render_tokens
 from qlora_lite.data.template import Encoded
 from tests.data.conftest import CONTEXT, question, squad
 from tests.data.families import FAMILIES
+from tests.reading import inspect_rows, load_examples
 
 QUESTIONS = [
     question("a", "Which river?", "The Nile"),

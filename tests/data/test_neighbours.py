@@ -6,13 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_lite.data.examples import load_examples
-from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.repeats import find_repeats
 from qlora_lite.data.tables import file_kind, open_table
 from qlora_lite.data.template import ChatTemplate, Vocabulary
 from qlora_lite.errors import DataError
 from tests.data.families import FAMILIES
+from tests.reading import inspect_rows, load_examples
 
 GOOD = [{"id": 2**64 - 1 + i, "question": f"q {i}?", "answer": f"a{i}"} for i in range(30)]
 

@@ -2,9 +2,9 @@
 
 import json
 
-from qlora_lite.data.examples import load_examples
 from qlora_lite.data.repeats import find_repeats
 from tests.data.tiny_tokenizer import make_tokenizer
+from tests.reading import load_examples
 from tests.tiny_run import run_cli, write_recipe
 
 

@@ -6,16 +6,15 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.examples import load_examples
 from qlora_lite.data.fit import TemplateNotes, fit_row
 from qlora_lite.data.formats import read_row
-from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.data.prompts import question_prompt
 from qlora_lite.data.rows import Conversation, Document, QuestionRow
 from qlora_lite.data.template import ChatTemplate, TokenWithoutRow, Vocabulary
 from qlora_lite.errors import DataError, ModelError
 from tests.data.families import FAMILIES
 from tests.data.tiny_tokenizer import CHATML, make_tokenizer
+from tests.reading import inspect_rows, load_examples
 
 QWEN = FAMILIES["qwen"].template
 # A turn with thoughts holds markers that the template prints, as gpt-oss has it.

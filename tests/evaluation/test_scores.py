@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from qlora_lite.data.examples import load_examples
 from qlora_lite.data.prompts import question_prompt
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.evaluation import scores
-from qlora_lite.evaluation.scores import Prediction, by_phrasing, evaluate_model, validation_loss
+from qlora_lite.evaluation.scores import EvalSettings, Prediction, by_phrasing, evaluate_model, validation_loss
 from qlora_lite.training.step import forward_backward
 from tests.data.conftest import CONTEXT, question, squad
 from tests.data.tiny_tokenizer import make_tokenizer
+from tests.reading import load_examples
 from tests.tiny_model import random_rows, set_dropout, split_batches, tiny_adapted
 
 QUESTIONS = [
@@ -45,10 +45,7 @@ def test_known_answers_get_the_official_scores(model, tmp_path, monkeypatch):
         model,
         tokenizer,
         examples,
-        device="cpu",
-        no_answer_text="none",
-        max_new_tokens=9,
-        micro_batch_tokens=512,
+        EvalSettings("cpu", "none", max_new_tokens=9, micro_batch_tokens=512),
         progress=lambda *numbers: done.append(numbers),
     )
     assert result.num_examples == 3 and done == [(3, 3)]
@@ -75,13 +72,13 @@ def load_jsonl(tmp_path, *rows):
     return load_examples(path, make_tokenizer(), **settings)
 
 
-SETTINGS = {"device": "cpu", "no_answer_text": "none", "max_new_tokens": 3, "micro_batch_tokens": 512}
+SETTINGS = EvalSettings("cpu", "none", max_new_tokens=3, micro_batch_tokens=512)
 
 
 def test_plain_text_has_a_loss_and_no_other_score(model, tmp_path, monkeypatch):
     examples = load_jsonl(tmp_path, {"text": "The Nile flows. " * 20}, {"text": "And ends."})
     monkeypatch.setattr(scores, "generate_answers", lambda *args, **kwargs: pytest.fail("nothing is asked"))
-    result = evaluate_model(model, make_tokenizer(), examples, **SETTINGS)
+    result = evaluate_model(model, make_tokenizer(), examples, SETTINGS)
     assert (result.exact_match, result.f1, result.predictions) == (None, None, ())
     assert result.loss == validation_loss(model, examples, device="cpu", micro_batch_tokens=512)
     assert result.num_examples == len(examples) > 2
@@ -102,7 +99,7 @@ def test_the_last_answer_of_a_conversation_is_compared(model, tmp_path, monkeypa
         return ["the nile", "Cairo"]
 
     monkeypatch.setattr(scores, "generate_answers", answers)
-    result = evaluate_model(model, tokenizer, examples, **SETTINGS)
+    result = evaluate_model(model, tokenizer, examples, SETTINGS)
     assert [(p.question, p.gold, p.exact_match) for p in result.predictions] == [
         ("Which river?", ("The Nile.",), 100),
         ("Which town?", ("Luxor",), 0),
@@ -154,13 +151,13 @@ def test_a_model_that_always_says_plus_is_right_for_plus_only_and_in_every_group
     monkeypatch.setattr(scores, "generate_answers", lambda model, tokenizer, prompts, **_: ["+"] * len(prompts))
     signs = [("x-trained", "+"), ("y-trained", "-"), ("z-untrained", "-")]
     rows = [{"id": name, "prompt": "sign?", "completion": sign} for name, sign in signs]
-    result = evaluate_model(model, make_tokenizer(), load_jsonl(tmp_path, *rows), **SETTINGS)
+    result = evaluate_model(model, make_tokenizer(), load_jsonl(tmp_path, *rows), SETTINGS)
     assert result.exact_match == result.f1 == pytest.approx(100 / 3)
     assert [p.exact_match for p in result.predictions] == [100, 0, 0]
     groups = by_phrasing(result.predictions)
     assert (groups["trained"]["exact_match"], groups["untrained"]["f1"]) == (50, 0)
     asked, answered = {"role": "user", "content": "sign?"}, {"role": "assistant", "content": "-"}
     chat = load_jsonl(tmp_path, {"messages": [asked, answered]})
-    assert evaluate_model(model, make_tokenizer(), chat, **SETTINGS).exact_match == 0
+    assert evaluate_model(model, make_tokenizer(), chat, SETTINGS).exact_match == 0
     squad_row = {"id": "q", "context": "1 - 1", "question": "sign?", "answers": {"text": ["-"], "answer_start": [2]}}
-    assert evaluate_model(model, make_tokenizer(), load_jsonl(tmp_path, squad_row), **SETTINGS).exact_match == 100
+    assert evaluate_model(model, make_tokenizer(), load_jsonl(tmp_path, squad_row), SETTINGS).exact_match == 100

@@ -33,7 +33,7 @@ while not (folder / "go").exists():
     time.sleep(0.01)
 base = artefact.quantize_base(source, cache=folder / "cache")
 rows = examples.load_examples(
-    folder / "rows.jsonl", tokenizer, num_rows=None, no_answer_text="none", max_seq_length=None, cache_dir=folder / "cache" / "data"
+    folder / "rows.jsonl", tokenizer, examples.Reading(no_answer_text="none"), max_seq_length=None, cache_dir=folder / "cache" / "data"
 )
 print(json.dumps({"made": made, "base": artefact.verify_artefact(base), "rows": len(rows), "counts": rows.counts.num_read}))
 """

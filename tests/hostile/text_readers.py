@@ -14,7 +14,6 @@ import pyarrow.parquet
 import yaml
 from datasets import Dataset
 
-from qlora_lite.data.inspect import inspect_rows
 from qlora_lite.recipe import load_recipe
 from qlora_lite.recipe.schema import known_keys
 from tests.conftest import REPOSITORY
@@ -22,6 +21,7 @@ from tests.data.conftest import CONTEXT, question, squad
 from tests.data.tiny_tokenizer import make_tokenizer
 from tests.hostile.mutations import mutate_bytes, mutate_json, mutate_text
 from tests.hostile.reader import Reader, is_json, spread
+from tests.reading import inspect_rows
 
 _CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 _ROWS: list[dict[str, Any]] = [

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from qlora_lite.data.batches import make_batches
-from qlora_lite.data.examples import load_examples
 from qlora_lite.data.prompts import question_prompt
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import DataError
 from tests.data.families import FAMILIES
 from tests.data.tiny_tokenizer import make_tokenizer
+from tests.reading import load_examples
 
 CONTEXT = "The Nile flows through Egypt. Cairo lies on its banks, and so does Luxor. " * 3
 
