@@ -202,7 +202,7 @@ def write_adapter_config(folder: Path, **changes: Any) -> Path:
     ],
 )  # fmt: skip
 def test_adapter_settings_that_are_malformed_are_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
-    with pytest.raises(ModelError, match=rf"what a merge does not support(.|\n)*{key}: "):
+    with pytest.raises(ModelError, match=rf"settings that a merge does not support(.|\n)*{key}: "):
         read_adapter(write_adapter_config(tmp_path, **{key: value}))
 
 

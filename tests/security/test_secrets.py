@@ -48,7 +48,7 @@ def test_no_file_or_folder_is_for_others_to_write():
 )  # fmt: skip
 def test_an_address_of_the_hub_with_a_secret_in_it_is_refused_without_showing_it(endpoint, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    monkeypatch.setattr("qlora_lite.commands.pipeline.OFFLINE_ASKED", False)
+    monkeypatch.setattr("qlora_lite.commands.fetch.OFFLINE_ASKED", False)
     done = run_cli("fetch", REPO)
     assert done.code == 2 and "HF_ENDPOINT: contains a user, a password or a query" in done.last_line
     assert SECRET not in done.stderr + done.stdout
