@@ -1,6 +1,6 @@
 """The Python interface: load_recipe -> make_plan -> load_model -> train -> evaluate -> merge. No screen, no exit codes.
 
-The commands use the same functions. runs/loading.py loads model and data, runs/session.py trains; operations on finished runs are here.
+The commands use these functions too. runs/loading.py loads model and data, runs/session.py trains; operations on finished runs are here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
