@@ -1,6 +1,6 @@
 """The Python interface: load_recipe -> make_plan -> load_model -> train -> evaluate -> merge. No screen, no exit codes.
 
-The commands use the same functions. runs/loading.py loads model and data, runs/session.py trains; operations on finished runs are here.
+The commands use these functions too. runs/loading.py loads model and data, runs/session.py trains; operations on finished runs are here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -153,7 +153,7 @@ def open_run(run_dir: Path | str, *, overrides: Sequence[str] = (), base: Path |
     trained_with = [override for override in overrides if not override.startswith(("merge.", "eval."))]
     if trained_with:
         raise RunError(
-            f"{run.path}: its training is finished, so {trained_with[0]} cannot be set; only merge.* and eval.* can"
+            f"{run.path}: its recipe is fixed by training, so {trained_with[0]} cannot be set; only merge.* and eval.* can"
         )
     recipe = load_run_recipe(run.recipe, overrides=overrides)
     if base is None:

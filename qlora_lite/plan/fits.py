@@ -1,4 +1,4 @@
-"""What fits a budget: the map of sequence lengths and batches, and the longest sequence.
+"""Sizes that fit a budget: the map of sequence lengths and batches, and the longest sequence.
 
 A rehearsal takes tenths of a second and a map has dozens of cells, so a few micro-batches are rehearsed and the others interpolated:
 

@@ -32,13 +32,13 @@ class Forecast:
     methods: dict[str, Rehearsal]
     longest: dict[str, int | None]
     largest: dict[str, str | None]  # each method's largest well-known model in the budget
-    merge: dict[str, int] | None  # host memory of merging and of its proof; None where nothing is merged
+    merge: dict[str, int] | None  # host memory of merging and of its proof; None if nothing is merged
     grid: tuple[Cell, ...]
     checkpoint_bytes: dict[str, int]
     adapter_bytes: dict[int, int]  # of an adapter on disk, by rank
     budget_bytes: int
     slowdown: float
-    further: tuple[Concession, ...]  # where it does not fit
+    further: tuple[Concession, ...]  # if it does not fit
 
     @property
     def own(self) -> Rehearsal:

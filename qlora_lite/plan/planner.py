@@ -44,7 +44,7 @@ class Fit:
     settings: Settings
     footprint: Footprint
     batch: MicroBatch
-    scoring: Scoring | None  # None where nothing is scored
+    scoring: Scoring | None  # None if nothing is scored
     length: int
     score_limit: int  # tokens of the longest scored example
     slowdown: float  # relative to the fastest strategy

@@ -26,15 +26,15 @@ _ASSUMED_LENGTH, _ASSUMED_LABEL_SHARE = 1024, 0.1
 
 
 def read_request(
-    what: str, *, overrides: Sequence[str] = (), budget_bytes: int | None = None, named: Card | None = None
+    request: str, *, overrides: Sequence[str] = (), budget_bytes: int | None = None, named: Card | None = None
 ) -> Resolved:
     """Resolve a request; `named` is a card to plan for, present or not. Raises RecipeError for a recipe, UserError for an unknown name."""
-    if _is_model(what):
-        planned = plan_of_model(what, overrides, budget_bytes=budget_bytes, named=named)
+    if _is_model(request):
+        planned = plan_of_model(request, overrides, budget_bytes=budget_bytes, named=named)
         return replace(planned, reasons=(f"settings: from {DEFAULT_RECIPE}", *planned.reasons))
-    if not Path(what).exists() and not what.endswith((".yaml", ".yml")) and what not in _recipe_names():
-        _refuse_unknown(what)
-    recipe = load_recipe(what, overrides=overrides, files_must_exist=False)
+    if not Path(request).exists() and not request.endswith((".yaml", ".yml")) and request not in _recipe_names():
+        _refuse_unknown(request)
+    recipe = load_recipe(request, overrides=overrides, files_must_exist=False)
     return _planned(recipe, overrides, budget_bytes, named, is_model=False)
 
 
@@ -65,21 +65,25 @@ def _planned(
     return replace(resolved, reasons=reasons)
 
 
-def _is_model(what: str) -> bool:
-    """Whether `what` is a known shape, a model folder or file, or a fetched hub model."""
-    path = Path(what)
-    if known_name(what) is not None or (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file()):
+def _is_model(request: str) -> bool:
+    """Whether `request` is a known shape, a model folder or file, or a fetched hub model."""
+    path = Path(request)
+    if (
+        known_name(request) is not None
+        or (path / "config.json").is_file()
+        or (path.suffix == ".gguf" and path.is_file())
+    ):
         return True
-    return is_hub_name(what) and not path.exists() and find_fetched(what, None, cache=default_cache()) is not None
+    return is_hub_name(request) and not path.exists() and find_fetched(request, None, cache=default_cache()) is not None
 
 
-def _refuse_unknown(what: str) -> NoReturn:
-    if is_hub_name(what):
+def _refuse_unknown(request: str) -> NoReturn:
+    if is_hub_name(request):
         raise ModelError(
-            f"{what}: not in the built-in table of shapes, and not fetched. Fetch it once with: {fetch_command(what, None)}. "
+            f"{request}: not in the built-in table of shapes, and not fetched. Fetch it once with: {fetch_command(request, None)}. "
             f"Built-in names: {', '.join(KNOWN)}"
         )
-    known_shape(what)  # raises, with the nearest names
+    known_shape(request)  # raises, with the nearest names
     raise AssertionError("a known shape is a model")
 
 

@@ -191,7 +191,7 @@ def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) 
     ]
     if place.card.is_cpu and chosen.settings.optimizer.startswith("paged"):
         reasons.append(
-            f"train.optimizer: {chosen.settings.optimizer} pages on CUDA only; on the CPU its state is never paged"
+            f"train.optimizer: {chosen.settings.optimizer}: pages on CUDA only; on the CPU its state is never paged"
         )
     return Resolved(
         recipe=_with_choices(values, chosen),

@@ -73,7 +73,7 @@ def refuse_other_base(run: RunDir, now: str, folder: Path) -> None:
     changed = [name for name in sorted(recorded.keys() | present.keys()) if recorded.get(name) != present.get(name)]
     if changed:
         raise RunError(
-            f"{run.path}: the base's weights are those of the run, but {' and '.join(changed)} in {folder} changed since training. "
+            f"{run.path}: the base's weights are unchanged, but {' and '.join(changed)} in {folder} changed since training. "
             "Restore them, or give --base DIR with an unchanged folder"
         )
 

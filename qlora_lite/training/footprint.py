@@ -16,7 +16,7 @@ class Footprint:
 
     micro_batch_tokens: int
     checkpoint_every: int = 1  # n: activations of every n-th layer are recomputed in the backward pass; 0: of none
-    head_chunk: int = CHUNK  # label positions projected at once
+    head_chunk: int = CHUNK  # label positions projected at a time
 
     def __str__(self) -> str:
         layers = {0: "no layer", 1: "every layer"}.get(self.checkpoint_every, f"one layer in {self.checkpoint_every}")

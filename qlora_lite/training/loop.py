@@ -168,7 +168,7 @@ class _Work:
         """Compute one optimizer step and clear the gradients. Raises TrainingStopped, DoesNotFit."""
         state, number = self._state, self._state.step + 1
         try:
-            return within_memory(state, partial(self._compute, rows), leaner=leaner, say=say, what=f"step {number}")
+            return within_memory(state, partial(self._compute, rows), leaner=leaner, say=say, name=f"step {number}")
         except NotFinite as error:
             raise _stopped(str(error), number, rows, self._examples, state_is_good=True) from error
         except OutOfMemoryInUpdate as error:

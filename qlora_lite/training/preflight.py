@@ -41,11 +41,11 @@ class Preflight:
 
 
 def within_memory(
-    state: TrainState, work: Callable[[Footprint], Result], *, leaner: Leaner, say: Callable[[str], None], what: str
+    state: TrainState, work: Callable[[Footprint], Result], *, leaner: Leaner, say: Callable[[str], None], name: str
 ) -> Result:
     """Return `work(state.footprint)`, retried with leaner footprints while memory runs out. Raises DoesNotFit after the leanest.
 
-    `what` names the work in messages. Before it runs out of memory, `work` may change gradients and random numbers only.
+    `name` is the work in messages. Before it runs out of memory, `work` may change gradients and random numbers only.
     """
     while True:
         assert state.footprint is not None
@@ -62,10 +62,10 @@ def within_memory(
         following = leaner(state.footprint)
         if following is None:
             raise DoesNotFit(
-                f"{what}: out of memory ({message}), even with the leanest settings ({state.footprint}). Use a smaller "
+                f"{name}: out of memory ({message}), even with the leanest settings ({state.footprint}). Use a smaller "
                 "data.max_seq_length, lora.r or model"
             )
-        say(f"{what}: out of memory ({message}). Retrying with {following}: same result, slower")
+        say(f"{name}: out of memory ({message}). Retrying with {following}: same result, slower")
         state.footprint = following
         apply_footprint(state.model, following)
 
@@ -90,7 +90,7 @@ def try_largest_batch(
         with same_random_numbers(device):
             return within_memory(
                 state, lambda footprint: _try(state, make_batches(footprint), footprint, device), leaner=leaner, say=say,
-                what="trying the largest micro-batch",
+                name="trying the largest micro-batch",
             )  # fmt: skip
     finally:
         state.model.train(was_training)
@@ -159,7 +159,7 @@ def _marking_layers(model: torch.nn.Module, ledger: Ledger) -> Iterator[None]:
 
 @contextmanager
 def _holding_gradients(trained: Sequence[torch.nn.Parameter], ledger: Ledger) -> Iterator[None]:
-    """Count each gradient as a gradient as soon as it is computed."""
+    """Count each gradient in the ledger as soon as it is computed."""
     handles = [p.register_post_accumulate_grad_hook(lambda p: ledger.hold("gradients", p.grad)) for p in trained]
     try:
         yield

@@ -42,7 +42,7 @@ class Observer:
         """A micro-batch's loss per label token, before its backward pass. May raise."""
 
     def around_last(self) -> AbstractContextManager[object]:
-        """Entered around the last micro-batch, when the gradients of all others are in memory."""
+        """Entered around the last micro-batch, when the gradients of all earlier ones are in memory."""
         return nullcontext()
 
     def around_update(self) -> AbstractContextManager[object]:

@@ -94,7 +94,7 @@ def test_the_quantized_copy_that_is_still_in_the_cache_is_named_and_is_enough(st
     assert refused.code == 2 and "nowhere" in refused.last_line
     other = save_tiny_llama(stopped / "other", seed=1)
     refused = run_cli("train", stopped / "tiny.yaml", "--run-dir", stopped / "run", "--resume", "--base", other)
-    assert refused.code == 2 and f"is still there: --base {kept}" in refused.last_line
+    assert refused.code == 2 and f"from training still exists: --base {kept}" in refused.last_line
     done = run_cli("train", stopped / "tiny.yaml", "--run-dir", stopped / "run", "--resume", "--base", kept)
     assert done.code == 0, done.stderr
 

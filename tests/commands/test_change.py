@@ -168,7 +168,7 @@ def test_one_loaded_base_serves_several_adapters_as_if_each_had_been_loaded(runs
         change = (expected - base).norm()
         assert change > 0 and (logits(weights) - expected).norm() < 0.05 * change, weights
     assert torch.equal(logits({}), base)
-    with pytest.raises(UserError, match="no such adapter"):
+    with pytest.raises(UserError, match="unknown adapter"):
         blend.use({"c": 1.0})
 
 

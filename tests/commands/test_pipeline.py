@@ -218,7 +218,7 @@ def test_a_run_can_be_merged_another_way_than_its_recipe_says(trained: tuple[Pat
     assert (facts["base"], facts["dtype"]) == ("original", "fp32") and facts["arithmetic_ratio"] < 0.01
     refused(
         run_cli("merge", run, "--set", "lora.r=8"),
-        "its training is finished, so lora.r=8 cannot be set",
+        "its recipe is fixed by training, so lora.r=8 cannot be set",
     )
     refused(run_cli("merge", run, "--set", "merge.bsae=original"), "merge.bsae: unknown key; did you mean merge.base?")
 

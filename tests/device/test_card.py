@@ -172,7 +172,7 @@ def test_cards_are_listed():
     [
         (("--card", "rtx-4099"), "rtx-4090"),
         (("--budget", "0"), "expected a size above 0, such as 24GiB, got 0"),
-        (("--card", "t4", "--set", "device=cpu"), "the recipe says device: cpu"),
+        (("--card", "t4", "--set", "device=cpu"), "the recipe has device: cpu"),
         (("--card", "t4", "--set", "model.dtype=bf16"), "has no bf16. Use model.dtype: auto, fp16 or fp32"),
         (("--card", "t4", "--set", "method=full"), "Use model.dtype: fp32"),
     ],

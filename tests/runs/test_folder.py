@@ -61,7 +61,7 @@ def test_a_failure_does_not_remove_an_empty_folder_of_the_user(tmp_path: Path) -
 
 
 def test_a_folder_without_recipe_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"no recipe\.yaml here"):
+    with pytest.raises(RunError, match=r"not a run: recipe\.yaml is missing"):
         RunDir.open(tmp_path)
 
 

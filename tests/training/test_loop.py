@@ -267,7 +267,7 @@ def test_a_loss_far_above_where_it_began_stops_after_ten_steps():
         for _ in steps_of(state, rows, sampler_of(rows, max_steps=20), learning_rate=1e-6):
             pass
     assert re.match(
-        r"stopped at step 10: the loss diverged: [56]\.\d\d over the last 10 steps, 2\.00 at the first; rows row-",
+        r"stopped at step 10: the loss diverged: mean [56]\.\d\d over the last 10 steps, 2\.00 at the first step; rows row-",
         str(caught.value),
     )
     assert state.step == 10 and not caught.value.state_is_good

@@ -201,7 +201,7 @@ def test_a_missing_package_is_told_before_anything_is_done(
     fakes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # what Python takes for not installed
-    with pytest.raises(UserError, match=r"wandb cannot be used.*pip install wandb, or leave it out") as caught:
+    with pytest.raises(UserError, match=r"wandb cannot be used.*pip install wandb, or remove it") as caught:
         refuse_missing_trackers(("tensorboard", "wandb", "wandb"))
     assert caught.value.exit_code == 2 and "tensorboard" not in str(caught.value)
     done = train_cli(write_recipe(tmp_path / "recipe", trackers=["wandb"]), tmp_path / "run")

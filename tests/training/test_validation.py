@@ -104,7 +104,7 @@ def test_a_run_that_stops_early_is_a_finished_one_and_says_so(tmp_path: Path, mo
     assert (summary["num_steps"], summary["stopped_early"], summary["adapter_step"]) == (3, True, 1)
     assert summary["eval_loss"] == {"best": 1.0, "last": 3.0}
     assert "stopped early after step 3 of 40: the validation loss has not fallen for 2 evaluations" in done.stderr
-    assert "adapter/ is step 1's" in done.stderr
+    assert "adapter/ holds step 1" in done.stderr
     again = train_cli(recipe, run, "--resume")
     assert again.code == 2 and "is finished (3 steps)" in again.last_line
 
