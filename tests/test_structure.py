@@ -82,3 +82,15 @@ def test_every_question_of_the_page_for_contributors_contains_the_name_of_its_fi
     assert len(rows) >= 10
     for question, name in rows:
         assert (REPOSITORY / name).is_file() and Path(name).stem in question.lower(), (question, name)
+
+
+PHRASES = re.compile(
+    r"\bso many\b|\banew\b|\bby (?:itself|themselves)\b|\b(?:is|are) said\b|\bmend(?:s|ed|ing)?\b|\b(?:is|was) no (?!more|longer|farther)"
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=shown)
+def test_messages_comments_and_docstrings_are_plain_english(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    translated = [f"{number}: {line.strip()}" for number, line in enumerate(lines, start=1) if PHRASES.search(line)]
+    assert [line for line in translated if "there is no" not in line] == []

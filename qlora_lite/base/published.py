@@ -114,7 +114,7 @@ def open_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
     """Yield (key, lazy tensor) for every tensor in the folder's safetensors. Raises ModelError for missing or damaged files."""
     for path in weight_files(folder):
         file = open_safetensors(path)
-        for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+        for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
             yield key, LazyTensor(file, key)
 
 

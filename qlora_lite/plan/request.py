@@ -80,7 +80,7 @@ def _is_model(request: str) -> bool:
 def _refuse_unknown(request: str) -> NoReturn:
     if is_hub_name(request):
         raise ModelError(
-            f"{request}: not in the built-in table of shapes, and not fetched. Fetch it once with: {fetch_command(request, None)}. "
+            f"{request}: not in the built-in table of shapes, and not fetched. Fetch it with: {fetch_command(request, None)}. "
             f"Built-in names: {', '.join(KNOWN)}"
         )
     known_shape(request)  # raises, with the nearest names

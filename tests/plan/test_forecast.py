@@ -211,7 +211,7 @@ def test_plan_says_what_does_not_fit_and_exits_3():
         (("plan",), "give a recipe or a model's name, or --sweep"),
         (("plan", "--sweep", "--html", "x.html"), "--html writes the page of one recipe or model"),
         (("plan", "llama-3.1-9b"), "llama-3.1-8b"),
-        (("plan", "someone/some-model"), "Fetch it once with: qlora-lite fetch someone/some-model"),
+        (("plan", "someone/some-model"), "Fetch it with: qlora-lite fetch someone/some-model"),
         (("plan", "llama-3.1-8b", "--budget", "24XB"), "--budget: expected a size"),
         (("plan", "llama-3.1-8b", "--set", "lora.rr=8"), "did you mean lora.r?"),
     ],
