@@ -302,9 +302,8 @@ def _checkpointing_reason(choice: Choice, free: Free, budget_bytes: int) -> str:
     elif fitting:
         reason = f"without it, micro-batches of at most {max(fitting)} tokens fit {format_bytes(budget_bytes)}, which is slower"
     else:
-        reason = (
-            f"without it, at least {format_bytes(min(without.values()))} of {format_bytes(budget_bytes)} are needed"
-        )
+        smallest = format_bytes(min(without.values()))
+        reason = f"without it, a step needs at least {smallest}; the budget is {format_bytes(budget_bytes)}"
     return f"{layers}: {reason}"
 
 
