@@ -6,9 +6,7 @@ Names are loaded when first used, so that a misspelt recipe or `--help` does not
 """
 
 import os
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite import import_guard
@@ -57,18 +55,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qlora_lite' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
-
-
-class _FrontPage(ModuleType):
-    """`train`, `evaluate` and `merge` are functions here and stages below: importing a stage must not take the name away.
-
-    Python puts a submodule into its package's namespace; these properties ignore that. The stages' own names are reached
-    by `from qlora_lite.training import loop`, not by `import qlora_lite.training.loop as loop`.
-    """
-
-    train = property(lambda _: __getattr__("train"), lambda _, stage: None)
-    evaluate = property(lambda _: __getattr__("evaluate"), lambda _, stage: None)
-    merge = property(lambda _: __getattr__("merge"), lambda _, stage: None)
-
-
-sys.modules[__name__].__class__ = _FrontPage
