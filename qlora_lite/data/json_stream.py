@@ -26,6 +26,10 @@ _ESCAPE = re.compile(
     re.DOTALL,
 )
 
+_NOT_A_NUMBER = re.compile(rb"NaN|Infinity")  # also matches in text
+_NEXT_TOKEN = re.compile(rb'"|NaN|-?Infinity')
+_REST_OF_STRING = re.compile(rb'(?:[^"\\]|\\.)*"', re.DOTALL)
+
 Events = Iterator[tuple[str, Any]]
 
 
@@ -36,8 +40,8 @@ def read_events(path: Path, *, several: bool = False) -> Events:
     """
     try:
         with open_text(path) as text:
-            watched = _Watched(path, text.stream)
             parser = ijson.get_backend("python") if _needs_slow_parser(path) else ijson
+            watched = _Watched(path, _NullForNaN(text.stream) if _has_nan(path) else text.stream)
             for event in parser.basic_parse(watched, use_float=True, multiple_values=several):
                 watched.num_bytes = 0
                 yield event
@@ -68,10 +72,54 @@ def _needs_slow_parser(path: Path) -> bool:
     return any(escape.lastgroup for escape in _ESCAPE.finditer(rest))
 
 
+def _has_nan(path: Path) -> bool:
+    rest = b""
+    with open_text(path) as text:
+        while block := text.stream.read(2**20):
+            if _NOT_A_NUMBER.search(rest + block):
+                return True
+            rest = block[-_KEPT_BYTES:]
+    return False
+
+
+class _NullForNaN:
+    """A JSON file with null in place of NaN and Infinity, which Python's json writes for missing numbers; JSON has neither (RFC 8259)."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._rest, self._in_string = file, b"", False
+
+    def read(self, size: int = -1) -> bytes:
+        if size == 0:
+            return b""
+        new = self._file.read(size)
+        block, self._rest = self._rest + new, b""
+        pieces, at = [], 0
+        while at < len(block):
+            match = (_REST_OF_STRING.match if self._in_string else _NEXT_TOKEN.search)(block, at)
+            if match is None:
+                end = len(block) if not new else self._end_of_whole(block, at)
+                pieces.append(block[at:end])
+                self._rest = block[end:]
+                break
+            is_number = match[0][-1:] != b'"'
+            pieces.append(block[at : match.start()] + b"null" if is_number else block[at : match.end()])
+            self._in_string ^= not is_number
+            at = match.end()
+        out = b"".join(pieces)
+        return out if out or not new else self.read(size)
+
+    def _end_of_whole(self, block: bytes, at: int) -> int:
+        """Where the last token or escape may be incomplete; the rest waits for the next block."""
+        if self._in_string:
+            backslashes = len(block) - len(block.rstrip(b"\\"))
+            return len(block) - backslashes % 2
+        return max(at, len(block) - len(b"-Infinity"))
+
+
 class _Watched:
     """A file that raises DataError after ROW_BYTES without an event: one endless text or number would fill the memory."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: "BinaryIO | _NullForNaN") -> None:
         self._path, self._file = path, file
         self.num_bytes = 0  # since the last event
 
