@@ -23,12 +23,13 @@ from qlora_lite.base.quantization import SCALES, parts_of, read_quant_state, sto
 from qlora_lite.base.skeleton import empty_model
 from qlora_lite.base.source import load_config, read_config, read_json
 from qlora_lite.base.tensor_files import open_safetensors, weight_files
+from qlora_lite.files.safetensors_writer import DTYPE_NAMES
 
 # Values of a row block: 16 MiB in fp32. Results do not depend on it.
 ROW_BLOCK_ELEMENTS = 4 * 2**20
 _LARGEST_QUANT_BLOCK = 4096
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {word: dtype for dtype, word in DTYPE_NAMES.items()}
 
 
 class Checkpoint:

@@ -29,7 +29,8 @@ from qlora_lite.files.staging import staged_folder, write_text_durably
 from qlora_lite.memory.anonymous import HostMemoryMeter
 from qlora_lite.merging.checkpoint import Checkpoint, open_checkpoint
 from qlora_lite.merging.lora import Adapter, TokenRows, change_rows_, read_adapter
-from qlora_lite.merging.rounding import DTYPES, ROUNDINGS, make_rounder
+from qlora_lite.merging.rounding import ROUNDINGS, make_rounder
+from qlora_lite.model.dtypes import DTYPES, word_of
 from qlora_lite.units import format_bytes
 
 
@@ -192,8 +193,9 @@ def _checked(block: Tensor, name: str) -> Tensor:
     finite = torch.isfinite(block)
     if not bool(finite.all()):  # count only then: it takes 8 bytes per boolean
         count = block.numel() - int(finite.sum())
-        dtype = next(word for word, kind in DTYPES.items() if kind == block.dtype)
-        raise ModelError(f"{name}: {count} values are not finite in {dtype}; try --set merge.dtype=bf16 or fp32")
+        raise ModelError(
+            f"{name}: {count} values are not finite in {word_of(block.dtype)}; try --set merge.dtype=bf16 or fp32"
+        )
     return block
 
 

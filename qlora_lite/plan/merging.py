@@ -28,17 +28,16 @@ from qlora_lite.base.quantization import Quantization
 from qlora_lite.base.skeleton import empty_model
 from qlora_lite.data.template import Encoded
 from qlora_lite.device.card import CPU
+from qlora_lite.files.safetensors_writer import DTYPE_NAMES
 from qlora_lite.memory.ledger import PAGED, Ledger
 from qlora_lite.merging.checkpoint import Checkpoint
 from qlora_lite.merging.lora import Adapter, LoraFactors
 from qlora_lite.merging.proof import Models
-from qlora_lite.merging.rounding import DTYPES
 from qlora_lite.merging.write import merged_blocks
+from qlora_lite.model.dtypes import DTYPES
 from qlora_lite.model.meta import four_bit_state
 from qlora_lite.plan.rehearsal import Body, Settings, attention_on, layer_period, names_layers, running, with_depth
 from qlora_lite.plan.workspace import workspace_of
-
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class _ShapeSlice:
         return list(self.tensor.shape)
 
     def get_dtype(self) -> str:
-        return _DTYPE_NAMES.get(self.tensor.dtype, "")
+        return DTYPE_NAMES[self.tensor.dtype]
 
 
 def _files(config: PreTrainedConfig, merging: Merging) -> tuple[Checkpoint, Adapter, Ledger]:

@@ -18,9 +18,10 @@ from qlora_lite.memory.measuring import measure_allocations
 from qlora_lite.merging import merge_adapter, rounding
 from qlora_lite.merging.checkpoint import Checkpoint
 from qlora_lite.merging.proof import Models
-from qlora_lite.merging.rounding import DTYPES, ROUNDINGS
+from qlora_lite.merging.rounding import ROUNDINGS
 from qlora_lite.merging.write import merged_blocks, open_pair
 from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
+from qlora_lite.model.dtypes import DTYPES
 from qlora_lite.model.load import load_base
 from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes, write_nowhere
 from qlora_lite.plan.rehearsal import Settings
