@@ -16,6 +16,7 @@ from qlora_lite.base.source import read_config
 from qlora_lite.data.template import Encoded
 from qlora_lite.errors import RunError, UserError
 from qlora_lite.evaluation import EvalResult, EvalSettings, evaluate_model
+from qlora_lite.files.library_names import CONFIG_FILE
 from qlora_lite.merging import MergeResult
 from qlora_lite.merging import merge as merge_files
 from qlora_lite.merging.adapter_proof import EffectLost
@@ -186,7 +187,7 @@ def model_of_run(word: str) -> Which:
 
 def _load_run_model(plan: Plan, run: RunDir, which: Which, wanted: Sequence[Which]) -> LoadedModel:
     if which == "merged":
-        if not (run.merged / "config.json").is_file():
+        if not (run.merged / CONFIG_FILE).is_file():
             raise RunError(f"{run.merged}: does not exist yet. Create it with: qlora-lite merge {run.path}")
         refuse_damaged(run.merged)
         return load_plain(plan, run.merged)

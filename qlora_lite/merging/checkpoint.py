@@ -23,6 +23,7 @@ from qlora_lite.base.quantization import SCALES, parts_of, read_quant_state, sto
 from qlora_lite.base.skeleton import empty_model
 from qlora_lite.base.source import load_config, read_config, read_json
 from qlora_lite.base.tensor_files import open_safetensors, weight_files
+from qlora_lite.files.library_names import CONFIG_FILE
 from qlora_lite.files.safetensors_writer import DTYPE_NAMES
 
 # Values of a row block: 16 MiB in fp32. Results do not depend on it.
@@ -52,7 +53,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self._dequantized_dtype = compute_dtype or torch.bfloat16
         self._compute_dtype = compute_dtype
-        self.config: dict[str, Any] = config or read_json(self.folder / "config.json")
+        self.config: dict[str, Any] = config or read_json(self.folder / CONFIG_FILE)
         self.quantization = stored_quantization(self.config, self.folder)
         self._files = _open_files(self.folder) if files is None else files
         self._keys = keys

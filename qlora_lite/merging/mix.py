@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from qlora_lite.errors import ModelError, UserError
+from qlora_lite.files.library_names import A_FACTOR, ADAPTER_CONFIG_FILE, B_FACTOR, FACTORS_FILE, PREFIX
 from qlora_lite.files.manifest import write_manifest
 from qlora_lite.files.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.files.staging import staged_folder
 from qlora_lite.merging.lora import Adapter, LoraFactors
 from qlora_lite.merging.spectrum import lost_share, ranks_of_equal, spectra, truncated_adapter
-from qlora_lite.model.factors import FACTORS_FILE
 from qlora_lite.model.int8_factors import INT8_FILE, to_int8
 
 FACTOR_DTYPES = ("fp32", "bf16", "int8")
@@ -139,7 +139,7 @@ def write_adapter(
             for name, tensor in tensors.items():
                 writer.write(name, [tensor])
         text = json.dumps(_config(adapter, base_name), indent=2, sort_keys=True) + "\n"
-        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        (folder / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
         for name, content in (texts or {}).items():
             (folder / name).write_text(content, encoding="utf-8")
         write_manifest(folder, {"made_of": dict(made_of)})
@@ -149,8 +149,8 @@ def write_adapter(
 def _named_tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for module, factors in adapter.factors.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = factors.a_RI.to(dtype)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = (factors.scaling * factors.b_OR.float()).to(dtype)
+        tensors[f"{PREFIX}{module}{A_FACTOR}weight"] = factors.a_RI.to(dtype)
+        tensors[f"{PREFIX}{module}{B_FACTOR}weight"] = (factors.scaling * factors.b_OR.float()).to(dtype)
     return tensors
 
 

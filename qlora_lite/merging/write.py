@@ -8,7 +8,6 @@ affect it. Tensors without an adapter are copied exactly.
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from qlora_lite.base.companions import copy_companions
 from qlora_lite.errors import ModelError, UserError
+from qlora_lite.files.library_names import CONFIG_FILE
 from qlora_lite.files.safetensors_writer import (
     MAX_SHARD_BYTES,
     ShardedWriter,
     TensorSpec,
 )
-from qlora_lite.files.staging import staged_folder, write_text_durably
+from qlora_lite.files.staging import free_bytes, staged_folder, write_text_durably
 from qlora_lite.memory.anonymous import HostMemoryMeter
 from qlora_lite.merging.checkpoint import Checkpoint, open_checkpoint
 from qlora_lite.merging.lora import Adapter, TokenRows, change_rows_, read_adapter
@@ -200,7 +200,7 @@ def _checked(block: Tensor, name: str) -> Tensor:
 
 
 def _check_disk(folder: Path, total_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < total_bytes:
         raise UserError(
             f"{folder.parent}: the merged model needs {format_bytes(total_bytes)}, but {format_bytes(free)} are free"
@@ -215,7 +215,7 @@ def _write_config(base: Checkpoint, adapter: Adapter, folder: Path, dtype: torch
     num_rows = max((adapter.shape_of(name, base.shape(name))[0] for name in adapter.rows), default=0)
     if num_rows:
         config["vocab_size"] = num_rows
-    write_text_durably(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text_durably(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _warnings(base: Checkpoint, dtype: str) -> Iterator[str]:

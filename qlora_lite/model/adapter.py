@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from qlora_lite.base.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.base.finite import NotFiniteWeights
 from qlora_lite.errors import ModelError
+from qlora_lite.files.library_names import A_FACTOR, B_FACTOR, WHOLE_MODULE
 from qlora_lite.foreign import foreign
 from qlora_lite.model.adapter_config import read_adapter_config
 from qlora_lite.model.dora import Dora
@@ -163,9 +164,9 @@ class FactorLinear(torch.nn.Linear):
 
 def _prepare(adapted: PeftModel, factor_dtype: torch.dtype, *, is_new: bool) -> PeftModel:
     for name, module in list(adapted.named_modules()):
-        if type(module) is torch.nn.Linear and name.split(".")[-2:-1] in (["lora_A"], ["lora_B"]):
+        if type(module) is torch.nn.Linear and name.endswith((f"{A_FACTOR}default", f"{B_FACTOR}default")):
             _replace(adapted, name, _factor(module, factor_dtype))
-        elif name.endswith(".modules_to_save.default"):
+        elif name.endswith(WHOLE_MODULE):
             _set_up_whole(adapted, name, module)
     for name, layer in list(adapted.named_modules()):
         if isinstance(layer, LoraLayer):

@@ -8,7 +8,6 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from qlora_lite.base.generation_settings import base_stops
-from qlora_lite.base.shipped import default_cache
 from qlora_lite.base.skeleton import model_class
 from qlora_lite.base.source import context_window, load_config
 from qlora_lite.data.batches import sampler_of
@@ -20,6 +19,7 @@ from qlora_lite.data.trees import Sharing, sharing
 from qlora_lite.errors import DataError
 from qlora_lite.evaluation.generate import BATCH_TOKENS
 from qlora_lite.evaluation.held_out import held_out_rows, longest_scored
+from qlora_lite.files.cache import TOKENIZED, default_cache
 from qlora_lite.model.attention import why_not_shared
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe
@@ -75,7 +75,7 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
         load_tokenizer(source, special_tokens=recipe.data.special_tokens),
         reading_of(recipe, source),
         max_seq_length=None if asked == "auto" else asked,
-        cache_dir=cache / "data",
+        cache_dir=cache / TOKENIZED,
     )
     shared = _sharing_of(recipe, examples) if may_share else None
     if asked != "auto":
@@ -111,7 +111,7 @@ def with_scored(
         max_seq_length=limit,
         text_length=needs.length,
         window=window,
-        cache_dir=cache / "data",
+        cache_dir=cache / TOKENIZED,
     )
     longest, share = int(rows.lengths.max()), float(rows.num_label_tokens.sum() / rows.lengths.sum())
     return replace(needs, longest_scored=longest, scored_label_share=share)

@@ -14,6 +14,8 @@ from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import DataError
 from qlora_lite.evaluation.held_out import held_out_rows
+from qlora_lite.files.cache import TOKENIZED
+from qlora_lite.files.library_names import is_of_adapter
 from qlora_lite.files.manifest import folder_weights_sha256
 from qlora_lite.model.adapter import Lora, attach_adapter, load_adapter
 from qlora_lite.model.factors import copy_factors
@@ -85,7 +87,7 @@ def training_examples(plan: Plan, tokenizer: Any) -> Examples:
         tokenizer,
         reading_of(plan.recipe, plan.source),
         max_seq_length=_length(plan),
-        cache_dir=plan.cache / "data",
+        cache_dir=plan.cache / TOKENIZED,
     )
 
 
@@ -104,7 +106,7 @@ def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = N
         max_seq_length=longest,
         text_length=_length(plan),
         window=context_window(plan.rehearsals.config),
-        cache_dir=plan.cache / "data",
+        cache_dir=plan.cache / TOKENIZED,
     )
 
 
@@ -142,7 +144,6 @@ def _length(plan: Plan) -> int:
 
 
 def _static_bytes(base: LoadedBase, model: PeftModel | PreTrainedModel) -> dict[str, int]:
-    trained = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
-    adapter = sum(p.nbytes for name, p in model.named_parameters() if any(part in name for part in trained))
+    adapter = sum(p.nbytes for name, p in model.named_parameters() if is_of_adapter(name))
     weights = {"weights_bytes": base.weights_bytes, "quant_constants_bytes": base.quant_constants_bytes}
     return {**weights, "adapter_bytes": adapter}

@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError
 
 from qlora_lite.base.identity import files_of_base
-from qlora_lite.base.shipped import default_cache
 from qlora_lite.data.batches import StepSampler, largest_step, sampler_of
 from qlora_lite.data.examples import Examples
 from qlora_lite.data.repeats import find_repeats
 from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped, UserError
 from qlora_lite.evaluation import validation_loss
 from qlora_lite.evaluation.held_out import account_of
+from qlora_lite.files.cache import default_cache
 from qlora_lite.files.manifest import sha256_of_file
 from qlora_lite.memory.kept import disk_speed
 from qlora_lite.model.factors import factors_file
