@@ -87,7 +87,7 @@ def evaluate(
             plan.recipe.eval.max_new_tokens,
             plan.chosen.footprint.micro_batch_tokens,
             batch_tokens=int(plan.recipe.memory.eval_batch_tokens),
-            share=plan.shares,
+            share_prefixes=plan.share_prefixes,
         ),
         template=template_of(plan, loaded.tokenizer),
         progress=progress,

@@ -139,7 +139,7 @@ def _sharing_of(recipe: Recipe, examples: Examples) -> Sharing:
         epochs=1.0,
         max_steps=max(num_steps, steps_per_epoch),
         seed=train.seed,
-        share=True,
+        share_prefixes=True,
     )
     num_sampled = min(steps_per_epoch, SAMPLED_STEPS)
     later = range(num_sampled, max(num_sampled, min(num_steps, num_sampled + SIZED_STEPS)))

@@ -109,7 +109,7 @@ class Session:
             epochs=recipe.train.epochs or 1.0,
             max_steps=recipe.train.max_steps,
             seed=recipe.train.seed,
-            share=plan.shares,
+            share_prefixes=plan.share_prefixes,
         )
         optimizer = make_optimizer(
             loaded.model.named_parameters(),
@@ -256,7 +256,7 @@ class Training:
             self.held_out,
             device=self.plan.device,
             micro_batch_tokens=tokens,
-            share=self.plan.shares,
+            share_prefixes=self.plan.share_prefixes,
         )
 
     def _try_largest_batch(self) -> Preflight | None:
