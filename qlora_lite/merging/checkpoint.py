@@ -154,7 +154,7 @@ class Checkpoint:
 
     def _quant_state(self, name: str) -> Any:
         parts = {part: self.stored(part) for part in self._parts[name]}
-        return read_quant_state(name, self.stored(name), parts, device="cpu")
+        return read_quant_state(name, self.stored(name), parts)
 
 
 def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,6 @@ Settings that change these formulas (biases, other methods, ...) and unknown set
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,8 @@ def read_adapter(folder: Path | str) -> Adapter:
             problems.append(f"{module}: {'has' if magnitude_O is not None else 'lacks'} DoRA's magnitudes")
             continue
         factors[module] = LoraFactors(a_RI, b_OR, scaling, magnitude_O)
-    _refuse(folder, problems, "the adapter is inconsistent")
+    if problems:
+        raise ModelError("\n".join([f"{folder}: the adapter is inconsistent", *(f"  {line}" for line in problems)]))
     if not factors and not whole:
         raise ModelError(f"{folder}: holds no LoRA factors")
     return Adapter(
@@ -152,12 +152,6 @@ def tuned_norms(weight_rows: Tensor, factors: LoraFactors, *, start: int) -> Ten
     a_RI = factors.a_RI.float()
     b_rows = factors.scaling * factors.b_OR[start : start + weight_rows.shape[0]].float()
     return row_norms(weight_rows.square().sum(1), weight_rows @ a_RI.T, a_RI, b_rows)
-
-
-def _refuse(folder: Path, problems: Iterable[str], summary: str) -> None:
-    lines = list(problems)
-    if lines:
-        raise ModelError("\n".join([f"{folder}: {summary}", *(f"  {line}" for line in lines)]))
 
 
 def _is_factor(name: str) -> bool:

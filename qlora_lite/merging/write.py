@@ -25,7 +25,7 @@ from qlora_lite.files.safetensors_writer import (
     ShardedWriter,
     TensorSpec,
 )
-from qlora_lite.files.staging import free_bytes, staged_folder, write_text_durably
+from qlora_lite.files.staging import free_bytes, write_text_durably
 from qlora_lite.memory.anonymous import HostMemoryMeter
 from qlora_lite.merging.checkpoint import Checkpoint, open_checkpoint
 from qlora_lite.merging.lora import Adapter, TokenRows, change_rows_, read_adapter
@@ -67,14 +67,6 @@ class MergeOptions:
                 raise UserError(f"merge.{option}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
         if not math.isfinite(self.scale):
             raise UserError(f"merge.scale: expected a finite number, got {self.scale}")
-
-
-def merge_adapter(
-    base_dir: Path | str, adapter_dir: Path | str, out_dir: Path | str, *, options: MergeOptions = MergeOptions()
-) -> WriteResult:
-    """Merge without proof into `out_dir`, which must be missing or empty; an error leaves nothing behind."""
-    with staged_folder(out_dir) as folder:
-        return write_merged(base_dir, adapter_dir, folder, options)
 
 
 def write_merged(base_dir: Path | str, adapter_dir: Path | str, folder: Path, options: MergeOptions) -> WriteResult:

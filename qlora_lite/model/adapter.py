@@ -97,10 +97,8 @@ def modules_trained_whole(
     return whole
 
 
-def load_adapter(
-    model: PreTrainedModel, folder: Path, *, trainable: bool = False, factor_dtype: torch.dtype = torch.bfloat16
-) -> PeftModel:
-    """Wrap `model` with the adapter saved in `folder` (PEFT's format). Raises ModelError when it does not fit the model."""
+def load_adapter(model: PreTrainedModel, folder: Path, *, factor_dtype: torch.dtype = torch.bfloat16) -> PeftModel:
+    """Wrap `model` with the adapter saved in `folder` (PEFT's format), frozen. Raises ModelError when it does not fit the model."""
     try:
         read_adapter_config(folder)
         saved = saved_factors(folder)
@@ -114,7 +112,7 @@ def load_adapter(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # missing keys are an error below, not a warning
-        adapted = PeftModel.from_pretrained(model, str(plain), is_trainable=trainable, autocast_adapter_dtype=False)
+        adapted = PeftModel.from_pretrained(model, str(plain), autocast_adapter_dtype=False)
     _refuse_other_factors(adapted, saved.keys(), folder)
     _prepare(adapted, factor_dtype, is_new=False)
     if adapted.peft_config["default"].use_dora:  # peft has rounded the fp32 magnitudes to its own 16-bit ones

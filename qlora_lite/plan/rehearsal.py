@@ -55,7 +55,6 @@ NF4 = Quantization("nf4")
 _EMBEDDING = "embedding"  # allocations after the gradient of the embeddings, when weights are trained
 _STRETCHES = {**PHASES, _EMBEDDING: "end of backward"}
 _UPDATE = next(name for name, phase in PHASES.items() if phase == "update")
-_PHASE_OF = {"end of backward": "backward"}
 Phases = dict[str, dict[str, int]]  # bytes by part at the peak of each phase
 
 
@@ -124,7 +123,7 @@ class Rehearsal:
         """Parts by phase (forward, head, backward, update, and evaluate if planned), at the highest stretch of each."""
         phases: Phases = {}
         for stretch, parts in self.stretches.items():
-            phase = _PHASE_OF.get(stretch, stretch)
+            phase = "backward" if stretch == _STRETCHES[_EMBEDDING] else stretch
             if phase not in phases or sum(parts.values()) > sum(phases[phase].values()):
                 phases[phase] = parts
         return phases

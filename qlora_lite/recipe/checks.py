@@ -14,11 +14,12 @@ from qlora_lite.files.cache import default_cache
 from qlora_lite.files.json_text import parse_json
 from qlora_lite.files.library_names import ADAPTER_CONFIG_FILE, STARTS_ON_BASE
 from qlora_lite.limits import JSON_BYTES
-from qlora_lite.recipe import hub_names, not_yet, wording
+from qlora_lite.recipe import hub_names, wording
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.shipped import SHIPPED_MODELS
 
 KeyProblem = tuple[str, str]
+ATTENTION_ADVICE = "use auto or sdpa"  # the supported values of model.attention
 _SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")
 
 
@@ -207,12 +208,17 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
 
 def refusals(values: dict[str, Any], sources: dict[str, str]) -> list[KeyProblem]:
     """Typed values and their source text, both by full key -> a problem for each value this version does not support."""
-    problems = []
-    for key, value in values.items():
-        reason = not_yet.refusal(key, value)
-        if reason:
-            problems.append((key, f"{wording.got(value, sources.get(key, ''))} {reason}"))
-    return problems
+    sentence = f"is not supported in this version; {ATTENTION_ADVICE}"
+    return [
+        (key, f"{wording.got(value, sources.get(key, ''))} {sentence}")
+        for key, value in values.items()
+        if is_refused(key, value)
+    ]
+
+
+def is_refused(key: str, value: Any) -> bool:
+    """Whether the recipe format allows this value but this version does not support it."""
+    return key == "model.attention" and value not in ("auto", "sdpa")
 
 
 def _places(looked: Sequence[str]) -> str:

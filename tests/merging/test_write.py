@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_lite.errors import ModelError, UserError
-from qlora_lite.merging import merge_adapter
 from qlora_lite.merging.checkpoint import Checkpoint
 from qlora_lite.merging.lora import read_adapter
 from qlora_lite.merging.write import MergeOptions
+from tests.merged import merge_adapter
 
 
 def load_all(folder):
@@ -135,7 +135,7 @@ def test_writing_takes_less_than_twice_the_largest_tensor_and_500_mib(tmp_path):
         from pathlib import Path
         import torch
         from safetensors.torch import save_file
-        from qlora_lite.merging import merge_adapter
+        from tests.merged import merge_adapter
         from qlora_lite.base.bnb import bitsandbytes
         from qlora_lite.files.safetensors_writer import ShardedWriter, TensorSpec
 
