@@ -4,7 +4,7 @@ The commands use these functions too. runs/loading.py loads model and data, runs
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -172,7 +172,7 @@ def run_models(plan: Plan, run: RunDir, wanted: Sequence[Which]) -> Iterator[Loa
         shared = None if which == "merged" else shared  # one model in memory at a time
         loaded = shared or _load_run_model(plan, run, which, wanted)
         shared = loaded if isinstance(loaded.model, PeftModel) else None
-        with _adapter_off(loaded) if which == "base" else nullcontext():
+        with shared.model.disable_adapter() if which == "base" and shared is not None else nullcontext():
             yield loaded
         del loaded
 
@@ -197,13 +197,6 @@ def _load_run_model(plan: Plan, run: RunDir, which: Which, wanted: Sequence[Whic
     if "adapter" not in wanted:
         return load_model(_without_start(plan))
     return load_model(plan, adapter=_finished(run))
-
-
-@contextmanager
-def _adapter_off(loaded: LoadedModel) -> Iterator[None]:
-    """Disable the adapter inside the block."""
-    with loaded.model.disable_adapter() if isinstance(loaded.model, PeftModel) else nullcontext():
-        yield
 
 
 def run_base(plan: Plan, run: RunDir) -> Path:

@@ -177,7 +177,9 @@ def make_batches(
     if share_prefixes:
         groups = [part for group in groups for part in _within(examples, group, micro_batch_tokens)]
     groups.sort(key=lambda group: (_num_tokens(examples, group, share_prefixes=share_prefixes), group))
-    return [_packed(examples, group, share_prefixes=share_prefixes) for group in groups]
+    if share_prefixes:
+        return [pack_trees(examples, group) for group in groups]
+    return [pack_batch([examples.encoded(row) for row in group], group) for group in groups]
 
 
 def step_with_largest_batch(
@@ -268,10 +270,6 @@ def pack_trees(examples: TokenizedRows, rows: Sequence[int]) -> Batch:
         target_N=torch.tensor(targets, dtype=torch.int64),
         rows=tuple(packed),
     )
-
-
-def _packed(examples: TokenizedRows, rows: Sequence[int], *, share_prefixes: bool) -> Batch:
-    return pack_trees(examples, rows) if share_prefixes else pack_batch([examples.encoded(row) for row in rows], rows)
 
 
 def _within(examples: TokenizedRows, rows: list[int], capacity: int) -> list[list[int]]:

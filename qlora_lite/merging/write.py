@@ -8,9 +8,8 @@ affect it. Tensors without an adapter are copied exactly.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def merged_blocks(
     if not adapter.changes(name):
         return stored_blocks(base, name, dtype)
     rounder = make_rounder(name, dtype=dtype, rounding=rounding, seed=seed)
-    return map(partial(_checked_rounded, rounder, name), tuned_row_blocks(base, adapter, name, scale))
+    return (_checked(rounder(block), name) for block in tuned_row_blocks(base, adapter, name, scale))
 
 
 def tuned_row_blocks(base: Checkpoint, adapter: Adapter, name: str, scale: float) -> Iterator[Tensor]:
@@ -175,10 +174,6 @@ def open_pair(
 def _out_dtype(base: Checkpoint, name: str, dtype: torch.dtype) -> torch.dtype:
     own = base.dtype(name)
     return dtype if own.is_floating_point else own
-
-
-def _checked_rounded(rounder: Callable[[Tensor], Tensor], name: str, block: Tensor) -> Tensor:
-    return _checked(rounder(block), name)
 
 
 def _checked(block: Tensor, name: str) -> Tensor:

@@ -67,7 +67,11 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
         raise DataError(
             f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
         )
-    may_share = _may_share(recipe, load_config(source), 0 if asked == "auto" else asked)
+    config = load_config(source)
+    length = 0 if asked == "auto" else asked
+    may_share = (
+        recipe.data.share_prefixes is not False and why_not_shared(model_class(config), config, length=length) is None
+    )
     if asked != "auto" and not (may_share and _has_data(recipe)):
         return replace(needs, length=asked)
     examples = load_examples(
@@ -115,12 +119,6 @@ def with_scored(
     )
     longest, share = int(rows.lengths.max()), float(rows.num_label_tokens.sum() / rows.lengths.sum())
     return replace(needs, longest_scored=longest, scored_label_share=share)
-
-
-def _may_share(recipe: Recipe, config: PreTrainedConfig, length: int) -> bool:
-    return (
-        recipe.data.share_prefixes is not False and why_not_shared(model_class(config), config, length=length) is None
-    )
 
 
 def _has_data(recipe: Recipe) -> bool:

@@ -58,7 +58,12 @@ def load_model(
     else:
         model = _new_adapter(plan, base)
     apply_footprint(model, plan.chosen.footprint)
-    return LoadedModel(model, base.tokenizer, folder, sha256, _static_bytes(base, model))
+    static_bytes = {
+        "weights_bytes": base.weights_bytes,
+        "quant_constants_bytes": base.quant_constants_bytes,
+        "adapter_bytes": sum(p.nbytes for name, p in model.named_parameters() if is_of_adapter(name)),
+    }
+    return LoadedModel(model, base.tokenizer, folder, sha256, static_bytes)
 
 
 def load_plain(plan: Plan, folder: Path) -> LoadedModel:
@@ -141,9 +146,3 @@ def _length(plan: Plan) -> int:
     length = plan.recipe.data.max_seq_length
     assert isinstance(length, int)  # a plan has no auto
     return length
-
-
-def _static_bytes(base: LoadedBase, model: PeftModel | PreTrainedModel) -> dict[str, int]:
-    adapter = sum(p.nbytes for name, p in model.named_parameters() if is_of_adapter(name))
-    weights = {"weights_bytes": base.weights_bytes, "quant_constants_bytes": base.quant_constants_bytes}
-    return {**weights, "adapter_bytes": adapter}
