@@ -24,3 +24,8 @@ ADDED_ROWS = ".token_adapter.trainable_tokens_delta"  # in a file the name ends 
 def is_of_adapter(name: str) -> bool:
     """Whether a parameter of a live model belongs to its adapter, not to the base."""
     return any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_delta."))
+
+
+def is_named(module: str, name: str) -> bool:
+    """Whether `name`, as in peft's target_modules, means this module: its whole name, or the end of it after a dot."""
+    return module == name or module.endswith(f".{name}")

@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from qlora_lite.errors import ModelError
-from qlora_lite.files.library_names import A_FACTOR, ADDED_ROWS, B_FACTOR, MAGNITUDE, PREFIX
+from qlora_lite.files.library_names import A_FACTOR, ADDED_ROWS, B_FACTOR, MAGNITUDE, PREFIX, is_named
 from qlora_lite.model.adapter_config import read_adapter_config, token_ids_of
 from qlora_lite.model.dora import row_norms
 from qlora_lite.model.factors import saved_factors
@@ -161,7 +161,7 @@ def _is_factor(name: str) -> bool:
 def _is_of(name: str, modules: tuple[str, ...]) -> bool:
     """Whether tensor `name` belongs to a module whose name is, or ends in, one of `modules`."""
     module = name.rpartition(".")[0]
-    return any(module == ending or module.endswith(f".{ending}") for ending in modules)
+    return any(is_named(module, ending) for ending in modules)
 
 
 def _ids_of(name: str, token_ids: dict[str, list[int]]) -> list[int]:

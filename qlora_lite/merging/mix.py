@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.errors import ModelError, UserError
-from qlora_lite.files.library_names import A_FACTOR, ADAPTER_CONFIG_FILE, B_FACTOR, FACTORS_FILE, PREFIX
+from qlora_lite.files.library_names import A_FACTOR, ADAPTER_CONFIG_FILE, B_FACTOR, FACTORS_FILE, PREFIX, is_named
 from qlora_lite.files.manifest import write_manifest
 from qlora_lite.files.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.files.staging import staged_folder
@@ -45,7 +45,7 @@ class Part:
     weights: Mapping[str, float]
 
     def weight_of(self, module: str) -> float:
-        endings = [ending for ending in self.weights if module == ending or module.endswith(f".{ending}")]
+        endings = [ending for ending in self.weights if is_named(module, ending)]
         return self.weights[max(endings, key=len)] if endings else self.weight
 
 
@@ -81,9 +81,7 @@ def mix_adapters(parts: Sequence[Part], *, rank: int | None = None) -> Mix:
             factors[module] = _side_by_side(kept)
     for part in parts:
         unknown = [
-            ending
-            for ending in part.weights
-            if not any(m == ending or m.endswith(f".{ending}") for m in part.adapter.factors)
+            ending for ending in part.weights if not any(is_named(module, ending) for module in part.adapter.factors)
         ]
         problems += [f"{part.name}: {ending} is not a module of this adapter" for ending in unknown]
     if problems:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from qlora_lite.base.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.base.finite import NotFiniteWeights
 from qlora_lite.errors import ModelError
-from qlora_lite.files.library_names import A_FACTOR, B_FACTOR, WHOLE_MODULE
+from qlora_lite.files.library_names import A_FACTOR, B_FACTOR, WHOLE_MODULE, is_named
 from qlora_lite.foreign import foreign
 from qlora_lite.model.adapter_config import read_adapter_config
 from qlora_lite.model.dora import Dora
@@ -230,7 +230,7 @@ def _whole_modules(model: PreTrainedModel, modules_to_save: Sequence[str]) -> li
     names: list[str] = []
     free = ", ".join(sorted({n.split(".")[-1] for n, module in modules.items() if not isinstance(module, quantized)}))
     for wanted in modules_to_save:
-        matches = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        matches = [name for name in modules if is_named(name, wanted)]
         where = f'lora.modules_to_save: "{wanted}"'
         if not matches:
             raise ModelError(f"{where} matches no module with weights in this model; modules in 16 bits: {free}")
@@ -265,7 +265,7 @@ def _named_targets(model: PreTrainedModel, target_modules: list[str]) -> list[st
     endings = sorted({name.split(".")[-1] for name in linear})
     for target in target_modules:
         if not any(name == target or name.endswith("." + target) for name in linear):
-            other = next((kind for name, kind in kinds.items() if name == target or name.endswith(f".{target}")), None)
+            other = next((kind for name, kind in kinds.items() if is_named(name, target)), None)
             type_note = f" ({target} is of type {other})" if other else ""
             raise ModelError(
                 f'lora.target_modules: "{target}" is not a linear layer of this model{type_note}; its linear layers: {", ".join(endings)}. '
