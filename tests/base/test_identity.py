@@ -139,7 +139,7 @@ def test_a_base_of_the_same_weights_and_another_config_tokenizer_or_template_is_
     run_cli("train", stopped / "tiny.yaml", "--run-dir", run, "--resume", "--base", stopped / "moved")  # to its end
     assert run_cli("eval", run, "--base", stopped / "moved").code == 0
     refused = run_cli("eval", run, "--base", tmp_path / "base")
-    assert refused.code == 2 and f"but {name} in" in refused.last_line and "put back" in refused.last_line.lower()
+    assert refused.code == 2 and f"but {name} in" in refused.last_line and "restore them" in refused.last_line.lower()
 
 
 def test_a_base_that_was_saved_again_is_the_same(stopped: Path, tmp_path: Path) -> None:
