@@ -4,7 +4,7 @@ The commands use these functions too. runs/loading.py loads model and data, runs
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from qlora_lite.base.source import read_config
 from qlora_lite.data.template import Encoded
 from qlora_lite.errors import RunError, UserError
 from qlora_lite.evaluation import EvalResult, EvalSettings, evaluate_model
+from qlora_lite.files.library_names import CONFIG_FILE
 from qlora_lite.merging import MergeResult
 from qlora_lite.merging import merge as merge_files
 from qlora_lite.merging.adapter_proof import EffectLost
@@ -86,7 +87,7 @@ def evaluate(
             plan.recipe.eval.max_new_tokens,
             plan.chosen.footprint.micro_batch_tokens,
             batch_tokens=int(plan.recipe.memory.eval_batch_tokens),
-            share=plan.shares,
+            share_prefixes=plan.share_prefixes,
         ),
         template=template_of(plan, loaded.tokenizer),
         progress=progress,
@@ -171,7 +172,7 @@ def run_models(plan: Plan, run: RunDir, wanted: Sequence[Which]) -> Iterator[Loa
         shared = None if which == "merged" else shared  # one model in memory at a time
         loaded = shared or _load_run_model(plan, run, which, wanted)
         shared = loaded if isinstance(loaded.model, PeftModel) else None
-        with _adapter_off(loaded) if which == "base" else nullcontext():
+        with shared.model.disable_adapter() if which == "base" and shared is not None else nullcontext():
             yield loaded
         del loaded
 
@@ -186,7 +187,7 @@ def model_of_run(word: str) -> Which:
 
 def _load_run_model(plan: Plan, run: RunDir, which: Which, wanted: Sequence[Which]) -> LoadedModel:
     if which == "merged":
-        if not (run.merged / "config.json").is_file():
+        if not (run.merged / CONFIG_FILE).is_file():
             raise RunError(f"{run.merged}: does not exist yet. Create it with: qlora-lite merge {run.path}")
         refuse_damaged(run.merged)
         return load_plain(plan, run.merged)
@@ -196,13 +197,6 @@ def _load_run_model(plan: Plan, run: RunDir, which: Which, wanted: Sequence[Whic
     if "adapter" not in wanted:
         return load_model(_without_start(plan))
     return load_model(plan, adapter=_finished(run))
-
-
-@contextmanager
-def _adapter_off(loaded: LoadedModel) -> Iterator[None]:
-    """Disable the adapter inside the block."""
-    with loaded.model.disable_adapter() if isinstance(loaded.model, PeftModel) else nullcontext():
-        yield
 
 
 def run_base(plan: Plan, run: RunDir) -> Path:

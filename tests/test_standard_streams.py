@@ -13,7 +13,7 @@ import pytest
 from qlora_lite import show
 from qlora_lite.commands.stopping import stop_signals
 from qlora_lite.errors import UserError
-from qlora_lite.recipe import hub_names
+from qlora_lite.files.cache import default_cache
 from qlora_lite.show.text import WIDTH_OF_A_LOG, console
 from qlora_lite.standard_streams import standard_streams
 from tests.conftest import REPOSITORY
@@ -109,6 +109,6 @@ def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("QLORA_LITE_HOME")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"HOME is not set, .* Set QLORA_LITE_HOME to a folder for the cache"):
-        hub_names.default_cache()
+        default_cache()
     monkeypatch.setenv("QLORA_LITE_HOME", str(tmp_path))
-    assert hub_names.default_cache() == Path(tmp_path)
+    assert default_cache() == Path(tmp_path)

@@ -32,6 +32,7 @@ from qlora_lite.base.quantization import Quantization, parts_of, stored_quantiza
 from qlora_lite.base.skeleton import empty_model
 from qlora_lite.base.source import folder_fingerprint, load_config, read_config
 from qlora_lite.errors import ModelError
+from qlora_lite.files.library_names import CONFIG_FILE
 from qlora_lite.files.made_once import make_folder_once
 from qlora_lite.files.manifest import (
     MANIFEST_NAME,
@@ -87,7 +88,7 @@ def _write_artefact(
         config.pop("torch_dtype", None)
     config |= {"tie_word_embeddings": weights.is_tied}
     facts = {"num_vision": weights.num_vision, "taken_over": stored is not None}
-    (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copy_companions(source, staging)
     write_manifest(staging, {"quantization": str(quantization), "source": source.name, **facts})
 

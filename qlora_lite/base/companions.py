@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
+from qlora_lite.files.library_names import GENERATION_FILE
 from qlora_lite.files.names import inside
 
 _PATTERNS = (
-    "generation_config.json",
+    GENERATION_FILE,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

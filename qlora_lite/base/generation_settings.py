@@ -10,8 +10,8 @@ from typing import Any
 
 from qlora_lite.base.source import read_config, read_json
 from qlora_lite.errors import ModelError
+from qlora_lite.files.library_names import GENERATION_FILE
 
-FILE = "generation_config.json"
 _FROM_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id")  # transformers uses these if the file is missing
 
 
@@ -20,20 +20,20 @@ def add_stop_tokens(folder: Path, stop_tokens: Iterable[int], *, base: Path) -> 
 
     Raises ModelError for unreadable settings.
     """
-    source = next((path for path in (folder / FILE, base / FILE) if path.is_file()), None)
+    source = next((path for path in (folder / GENERATION_FILE, base / GENERATION_FILE) if path.is_file()), None)
     settings = _of_config(base) if source is None else read_json(source)
     stops = stop_ids(settings.get("eos_token_id"), where=source or base)
     wanted = list(dict.fromkeys([*stops, *map(int, stop_tokens)]))
-    if source == folder / FILE and wanted == stops:
+    if source == folder / GENERATION_FILE and wanted == stops:
         return
     eos = wanted if len(wanted) > 1 else wanted[0]
     text = json.dumps(settings | {"eos_token_id": eos}, indent=2, sort_keys=True) + "\n"
-    (folder / FILE).write_text(text, encoding="utf-8")
+    (folder / GENERATION_FILE).write_text(text, encoding="utf-8")
 
 
 def base_stops(base: Path) -> tuple[int, ...]:
     """Return the ids at which plain `generate` of the base stops. Raises ModelError for unreadable settings."""
-    path = base / FILE
+    path = base / GENERATION_FILE
     settings = read_json(path) if path.is_file() else _of_config(base)
     return tuple(stop_ids(settings.get("eos_token_id"), where=path))
 

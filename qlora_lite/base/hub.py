@@ -40,9 +40,10 @@ from qlora_lite.base.quantization import stored_quantization
 from qlora_lite.base.shipped import without_credentials
 from qlora_lite.base.source import read_config, read_json
 from qlora_lite.errors import ModelError
+from qlora_lite.files.library_names import CONFIG_FILE, INDEX_FILE, PICKLES, WEIGHTS_FILE
 from qlora_lite.files.made_once import making
-from qlora_lite.files.manifest import sha256_manifest, sha256_of_file, verify_manifest, write_manifest
-from qlora_lite.files.staging import publish_folder, write_text_durably
+from qlora_lite.files.manifest import hex_digest, sha256_manifest, sha256_of_file, verify_manifest, write_manifest
+from qlora_lite.files.staging import free_bytes, publish_folder, write_text_durably
 from qlora_lite.recipe.hub_names import (
     DEFAULT_REVISION,
     commit_folder,
@@ -57,7 +58,6 @@ TIMEOUT_S = 30.0  # for connecting, and for the next bytes
 MOST_LISTING_BYTES = 2**26  # of a listing, which is held in memory; one of 10,000 files has some 3 MB
 ATTEMPTS, RETRY_S = 4, 1.0  # attempts without new bytes before giving up; the wait between attempts
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _TAKEN_TOO = re.compile(
     r"(generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
@@ -65,7 +65,6 @@ _TAKEN_TOO = re.compile(
     r"|(LICEN[SC]E|NOTICE|README|USE_POLICY)(\.txt|\.md)?"
 )
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 Progress = Callable[[int, int], None]
 
@@ -272,7 +271,7 @@ def _refusal(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | No
 
 def _download(hub: Hub, listing: Listing, partial: Path, progress: Progress | None) -> None:
     """Download all needed files into `partial`, resuming partial ones, and remove any others."""
-    small_files = [CONFIG, *([INDEX] if INDEX in listing.files else [])]
+    small_files = [CONFIG_FILE, *([INDEX_FILE] if INDEX_FILE in listing.files else [])]
     _refuse_full_disk(listing, partial, small_files)
     for name in small_files:
         _bring(hub, listing, partial, name)
@@ -296,10 +295,10 @@ def _download(hub: Hub, listing: Listing, partial: Path, progress: Progress | No
 
 def _refuse_without_weights(listing: Listing) -> None:
     files = [name for name in listing.files if "/" not in name]
-    if CONFIG in files and (WEIGHTS in files or INDEX in files):
+    if CONFIG_FILE in files and (WEIGHTS_FILE in files or INDEX_FILE in files):
         return
     where = f"{listing.repo}@{listing.commit[:12]}"
-    pickles = [name for name in files if name.endswith(_PICKLES)]
+    pickles = [name for name in files if name.endswith((*PICKLES, ".pkl", ".pickle"))]
     if pickles and not any(name.endswith(".safetensors") for name in files):
         raise ModelError(
             f"{where}: has only pickled weights ({pickles[0]}), which can run code when read. Ask for a safetensors "
@@ -308,7 +307,7 @@ def _refuse_without_weights(listing: Listing) -> None:
     if any(name.endswith(".gguf") for name in files):
         raise ModelError(f"{where}: has GGUF files. Download one and give its path as model.base")
     raise ModelError(
-        f"{where}: not a base model in transformers' format ({CONFIG} with {WEIGHTS} or {INDEX}); it has "
+        f"{where}: not a base model in transformers' format ({CONFIG_FILE} with {WEIGHTS_FILE} or {INDEX_FILE}); it has "
         f"{', '.join(sorted(files)[:8]) or 'no files'}"
     )
 
@@ -316,7 +315,7 @@ def _refuse_without_weights(listing: Listing) -> None:
 def _refuse_unusable(listing: Listing, partial: Path) -> None:
     """Check config.json as training will, before 15 GB are downloaded in vain."""
     try:
-        stored_quantization(read_config(partial), partial / CONFIG)
+        stored_quantization(read_config(partial), partial / CONFIG_FILE)
     except ModelError as error:
         shutil.rmtree(partial)
         reason = str(error).replace(str(partial), listing.repo)
@@ -325,24 +324,24 @@ def _refuse_unusable(listing: Listing, partial: Path) -> None:
 
 def _taken(listing: Listing, partial: Path) -> list[str]:
     """Return the files to fetch, the weights last: the shards of the index, or the only file."""
-    if INDEX in listing.files:
-        weight_map = read_json(partial / INDEX).get("weight_map")
+    if INDEX_FILE in listing.files:
+        weight_map = read_json(partial / INDEX_FILE).get("weight_map")
         shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
         missing = [
             name for name in shards if not (isinstance(name, str) and _SHARD.fullmatch(name) and name in listing.files)
         ]
         if missing or not shards:
-            raise ModelError(f"{listing.repo}: {INDEX} names no weights, or missing ones: {missing[:1]}")
-        weights = [INDEX, *sorted(set(shards))]
+            raise ModelError(f"{listing.repo}: {INDEX_FILE} names no weights, or missing ones: {missing[:1]}")
+        weights = [INDEX_FILE, *sorted(set(shards))]
     else:
-        weights = [WEIGHTS]
-    return [CONFIG, *sorted(name for name in listing.files if _TAKEN_TOO.fullmatch(name)), *weights]
+        weights = [WEIGHTS_FILE]
+    return [CONFIG_FILE, *sorted(name for name in listing.files if _TAKEN_TOO.fullmatch(name)), *weights]
 
 
 def _refuse_full_disk(listing: Listing, partial: Path, names: Iterable[str]) -> None:
     missing = sum(listing.files[name].num_bytes for name in names)
     missing -= sum(path.stat().st_size for path in partial.iterdir())
-    free = shutil.disk_usage(partial).free
+    free = free_bytes(partial)
     if missing > free:
         raise ModelError(
             f"{partial.parent}: {listing.repo} needs {format_bytes(missing)} more, but only {format_bytes(free)} are free. "
@@ -425,11 +424,9 @@ def _hashes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def _git_sha1(path: Path) -> str:
     """Return git's blob hash of a file: SHA-1 over a short header and the bytes (Pro Git, 10.2 Git Objects)."""
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    header = f"blob {path.stat().st_size}\0".encode()
     with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hex_digest(file, hashlib.sha1(header, usedforsecurity=False))
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.base.source import read_config, read_json
+from qlora_lite.files.library_names import CONFIG_FILE
 from qlora_lite.files.manifest import sha256_of_file
 
 # Keys that may change when a folder is saved again (by another version, in another type) and do not affect the computation.
@@ -18,7 +19,7 @@ _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "m
 
 def files_of_base(folder: Path) -> dict[str, str]:
     """Return the hex SHA-256 of `config.json` (its values) and, if present, `tokenizer` and `chat template`. Raises ModelError."""
-    hashes = {"config.json": _hash(_values(read_config(folder)))}
+    hashes = {CONFIG_FILE: _hash(_values(read_config(folder)))}
     tokenizer = {name: sha256_of_file(folder / name) for name in _TOKENIZER if (folder / name).is_file()}
     if tokenizer:
         hashes["tokenizer"] = _hash(tokenizer)

@@ -10,7 +10,7 @@ when it saves): the parts of a quantized weight follow the weight.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def quantized_weights(folder: Path, model: PreTrainedModel) -> PublishedWeights:
 
 def _without_vision(stored: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], int]:
     """-> (the tensors of the language model, the number of vision tensors)."""
-    vision = {key for key in stored if _VISION.match(key)} if _is_multimodal(stored) else set()
+    vision = {key for key in stored if _VISION.match(key)} if any(map(_LANGUAGE_MODEL.match, stored)) else set()
     return {key: tensor for key, tensor in stored.items() if key not in vision}, len(vision)
 
 
@@ -116,10 +116,6 @@ def open_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
         file = open_safetensors(path)
         for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
             yield key, LazyTensor(file, key)
-
-
-def _is_multimodal(keys: Iterable[str]) -> bool:
-    return any(_LANGUAGE_MODEL.match(key) for key in keys)
 
 
 def _by_module(model: PreTrainedModel, stored: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], list[str]]:

@@ -133,13 +133,13 @@ def stored_quantization(config: dict[str, Any], folder: Any) -> Quantization | N
     )
 
 
-def read_quant_state(name: str, packed: torch.Tensor, parts: dict[str, torch.Tensor], *, device: str) -> Any:
-    """Build bitsandbytes' quant state of the packed 4-bit weight `name` from the tensors in `parts`, which is emptied.
+def read_quant_state(name: str, packed: torch.Tensor, parts: dict[str, torch.Tensor]) -> Any:
+    """Build bitsandbytes' quant state, on the CPU, of the packed 4-bit weight `name` from the tensors in `parts`, which is emptied.
 
     Raises ModelError for tensors that do not match: the kernels trust the sizes and would read past the end of a tensor.
     """
     with foreign(lambda reason: ModelError(f"{name}: its quantization constants cannot be read ({reason})")):
-        state = bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device(device))
+        state = bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device("cpu"))
         num_weights = math.prod(state.shape)
         num_blocks, scale = -(-num_weights // state.blocksize), torch.float32
         expected = [(state.absmax, num_blocks, torch.uint8 if state.nested else scale), (state.code, 16, scale)]

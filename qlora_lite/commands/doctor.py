@@ -28,8 +28,9 @@ from packaging.version import Version
 
 from qlora_lite import OFFLINE_ASKED, show
 from qlora_lite.device.tested import CARDS, on_cards
+from qlora_lite.files.cache import default_cache
+from qlora_lite.files.staging import free_bytes
 from qlora_lite.memory.kept import KEPT, kept_measurement
-from qlora_lite.recipe.hub_names import default_cache
 from qlora_lite.units import format_bytes
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -324,7 +325,7 @@ def no_card_finding(built_for: str | None) -> Finding:
 def look_at_cache(findings: list[Finding]) -> Facts:
     path = default_cache()
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
-    free, is_writable = shutil.disk_usage(existing).free, existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    free, is_writable = free_bytes(existing), existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     state = f"{path}, {format_bytes(free)} free"
     if not is_writable:
         advice = "Set QLORA_LITE_HOME to a writable folder"

@@ -5,9 +5,10 @@ from typing import Any
 
 from qlora_lite import OFFLINE_ASKED, show
 from qlora_lite.base.hub import fetch_files, look_up, open_hub
-from qlora_lite.base.shipped import SHIPPED, bring_shipped, default_cache
+from qlora_lite.base.shipped import SHIPPED, bring_shipped
 from qlora_lite.commands.stopping import told_how_to_fetch_on
 from qlora_lite.errors import UserError
+from qlora_lite.files.cache import default_cache
 from qlora_lite.files.manifest import read_manifest, weights_sha256
 from qlora_lite.recipe import parse_hub_name
 from qlora_lite.recipe.hub_names import fetch_command

@@ -37,11 +37,11 @@ from qlora_lite import show
 from qlora_lite.base.bnb import bitsandbytes
 from qlora_lite.base.known import known_config
 from qlora_lite.base.quantization import BLOCK, Quantization
-from qlora_lite.base.shipped import default_cache
 from qlora_lite.data.batches import pack_batch
 from qlora_lite.data.template import Encoded
 from qlora_lite.device.accelerator import card_at, free_memory, is_accelerator, synchronize, torch_module
 from qlora_lite.errors import UserError
+from qlora_lite.files.cache import default_cache
 from qlora_lite.memory.measuring import measure_allocations, rss_bytes
 from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.dtypes import choose_types

@@ -8,11 +8,11 @@ import torch
 
 from qlora_lite import show
 from qlora_lite.base.known import KNOWN, known_config
-from qlora_lite.base.shipped import default_cache
 from qlora_lite.base.source import context_window
 from qlora_lite.device.card import Card, card_in_table, card_named, name_of
 from qlora_lite.device.known_cards import KNOWN_CARDS
 from qlora_lite.errors import UserError
+from qlora_lite.files.cache import default_cache
 from qlora_lite.memory.kept import disk_speed
 from qlora_lite.plan import forecast, plan_of_model, read_request, sweep
 from qlora_lite.units import parse_budget

@@ -92,7 +92,7 @@ class StepSampler:
         self.steps_per_epoch = math.ceil(num_examples / examples_per_step)
         self.num_steps = max_steps if max_steps is not None else math.ceil(epochs * self.steps_per_epoch)
         self.seed = seed
-        self.shares = families is not None  # whether the examples of a step are packed as trees
+        self.share_prefixes = families is not None  # whether the examples of a step are packed as trees
         self._families = None if families is None else [np.asarray(family) for family in families]
         self._steps_of_epoch: tuple[int, list[list[int]]] | None = None  # of the last epoch; recomputed, never saved
 
@@ -127,12 +127,18 @@ class StepSampler:
 
 
 def sampler_of(
-    examples: TokenizedRows, *, examples_per_step: int, epochs: float, max_steps: int | None, seed: int, share: bool
+    examples: TokenizedRows,
+    *,
+    examples_per_step: int,
+    epochs: float,
+    max_steps: int | None,
+    seed: int,
+    share_prefixes: bool,
 ) -> StepSampler:
-    """Return the sampler of these examples; with `share`, examples with a shared prefix stay together."""
+    """Return the sampler of these examples; with `share_prefixes`, examples with a shared prefix stay together."""
     num_examples = len(examples.lengths)
     together = None
-    if share:
+    if share_prefixes:
         together = families(grow(examples, range(num_examples)), examples_per_step=examples_per_step)
     return StepSampler(
         num_examples,
@@ -145,18 +151,18 @@ def sampler_of(
 
 
 def make_batches(
-    examples: TokenizedRows, rows: Sequence[int], *, micro_batch_tokens: int, share: bool = False
+    examples: TokenizedRows, rows: Sequence[int], *, micro_batch_tokens: int, share_prefixes: bool = False
 ) -> list[Batch]:
     """Pack the examples of one step into few, evenly filled micro-batches of at most `micro_batch_tokens` tokens each.
 
-    With `share`, a shared prefix is in a micro-batch once; a tree that is too large is split and its trunk repeated.
+    With `share_prefixes`, a shared prefix is in a micro-batch once; a tree that is too large is split and its trunk repeated.
     A single longer example is a batch of its own. The largest batch comes last, when all gradients exist: there the memory of
     a step peaks and is measured.
     Deterministic; raises ValueError when `micro_batch_tokens` is below 1.
     """
     if micro_batch_tokens < 1:
         raise ValueError(f"micro_batch_tokens: expected a whole number above 0, got {micro_batch_tokens}")
-    if share:
+    if share_prefixes:
         pieces = list(grow(examples, rows).pieces(micro_batch_tokens))
     else:
         pieces = [Piece([row], int(examples.lengths[row])) for row in rows]
@@ -168,12 +174,12 @@ def make_batches(
         sorted(row for first in group for row in by_first[first])
         for group in too_long + _split_evenly(fitting, sizes, micro_batch_tokens)
     ]
-    if share:
+    if share_prefixes:
         groups = [part for group in groups for part in _within(examples, group, micro_batch_tokens)]
-    groups.sort(
-        key=lambda group: (_num_tokens(examples, group) if share else int(examples.lengths[group].sum()), group)
-    )
-    return [_packed(examples, group, share=share) for group in groups]
+    groups.sort(key=lambda group: (_num_tokens(examples, group, share_prefixes=share_prefixes), group))
+    if share_prefixes:
+        return [pack_trees(examples, group) for group in groups]
+    return [pack_batch([examples.encoded(row) for row in group], group) for group in groups]
 
 
 def step_with_largest_batch(
@@ -181,7 +187,7 @@ def step_with_largest_batch(
 ) -> int:
     """Return the step with the largest packed sequence, judged by lengths alone: a step of many tokens fills its micro-batches."""
     tokens = {
-        step: _num_tokens(examples, sampler.rows_of_step(step), share=sampler.shares)
+        step: _num_tokens(examples, sampler.rows_of_step(step), share_prefixes=sampler.share_prefixes)
         for step in range(first, len(sampler))
     }
     full = [step for step, total in tokens.items() if total >= micro_batch_tokens]
@@ -195,7 +201,7 @@ def largest_step(examples: TokenizedRows, sampler: StepSampler, micro_batch_toke
     """Return the micro-batches of that step, chosen among steps from `first` on; the largest comes last."""
     step = step_with_largest_batch(examples, sampler, micro_batch_tokens, first=first)
     rows = sampler.rows_of_step(step)
-    return make_batches(examples, rows, micro_batch_tokens=micro_batch_tokens, share=sampler.shares)
+    return make_batches(examples, rows, micro_batch_tokens=micro_batch_tokens, share_prefixes=sampler.share_prefixes)
 
 
 def pack_batch(encoded: Sequence[Encoded], rows: Sequence[int]) -> Batch:
@@ -266,10 +272,6 @@ def pack_trees(examples: TokenizedRows, rows: Sequence[int]) -> Batch:
     )
 
 
-def _packed(examples: TokenizedRows, rows: Sequence[int], *, share: bool) -> Batch:
-    return pack_trees(examples, rows) if share else pack_batch([examples.encoded(row) for row in rows], rows)
-
-
 def _within(examples: TokenizedRows, rows: list[int], capacity: int) -> list[list[int]]:
     """Return `rows`, halved until they fit: fewer examples may branch elsewhere than the whole step and need a few more tokens."""
     if len(rows) == 1 or _num_tokens(examples, rows) <= capacity:
@@ -278,8 +280,8 @@ def _within(examples: TokenizedRows, rows: list[int], capacity: int) -> list[lis
     return [*_within(examples, rows[:middle], capacity), *_within(examples, rows[middle:], capacity)]
 
 
-def _num_tokens(examples: TokenizedRows, rows: Sequence[int], *, share: bool = True) -> int:
-    if len(rows) == 1 or not share:
+def _num_tokens(examples: TokenizedRows, rows: Sequence[int], *, share_prefixes: bool = True) -> int:
+    if len(rows) == 1 or not share_prefixes:
         return int(examples.lengths[list(rows)].sum())
     return grow(examples, rows).num_tokens
 

@@ -3,14 +3,15 @@
 In: a path. Out: an open file, or its SHA-256. Raises one clear DataError for an unreadable file; never blocks on a pipe.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
 from qlora_lite.errors import DataError
+from qlora_lite.files.manifest import hex_digest
 from qlora_lite.files.text_file import NotText, OpenedText, decode_utf8, open_utf8
 from qlora_lite.limits import DATA_FILE_BYTES
 from qlora_lite.units import format_bytes
@@ -73,11 +74,8 @@ def data_suffix(path: Path) -> str:
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes. Raises DataError when it is unreadable."""
-    digest = sha256()
     with open_data_file(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hex_digest(file, hashlib.sha256())
 
 
 def _check_size(path: Path, num_bytes: int) -> None:

@@ -75,7 +75,8 @@ def find_columns(columns: Sequence[str], *, format: str) -> tuple[str, tuple[str
                 return name, required
     present = ", ".join(short(column) for column in columns[:30]) or "none"
     if format == "auto":
-        return f"no format has these columns: {present}. Known formats: {_all_columns()}"
+        known = "; ".join(f"{name}: {_alternatives(name)}" for name in FORMATS)
+        return f"no format has these columns: {present}. Known formats: {known}"
     missing = [[f'"{name}"' for name in required if name not in columns] for required in _COLUMNS[format]]
     fewest = min(missing, key=len)
     noun = "column" if len(fewest) == 1 else "columns"
@@ -326,7 +327,3 @@ def _assistant(content: str) -> Message:
 
 def _alternatives(format: str) -> str:
     return " or ".join(", ".join(columns) for columns in _COLUMNS[format])
-
-
-def _all_columns() -> str:
-    return "; ".join(f"{name}: {_alternatives(name)}" for name in FORMATS)

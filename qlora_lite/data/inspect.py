@@ -45,7 +45,6 @@ class RenderedRow:
     tokens: tuple[tuple[str, bool], ...]
     num_tokens: int
     was_cut: bool
-    is_answerable: bool
 
 
 @dataclass(frozen=True)
@@ -229,5 +228,4 @@ def _render_row(template: ChatTemplate, row: Row, no_answer_text: str, max_seq_l
         tokens=render_tokens(template.tokenizer, encoded),
         num_tokens=len(encoded.input_ids),
         was_cut=was_cut,
-        is_answerable=not isinstance(row, QuestionRow) or bool(row.answers),
     )

@@ -29,7 +29,7 @@ def question_prompt(
     """
     message = text_with_context(question, context)
     if format == "text":
-        return template.document_ids(message, is_finished=False), template.end_token_id
+        return template.document_ids(message), template.end_token_id
     if format == "squad":
         message = squad_text(question, context)
     elif format == "alpaca":

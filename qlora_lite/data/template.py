@@ -218,15 +218,13 @@ class ChatTemplate:
         body, ends = self._split_ends(text)
         if ends and not body.strip():
             raise NothingToTrain("a text with only stop tokens")
-        ids = [*self.document_ids(body, is_finished=False), self._ends[ends[0]] if ends else self.end_token_id]
+        ids = [*self.document_ids(body), self._ends[ends[0]] if ends else self.end_token_id]
         self._refuse_without_row(ids)
         remarks = [Remark("document", token) for token in sorted(found_in(body, self._any_special))]
         return ids, frozenset([*remarks, *(Remark("ended", token) for token in ends)])
 
-    def document_ids(self, text: str, *, is_finished: bool = True) -> list[int]:
-        """Return only the ids; without the end token for a text to continue."""
-        if is_finished:
-            return self.document(text)[0]
+    def document_ids(self, text: str) -> list[int]:
+        """Return the ids of a text to continue: without an end token."""
         ids, begin = self._ids(text), self._begin_ids()
         ids = ids if ids[: len(begin)] == begin else [*begin, *ids]
         self._refuse_without_row(ids)

@@ -80,11 +80,6 @@ def card_at_index(index: int) -> Card:
     )
 
 
-def forget_cards() -> None:
-    """Clear the cached card, after a test has changed the device."""
-    card_here.cache_clear()
-
-
 def card_at(device: str | torch.device) -> Card:
     """The card of a torch device of this machine."""
     if not is_accelerator(device):

@@ -35,20 +35,20 @@ def generate_answers(
     stop_token: int,
     max_new_tokens: int,
     batch_tokens: int = BATCH_TOKENS,
-    share: bool = False,
+    share_prefixes: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """One greedy answer per prompt (token ids from `data.template.encode_prompt`), in their order, stop token removed.
 
-    A batch has at most `batch_tokens` prompt tokens including padding, or one prompt; with `share`, a common prefix of its prompts is
-    read once. An answer also ends at the stop tokens of the model's own generation settings, as in plain `generate`. `progress(done)` is
-    called per batch.
+    A batch has at most `batch_tokens` prompt tokens including padding, or one prompt; with `share_prefixes`, a common prefix of its
+    prompts is read once. An answer also ends at the stop tokens of the model's own generation settings, as in plain `generate`.
+    `progress(done)` is called per batch.
     """
     answers: dict[int, str] = {}
     lengths = [len(prompt) for prompt in prompts]
-    share = share and min(lengths, default=0) > 1 and may_share(model, max(lengths))
+    share_prefixes = share_prefixes and min(lengths, default=0) > 1 and may_share(model, max(lengths))
     stops = stop_tokens(model, stop_token)
-    batches = tree_batches(prompts, batch_tokens) if share else length_batches(lengths, batch_tokens)
+    batches = tree_batches(prompts, batch_tokens) if share_prefixes else length_batches(lengths, batch_tokens)
     with generating(model):
         for indices in batches:
             batch_prompts = [prompts[i] for i in indices]
@@ -56,7 +56,7 @@ def generate_answers(
             width = ids_BT.shape[1]
             config = greedy(stop_token=stop_token, max_new_tokens=max_new_tokens)
             cache = None
-            if share:
+            if share_prefixes:
                 tree = pack_trees(_Prompts(batch_prompts), range(len(batch_prompts)))
                 cache = read_prompts(model, tree)
                 # `read_prompts` returns them in the tree's order

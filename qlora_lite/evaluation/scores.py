@@ -65,7 +65,7 @@ class EvalSettings:
     max_new_tokens: int
     micro_batch_tokens: int  # of the loss
     batch_tokens: int = BATCH_TOKENS  # prompt tokens answered at once
-    share: bool = False  # compute a passage once for all its questions
+    share_prefixes: bool = False  # compute a passage once for all its questions
 
 
 def evaluate_model(
@@ -87,7 +87,7 @@ def evaluate_model(
         examples,
         device=settings.device,
         micro_batch_tokens=settings.micro_batch_tokens,
-        share=settings.share,
+        share_prefixes=settings.share_prefixes,
     )
     left_out, account = left_out_of(examples), tuple(account_of(examples))
     asked = [(i, golds) for i in range(len(examples)) if (golds := examples.row(i).answers) is not None]
@@ -101,7 +101,7 @@ def evaluate_model(
         stop_token=template.stop_token_id,
         max_new_tokens=settings.max_new_tokens,
         batch_tokens=settings.batch_tokens,
-        share=settings.share,
+        share_prefixes=settings.share_prefixes,
         progress=None if progress is None else lambda done: progress(done, len(asked)),
     )
     pairs = [
@@ -121,14 +121,21 @@ def evaluate_model(
 
 @torch.no_grad()
 def validation_loss(
-    model: PreTrainedModel | PeftModel, examples: Examples, *, device: str, micro_batch_tokens: int, share: bool = False
+    model: PreTrainedModel | PeftModel,
+    examples: Examples,
+    *,
+    device: str,
+    micro_batch_tokens: int,
+    share_prefixes: bool = False,
 ) -> float:
-    """Mean loss per label token over all examples, by training's forward pass; with `share`, shared prefixes are computed once."""
+    """Mean loss per label token over all examples, by training's forward pass; with `share_prefixes`, shared prefixes are computed once."""
     was_training = model.training
-    share = share and may_share(model, int(examples.lengths.max()))
+    share_prefixes = share_prefixes and may_share(model, int(examples.lengths.max()))
     model.eval()
     try:
-        batches = make_batches(examples, range(len(examples)), micro_batch_tokens=micro_batch_tokens, share=share)
+        batches = make_batches(
+            examples, range(len(examples)), micro_batch_tokens=micro_batch_tokens, share_prefixes=share_prefixes
+        )
         with exact_sums():
             total = sum(batch_loss(model, batch.to(device)).item() for batch in batches)
     finally:

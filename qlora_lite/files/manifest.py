@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qlora_lite.errors import UserError
 from qlora_lite.files.json_text import parse_json
@@ -41,9 +41,13 @@ class Checked:
 def sha256_of_file(path: Path | str) -> str:
     """Return the hex SHA-256 of a file's bytes, read in chunks."""
     with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
+        return hex_digest(file, hashlib.sha256())
+
+
+def hex_digest(file: BinaryIO, digest: "hashlib._Hash") -> str:
+    """Feed the rest of an open file to `digest`, in chunks (Python 3.11 has it as hashlib.file_digest)."""
+    while chunk := file.read(2**20):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

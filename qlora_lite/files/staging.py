@@ -51,6 +51,11 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
         unlock(lock)
 
 
+def free_bytes(path: Path) -> int:
+    """Free space on the disk of `path`, which need not exist yet."""
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
 def publish_folder(staging: Path, out: Path) -> None:
     """Rename the finished folder `staging` to `out`, durably."""
     _sync_files(staging)

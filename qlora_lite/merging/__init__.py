@@ -21,12 +21,12 @@ from qlora_lite.base.generation_settings import add_stop_tokens
 from qlora_lite.files.manifest import folder_weights_sha256, read_manifest, verify_manifest, write_manifest
 from qlora_lite.files.staging import staged_folder
 from qlora_lite.merging.proof import Proof, prove_merge
-from qlora_lite.merging.write import MergeOptions, WriteResult, merge_adapter, write_merged
+from qlora_lite.merging.write import MergeOptions, WriteResult, write_merged
 
 if TYPE_CHECKING:
     from qlora_lite.data.template import Encoded
 
-__all__ = ["MergeOptions", "MergeResult", "Proof", "WriteResult", "merge", "merge_adapter", "prove_merge"]
+__all__ = ["MergeOptions", "MergeResult", "Proof", "WriteResult", "merge", "prove_merge"]
 
 
 @dataclass(frozen=True)

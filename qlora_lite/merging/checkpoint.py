@@ -23,12 +23,14 @@ from qlora_lite.base.quantization import SCALES, parts_of, read_quant_state, sto
 from qlora_lite.base.skeleton import empty_model
 from qlora_lite.base.source import load_config, read_config, read_json
 from qlora_lite.base.tensor_files import open_safetensors, weight_files
+from qlora_lite.files.library_names import CONFIG_FILE
+from qlora_lite.files.safetensors_writer import DTYPE_NAMES
 
 # Values of a row block: 16 MiB in fp32. Results do not depend on it.
 ROW_BLOCK_ELEMENTS = 4 * 2**20
 _LARGEST_QUANT_BLOCK = 4096
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {word: dtype for dtype, word in DTYPE_NAMES.items()}
 
 
 class Checkpoint:
@@ -51,7 +53,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self._dequantized_dtype = compute_dtype or torch.bfloat16
         self._compute_dtype = compute_dtype
-        self.config: dict[str, Any] = config or read_json(self.folder / "config.json")
+        self.config: dict[str, Any] = config or read_json(self.folder / CONFIG_FILE)
         self.quantization = stored_quantization(self.config, self.folder)
         self._files = _open_files(self.folder) if files is None else files
         self._keys = keys
@@ -152,7 +154,7 @@ class Checkpoint:
 
     def _quant_state(self, name: str) -> Any:
         parts = {part: self.stored(part) for part in self._parts[name]}
-        return read_quant_state(name, self.stored(name), parts, device="cpu")
+        return read_quant_state(name, self.stored(name), parts)
 
 
 def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,6 @@ Settings that change these formulas (biases, other methods, ...) and unknown set
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from qlora_lite.errors import ModelError
+from qlora_lite.files.library_names import A_FACTOR, ADDED_ROWS, B_FACTOR, MAGNITUDE, PREFIX, is_named
 from qlora_lite.model.adapter_config import read_adapter_config, token_ids_of
 from qlora_lite.model.dora import row_norms
 from qlora_lite.model.factors import saved_factors
 
-_PREFIX, _A, _B, _M = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-_ROWS = ".token_adapter.trainable_tokens_delta"
+_A, _B = f"{A_FACTOR}weight", f"{B_FACTOR}weight"
 
 
 @dataclass(frozen=True)
@@ -85,15 +84,17 @@ def read_adapter(folder: Path | str) -> Adapter:
     config = read_adapter_config(folder)
     tensors = saved_factors(folder)
     modules = sorted({_module_name(name) for name in tensors if _is_factor(name)})
-    not_factors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if not _is_factor(name)}
+    not_factors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if not _is_factor(name)}
     saved = tuple(config.get("modules_to_save") or ())
     whole = {name: tensor for name, tensor in not_factors.items() if _is_of(name, saved)}
     rows = {
-        f"{name.removesuffix(_ROWS)}.weight": tensor for name, tensor in not_factors.items() if name.endswith(_ROWS)
+        f"{name.removesuffix(ADDED_ROWS)}.weight": tensor
+        for name, tensor in not_factors.items()
+        if name.endswith(ADDED_ROWS)
     }
     token_ids = token_ids_of(config)
-    known = whole.keys() | {name for name in not_factors if name.endswith(_ROWS)}
-    problems = [f"{_PREFIX}{name}: not a LoRA factor" for name in sorted(not_factors.keys() - known)]
+    known = whole.keys() | {name for name in not_factors if name.endswith(ADDED_ROWS)}
+    problems = [f"{PREFIX}{name}: not a LoRA factor" for name in sorted(not_factors.keys() - known)]
     problems += [
         f"{name}: rows of tokens that adapter_config.json does not list"
         for name, values in rows.items()
@@ -101,7 +102,7 @@ def read_adapter(folder: Path | str) -> Adapter:
     ]
     factors: dict[str, LoraFactors] = {}
     for module in modules:
-        a_RI, b_OR = tensors.get(_PREFIX + module + _A), tensors.get(_PREFIX + module + _B)
+        a_RI, b_OR = tensors.get(PREFIX + module + _A), tensors.get(PREFIX + module + _B)
         if a_RI is None or b_OR is None:
             problems.append(f"{module}: has only one of lora_A and lora_B")
             continue
@@ -110,12 +111,13 @@ def read_adapter(folder: Path | str) -> Adapter:
             shapes = f"lora_A {list(a_RI.shape)}, lora_B {list(b_OR.shape)}"
             problems.append(f"{module}: {shapes}, but r={r} in adapter_config.json")
             continue
-        magnitude_O = tensors.get(_PREFIX + module + _M)
+        magnitude_O = tensors.get(PREFIX + module + MAGNITUDE)
         if (magnitude_O is not None) != bool(config.get("use_dora")):
             problems.append(f"{module}: {'has' if magnitude_O is not None else 'lacks'} DoRA's magnitudes")
             continue
         factors[module] = LoraFactors(a_RI, b_OR, scaling, magnitude_O)
-    _refuse(folder, problems, "the adapter is inconsistent")
+    if problems:
+        raise ModelError("\n".join([f"{folder}: the adapter is inconsistent", *(f"  {line}" for line in problems)]))
     if not factors and not whole:
         raise ModelError(f"{folder}: holds no LoRA factors")
     return Adapter(
@@ -152,20 +154,14 @@ def tuned_norms(weight_rows: Tensor, factors: LoraFactors, *, start: int) -> Ten
     return row_norms(weight_rows.square().sum(1), weight_rows @ a_RI.T, a_RI, b_rows)
 
 
-def _refuse(folder: Path, problems: Iterable[str], summary: str) -> None:
-    lines = list(problems)
-    if lines:
-        raise ModelError("\n".join([f"{folder}: {summary}", *(f"  {line}" for line in lines)]))
-
-
 def _is_factor(name: str) -> bool:
-    return name.startswith(_PREFIX) and name.endswith((_A, _B, _M))
+    return name.startswith(PREFIX) and name.endswith((_A, _B, MAGNITUDE))
 
 
 def _is_of(name: str, modules: tuple[str, ...]) -> bool:
     """Whether tensor `name` belongs to a module whose name is, or ends in, one of `modules`."""
     module = name.rpartition(".")[0]
-    return any(module == ending or module.endswith(f".{ending}") for ending in modules)
+    return any(is_named(module, ending) for ending in modules)
 
 
 def _ids_of(name: str, token_ids: dict[str, list[int]]) -> list[int]:
@@ -174,4 +170,4 @@ def _ids_of(name: str, token_ids: dict[str, list[int]]) -> list[int]:
 
 
 def _module_name(name: str) -> str:
-    return name.removeprefix(_PREFIX).removesuffix(_A).removesuffix(_B).removesuffix(_M)
+    return name.removeprefix(PREFIX).removesuffix(_A).removesuffix(_B).removesuffix(MAGNITUDE)

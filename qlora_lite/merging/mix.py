@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from qlora_lite.errors import ModelError, UserError
+from qlora_lite.files.library_names import A_FACTOR, ADAPTER_CONFIG_FILE, B_FACTOR, FACTORS_FILE, PREFIX, is_named
 from qlora_lite.files.manifest import write_manifest
 from qlora_lite.files.safetensors_writer import ShardedWriter, TensorSpec
 from qlora_lite.files.staging import staged_folder
 from qlora_lite.merging.lora import Adapter, LoraFactors
 from qlora_lite.merging.spectrum import lost_share, ranks_of_equal, spectra, truncated_adapter
-from qlora_lite.model.factors import FACTORS_FILE
 from qlora_lite.model.int8_factors import INT8_FILE, to_int8
 
 FACTOR_DTYPES = ("fp32", "bf16", "int8")
@@ -45,7 +45,7 @@ class Part:
     weights: Mapping[str, float]
 
     def weight_of(self, module: str) -> float:
-        endings = [ending for ending in self.weights if module == ending or module.endswith(f".{ending}")]
+        endings = [ending for ending in self.weights if is_named(module, ending)]
         return self.weights[max(endings, key=len)] if endings else self.weight
 
 
@@ -81,9 +81,7 @@ def mix_adapters(parts: Sequence[Part], *, rank: int | None = None) -> Mix:
             factors[module] = _side_by_side(kept)
     for part in parts:
         unknown = [
-            ending
-            for ending in part.weights
-            if not any(m == ending or m.endswith(f".{ending}") for m in part.adapter.factors)
+            ending for ending in part.weights if not any(is_named(module, ending) for module in part.adapter.factors)
         ]
         problems += [f"{part.name}: {ending} is not a module of this adapter" for ending in unknown]
     if problems:
@@ -139,7 +137,7 @@ def write_adapter(
             for name, tensor in tensors.items():
                 writer.write(name, [tensor])
         text = json.dumps(_config(adapter, base_name), indent=2, sort_keys=True) + "\n"
-        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        (folder / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
         for name, content in (texts or {}).items():
             (folder / name).write_text(content, encoding="utf-8")
         write_manifest(folder, {"made_of": dict(made_of)})
@@ -149,8 +147,8 @@ def write_adapter(
 def _named_tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for module, factors in adapter.factors.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = factors.a_RI.to(dtype)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = (factors.scaling * factors.b_OR.float()).to(dtype)
+        tensors[f"{PREFIX}{module}{A_FACTOR}weight"] = factors.a_RI.to(dtype)
+        tensors[f"{PREFIX}{module}{B_FACTOR}weight"] = (factors.scaling * factors.b_OR.float()).to(dtype)
     return tensors
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROUNDINGS = ("stochastic", "nearest")
 
 

@@ -8,10 +8,8 @@ affect it. Tensors without an adapter are copied exactly.
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,18 @@ from torch import Tensor
 
 from qlora_lite.base.companions import copy_companions
 from qlora_lite.errors import ModelError, UserError
+from qlora_lite.files.library_names import CONFIG_FILE
 from qlora_lite.files.safetensors_writer import (
     MAX_SHARD_BYTES,
     ShardedWriter,
     TensorSpec,
 )
-from qlora_lite.files.staging import staged_folder, write_text_durably
+from qlora_lite.files.staging import free_bytes, write_text_durably
 from qlora_lite.memory.anonymous import HostMemoryMeter
 from qlora_lite.merging.checkpoint import Checkpoint, open_checkpoint
 from qlora_lite.merging.lora import Adapter, TokenRows, change_rows_, read_adapter
-from qlora_lite.merging.rounding import DTYPES, ROUNDINGS, make_rounder
+from qlora_lite.merging.rounding import ROUNDINGS, make_rounder
+from qlora_lite.model.dtypes import DTYPES, word_of
 from qlora_lite.units import format_bytes
 
 
@@ -66,14 +66,6 @@ class MergeOptions:
                 raise UserError(f"merge.{option}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
         if not math.isfinite(self.scale):
             raise UserError(f"merge.scale: expected a finite number, got {self.scale}")
-
-
-def merge_adapter(
-    base_dir: Path | str, adapter_dir: Path | str, out_dir: Path | str, *, options: MergeOptions = MergeOptions()
-) -> WriteResult:
-    """Merge without proof into `out_dir`, which must be missing or empty; an error leaves nothing behind."""
-    with staged_folder(out_dir) as folder:
-        return write_merged(base_dir, adapter_dir, folder, options)
 
 
 def write_merged(base_dir: Path | str, adapter_dir: Path | str, folder: Path, options: MergeOptions) -> WriteResult:
@@ -114,7 +106,7 @@ def merged_blocks(
     if not adapter.changes(name):
         return stored_blocks(base, name, dtype)
     rounder = make_rounder(name, dtype=dtype, rounding=rounding, seed=seed)
-    return map(partial(_checked_rounded, rounder, name), tuned_row_blocks(base, adapter, name, scale))
+    return (_checked(rounder(block), name) for block in tuned_row_blocks(base, adapter, name, scale))
 
 
 def tuned_row_blocks(base: Checkpoint, adapter: Adapter, name: str, scale: float) -> Iterator[Tensor]:
@@ -184,21 +176,18 @@ def _out_dtype(base: Checkpoint, name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype if own.is_floating_point else own
 
 
-def _checked_rounded(rounder: Callable[[Tensor], Tensor], name: str, block: Tensor) -> Tensor:
-    return _checked(rounder(block), name)
-
-
 def _checked(block: Tensor, name: str) -> Tensor:
     finite = torch.isfinite(block)
     if not bool(finite.all()):  # count only then: it takes 8 bytes per boolean
         count = block.numel() - int(finite.sum())
-        dtype = next(word for word, kind in DTYPES.items() if kind == block.dtype)
-        raise ModelError(f"{name}: {count} values are not finite in {dtype}; try --set merge.dtype=bf16 or fp32")
+        raise ModelError(
+            f"{name}: {count} values are not finite in {word_of(block.dtype)}; try --set merge.dtype=bf16 or fp32"
+        )
     return block
 
 
 def _check_disk(folder: Path, total_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < total_bytes:
         raise UserError(
             f"{folder.parent}: the merged model needs {format_bytes(total_bytes)}, but {format_bytes(free)} are free"
@@ -213,7 +202,7 @@ def _write_config(base: Checkpoint, adapter: Adapter, folder: Path, dtype: torch
     num_rows = max((adapter.shape_of(name, base.shape(name))[0] for name in adapter.rows), default=0)
     if num_rows:
         config["vocab_size"] = num_rows
-    write_text_durably(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text_durably(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _warnings(base: Checkpoint, dtype: str) -> Iterator[str]:

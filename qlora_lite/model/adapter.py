@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from qlora_lite.base.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.base.finite import NotFiniteWeights
 from qlora_lite.errors import ModelError
+from qlora_lite.files.library_names import A_FACTOR, B_FACTOR, WHOLE_MODULE, is_named
 from qlora_lite.foreign import foreign
 from qlora_lite.model.adapter_config import read_adapter_config
 from qlora_lite.model.dora import Dora
@@ -96,10 +97,8 @@ def modules_trained_whole(
     return whole
 
 
-def load_adapter(
-    model: PreTrainedModel, folder: Path, *, trainable: bool = False, factor_dtype: torch.dtype = torch.bfloat16
-) -> PeftModel:
-    """Wrap `model` with the adapter saved in `folder` (PEFT's format). Raises ModelError when it does not fit the model."""
+def load_adapter(model: PreTrainedModel, folder: Path, *, factor_dtype: torch.dtype = torch.bfloat16) -> PeftModel:
+    """Wrap `model` with the adapter saved in `folder` (PEFT's format), frozen. Raises ModelError when it does not fit the model."""
     try:
         read_adapter_config(folder)
         saved = saved_factors(folder)
@@ -113,7 +112,7 @@ def load_adapter(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # missing keys are an error below, not a warning
-        adapted = PeftModel.from_pretrained(model, str(plain), is_trainable=trainable, autocast_adapter_dtype=False)
+        adapted = PeftModel.from_pretrained(model, str(plain), autocast_adapter_dtype=False)
     _refuse_other_factors(adapted, saved.keys(), folder)
     _prepare(adapted, factor_dtype, is_new=False)
     if adapted.peft_config["default"].use_dora:  # peft has rounded the fp32 magnitudes to its own 16-bit ones
@@ -163,9 +162,9 @@ class FactorLinear(torch.nn.Linear):
 
 def _prepare(adapted: PeftModel, factor_dtype: torch.dtype, *, is_new: bool) -> PeftModel:
     for name, module in list(adapted.named_modules()):
-        if type(module) is torch.nn.Linear and name.split(".")[-2:-1] in (["lora_A"], ["lora_B"]):
+        if type(module) is torch.nn.Linear and name.endswith((f"{A_FACTOR}default", f"{B_FACTOR}default")):
             _replace(adapted, name, _factor(module, factor_dtype))
-        elif name.endswith(".modules_to_save.default"):
+        elif name.endswith(WHOLE_MODULE):
             _set_up_whole(adapted, name, module)
     for name, layer in list(adapted.named_modules()):
         if isinstance(layer, LoraLayer):
@@ -231,7 +230,7 @@ def _whole_modules(model: PreTrainedModel, modules_to_save: Sequence[str]) -> li
     names: list[str] = []
     free = ", ".join(sorted({n.split(".")[-1] for n, module in modules.items() if not isinstance(module, quantized)}))
     for wanted in modules_to_save:
-        matches = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        matches = [name for name in modules if is_named(name, wanted)]
         where = f'lora.modules_to_save: "{wanted}"'
         if not matches:
             raise ModelError(f"{where} matches no module with weights in this model; modules in 16 bits: {free}")
@@ -266,7 +265,7 @@ def _named_targets(model: PreTrainedModel, target_modules: list[str]) -> list[st
     endings = sorted({name.split(".")[-1] for name in linear})
     for target in target_modules:
         if not any(name == target or name.endswith("." + target) for name in linear):
-            other = next((kind for name, kind in kinds.items() if name == target or name.endswith(f".{target}")), None)
+            other = next((kind for name, kind in kinds.items() if is_named(name, target)), None)
             type_note = f" ({target} is of type {other})" if other else ""
             raise ModelError(
                 f'lora.target_modules: "{target}" is not a linear layer of this model{type_note}; its linear layers: {", ".join(endings)}. '

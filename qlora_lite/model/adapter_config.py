@@ -11,9 +11,9 @@ from typing import Any
 
 from qlora_lite.base.source import read_json
 from qlora_lite.errors import ModelError
+from qlora_lite.files.library_names import ADAPTER_CONFIG_FILE, STARTS_ON_BASE
 from qlora_lite.limits import ADAPTER_RANK, PATTERN_CHARS, VOCABULARY
 
-ADAPTER_CONFIG = "adapter_config.json"
 # Settings that affect where and how factors were trained, but not the change that they add.
 _INERT = {
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "peft_type", "bias"),
@@ -22,7 +22,6 @@ _INERT = {
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
     *("megatron_core", "qalora_group_size"),  # their defaults are not empty; they act only with other settings
 }
-_INIT_KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # PiSSA, OLoRA, LoftQ, CorDA change the base
 _FLAGS = ("use_rslora", "use_dora", "inference_mode")
 _TEXTS = ("base_model_name_or_path", "revision", "task_type", "peft_version", "megatron_core")
 _NAMES = ("modules_to_save", "target_modules", "exclude_modules", "layers_pattern")
@@ -30,7 +29,7 @@ _NAMES = ("modules_to_save", "target_modules", "exclude_modules", "layers_patter
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The settings of the adapter in `folder`. Raises ModelError naming all that are wrong or not supported."""
-    path = folder / ADAPTER_CONFIG
+    path = folder / ADAPTER_CONFIG_FILE
     config = read_json(path)
     problems = [*_unsupported(config), *_malformed(config)]
     if problems:
@@ -51,7 +50,7 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
         problems.append(f"peft_type: {_shown(config.get('peft_type'))} (only LORA)")
     if config.get("bias", "none") != "none":
         problems.append(f"bias: {_shown(config['bias'])} (only none)")
-    if config.get("init_lora_weights", True) not in _INIT_KEEPS_BASE:
+    if config.get("init_lora_weights", True) not in STARTS_ON_BASE:
         problems.append(f"init_lora_weights: {_shown(config['init_lora_weights'])} (changes the base weights)")
     problems += [f"{key}: missing" for key in ("r", "lora_alpha") if key not in config]
     return problems

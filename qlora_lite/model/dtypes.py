@@ -19,7 +19,7 @@ from qlora_lite.device.accelerator import cpu_multiplies_bf16
 from qlora_lite.device.card import Card
 from qlora_lite.errors import UserError
 
-BY_NAME = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their words in a recipe
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class NumberTypes:
     @property
     def name(self) -> str:
         """The compute type as in a recipe: `bf16`, `fp16` or `fp32`."""
-        return next(name for name, dtype in BY_NAME.items() if dtype is self.compute)
+        return word_of(self.compute)
 
 
 def choose_types(asked: str, card: Card) -> NumberTypes:
@@ -51,16 +51,21 @@ def choose_types(asked: str, card: Card) -> NumberTypes:
         raise UserError(
             "model.dtype: fp16 is for cards without bf16; CPUs compute in bf16. Use model.dtype: auto, bf16 or fp32"
         )
-    if asked == "bf16":
-        if not card.has_bf16:
-            raise UserError(f"model.dtype: the {name} has no bf16. Use model.dtype: auto, fp16 or fp32")
-        return NumberTypes(torch.bfloat16, torch.bfloat16, scale_loss=False, reason=reason)
-    return NumberTypes(BY_NAME[asked], torch.float32, scale_loss=asked == "fp16", reason=reason)
+    if asked == "bf16" and not card.has_bf16:
+        raise UserError(f"model.dtype: the {name} has no bf16. Use model.dtype: auto, fp16 or fp32")
+    return _computed_in(asked, reason)
 
 
 def types_of_run(name: str) -> NumberTypes:
     """The line of the table that a run was trained with, on any machine, so that a merge does not depend on the machine."""
-    reason = f"{name}: as the run was trained"
-    if name == "bf16":
-        return NumberTypes(torch.bfloat16, torch.bfloat16, scale_loss=False, reason=reason)
-    return NumberTypes(BY_NAME[name], torch.float32, scale_loss=name == "fp16", reason=reason)
+    return _computed_in(name, f"{name}: as the run was trained")
+
+
+def _computed_in(name: str, reason: str) -> NumberTypes:
+    factors = torch.bfloat16 if name == "bf16" else torch.float32
+    return NumberTypes(DTYPES[name], factors, scale_loss=name == "fp16", reason=reason)
+
+
+def word_of(dtype: torch.dtype) -> str:
+    """`bf16`, `fp16` or `fp32` of torch's type."""
+    return next(word for word, known in DTYPES.items() if known is dtype)

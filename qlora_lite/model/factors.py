@@ -17,10 +17,8 @@ from safetensors.torch import save_file
 from qlora_lite.base.finite import NotFiniteWeights, refuse_not_finite
 from qlora_lite.base.tensor_files import load_tensors
 from qlora_lite.errors import ModelError
-from qlora_lite.model.adapter_config import ADAPTER_CONFIG
+from qlora_lite.files.library_names import ADAPTER_CONFIG_FILE, FACTORS_FILE
 from qlora_lite.model.int8_factors import INT8_FILE, from_int8
-
-FACTORS_FILE = "adapter_model.safetensors"
 
 
 def saved_factors(folder: Path) -> dict[str, torch.Tensor]:
@@ -48,7 +46,7 @@ def in_pefts_file(folder: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="qlora-lite-") as name:
         plain = Path(name)
-        shutil.copyfile(folder / ADAPTER_CONFIG, plain / ADAPTER_CONFIG)
+        shutil.copyfile(folder / ADAPTER_CONFIG_FILE, plain / ADAPTER_CONFIG_FILE)
         save_file(saved_factors(folder), plain / FACTORS_FILE)
         yield plain
 

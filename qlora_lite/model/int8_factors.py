@@ -14,8 +14,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qlora_lite.files.library_names import B_FACTOR
+
 INT8_FILE = "adapter_model.int8.safetensors"
-_STEP, _B = ".step", ".lora_B.weight"
+_STEP = ".step"
 _BLOCK = 64
 
 
@@ -50,7 +52,7 @@ def from_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _by_direction(name: str, factor: Tensor) -> Tensor:
     """A as [R, in], B as [R, out]; its own inverse."""
-    return factor.T if name.endswith(_B) else factor
+    return factor.T if name.endswith(f"{B_FACTOR}weight") else factor
 
 
 def _blocks(rows_RN: Tensor) -> Tensor:

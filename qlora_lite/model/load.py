@@ -20,6 +20,7 @@ from qlora_lite.base.skeleton import empty_model, model_class
 from qlora_lite.base.source import load_config, read_config, read_json
 from qlora_lite.device.out_of_memory import is_out_of_memory
 from qlora_lite.errors import ModelError
+from qlora_lite.files.library_names import GENERATION_FILE
 from qlora_lite.foreign import foreign
 from qlora_lite.limits import TOKENIZER_BYTES
 from qlora_lite.model.attention import PACKED, packs_rows, padded_attention
@@ -72,7 +73,7 @@ def load_base(
                 fill_model(model, folder, device=device, compute=compute)
             else:
                 model = _plain_model(config, folder, device=device, compute=compute)
-            if (folder / "generation_config.json").is_file():
+            if (folder / GENERATION_FILE).is_file():
                 model.generation_config = _generation_config(folder)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             if is_out_of_memory(error):
@@ -87,8 +88,8 @@ def load_base(
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
-    read_json(folder / "generation_config.json")
-    path, advice = folder / "generation_config.json", "Correct or remove it: nothing here needs it"
+    read_json(folder / GENERATION_FILE)
+    path, advice = folder / GENERATION_FILE, "Correct or remove it: nothing here needs it"
     with foreign(lambda said: ModelError(f"{path}: not readable as generation settings ({said}). {advice}")):
         return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
 

@@ -16,6 +16,7 @@ from qlora_lite.base.companions import copy_companions
 from qlora_lite.base.published import published_weights
 from qlora_lite.base.skeleton import empty_model
 from qlora_lite.base.source import load_config, read_config
+from qlora_lite.files.library_names import CONFIG_FILE, FACTORS_FILE
 from qlora_lite.model.adapter import save_adapter
 
 ADAPTER, WEIGHTS = "adapter", "weights"
@@ -55,13 +56,13 @@ def _write_config(model: PreTrainedModel, base: Path, out: Path) -> None:
     own["tie_word_embeddings"] = model.config.tie_word_embeddings
     config = {key: value for key, value in read_config(base).items() if key != "torch_dtype"} | own
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
+    (out / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def load_trained(model: PeftModel | PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     """Read the tensors that `save_trained` wrote to `folder`, with the names of `trained_parameters`."""
     if isinstance(model, PeftModel):
-        return load_file(folder / ADAPTER / "adapter_model.safetensors")
+        return load_file(folder / ADAPTER / FACTORS_FILE)
     out = folder / WEIGHTS
     tensors = published_weights(out, empty_model(load_config(out))).tensors
     return {name: tensor.value() for name, tensor in tensors.items()}

@@ -115,7 +115,7 @@ def _put_4_bit(
     )
     layer.compute_type_is_set = True
     state = read_quant_state(
-        name, tensors[name], {part: t for part, t in tensors.items() if part != name}, device="cpu"
+        name, tensors[name], {part: t for part, t in tensors.items() if part != name}
     )  # checks sizes
     if state.nested:
         refuse_not_finite(state.offset, "the mean of its scales", where=name)

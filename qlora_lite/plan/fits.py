@@ -72,11 +72,8 @@ class Labels:
         whole = 16 * math.ceil(num_labels / 16)
         is_one = num_labels <= self._chunk
         knots, at = ((FEW, self._chunk), whole) if is_one else ((self._chunk + 1, 4 * self._chunk), num_labels)
-        few, *ends = (self._totals(labels) for labels in (FEW, *knots))
+        few, *ends = (totals(self._rehearse(MicroBatch(KNOTS[0], 1, labels / KNOTS[0]))) for labels in (FEW, *knots))
         return {stretch: size - few[stretch] for stretch, size in _line(knots, ends, at).items()}
-
-    def _totals(self, num_labels: int) -> Bytes:
-        return totals(self._rehearse(MicroBatch(KNOTS[0], 1, num_labels / KNOTS[0])))
 
 
 class Growth:

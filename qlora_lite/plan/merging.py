@@ -28,17 +28,17 @@ from qlora_lite.base.quantization import Quantization
 from qlora_lite.base.skeleton import empty_model
 from qlora_lite.data.template import Encoded
 from qlora_lite.device.card import CPU
+from qlora_lite.files.library_names import A_FACTOR, B_FACTOR, MAGNITUDE, PREFIX, WHOLE_MODULE
+from qlora_lite.files.safetensors_writer import DTYPE_NAMES
 from qlora_lite.memory.ledger import PAGED, Ledger
 from qlora_lite.merging.checkpoint import Checkpoint
 from qlora_lite.merging.lora import Adapter, LoraFactors
 from qlora_lite.merging.proof import Models
-from qlora_lite.merging.rounding import DTYPES
 from qlora_lite.merging.write import merged_blocks
+from qlora_lite.model.dtypes import DTYPES
 from qlora_lite.model.meta import four_bit_state
 from qlora_lite.plan.rehearsal import Body, Settings, attention_on, layer_period, names_layers, running, with_depth
 from qlora_lite.plan.workspace import workspace_of
-
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _ShapeSlice:
         return list(self.tensor.shape)
 
     def get_dtype(self) -> str:
-        return _DTYPE_NAMES.get(self.tensor.dtype, "")
+        return DTYPE_NAMES[self.tensor.dtype]
 
 
 def _files(config: PreTrainedConfig, merging: Merging) -> tuple[Checkpoint, Adapter, Ledger]:
@@ -155,18 +155,17 @@ def _adapter(model: Any) -> Adapter:
     """Return a model's adapter in the form of `read_adapter`."""
     assert isinstance(model, PeftModel)
     trained = {
-        name.removeprefix("base_model.model."): parameter.detach()
+        name.removeprefix(PREFIX): parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    a, b, m = ".lora_A.default.weight", ".lora_B.default.weight", ".lora_magnitude_vector.default.weight"
+    a, b, m = (f"{part}default.weight" for part in (A_FACTOR, B_FACTOR, f"{MAGNITUDE}."))
     modules = [name.removesuffix(a) for name in trained if name.endswith(a)]
     factors = {
         module: LoraFactors(trained[module + a], trained[module + b], 2.0, trained.get(module + m))
         for module in modules
     }
-    saved = ".modules_to_save.default"
-    whole = {name.replace(saved, ""): parameter for name, parameter in trained.items() if saved in name}
+    whole = {name.replace(WHOLE_MODULE, ""): parameter for name, parameter in trained.items() if WHOLE_MODULE in name}
     return Adapter(factors, whole, {})
 
 

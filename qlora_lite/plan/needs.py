@@ -8,7 +8,6 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from qlora_lite.base.generation_settings import base_stops
-from qlora_lite.base.shipped import default_cache
 from qlora_lite.base.skeleton import model_class
 from qlora_lite.base.source import context_window, load_config
 from qlora_lite.data.batches import sampler_of
@@ -20,6 +19,7 @@ from qlora_lite.data.trees import Sharing, sharing
 from qlora_lite.errors import DataError
 from qlora_lite.evaluation.generate import BATCH_TOKENS
 from qlora_lite.evaluation.held_out import held_out_rows, longest_scored
+from qlora_lite.files.cache import TOKENIZED, default_cache
 from qlora_lite.model.attention import why_not_shared
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe
@@ -67,7 +67,11 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
         raise DataError(
             f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
         )
-    may_share = _may_share(recipe, load_config(source), 0 if asked == "auto" else asked)
+    config = load_config(source)
+    length = 0 if asked == "auto" else asked
+    may_share = (
+        recipe.data.share_prefixes is not False and why_not_shared(model_class(config), config, length=length) is None
+    )
     if asked != "auto" and not (may_share and _has_data(recipe)):
         return replace(needs, length=asked)
     examples = load_examples(
@@ -75,7 +79,7 @@ def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) ->
         load_tokenizer(source, special_tokens=recipe.data.special_tokens),
         reading_of(recipe, source),
         max_seq_length=None if asked == "auto" else asked,
-        cache_dir=cache / "data",
+        cache_dir=cache / TOKENIZED,
     )
     shared = _sharing_of(recipe, examples) if may_share else None
     if asked != "auto":
@@ -111,16 +115,10 @@ def with_scored(
         max_seq_length=limit,
         text_length=needs.length,
         window=window,
-        cache_dir=cache / "data",
+        cache_dir=cache / TOKENIZED,
     )
     longest, share = int(rows.lengths.max()), float(rows.num_label_tokens.sum() / rows.lengths.sum())
     return replace(needs, longest_scored=longest, scored_label_share=share)
-
-
-def _may_share(recipe: Recipe, config: PreTrainedConfig, length: int) -> bool:
-    return (
-        recipe.data.share_prefixes is not False and why_not_shared(model_class(config), config, length=length) is None
-    )
 
 
 def _has_data(recipe: Recipe) -> bool:
@@ -139,7 +137,7 @@ def _sharing_of(recipe: Recipe, examples: Examples) -> Sharing:
         epochs=1.0,
         max_steps=max(num_steps, steps_per_epoch),
         seed=train.seed,
-        share=True,
+        share_prefixes=True,
     )
     num_sampled = min(steps_per_epoch, SAMPLED_STEPS)
     later = range(num_sampled, max(num_sampled, min(num_steps, num_sampled + SIZED_STEPS)))

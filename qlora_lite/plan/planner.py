@@ -238,7 +238,7 @@ def _batch_of_answers(
         (length,) * min(needs.num_scored, EVAL_BATCH_TOKENS[0]),
         needs.max_new_tokens,
         free.eval_batch_tokens or EVAL_BATCH_TOKENS[0],
-        share=needs.sharing is not None,
+        share_prefixes=needs.sharing is not None,
         longest=longest,
     )
     for tokens in () if free.eval_batch_tokens is not None else EVAL_BATCH_TOKENS:

@@ -31,6 +31,7 @@ from qlora_lite.base.quantization import Quantization
 from qlora_lite.data.batches import Batch
 from qlora_lite.device.card import COMMON_CARD, Card
 from qlora_lite.errors import ModelError
+from qlora_lite.files.library_names import A_FACTOR, B_FACTOR, is_of_adapter
 from qlora_lite.foreign import foreign, is_of_our_code
 from qlora_lite.memory.ledger import PAGED, PHASES, Ledger, count_as_after, counted_as
 from qlora_lite.model.adapter import Lora, attach_adapter
@@ -54,7 +55,6 @@ NF4 = Quantization("nf4")
 _EMBEDDING = "embedding"  # allocations after the gradient of the embeddings, when weights are trained
 _STRETCHES = {**PHASES, _EMBEDDING: "end of backward"}
 _UPDATE = next(name for name, phase in PHASES.items() if phase == "update")
-_PHASE_OF = {"end of backward": "backward"}
 Phases = dict[str, dict[str, int]]  # bytes by part at the peak of each phase
 
 
@@ -123,7 +123,7 @@ class Rehearsal:
         """Parts by phase (forward, head, backward, update, and evaluate if planned), at the highest stretch of each."""
         phases: Phases = {}
         for stretch, parts in self.stretches.items():
-            phase = _PHASE_OF.get(stretch, stretch)
+            phase = "backward" if stretch == _STRETCHES[_EMBEDDING] else stretch
             if phase not in phases or sum(parts.values()) > sum(phases[phase].values()):
                 phases[phase] = parts
         return phases
@@ -211,7 +211,7 @@ class Body:
         self.num_in_factors = sum(
             parameter.numel()
             for name, parameter in self.model.named_parameters()
-            if ".lora_A." in name or ".lora_B." in name
+            if A_FACTOR in name or B_FACTOR in name
         )
         self.ledger: Ledger | None = None
         for parameter in self.trained:
@@ -410,8 +410,7 @@ def _add_magnitudes(model: PeftModel) -> None:
 
 def _num_weights(model: PreTrainedModel) -> int:
     """Count the base's weights: tied ones once, packed ones as their unpacked number."""
-    added = (".lora_", "modules_to_save", "trainable_tokens_")
-    frozen = {name: p for name, p in model.named_parameters() if not any(part in name for part in added)}
+    frozen = {name: p for name, p in model.named_parameters() if not is_of_adapter(name)}
     stored = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)}
     return sum(
         stored[id(p)].in_features * stored[id(p)].out_features if id(p) in stored else p.numel()

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from qlora_lite.base.known import KNOWN, known_config, known_name, known_shape
-from qlora_lite.base.shipped import default_cache
 from qlora_lite.base.source import context_window, find_base, load_config
 from qlora_lite.device.accelerator import card_here, choose_device
 from qlora_lite.device.card import COMMON_CARD, Card
 from qlora_lite.errors import ModelError, UserError
+from qlora_lite.files.cache import default_cache
+from qlora_lite.files.library_names import CONFIG_FILE
 from qlora_lite.model.dtypes import choose_types
 from qlora_lite.plan.budget import budget_of, measured_here
 from qlora_lite.plan.needs import Needs, choose_format, needs_of, num_scored, with_scored
@@ -68,11 +69,7 @@ def _planned(
 def _is_model(request: str) -> bool:
     """Whether `request` is a known shape, a model folder or file, or a fetched hub model."""
     path = Path(request)
-    if (
-        known_name(request) is not None
-        or (path / "config.json").is_file()
-        or (path.suffix == ".gguf" and path.is_file())
-    ):
+    if known_name(request) is not None or (path / CONFIG_FILE).is_file() or (path.suffix == ".gguf" and path.is_file()):
         return True
     return is_hub_name(request) and not path.exists() and find_fetched(request, None, cache=default_cache()) is not None
 

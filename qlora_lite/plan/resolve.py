@@ -78,7 +78,7 @@ class Resolved:
         return self.card.device
 
     @property
-    def shares(self) -> bool:
+    def share_prefixes(self) -> bool:
         """Whether examples are packed as prefix trees."""
         return self.recipe.data.share_prefixes is True
 

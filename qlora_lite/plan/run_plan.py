@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from qlora_lite.base.shipped import default_cache
 from qlora_lite.base.source import context_window, find_base, load_config
 from qlora_lite.device.accelerator import choose_device, recipe_word
 from qlora_lite.device.card import name_of
+from qlora_lite.files.cache import default_cache
 from qlora_lite.model.dtypes import choose_types, types_of_run
 from qlora_lite.plan.budget import budget_of, measured_here
 from qlora_lite.plan.needs import choose_format, needs_of, with_scored

@@ -52,7 +52,7 @@ class Scoring:
     prompts: tuple[int, ...] = ()
     max_new_tokens: int = 32
     batch_tokens: int = BATCH_TOKENS
-    share: bool = False  # prompts are packed as prefix trees
+    share_prefixes: bool = False  # prompts are packed as prefix trees
     longest: int = 0  # tokens of the longest held-out example; 0 if unknown
 
     @property
@@ -79,7 +79,11 @@ def evaluation_moments(scene: Scene, scoring: Scoring) -> Phases:
     moments = {"validation": _validation(scene, scoring.validation)}
     for num_prompts, length in scoring.batches:
         phases = _generation(
-            scene, num_prompts, length, max_new_tokens=scoring.max_new_tokens, share=scoring.share and length > 1
+            scene,
+            num_prompts,
+            length,
+            max_new_tokens=scoring.max_new_tokens,
+            share_prefixes=scoring.share_prefixes and length > 1,
         )
         moments |= {f"{name}, {num_prompts} of {length} tokens": parts for name, parts in phases.items()}
     return moments
@@ -94,16 +98,16 @@ def _validation(scene: Scene, micro_batch: MicroBatch) -> dict[str, int]:
     return scene.ledger.peak
 
 
-def _generation(scene: Scene, num_prompts: int, length: int, *, max_new_tokens: int, share: bool) -> Phases:
+def _generation(scene: Scene, num_prompts: int, length: int, *, max_new_tokens: int, share_prefixes: bool) -> Phases:
     """Rehearse the answers: the first token is the prompt's forward pass, each later one a step that lengthens the cache by one.
 
-    With `share` the prompts are read first as one packed sequence, as if they shared no tokens: the upper bound.
+    With `share_prefixes` the prompts are read first as one packed sequence, as if they shared no tokens: the upper bound.
     """
     cache = DynamicCache(config=causal_lm(scene.model).config.get_text_config(decoder=True))
     prompt = _ids_and_mask(num_prompts, length)  # held until the answers are complete
     scene.ledger.hold("activations", *prompt)
     phases: Phases = {}
-    if share:
+    if share_prefixes:
         cache, phases["reading"] = _read(scene, num_prompts, length)
     if max_new_tokens <= 3:
         return phases | {"prompt": _generate(scene, *prompt, cache, num_tokens=max_new_tokens)}

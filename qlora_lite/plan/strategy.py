@@ -12,7 +12,7 @@ by 6% about the formula (tools/results/bench_ways.json). It is not measured on a
 micro-batches cut prefix trees, counted on the data (1 without sharing).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from qlora_lite.device.card import Card
@@ -146,17 +146,14 @@ def _choices(asked: "int | str | None", choices: tuple) -> tuple:  # type: ignor
 
 
 def _token_choices(free: Free, card: Card, length: int) -> tuple[int, ...]:
+    """Return halves of the largest number of tokens, down to the longest example."""
     if free.micro_batch_tokens is not None:
         return (free.micro_batch_tokens,)
     largest = CPU_MICRO_BATCH_TOKENS if card.is_cpu else CARD_MICRO_BATCH_TOKENS
-    return tuple(_halves(max(largest, length), length))
-
-
-def _halves(largest: int, smallest: int) -> Iterator[int]:
-    while largest > smallest:
-        yield largest
-        largest //= 2
-    yield smallest
+    choices = [max(largest, length)]
+    while choices[-1] > length:
+        choices.append(max(choices[-1] // 2, length))
+    return tuple(choices)
 
 
 def _recomputed(every: int) -> float:

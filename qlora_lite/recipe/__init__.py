@@ -6,8 +6,7 @@ transformers, so a misspelt key is reported at once.
 
     yaml_text.py    text -> values with their lines; safe for any file
     schema.py       the keys: type, range, default, meaning
-    not_yet.py      the values that this version refuses by name
-    checks.py       missing files, contradicting keys
+    checks.py       missing files, contradicting keys, values that this version refuses
     hub_names.py    org/name -> the folder that fetch made
     wording.py      expected, got, did you mean
     load.py         load_recipe, dump_recipe, load_run_recipe

@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_lite.files.cache import default_cache
 from qlora_lite.files.json_text import parse_json
+from qlora_lite.files.library_names import ADAPTER_CONFIG_FILE, STARTS_ON_BASE
 from qlora_lite.limits import JSON_BYTES
-from qlora_lite.recipe import hub_names, not_yet, wording
+from qlora_lite.recipe import hub_names, wording
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.shipped import SHIPPED_MODELS
 
 KeyProblem = tuple[str, str]
+ATTENTION_ADVICE = "use auto or sdpa"  # the supported values of model.attention
 _SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")
-
-_ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
 
 
 def find_file(text: str, folders: Sequence[Path]) -> tuple[str | None, list[str]]:
@@ -44,7 +45,6 @@ def find_data_file(key: str, text: str, folders: Sequence[Path]) -> tuple[str, l
 
 
 _OTHER_STARTS = ("pissa", "olora", "loftq", "corda", "eva")  # peft's other initializations
-_STARTS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # of init_lora_weights
 _WHY_NOT = (
     "is not supported: PiSSA, OLoRA, LoftQ and CorDA move part of the weights into the factors and change the frozen base, which "
     "is one hashed file shared by training, resuming and merging; EVA needs activations first. Use null (B = 0), or the "
@@ -59,12 +59,15 @@ def find_adapter(text: str, folders: Sequence[Path]) -> tuple[str, list[KeyProbl
         return text, [("lora.init_from", f"{wording.quoted(text)} {_WHY_NOT}")]
     if path is None:
         return text, [("lora.init_from", f"no such folder; looked at {_places(looked)}{_similar_file(looked)}")]
-    if not os.path.isfile(os.path.join(path, _ADAPTER_CONFIG)):
+    if not os.path.isfile(os.path.join(path, ADAPTER_CONFIG_FILE)):
         below = os.path.join(path, "adapter")
-        is_run = os.path.isfile(os.path.join(below, _ADAPTER_CONFIG))
+        is_run = os.path.isfile(os.path.join(below, ADAPTER_CONFIG_FILE))
         hint = f"; did you mean {wording.printable_path(below)}?" if is_run else ""
         return path, [
-            ("lora.init_from", f"{wording.printable_path(path)} is not an adapter: {_ADAPTER_CONFIG} is missing{hint}")
+            (
+                "lora.init_from",
+                f"{wording.printable_path(path)} is not an adapter: {ADAPTER_CONFIG_FILE} is missing{hint}",
+            )
         ]
     return path, []
 
@@ -75,7 +78,7 @@ def adapter_differences(recipe: Recipe) -> list[KeyProblem]:
     Reads only the adapter's config: layers and shapes are checked when its tensors are loaded.
     """
     assert recipe.lora.init_from is not None
-    path = os.path.join(recipe.lora.init_from, _ADAPTER_CONFIG)
+    path = os.path.join(recipe.lora.init_from, ADAPTER_CONFIG_FILE)
     try:
         with open(path, "rb") as file:
             config = parse_json(file.read(JSON_BYTES))
@@ -92,7 +95,7 @@ def adapter_differences(recipe: Recipe) -> list[KeyProblem]:
                 "use the adapter's value"
             )
             problems.append((f"lora.{key}", sentence))
-    if config.get("init_lora_weights", True) not in _STARTS_THAT_KEEP_THE_BASE:
+    if config.get("init_lora_weights", True) not in STARTS_ON_BASE:
         start = wording.got(config["init_lora_weights"])
         problems.append(
             (
@@ -133,7 +136,7 @@ def find_base(text: str, folders: Sequence[Path], *, revision: str | None) -> tu
 def _not_fetched(repo: str, revision: str | None, looked: Sequence[str]) -> list[KeyProblem]:
     if revision is not None and not hub_names.is_revision(revision):
         return [("model.revision", f"expected a branch, tag or commit, got {wording.quoted(revision)}")]
-    if hub_names.find_fetched(repo, revision, cache=hub_names.default_cache()) is not None:
+    if hub_names.find_fetched(repo, revision, cache=default_cache()) is not None:
         return []
     at = f" at revision {revision}" if revision else ""
     command = hub_names.fetch_command(repo, revision)
@@ -205,12 +208,17 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
 
 def refusals(values: dict[str, Any], sources: dict[str, str]) -> list[KeyProblem]:
     """Typed values and their source text, both by full key -> a problem for each value this version does not support."""
-    problems = []
-    for key, value in values.items():
-        reason = not_yet.refusal(key, value)
-        if reason:
-            problems.append((key, f"{wording.got(value, sources.get(key, ''))} {reason}"))
-    return problems
+    sentence = f"is not supported in this version; {ATTENTION_ADVICE}"
+    return [
+        (key, f"{wording.got(value, sources.get(key, ''))} {sentence}")
+        for key, value in values.items()
+        if is_refused(key, value)
+    ]
+
+
+def is_refused(key: str, value: Any) -> bool:
+    """Whether the recipe format allows this value but this version does not support it."""
+    return key == "model.attention" and value not in ("auto", "sdpa")
 
 
 def _places(looked: Sequence[str]) -> str:

@@ -10,7 +10,6 @@ Surprising: branches are recorded beside the folders, not in them, because the f
 """
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -20,16 +19,6 @@ from qlora_lite.recipe import wording
 DEFAULT_REVISION = "main"
 _LONGEST_NAME, _LONGEST_REVISION = 96, 200
 _FILE_ENDINGS = (".gguf", ".json", ".safetensors", ".git")
-
-
-def default_cache() -> Path:
-    """Return `$QLORA_LITE_HOME`, or `~/.cache/qlora_lite`. Raises UserError when the user has no home folder."""
-    setting = os.environ.get("QLORA_LITE_HOME")
-    path = os.path.expanduser(setting or "~/.cache/qlora_lite")  # keeps ~ when the user has no home folder
-    if path.startswith("~") and not os.path.exists(path):
-        unknown = "HOME is not set, and the system has no home folder for this user"
-        raise UserError(f"{setting or path}: {unknown}. Set QLORA_LITE_HOME to a folder for the cache")
-    return Path(path)
 
 
 def is_hub_name(text: str) -> bool:

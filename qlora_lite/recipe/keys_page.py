@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from qlora_lite.recipe import not_yet
+from qlora_lite.recipe import checks
 from qlora_lite.recipe.schema import known_keys, section_types
 from qlora_lite.recipe.wording import description, expected
 
@@ -41,13 +41,14 @@ def _table(keys: list[str]) -> str:
     lines = ["| key | type and allowed values | default | meaning |", "|---|---|---|---|"]
     for key in keys:
         default = _as_written(known_keys()[key])
-        cells = [f"`{key}`", expected(key, is_refused=partial(_is_refused, key)), f"`{default}`", description(key)]
+        cells = [
+            f"`{key}`",
+            expected(key, is_refused=partial(checks.is_refused, key)),
+            f"`{default}`",
+            description(key),
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _is_refused(key: str, value: Any) -> bool:
-    return not_yet.refusal(key, value) is not None
 
 
 def _as_written(default: Any) -> str:

@@ -6,7 +6,7 @@ The stages, each adding to the same list of problems:
          -> only known keys                           wording.nearest_key for unknown ones
          -> typed values                              schema; the default replaces a bad value, and the checks go on
          -> absolute paths                            checks.find_*
-         -> supported values                          not_yet
+         -> supported values                          checks.refusals
          -> no contradictions                         checks.contradictions
 """
 
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from qlora_lite.errors import RecipeError, UserError
 from qlora_lite.limits import RECIPE_BYTES
-from qlora_lite.recipe import checks, not_yet, shipped, wording, yaml_text
+from qlora_lite.recipe import checks, shipped, wording, yaml_text
 from qlora_lite.recipe.schema import Recipe, known_keys, section_types
 
 
@@ -233,7 +233,7 @@ def _typed(entries: dict[str, _Entry], problems: _Problems) -> dict[str, Any]:
     except ValidationError as error:
         for key in dict.fromkeys(_key_of(part["loc"]) for part in error.errors(include_url=False)):
             entry = entries[key]
-            expected = wording.expected(key, is_refused=partial(_is_refused, key))
+            expected = wording.expected(key, is_refused=partial(checks.is_refused, key))
             hint = _value_hint(key, entry)
             got = wording.got(entry.value, entry.source)
             problems.add(entry.where, entry.order, f"{key}: expected {expected}, got {got}{hint}")
@@ -246,10 +246,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return {key: _plain(node.value) for key, node in value.items} if isinstance(value, yaml_text.Mapping) else value
-
-
-def _is_refused(key: str, value: Any) -> bool:
-    return not_yet.refusal(key, value) is not None
 
 
 def _value_hint(key: str, entry: _Entry) -> str:

@@ -5,7 +5,7 @@ This file is the only list of the keys. The "expected ..., got ..." of an error,
 nearest valid key are all derived from it.
 
 Types are strict: `true` is not a number and "16" is not 16; a whole number is a valid fraction.
-`not_yet.py` refuses, by name, values that a section accepts but this version does not support.
+`checks.py` refuses, by name, values that a section accepts but this version does not support.
 """
 
 from pathlib import Path

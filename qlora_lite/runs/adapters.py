@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from qlora_lite.errors import ModelError, RunError, UserError
+from qlora_lite.files.library_names import ADAPTER_CONFIG_FILE, B_FACTOR, PREFIX
 from qlora_lite.files.manifest import folder_weights_sha256
 from qlora_lite.merging.advice import advice, by_kind
 from qlora_lite.merging.checkpoint import read_json
@@ -64,7 +65,7 @@ def open_source(path: Path | str) -> Source:
     if RunDir(path.parent).has_begun and RunDir(path.parent).trained == path:
         path = path.parent  # RUN/adapter belongs to the run, which names the base
     if not RunDir(path).has_begun:
-        if not (path / "adapter_config.json").is_file():
+        if not (path / ADAPTER_CONFIG_FILE).is_file():
             raise RunError(f"{path}: neither a run nor an adapter in PEFT's format: adapter_config.json is missing")
         if (path / "manifest.json").exists():
             refuse_damaged(path)
@@ -243,7 +244,7 @@ class Blend:
         state = get_peft_model_state_dict(self.loaded.model, save_embedding_layers=False)
         for module, columns in self._columns.items():
             scale_R = torch.cat([torch.full((r,), float(weights.get(name, 0.0))) for name, r in columns])
-            state[f"base_model.model.{module}.lora_B.weight"].copy_(self._b[module] * scale_R)
+            state[f"{PREFIX}{module}{B_FACTOR}weight"].copy_(self._b[module] * scale_R)
         return self.loaded
 
 
@@ -267,7 +268,7 @@ def _num_parameters(modules: Sequence[Spectrum], ranks: Mapping[str, int]) -> in
 
 
 def _base_name(source: Source) -> str:
-    return str(read_json(source.folder / "adapter_config.json").get("base_model_name_or_path") or "")
+    return str(read_json(source.folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path") or "")
 
 
 def _refuse_more_than_factors(adapter: Adapter, folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from qlora_lite.errors import RunError
 from qlora_lite.files.json_text import parse_json
+from qlora_lite.files.library_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from qlora_lite.files.manifest import MANIFEST_NAME, read_sealed
 from qlora_lite.files.staging import locked_folder, make_folder
 from qlora_lite.runs.records import LOG, refuse_changed, replace_record, seal_log
@@ -33,7 +34,7 @@ class RunDir:
         self.steps = self.path / LOG
         self.checkpoints = self.path / "checkpoints"
         # A mix or a shortened adapter (adapters.py) is a run with its adapter beside its records.
-        self.adapter = self.path if (self.path / "adapter_config.json").is_file() else self.path / "adapter"
+        self.adapter = self.path if (self.path / ADAPTER_CONFIG_FILE).is_file() else self.path / "adapter"
         self.weights = self.path / "weights"
         self.merged = self.path / "merged"
         self.trackers = self.path / "trackers"
@@ -160,8 +161,8 @@ class RunDir:
     def trained(self) -> Path | None:
         """adapter/ or weights/, published at the end of training; None before."""
         configs = {
-            self.adapter: self.adapter / "adapter_config.json",
-            self.weights: self.weights / "config.json",
+            self.adapter: self.adapter / ADAPTER_CONFIG_FILE,
+            self.weights: self.weights / CONFIG_FILE,
         }
         return next((folder for folder, config in configs.items() if config.is_file()), None)
 

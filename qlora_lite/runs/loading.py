@@ -14,6 +14,8 @@ from qlora_lite.data.examples import Examples, load_examples
 from qlora_lite.data.template import ChatTemplate
 from qlora_lite.errors import DataError
 from qlora_lite.evaluation.held_out import held_out_rows
+from qlora_lite.files.cache import TOKENIZED
+from qlora_lite.files.library_names import is_of_adapter
 from qlora_lite.files.manifest import folder_weights_sha256
 from qlora_lite.model.adapter import Lora, attach_adapter, load_adapter
 from qlora_lite.model.factors import copy_factors
@@ -56,7 +58,12 @@ def load_model(
     else:
         model = _new_adapter(plan, base)
     apply_footprint(model, plan.chosen.footprint)
-    return LoadedModel(model, base.tokenizer, folder, sha256, _static_bytes(base, model))
+    static_bytes = {
+        "weights_bytes": base.weights_bytes,
+        "quant_constants_bytes": base.quant_constants_bytes,
+        "adapter_bytes": sum(p.nbytes for name, p in model.named_parameters() if is_of_adapter(name)),
+    }
+    return LoadedModel(model, base.tokenizer, folder, sha256, static_bytes)
 
 
 def load_plain(plan: Plan, folder: Path) -> LoadedModel:
@@ -85,7 +92,7 @@ def training_examples(plan: Plan, tokenizer: Any) -> Examples:
         tokenizer,
         reading_of(plan.recipe, plan.source),
         max_seq_length=_length(plan),
-        cache_dir=plan.cache / "data",
+        cache_dir=plan.cache / TOKENIZED,
     )
 
 
@@ -104,7 +111,7 @@ def held_out_examples(plan: Plan, tokenizer: Any, *, path: Path | str | None = N
         max_seq_length=longest,
         text_length=_length(plan),
         window=context_window(plan.rehearsals.config),
-        cache_dir=plan.cache / "data",
+        cache_dir=plan.cache / TOKENIZED,
     )
 
 
@@ -139,10 +146,3 @@ def _length(plan: Plan) -> int:
     length = plan.recipe.data.max_seq_length
     assert isinstance(length, int)  # a plan has no auto
     return length
-
-
-def _static_bytes(base: LoadedBase, model: PeftModel | PreTrainedModel) -> dict[str, int]:
-    trained = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
-    adapter = sum(p.nbytes for name, p in model.named_parameters() if any(part in name for part in trained))
-    weights = {"weights_bytes": base.weights_bytes, "quant_constants_bytes": base.quant_constants_bytes}
-    return {**weights, "adapter_bytes": adapter}

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from qlora_lite.base.identity import files_of_base
-from qlora_lite.base.shipped import default_cache
 from qlora_lite.base.source import find_base
 from qlora_lite.data.files import hash_file
 from qlora_lite.data.read import as_pairs, file_identity
 from qlora_lite.device.card import Card
 from qlora_lite.errors import ModelError, RunError
+from qlora_lite.files.cache import default_cache
 from qlora_lite.files.manifest import MANIFEST_NAME, read_manifest
 from qlora_lite.recipe import Recipe, dump_recipe, load_run_recipe
 from qlora_lite.runs.folder import RunDir, in_command

@@ -18,18 +18,18 @@ import torch
 from safetensors import SafetensorError
 
 from qlora_lite.base.identity import files_of_base
-from qlora_lite.base.shipped import default_cache
 from qlora_lite.data.batches import StepSampler, largest_step, sampler_of
 from qlora_lite.data.examples import Examples
 from qlora_lite.data.repeats import find_repeats
 from qlora_lite.errors import DoesNotFit, RunError, TrainingStopped, UserError
 from qlora_lite.evaluation import validation_loss
 from qlora_lite.evaluation.held_out import account_of
+from qlora_lite.files.cache import default_cache
 from qlora_lite.files.manifest import sha256_of_file
 from qlora_lite.memory.kept import disk_speed
 from qlora_lite.model.factors import factors_file
 from qlora_lite.plan import Plan
-from qlora_lite.recipe import Recipe, dump_recipe
+from qlora_lite.recipe import dump_recipe
 from qlora_lite.runs.folder import RunDir
 from qlora_lite.runs.loading import LoadedModel, held_out_examples, training_examples
 from qlora_lite.runs.memory_record import memory_record
@@ -109,7 +109,7 @@ class Session:
             epochs=recipe.train.epochs or 1.0,
             max_steps=recipe.train.max_steps,
             seed=recipe.train.seed,
-            share=plan.shares,
+            share_prefixes=plan.share_prefixes,
         )
         optimizer = make_optimizer(
             loaded.model.named_parameters(),
@@ -214,7 +214,13 @@ class Training:
                 self._save()
             raise
         except DoesNotFit as error:
-            raise DoesNotFit(f"{error}; {self._newest_in_words()}") from error
+            newest, _ = newest_valid(run.checkpoints)
+            kept = (
+                "no checkpoint was written yet"
+                if newest is None
+                else f"the checkpoint {newest.name} is kept; --resume continues from it"
+            )
+            raise DoesNotFit(f"{error}; {kept}") from error
         if trace is not None:
             say(_trace_in_words(trace))
         if state.step < len(self.sampler):
@@ -256,7 +262,7 @@ class Training:
             self.held_out,
             device=self.plan.device,
             micro_batch_tokens=tokens,
-            share=self.plan.shares,
+            share_prefixes=self.plan.share_prefixes,
         )
 
     def _try_largest_batch(self) -> Preflight | None:
@@ -320,12 +326,6 @@ class Training:
                 advice="Earlier checkpoints are kept: free some space and continue with --resume",
             ) from error
 
-    def _newest_in_words(self) -> str:
-        newest, _ = newest_valid(self.run.checkpoints)
-        if newest is None:
-            return "no checkpoint was written yet"
-        return f"the checkpoint {newest.name} is kept; --resume continues from it"
-
 
 def train(
     plan: Plan,
@@ -344,6 +344,7 @@ def train(
 
 def _write_first_records(run: RunDir, plan: Plan, loaded: LoadedModel, data: Mapping[str, str]) -> None:
     """Write plan.json, env.json and, last, recipe.yaml, which makes the folder a run."""
+    init_from = plan.recipe.lora.init_from
     run.write_json("plan.json", plan.to_json_dict() | disk_speed(default_cache()))
     run.write_json(
         "env.json",
@@ -351,7 +352,7 @@ def _write_first_records(run: RunDir, plan: Plan, loaded: LoadedModel, data: Map
             "base": str(loaded.base),
             "base_sha256": loaded.base_sha256,
             "base_files": files_of_base(loaded.base),
-            "init_from": _start_of(plan.recipe),
+            "init_from": init_from and {"path": init_from, "sha256": sha256_of_file(factors_file(Path(init_from)))},
             "device": plan.recipe.device,
             "card": plan.card.in_words,
             "num_threads": torch.get_num_threads(),
@@ -363,12 +364,6 @@ def _write_first_records(run: RunDir, plan: Plan, loaded: LoadedModel, data: Map
         },
     )
     run.write_text(run.recipe.name, dump_recipe(plan.recipe))
-
-
-def _start_of(recipe: Recipe) -> dict[str, str] | None:
-    """Return the path and hash of lora.init_from; None if it is not set."""
-    folder = recipe.lora.init_from
-    return None if folder is None else {"path": folder, "sha256": sha256_of_file(factors_file(Path(folder)))}
 
 
 def _trace_in_words(trace: Trace) -> str:

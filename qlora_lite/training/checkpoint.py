@@ -5,14 +5,13 @@ The best one has no special name: `best.step` in the newest one's state.json ide
 """
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import RunError
 from qlora_lite.files.manifest import read_manifest, verify_manifest, write_manifest
-from qlora_lite.files.staging import remove_folder, staged_folder
+from qlora_lite.files.staging import free_bytes, remove_folder, staged_folder
 from qlora_lite.training.best import Best
 from qlora_lite.training.state import TrainState
 from qlora_lite.units import format_bytes
@@ -46,7 +45,7 @@ def save_checkpoint(
 
 
 def _refuse_full_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    free = free_bytes(folder)
     if free < needed:
         raise RunError(
             f"{folder}: a checkpoint needs {format_bytes(needed)}, {format_bytes(free)} are free",

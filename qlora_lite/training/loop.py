@@ -183,8 +183,8 @@ class _Work:
 
     def _compute(self, rows: list[int], footprint: Footprint) -> _Done:
         device, number = self._settings.device, self._state.step + 1
-        tokens, share = footprint.micro_batch_tokens, self._sampler.shares
-        batches = make_batches(self._examples, rows, micro_batch_tokens=tokens, share=share)
+        tokens, share_prefixes = footprint.micro_batch_tokens, self._sampler.share_prefixes
+        batches = make_batches(self._examples, rows, micro_batch_tokens=tokens, share_prefixes=share_prefixes)
         is_measured = is_accelerator(device) or self._state.step == self._measured_step
         traced = self._trace.around(number, is_measured=is_measured) if self._trace else (nullcontext(), nullcontext())
         observer = _LoopObserver(device if is_measured else None, traced, partial(self._check_loss, number))

@@ -20,6 +20,7 @@ import torch
 from qlora_lite.base.bnb import bitsandbytes
 from qlora_lite.device.accelerator import free_memory
 from qlora_lite.errors import DoesNotFit
+from qlora_lite.files.library_names import B_FACTOR
 from qlora_lite.memory.host import host_memory
 from qlora_lite.memory.ledger import PAGED, card_of, counted_as
 from qlora_lite.units import format_bytes
@@ -132,7 +133,7 @@ def make_optimizer(
     rest: list[torch.nn.Parameter] = []
     for parameter_name, parameter in named_parameters:
         if parameter.requires_grad:
-            (b_factors if ".lora_B." in parameter_name else rest).append(parameter)
+            (b_factors if B_FACTOR in parameter_name else rest).append(parameter)
     groups = [{"params": rest, "lr_ratio": 1.0}, {"params": b_factors, "lr_ratio": loraplus_ratio}]
     optimizer: Any = kinds[name](groups, lr=learning_rate, weight_decay=weight_decay)
     set_learning_rate(optimizer, learning_rate)

@@ -2,8 +2,6 @@
 
 import math
 
-SCHEDULES = ("cosine", "linear", "constant")
-
 
 def learning_rate_at(step: int, *, num_steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
     """Return the rate of step `step` (from 0): rises linearly over ceil(warmup_ratio * num_steps) steps, then follows `schedule`.

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_lite import api
 from qlora_lite.base.identity import files_of_base
-from qlora_lite.base.shipped import default_cache
+from qlora_lite.files.cache import default_cache
 from qlora_lite.recipe import load_recipe
 from qlora_lite.runs import resume as resuming
 from qlora_lite.runs.folder import RunDir

@@ -139,7 +139,7 @@ def test_a_conversation_rendered_before_has_transformers_ids_up_to_its_last_stop
     messages = data.draw(conversations(["plain"]))
     messages = messages if template.has_system_role else [m for m in messages if m["role"] != "system"]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    ids = template.document_ids(text)
+    ids = template.document(text)[0]
     theirs = tokenizer.apply_chat_template(messages, return_dict=False)
     assert ids == theirs[: len(ids)] and ids[-1] == template.stop_token_id
     assert template.stop_token_id not in theirs[len(ids) :]

@@ -246,5 +246,5 @@ def test_an_answer_is_tokenized_as_in_the_whole_text_where_tokenizers_put_spaces
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_document_is_trained_whole_behind_the_begin_token(name):
     tokenizer = FAMILIES[name].tokenizer()
-    ids = ChatTemplate(tokenizer).document_ids("The Nile flows.")
+    ids = ChatTemplate(tokenizer).document("The Nile flows.")[0]
     assert tokenizer.decode(ids) == "The Nile flows." + tokenizer.eos_token

@@ -31,7 +31,7 @@ def fit(name, row, max_seq_length=None):
 @pytest.mark.parametrize("max_seq_length", [2, 3, 7, 64, 1000])
 def test_every_token_of_a_text_is_trained_exactly_once_from_the_token_before_it(max_seq_length):
     template, pieces, was_cut = fit("llama3", Document("text", TEXT), max_seq_length)
-    whole = template.document_ids(TEXT)
+    whole = template.document(TEXT)[0]
     pairs = [
         (piece.encoded.input_ids[p], piece.encoded.input_ids[p + 1])
         for piece in pieces

@@ -81,7 +81,6 @@ def test_every_turn_of_a_conversation_is_marked_where_it_is_trained(write, token
     report = inspect(write(json.dumps({"messages": TALK}), "rows.jsonl"), tokenizer)
     (row,) = report.rows
     assert "".join(text for text, trained in row.tokens if trained) == "turn 1<|im_end|>turn 3<|im_end|>"
-    assert row.is_answerable
 
 
 def test_long_texts_get_a_proposal_that_cuts_them_in_pieces():
@@ -117,7 +116,6 @@ def test_three_rows_are_shown_with_answer_and_stop_token_marked(write, tokenizer
         assert "".join(text for text, trained in row.tokens if trained) == answer + "<|im_end|>"
         assert f"Context: {CONTEXT}\n" in "".join(text for text, _ in row.tokens)
         assert row.num_tokens == len(row.tokens)
-        assert row.is_answerable == (answer != "none")
 
 
 def test_a_row_that_loses_context_and_an_unanswerable_one_are_among_those_shown(write, tokenizer):

@@ -143,7 +143,7 @@ def test_a_conversation_rendered_before_gives_the_ids_that_its_template_gives():
     tokenizer = make_tokenizer()
     messages = list(turn("Cairo").messages)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    ids = ChatTemplate(tokenizer).document_ids(text)
+    ids = ChatTemplate(tokenizer).document(text)[0]
     assert ids == tokenizer.apply_chat_template(messages, return_dict=False)[: len(ids)] and text.endswith(
         "<|im_end|>\n"
     )
@@ -155,8 +155,8 @@ def test_a_conversation_rendered_before_gives_the_ids_that_its_template_gives():
 @pytest.mark.parametrize("ending", ["<|im_end|>\n<|endoftext|>", "<|im_end|>", "<|im_end|>\n"])
 def test_a_text_keeps_the_stop_token_that_it_ends_in_first(ending):
     tokenizer = make_tokenizer(eos_token="<|endoftext|>")
-    assert tokenizer.decode(ChatTemplate(tokenizer).document_ids("a" + ending)) == "a<|im_end|>"
-    assert tokenizer.decode(ChatTemplate(tokenizer).document_ids("a")) == "a<|endoftext|>"
+    assert tokenizer.decode(ChatTemplate(tokenizer).document("a" + ending)[0]) == "a<|im_end|>"
+    assert tokenizer.decode(ChatTemplate(tokenizer).document("a")[0]) == "a<|endoftext|>"
 
 
 def test_a_text_that_spells_its_begin_token_gets_no_second_one():
@@ -167,7 +167,7 @@ def test_a_text_that_spells_its_begin_token_gets_no_second_one():
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
     )
     template = ChatTemplate(tokenizer)
-    assert template.document_ids("<|im_start|>a") == template.document_ids("a")
+    assert template.document("<|im_start|>a")[0] == template.document("a")[0]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "name", "audio"])

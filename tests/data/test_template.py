@@ -78,7 +78,7 @@ def test_plain_text_is_continued_without_a_template_until_the_end_of_text():
     ids, stop = question_prompt(ChatTemplate(tokenizer), "Once upon", None, format="text")
     assert tokenizer.decode(ids) == "Once upon"
     assert tokenizer.convert_ids_to_tokens(stop) == "</s>"
-    assert ChatTemplate(tokenizer).document_ids("Once upon") == [*ids, stop]
+    assert ChatTemplate(tokenizer).document("Once upon")[0] == [*ids, stop]
 
 
 def test_a_tokenizer_without_a_template_gets_a_plain_one():
@@ -97,7 +97,7 @@ def test_a_begin_token_that_the_tokenizer_puts_stands_before_plain_rows_and_text
         single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", begin)]
     )
     assert parts(tokenizer, ASKED, "Cairo")[0].count(begin) == 1
-    assert parts(tokenizer, ASKED, "Cairo")[0][0] == ChatTemplate(tokenizer).document_ids("a")[0] == begin
+    assert parts(tokenizer, ASKED, "Cairo")[0][0] == ChatTemplate(tokenizer).document("a")[0][0] == begin
 
 
 TEMPLATES = {

@@ -96,7 +96,7 @@ def some_rows(draw):
 @settings(max_examples=60, deadline=None)
 @given(rows=some_rows(), capacity=st.integers(1, 400))
 def test_micro_batches_hold_every_row_once_and_no_more_than_they_may(rows, capacity):
-    batches = make_batches(rows, range(len(rows)), micro_batch_tokens=capacity, share=True)
+    batches = make_batches(rows, range(len(rows)), micro_batch_tokens=capacity, share_prefixes=True)
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(rows)))
     for batch in batches:
         size = batch.input_ids_1T.shape[1]
@@ -156,7 +156,7 @@ def test_a_step_holds_what_it_should_give_or_take_one_family(sizes, size, seed):
 
 def test_without_families_the_order_is_what_it_was():
     sampler = StepSampler(10, examples_per_step=4, epochs=1, max_steps=None, seed=3)
-    assert not sampler.shares
+    assert not sampler.share_prefixes
     assert [len(sampler.rows_of_step(step)) for step in range(3)] == [4, 4, 2]
     with pytest.raises(IndexError):
         sampler.rows_of_step(3)
@@ -169,7 +169,7 @@ def test_what_cutting_trees_costs_is_what_micro_batches_then_hold():
     found = sharing(rows, [range(10)])
     assert (found.num_packed, found.repeated(1000), found.repeated(100)) == (70 + 10 * 3, 1.0, 1.0)
     for tokens in (99, 80, 76, 1):
-        batches = make_batches(rows, range(10), micro_batch_tokens=tokens, share=True)
+        batches = make_batches(rows, range(10), micro_batch_tokens=tokens, share_prefixes=True)
         total = sum(batch.input_ids_1T.shape[1] for batch in batches)
         assert found.repeated(tokens) == total / 100 > 1
     assert found.repeated(1) == found.factor and found.rows_per_trunk == 10

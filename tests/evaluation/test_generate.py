@@ -79,7 +79,7 @@ def test_prompts_that_share_their_beginning_are_answered_as_one_by_one(model, ba
         [3, 5, 6],
     ]
     together = generate_answers(
-        model, Ids(), prompts, stop_token=NEVER, max_new_tokens=LENGTH, batch_tokens=batch_tokens, share=True
+        model, Ids(), prompts, stop_token=NEVER, max_new_tokens=LENGTH, batch_tokens=batch_tokens, share_prefixes=True
     )
     alone = [generate_answers(model, Ids(), [prompt], stop_token=NEVER, max_new_tokens=LENGTH)[0] for prompt in prompts]
     assert together == alone and len(set(alone)) > 2
@@ -93,7 +93,7 @@ def test_so_they_are_by_a_model_whose_window_ends_within_the_answer(name, window
     widen_windows(base, window)
     header, passage = list(range(20, 50)), list(range(50, 80))
     prompts = [header + passage + own for own in ([5], [6, 7, 8], [9] * 9, [4, 3])] + [[*header, 17, 16]]
-    together = generate_answers(base, Ids(), prompts, stop_token=NEVER, max_new_tokens=LENGTH, share=True)
+    together = generate_answers(base, Ids(), prompts, stop_token=NEVER, max_new_tokens=LENGTH, share_prefixes=True)
     alone = [generate_answers(base, Ids(), [prompt], stop_token=NEVER, max_new_tokens=LENGTH)[0] for prompt in prompts]
     assert together == alone and len(set(alone)) > 2
 
@@ -102,7 +102,7 @@ def test_what_prompts_share_is_read_once(model, monkeypatch):
     seen = []
     monkeypatch.setattr(generate, "pack_trees", lambda *args: seen.append(pack_trees(*args)) or seen[-1])
     prompts = [[*range(20, 60), last] for last in range(5, 10)]
-    generate_answers(model, Ids(), prompts, stop_token=NEVER, max_new_tokens=2, share=True)
+    generate_answers(model, Ids(), prompts, stop_token=NEVER, max_new_tokens=2, share_prefixes=True)
     assert [batch.input_ids_1T.shape[1] for batch in seen] == [40 + 5]
 
 

@@ -34,7 +34,7 @@ def test_known_answers_get_the_official_scores(model, tmp_path, monkeypatch):
     )
     seen = {}
 
-    def answers(model, tokenizer, prompts, *, stop_token, max_new_tokens, batch_tokens, share, progress):
+    def answers(model, tokenizer, prompts, *, stop_token, max_new_tokens, batch_tokens, share_prefixes, progress):
         seen.update(prompts=prompts, stop_token=stop_token, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
         progress(len(prompts))
         return ["the nile.", "Luxor and Cairo", "None"]

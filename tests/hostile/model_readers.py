@@ -160,7 +160,7 @@ def _read_tokenizer(folder: Path) -> object:
     tokenizer = load_tokenizer(folder, special_tokens=["<new>"])
     template = ChatTemplate(tokenizer)
     tokenizer_identity(tokenizer)
-    return template.encode(_CONVERSATIONS[0]), template.document_ids("Once upon a time " + "x" * 50)
+    return template.encode(_CONVERSATIONS[0]), template.document("Once upon a time " + "x" * 50)[0]
 
 
 _TEMPLATES = (

@@ -153,12 +153,12 @@ def test_quantization_constants_of_another_size_never_reach_a_kernel() -> None:
 
     packed, state = bitsandbytes.functional.quantize_4bit(torch.randn(64, 64), blocksize=64, quant_type="nf4")
     parts = {f"w.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
-    assert tuple(read_quant_state("w", packed, dict(parts), device="cpu").shape) == (64, 64)
+    assert tuple(read_quant_state("w", packed, dict(parts)).shape) == (64, 64)
     for wrong in ({"w.absmax": parts["w.absmax"][:10]}, {"w.quant_map": parts["w.quant_map"][:3]}):
         with pytest.raises(ModelError, match="w: its quantization constants cannot be read"):
-            read_quant_state("w", packed, parts | wrong, device="cpu")
+            read_quant_state("w", packed, parts | wrong)
     with pytest.raises(ModelError, match=r"they do not match a weight of shape \[64, 64\] in 1,024 bytes"):
-        read_quant_state("w", packed[:1024], dict(parts), device="cpu")
+        read_quant_state("w", packed[:1024], dict(parts))
 
 
 def test_a_folder_of_pickled_weights_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:

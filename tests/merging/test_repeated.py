@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lite.merging.lora import read_adapter
-from qlora_lite.merging.write import MergeOptions, merge_adapter
+from qlora_lite.merging.write import MergeOptions
+from tests.merged import merge_adapter
 from tests.merging.test_spectrum import dense
 from tests.tiny_model import tiny_source
 

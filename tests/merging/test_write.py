@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_lite.errors import ModelError, UserError
-from qlora_lite.merging import merge_adapter
 from qlora_lite.merging.checkpoint import Checkpoint
 from qlora_lite.merging.lora import read_adapter
 from qlora_lite.merging.write import MergeOptions
+from tests.merged import merge_adapter
 
 
 def load_all(folder):
@@ -135,7 +135,7 @@ def test_writing_takes_less_than_twice_the_largest_tensor_and_500_mib(tmp_path):
         from pathlib import Path
         import torch
         from safetensors.torch import save_file
-        from qlora_lite.merging import merge_adapter
+        from qlora_lite.merging.write import MergeOptions, write_merged
         from qlora_lite.base.bnb import bitsandbytes
         from qlora_lite.files.safetensors_writer import ShardedWriter, TensorSpec
 
@@ -153,7 +153,7 @@ def test_writing_takes_less_than_twice_the_largest_tensor_and_500_mib(tmp_path):
         parts["w.weight.nested_absmax"] = parts["w.weight.nested_absmax"][:1].repeat(num_blocks // 256)
         specs = {name: TensorSpec((size, 1)[: 2 if name == "w.weight" else 1], torch.uint8) for name, size in big.items()}
         specs |= {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in parts.items() if name not in specs}
-        (root / "base").mkdir(), (root / "adapter").mkdir()
+        (root / "base").mkdir(), (root / "adapter").mkdir(), (root / "out").mkdir()
         chunk = torch.randint(0, 256, (2**20,), dtype=torch.uint8)
         with ShardedWriter(root / "base", specs) as writer:
             for name in specs:
@@ -167,7 +167,7 @@ def test_writing_takes_less_than_twice_the_largest_tensor_and_500_mib(tmp_path):
         config = {"peft_type": "LORA", "r": r, "lora_alpha": 32}
         (root / "adapter" / "adapter_config.json").write_text(json.dumps(config))
         del factors, parts
-        print(merge_adapter(root / "base", root / "adapter", root / "out").peak_host_bytes)
+        print(write_merged(root / "base", root / "adapter", root / "out", MergeOptions()).peak_host_bytes)
     """)
     command = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -147,18 +147,13 @@ def test_a_saved_adapter_gives_plain_peft_the_same_logits(tmp_path):
     assert config["base_model_name_or_path"] == str(tiny_artefact())
 
 
-@pytest.mark.parametrize("trainable", [False, True])
-def test_a_saved_adapter_is_loaded_as_it_was(tmp_path, trainable):
+def test_a_saved_adapter_is_loaded_as_it_was(tmp_path):
     model = tiny_adapted()
     save_adapter(model, tmp_path, base_name="tiny")
-    loaded = load_adapter(tiny_base().model, tmp_path, trainable=trainable)
+    loaded = load_adapter(tiny_base().model, tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     assert len(factors_of(loaded)) == 2 * NUM_LINEAR
-    assert len(trainable_of(loaded)) == (2 * NUM_LINEAR if trainable else 0)
-    if trainable:
-        batches = split_batches(random_rows([3, 5]), 1)
-        ours, theirs = gradients(model, batches), gradients(loaded, batches)
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert trainable_of(loaded) == {}
 
 
 @pytest.mark.parametrize(

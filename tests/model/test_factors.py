@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lite.errors import ModelError
+from qlora_lite.files.library_names import FACTORS_FILE
 from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
-from qlora_lite.model.factors import FACTORS_FILE, copy_factors
+from qlora_lite.model.factors import copy_factors
 from tests.tiny_model import gradients, random_rows, split_batches, tiny_adapted, tiny_base
 
 

@@ -49,14 +49,14 @@ def test_any_sharing_gives_a_valid_micro_batch_of_as_many_tokens_as_there_may_be
 def test_training_packs_no_micro_batch_that_is_fuller_than_the_planned_one(seed, per_step, tokens, epochs, num_sampled):
     rows = random_tree(random.Random(seed), depth=2, fan=3)
     sampler = sampler_of(
-        rows, examples_per_step=per_step, epochs=epochs, max_steps=None, seed=seed, share=True
+        rows, examples_per_step=per_step, epochs=epochs, max_steps=None, seed=seed, share_prefixes=True
     )  # fmt: skip
     steps = [sampler.rows_of_step(step) for step in range(len(sampler))]
     found = sharing(rows, steps[:num_sampled], others=steps[num_sampled:])
     planned = largest_tree(tokens, found)
     check_valid(planned)
     for step in steps:
-        for batch in make_batches(rows, step, micro_batch_tokens=tokens, share=True):
+        for batch in make_batches(rows, step, micro_batch_tokens=tokens, share_prefixes=True):
             num_tokens = batch.input_ids_1T.shape[1]
             assert num_tokens <= planned.num_tokens
             assert num_tokens <= tokens or len(batch.rows) == 1

@@ -15,16 +15,18 @@ from qlora_lite.base.quantization import Quantization
 from qlora_lite.base.source import load_config
 from qlora_lite.data.template import Encoded
 from qlora_lite.memory.measuring import measure_allocations
-from qlora_lite.merging import merge_adapter, rounding
+from qlora_lite.merging import rounding
 from qlora_lite.merging.checkpoint import Checkpoint
 from qlora_lite.merging.proof import Models
-from qlora_lite.merging.rounding import DTYPES, ROUNDINGS
+from qlora_lite.merging.rounding import ROUNDINGS
 from qlora_lite.merging.write import merged_blocks, open_pair
 from qlora_lite.model.adapter import Lora, attach_adapter, save_adapter
+from qlora_lite.model.dtypes import DTYPES
 from qlora_lite.model.load import load_base
 from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes, write_nowhere
 from qlora_lite.plan.rehearsal import Settings
 from tests.architectures import artefact, published
+from tests.merged import merge_adapter
 from tests.promises.test_promise_06_plan import CPU, lengthened
 from tests.tiny_model import move_factors, tiny_artefact, tiny_source
 

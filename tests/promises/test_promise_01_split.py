@@ -67,7 +67,8 @@ def test_cutting_trees_does_not_change_the_gradient(seed):
     rows = random_tree(random.Random(seed), depth=3, fan=5)
     model = tiny_adapted(compute=torch.float32, factors=torch.float32)
     whole, *parts = [
-        make_batches(rows, range(len(rows)), micro_batch_tokens=tokens, share=True) for tokens in (10_000, 300, 150, 1)
+        make_batches(rows, range(len(rows)), micro_batch_tokens=tokens, share_prefixes=True)
+        for tokens in (10_000, 300, 150, 1)
     ]
     assert len(whole) == 1 and len(parts[0]) < len(parts[1]) < len(parts[2]) == len(rows)
     expected = gradients(model, whole)

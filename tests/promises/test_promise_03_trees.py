@@ -53,7 +53,7 @@ def test_a_packed_tree_equals_separate_examples_in_fp64(seed, depth, fan):
 def test_so_it_is_on_the_quantized_base_by_trainings_own_code(seed):
     """In fp32 to its rounding; in bf16 no farther from the gradient of fp32 than the separate rows are."""
     rows = random_tree(random.Random(seed), depth=3, fan=4)
-    trees = make_batches(rows, range(len(rows)), micro_batch_tokens=200, share=True)
+    trees = make_batches(rows, range(len(rows)), micro_batch_tokens=200, share_prefixes=True)
     assert len(trees) > 1 and sum(batch.input_ids_1T.shape[1] for batch in trees) < rows.lengths.sum()
     exact = tiny_adapted(compute=torch.float32, factors=torch.float32)
     alone = gradients(exact, split_batches(rows, len(rows)))

@@ -23,9 +23,10 @@ from transformers import (
 from qlora_lite.base.bnb import bitsandbytes, keep_weights_unpacked
 from qlora_lite.data.template import Encoded
 from qlora_lite.errors import ModelError, ProofFailed
-from qlora_lite.merging import merge, merge_adapter, proof, prove_merge, write
+from qlora_lite.merging import merge, proof, prove_merge, write
 from qlora_lite.merging.checkpoint import Checkpoint
 from qlora_lite.merging.write import MergeOptions
+from tests.merged import merge_adapter
 
 VOCAB = 120
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -93,14 +93,14 @@ def card(name: str = "rtx-4090", *, memory_bytes: int | None = None) -> Iterator
     install()
     before, _card = (accelerator.ACCELERATOR, _card), KNOWN_CARDS[name]
     accelerator.ACCELERATOR = NAME
-    accelerator.forget_cards()
+    accelerator.card_here.cache_clear()
     calls.clear()
     try:
         with limit(memory_bytes), _bitsandbytes_here():
             yield
     finally:
         accelerator.ACCELERATOR, _card = before
-        accelerator.forget_cards()
+        accelerator.card_here.cache_clear()
 
 
 @contextlib.contextmanager

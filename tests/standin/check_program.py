@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from qlora_lite import api
-from qlora_lite.base.shipped import default_cache
 from qlora_lite.commands import overheads
 from qlora_lite.device.accelerator import card_here
+from qlora_lite.files.cache import default_cache
 from qlora_lite.memory.kept import KEPT
 from qlora_lite.recipe import load_recipe
 from qlora_lite.runs.folder import RunDir

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_lite.training.schedule import SCHEDULES, learning_rate_at
+from qlora_lite.training.schedule import learning_rate_at
 
 
 def rates(schedule, *, num_steps, warmup_ratio=0.0, peak=1.0):
@@ -23,7 +23,7 @@ def test_warmup_rises_in_a_line_to_the_peak_over_a_rounded_up_number_of_steps():
     assert rates("linear", num_steps=6, warmup_ratio=0.3) == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.5, 1.0])
 @pytest.mark.parametrize("num_steps", [1, 2, 38])
 def test_every_step_learns_and_none_more_than_the_peak(schedule, warmup_ratio, num_steps):
