@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,9 @@ LONGEST_FILES = (
     "test_standard_streams.py",
     "commands/test_fetch.py",
 )
+TOGETHER = {
+    "tests/security/test_secrets.py": "tests/promises/test_promise_13_network.py"
+}  # tests/security/whole_run.py
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_HOME = os.environ.get("QLORA_LITE_HOME") or "~/.cache/qlora_lite"
@@ -102,6 +106,21 @@ def pytest_runtestloop() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker gets whole files, and the files that share a long piece of work."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(file, file)
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
