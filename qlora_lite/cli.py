@@ -222,13 +222,14 @@ def ask(
     json: JsonOption = False,
 ) -> None:
     """Answer a question with the template of training. --mix uses a sum of adapters; with -, a line `/use NAME:WEIGHT ...` changes it."""
-    with _quick_imports():
-        from qlora_lite.commands import ask, ask_lines, mixed
-
     if question == "-":
         refuse_closed_stdin("ask")
         if which != "adapter":
             raise UserError("ask: --which needs the question as an argument; with -, a line /use NAME:0 asks the base")
+    with _quick_imports():
+        from qlora_lite.commands import ask, ask_lines, mixed
+
+    if question == "-":
         lines, passage = ask_lines.questions_of_stdin(), ask.read_context(context)
         _print(ask_lines.ask_lines(run_dir, lines, mix, passage=passage, base=base), json)
     elif mix:

@@ -1,16 +1,19 @@
 """What every test gets: no network, the same random numbers each time, and a cache of its own unless it asks for the real one."""
 
+import gc
 import os
 import random
 import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import qlora_lite  # noqa: F401  (guards the import of bitsandbytes before a test imports peft)
 
+gc.disable()  # importing makes a million objects and hardly any garbage; collections begin with the tests
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -20,6 +23,28 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # a shell starts what runs in its background so; the programs under test inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Files of more than half a minute, longest first; tools/test gives a worker one file at a time, in this order.
+LONGEST_FILES = (
+    "plan/test_forecast.py",
+    "test_recipes_check.py",
+    "promises/test_promise_06_plan.py",
+    "crash/test_kills.py",
+    "test_standin.py",
+    "test_end_to_end.py",
+    "hostile/test_fuzz.py",
+    "crash/test_failing_calls.py",
+    "plan/test_scoring.py",
+    "commands/test_pipeline.py",
+    "test_architectures.py",
+    "plan/test_every_key.py",
+    "merging/test_write.py",
+    "test_standard_streams.py",
+    "commands/test_fetch.py",
+)
+TOGETHER = {
+    "tests/security/test_secrets.py": "tests/promises/test_promise_13_network.py"
+}  # tests/security/whole_run.py
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_HOME = os.environ.get("QLORA_LITE_HOME") or "~/.cache/qlora_lite"
@@ -75,8 +100,38 @@ def real_home(small_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Collections leave the modules alone: going through them took a tenth of the suite's time."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker gets whole files, and the files that share a long piece of work."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(file, file)
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is no card; torch is imported only when there are such tests."""
+    """Longest files first, so that no worker idles while another one does the last; and tests marked gpu are skipped without a card."""
+    places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+    _skip_without_card(items)
+
+
+def _skip_without_card(items: list[pytest.Item]) -> None:
+    """torch is imported only when there are tests marked gpu."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

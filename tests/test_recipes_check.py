@@ -32,6 +32,8 @@ STANDS_FOR = {
     "bigscience/bloom-560m": ("bloom", "plain"),
     "mistralai/Mistral-7B-Instruct-v0.3": ("mistral", "mistral_v3"),
 }
+# A recipe that has the data, the data settings and the template of another one, whose check reads all rows: here the first are enough.
+SAME_ROWS_AS = {"llama-3.2-3b_qa-8gb": "llama-3.1-8b_qa-24gb"}
 
 
 def stand_in(base: str, folder: Path) -> Path:
@@ -90,13 +92,28 @@ def test_the_early_stop_of_the_chat_recipe_can_act_on_its_own_data():
     assert num_steps // recipe.train.eval_every_steps > recipe.train.early_stop
 
 
+@pytest.mark.parametrize(("name", "other"), SAME_ROWS_AS.items())
+def test_recipes_whose_rows_are_checked_once_have_the_same_data_and_template(name, other):
+    recipes = [
+        load_recipe(each, overrides=["model.base=smollm2-135m", "data.max_seq_length=4096"]) for each in (name, other)
+    ]
+    assert recipes[0].data == recipes[1].data
+    bases = [re.search(r"^  base: (\S+)", show_recipe(each), re.M)[1] for each in (name, other)]
+    assert STANDS_FOR[bases[0]][1] == STANDS_FOR[bases[1]][1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_recipe_passes_check_with_its_kind_of_model(name, tmp_path):
     named = re.search(r"^  base: (\S+)", show_recipe(name), re.M)
     assert named is not None
     base = stand_in(named[1], tmp_path / "model")
     # The tiny tokenizer has three to five times as many tokens a word: whatever is cut or left out must be few.
-    found = run_cli("check", name, "--set", f"model.base={base}", "--set", "data.max_seq_length=4096", "--json").json
+    settings = [
+        f"model.base={base}",
+        "data.max_seq_length=4096",
+        *(["data.num_train=64"] if name in SAME_ROWS_AS else []),
+    ]
+    found = run_cli("check", name, *(word for setting in settings for word in ("--set", setting)), "--json").json
     report = found if "rows" in found else found["recipes"][0]
     assert report["num_rows"] >= 40 and report["num_dropped"] == 0 and len(report["rows"]) == 3
     for row in report["rows"]:
