@@ -28,7 +28,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     """Check one recipe: keys, three rendered rows, lengths, sharing, held-out rows. Raises UserError when no row could be trained."""
     show.say(f"{recipe.path or recipe.name}: the recipe is well-formed", style="bold")
     for note in recipe.notes:
-        show.say(note)
+        show.say(str(note))
     source = find_base(recipe.model.base, cache=default_cache(), revision=recipe.model.revision)
     config = load_config(source)
     refuse_wrong_modules(recipe, config)
@@ -49,7 +49,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         )
     length = asked if isinstance(asked, int) else inspected.proposed_max_seq_length
     shared, sharing_reason = what_is_shared(recipe, source)
-    show.say(f"data.share_prefixes: {sharing_reason}")
+    show.say(str(sharing_reason))
     eval_rows = None if recipe.data.eval is None else _held_out(recipe, recipe.data.eval, source, tokenizer, length)
     held_out = None if eval_rows is None else _check_held_out(recipe, eval_rows)
     examples = load_examples(
@@ -72,7 +72,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         "proposed_max_seq_length": inspected.proposed_max_seq_length,
         "reason": inspected.reason,
         "sharing": shared and shared.to_json_dict(),
-        "sharing_reason": sharing_reason,
+        "sharing_reason": sharing_reason.decision,
         "eval": held_out and held_out | {"num_in_training": repeats.num_in_training},
         "num_repeated": repeats.num_repeated,
     }
@@ -123,8 +123,8 @@ def _check_held_out(recipe: Recipe, rows: Examples) -> dict[str, Any]:
         show.say_warning(f"data.eval: bad row, left out: {row}")
     num_scored = counts.num_read - counts.num_dropped
     show.say(f"data.eval: {num_scored} rows are scored, {left_out.total} are not; format: {format}")
-    for note in account_of(rows):
-        show.say(f"data.eval: {note.removeprefix('held-out rows: ')}")
+    for sentence in account_of(rows, "data.eval"):
+        show.say(sentence)
     return {
         "num_rows": counts.num_read,
         "num_dropped": counts.num_dropped,

@@ -37,14 +37,15 @@ def plan(
         "model": what,
         "card": name_of(planned.card),
         "settings": planned.recipe.model_dump(mode="json"),
-        "reasons": list(planned.reasons),
+        "reasons": list(map(str, planned.reasons)),
         "sharing": planned.sharing and planned.sharing.to_json_dict(),
         **report.to_json_dict(),
         **disk_speed(default_cache()),
     }
     show.show_plan(document)
     if html is not None:
-        show.say(f"page: {show.write_plan_page(document, html)}")
+        decisions = [(reason.key, reason.decision) for reason in planned.reasons]
+        show.say(f"page: {show.write_plan_page(document, html, decisions=decisions)}")
     if not report.fits:
         show.say_warning(report.shortage())
     return document
@@ -59,10 +60,11 @@ def sweep_models(overrides: Sequence[str]) -> dict[str, Any]:
         for row in sweep(models, planned.leanest, label_share=planned.label_share):
             rows.append(row)
             phase.progress(len(rows), len(KNOWN))
-    show.show_reasons(planned.reasons)
+    reasons = list(map(str, planned.reasons))
+    show.show_reasons(reasons)
     show.show_sweep(rows)
     settings = planned.recipe.model_dump(mode="json")
-    return {"settings": settings, "reasons": list(planned.reasons), "models": rows}
+    return {"settings": settings, "reasons": reasons, "models": rows}
 
 
 def cards() -> dict[str, Any]:

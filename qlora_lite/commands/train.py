@@ -60,7 +60,7 @@ def train(
             refuse_finished(run)
             for sentence in api.go_on_with(run, plan.recipe):
                 show.say(sentence)
-        show.show_reasons(plan.reasons)
+        show.show_reasons(list(map(str, plan.reasons)))
         loaded = load(plan, spent)
         before = score_before(plan, loaded, run, spent)
         train_steps(session, plan, loaded, before, profile=profile, command=command)

@@ -6,6 +6,7 @@ transformers, so a misspelt key is reported at once.
 
     yaml_text.py    text -> values with their lines; safe for any file
     schema.py       the keys: type, range, default, meaning
+    reason.py       the reason for one automatic choice
     not_yet.py      the values that this version refuses by name
     checks.py       missing files, contradicting keys
     hub_names.py    org/name -> the folder that fetch made
@@ -19,6 +20,7 @@ transformers, so a misspelt key is reported at once.
 from qlora_lite.recipe.hub_names import parse_hub_name
 from qlora_lite.recipe.json_schema import recipe_json_schema
 from qlora_lite.recipe.load import dump_recipe, load_recipe, load_run_recipe
+from qlora_lite.recipe.reason import Reason
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.shipped import (
     DEFAULT_RECIPE,
@@ -33,6 +35,7 @@ from qlora_lite.recipe.shipped import (
 __all__ = [
     "DEFAULT_RECIPE",
     "SHIPPED_MODELS",
+    "Reason",
     "Recipe",
     "ShippedRecipe",
     "copy_recipe",
