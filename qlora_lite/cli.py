@@ -89,7 +89,7 @@ def fetch(
     with _quick_imports():
         from qlora_lite.commands.fetch import fetch
 
-    _print(fetch(name), json)
+    _print(fetch(name).to_json_dict(), json)
 
 
 @app.command()
@@ -102,7 +102,7 @@ def check(
     with _quick_imports():
         from qlora_lite.commands.check import check
 
-    checked = check(recipe, set_)
+    checked = [one.to_json_dict() for one in check(recipe, set_)]
     _print(checked[0] if len(checked) == 1 else {"recipes": checked}, json)
 
 
@@ -126,7 +126,7 @@ def plan(
         from qlora_lite.commands import plan
 
     if cards:
-        _print(plan.cards(), json)
+        _print(plan.cards().to_json_dict(), json)
         return
     if sweep == (what is not None):
         raise UserError("plan: give a recipe or a model's name, or --sweep for all known models")
@@ -137,11 +137,11 @@ def plan(
             "plan: --card plans one recipe or model for one card, so it does not go with --sweep, which covers all card sizes"
         )
     if what is None:
-        _print(plan.sweep_models(set_), json)
+        _print(plan.sweep_models(set_).to_json_dict(), json)
         return
     document = plan.plan(what, set_, budget=budget, card=card, html=html)
-    _print(document, json)
-    if not document["fits"]:
+    _print(document.to_json_dict(), json)
+    if not document.fits:
         raise typer.Exit(3)
 
 
@@ -162,7 +162,8 @@ def train(
     with _quick_imports():
         from qlora_lite.commands.train import train
 
-    _print(train(recipe, set_, run_dir=run_dir, resume=resume, profile=profile, base=base), json)
+    trained = train(recipe, set_, run_dir=run_dir, resume=resume, profile=profile, base=base)
+    _print(trained.to_json_dict(), json)
 
 
 @app.command("eval")
@@ -186,9 +187,9 @@ def evaluate(
         from qlora_lite.commands.scales import evaluate_scales
 
     if numbers is not None:
-        _print(evaluate_scales(run_dir, numbers, data=data, overrides=set_, base=base), json)
+        _print(evaluate_scales(run_dir, numbers, data=data, overrides=set_, base=base).to_json_dict(), json)
     else:
-        _print(evaluate(run_dir, which=which, data=data, overrides=set_, base=base), json)
+        _print(evaluate(run_dir, which=which, data=data, overrides=set_, base=base).to_json_dict(), json)
 
 
 @app.command()
@@ -206,9 +207,9 @@ def merge(
         from qlora_lite.commands.mixed import merge_mix
 
     if mix:
-        _print(merge_mix(run_dir, out, mix, set_, base=base), json)
+        _print(merge_mix(run_dir, out, mix, set_, base=base).to_json_dict(), json)
     else:
-        _print(merge(run_dir, out, set_, base=base), json)
+        _print(merge(run_dir, out, set_, base=base).to_json_dict(), json)
 
 
 @app.command()
@@ -231,11 +232,12 @@ def ask(
 
     if question == "-":
         lines, passage = ask_lines.questions_of_stdin(), ask.read_context(context)
-        _print(ask_lines.ask_lines(run_dir, lines, mix, passage=passage, base=base), json)
+        _print(ask_lines.ask_lines(run_dir, lines, mix, passage=passage, base=base).to_json_dict(), json)
     elif mix:
-        _print(mixed.ask_mix(run_dir, question, mix, passage=ask.read_context(context), base=base), json)
+        passage = ask.read_context(context)
+        _print(mixed.ask_mix(run_dir, question, mix, passage=passage, base=base).to_json_dict(), json)
     else:
-        _print(ask.ask(run_dir, question, context=context, which=which, base=base), json)
+        _print(ask.ask(run_dir, question, context=context, which=which, base=base).to_json_dict(), json)
 
 
 @app.command()
@@ -244,7 +246,7 @@ def report(run_dir: RunArgument, json: JsonOption = False) -> None:
     with _quick_imports():
         from qlora_lite.commands.report import report
 
-    _print(report(run_dir), json)
+    _print(report(run_dir).to_json_dict(), json)
 
 
 @app.command()
@@ -294,12 +296,13 @@ def rank(
         from qlora_lite.commands.try_ranks import try_ranks
 
     if try_ is not None:
-        report = try_ranks(what, set_, ranks=ranks, share=0.5 if share is None else share)
+        tried = try_ranks(what, set_, ranks=ranks, share=0.5 if share is None else share)
+        _print(tried.to_json_dict(), json)
     else:
-        report = rank(
+        ranked = rank(
             Path(what), other=other, to=to, num_parameters=parameters, out=out, dtype=dtype, score=score, base=base
         )
-    _print(report, json)
+        _print(ranked.to_json_dict(), json)
 
 
 @app.command()
@@ -318,7 +321,7 @@ def mix(
     with _quick_imports():
         from qlora_lite.commands.mix import mix
 
-    _print(mix(parts, out, rank=rank, dtype=dtype, score=score, base=base), json)
+    _print(mix(parts, out, rank=rank, dtype=dtype, score=score, base=base).to_json_dict(), json)
 
 
 @app.command()
@@ -328,8 +331,8 @@ def verify(run_dir: RunArgument, json: JsonOption = False) -> None:
         from qlora_lite.commands.verify import verify
 
     document = verify(run_dir)
-    _print(document, json)
-    if not document["ok"]:
+    _print(document.to_json_dict(), json)
+    if not document.ok:
         raise typer.Exit(2)
 
 
@@ -344,8 +347,8 @@ def doctor(
     from qlora_lite.commands.doctor import doctor
 
     document = doctor(measure=measure)
-    _print(document, json)
-    if not document["can_train"]:
+    _print(document.to_json_dict(), json)
+    if not document.can_train:
         raise typer.Exit(2)
 
 

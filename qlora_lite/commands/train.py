@@ -6,6 +6,7 @@ A killed run continues after its last record: each part below reads existing rec
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ from qlora_lite.training import StepStats, refuse_missing_trackers
 from qlora_lite.units import format_bytes
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, from two of its records."""
+
+    summary: Mapping[str, Any]  # train.json
+    scores: Mapping[str, Any]  # eval.json: before, after, groups
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return {**self.summary, "eval": self.scores}
+
+
 def train(
     recipe_name: str,
     overrides: Sequence[str],
@@ -32,7 +44,7 @@ def train(
     resume: bool,
     profile: bool = False,
     base: Path | None = None,
-) -> dict[str, Any]:
+) -> Trained:
     """Plan, load, score, train, score again, and show memory and time. `base` is the new folder of a resumed run's moved base."""
     begin = time.perf_counter()
     recipe = load_recipe(recipe_name, overrides=overrides, files_must_exist=base is None)
@@ -60,19 +72,20 @@ def train(
             refuse_finished(run)
             for sentence in api.go_on_with(run, plan.recipe):
                 show.say(sentence)
-        show.show_reasons(plan.reasons)
+        show.show_reasons(list(map(str, plan.reasons)))
         loaded = load(plan, spent)
         before = score_before(plan, loaded, run, spent)
         train_steps(session, plan, loaded, before, profile=profile, command=command)
         scores = before.scores if plan.recipe.data.eval is None else score_after(plan, loaded, run, before, spent)
         memory = run.read_json("memory.json")
         show.show_memory(memory)
-        summary = train_summary(run, memory, wall_s=time.perf_counter() - begin, spent=spent)
-        show.show_time(spent, wall_s=summary["wall_s"])
+        wall_s = time.perf_counter() - begin
+        summary = train_summary(run, memory, wall_s=wall_s, spent=spent)
+        show.show_time(spent, wall_s=wall_s)
         run.write_json("train.json", summary)
         write_report(run)
     show.say(f"done: {run.path} ({published(run).name}/, report.html). Next: {shlex.join(next_command(run))}")
-    return summary | {"eval": scores}
+    return Trained(summary, scores)
 
 
 def make_plan(session: Session, recipe: Recipe, base: Path | None) -> Plan:
@@ -150,12 +163,12 @@ def lacks_only_its_report(run: RunDir) -> bool:
     return bool(run.read_json("train.json")) and not (run.path / "report.html").exists()
 
 
-def report_at_last(run: RunDir) -> dict[str, Any]:
-    """Write report.html of a run that lacks nothing else, and return its summary."""
+def report_at_last(run: RunDir) -> Trained:
+    """Write report.html of a run that lacks nothing else."""
     path = write_report(run)
     show.say(f"done: {run.path} was finished except for its report: {path}")
     scores = {key: value for key, value in run.read_json("eval.json").items() if key != "schema_version"}
-    return run.read_json("train.json") | {"eval": scores}
+    return Trained(run.read_json("train.json"), scores)
 
 
 def train_summary(

@@ -19,15 +19,15 @@ ACCELERATOR = "cuda"
 
 
 def choose_device(asked: str) -> tuple[Card, str]:
-    """`auto | cpu | cuda` -> (device, reason). Raises UserError for cuda without a CUDA device."""
+    """`auto | cpu | cuda` -> (device, why it is this one). Raises UserError for cuda without a CUDA device."""
     if asked == "cpu":
-        return CPU, "cpu: asked for"
+        return CPU, "asked for"
     card = card_here()
     if card is not None:
-        return card, f"cuda: {card.in_words}" if asked == "auto" else "cuda: asked for"
+        return card, card.in_words if asked == "auto" else "asked for"
     if asked == "cuda":
         raise UserError("device: cuda was asked for, but torch finds no CUDA device. Use device: cpu or auto")
-    return CPU, "cpu: torch finds no CUDA device"
+    return CPU, "torch finds no CUDA device"
 
 
 @cache

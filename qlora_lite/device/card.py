@@ -173,11 +173,11 @@ def with_rates(card: Card) -> Card:
 
 
 def usable_memory(card: Card) -> tuple[int, str]:
-    """-> (bytes that a run may use of a card that is not present, reason): its memory less the CUDA context and a margin."""
+    """-> (bytes that a run may use of a card that is not present, why): its memory less the CUDA context and a margin."""
     margin = max(MARGIN_BYTES, int(MARGIN_SHARE * card.memory_bytes))
     usable = card.memory_bytes - CONTEXT_BYTES - margin
     return usable, (
-        f"{format_bytes(usable)}: CUDA reports about {format_bytes(card.memory_bytes)} on {card.name}, less {format_bytes(CONTEXT_BYTES)} "
+        f"CUDA reports about {format_bytes(card.memory_bytes)} on {card.name}, less {format_bytes(CONTEXT_BYTES)} "
         f"for its context and {format_bytes(margin)} for the allocator's holes, both assumed"
     )
 

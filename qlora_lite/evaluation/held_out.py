@@ -85,11 +85,11 @@ def left_out_of(examples: Examples) -> LeftOut:
     return LeftOut(too_long=counts.num_dropped, unusable=counts.num_bad, beyond_limit=counts.num_left_out)
 
 
-def account_of(examples: Examples) -> list[str]:
-    """One sentence for each group of rows that are not scored; [] when all are."""
+def account_of(examples: Examples, name: str = "held-out rows") -> list[str]:
+    """One sentence, beginning with `name`, for each group of rows that are not scored; [] when all are."""
     # A text is scored in training's pieces.
     length_key = "data.max_seq_length" if examples.is_text else KEY
-    return examples.account("held-out rows", limit="eval.num_examples", length_key=length_key)
+    return examples.account(name, limit="eval.num_examples", length_key=length_key)
 
 
 def _advice(max_seq_length: int, window: int | None) -> str:

@@ -7,9 +7,8 @@ is not quality: a direction of low energy may still carry an answer. `rank --to 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qlora_lite.merging.spectrum import ENERGY_SHARES, Spectrum
 from qlora_lite.units import format_bytes
@@ -59,32 +58,43 @@ def advice(kinds: Sequence[KindOfModule]) -> str:
     return f"r={r} fits: all its directions are used, and the last ones hold little"
 
 
-def advice_of_curve(curve: Sequence[Mapping[str, Any]]) -> str:
+@dataclass(frozen=True)
+class TrainedRank:
+    """The scores of a model that was trained with one rank."""
+
+    r: int
+    planned_peak_bytes: int
+    num_examples: int  # scored
+    loss: float
+    exact_match: float | None  # None for plain text
+
+
+def advice_of_curve(curve: Sequence[TrainedRank]) -> str:
     """Recommend one of the trained ranks: the smallest that is not clearly worse than the best. `curve` is sorted by rank.
 
     "Clearly" means more than one standard error of the exact match, or 2% of the loss without answers. The advice also quotes the result
     of rank 1, which often does surprisingly well.
     """
-    key = "loss" if curve[0]["exact_match"] is None else "exact_match"
-    if key == "loss":
-        best = min(curve, key=lambda line: line["loss"])
-        enough = next(line for line in curve if line["loss"] <= 1.02 * best["loss"])
-        how = f"its loss ({enough['loss']:.3f}) is within 2% of the lowest, {best['loss']:.3f} at r={best['r']}"
+    matches = [line.exact_match for line in curve if line.exact_match is not None]
+    if len(matches) < len(curve):
+        best = min(curve, key=lambda line: line.loss)
+        enough = next(line for line in curve if line.loss <= 1.02 * best.loss)
+        why = f"its loss ({enough.loss:.3f}) is within 2% of the lowest, {best.loss:.3f} at r={best.r}"
+        reached = f"{curve[0].loss:.3f}"
     else:
-        best = max(curve, key=lambda line: line["exact_match"])
-        share = best["exact_match"] / 100
-        error = 100 * math.sqrt(max(share * (1 - share), 0.25 / best["num_examples"]) / best["num_examples"])
-        enough = next(line for line in curve if line["exact_match"] >= best["exact_match"] - error)
-        how = (
-            f"its exact match ({enough['exact_match']:.1f}) is within one standard error ({error:.1f} points, "
-            f"{best['num_examples']} questions) of the best, {best['exact_match']:.1f} at r={best['r']}"
+        most = max(matches)
+        best, share = curve[matches.index(most)], most / 100
+        error = 100 * math.sqrt(max(share * (1 - share), 0.25 / best.num_examples) / best.num_examples)
+        position = next(i for i, match in enumerate(matches) if match >= most - error)
+        enough = curve[position]
+        why = (
+            f"its exact match ({matches[position]:.1f}) is within one standard error ({error:.1f} points, "
+            f"{best.num_examples} questions) of the best, {most:.1f} at r={best.r}"
         )
-    more = "" if enough["r"] < curve[-1]["r"] else ". It is the largest rank tried; a larger one may be better"
-    first = curve[0]
-    alone = (
-        f". r=1 reached {first[key]:.{3 if key == 'loss' else 1}f}" if first["r"] == 1 and enough is not first else ""
-    )
-    return f"take r={enough['r']}: {how}; {format_bytes(enough['planned_peak_bytes'])} planned{more}{alone}"
+        reached = f"{matches[0]:.1f}"
+    more = "" if enough.r < curve[-1].r else ". It is the largest rank tried; a larger one may be better"
+    alone = f". r=1 reached {reached}" if curve[0].r == 1 and enough is not curve[0] else ""
+    return f"take r={enough.r}: {why}; {format_bytes(enough.planned_peak_bytes)} planned{more}{alone}"
 
 
 def _kind(kind: str, members: Sequence[Spectrum]) -> KindOfModule:

@@ -29,7 +29,7 @@ class NumberTypes:
     compute: torch.dtype
     factors: torch.dtype
     scale_loss: bool
-    reason: str
+    reason: str  # why the compute type is this one
 
     @property
     def name(self) -> str:
@@ -41,12 +41,12 @@ def choose_types(asked: str, card: Card) -> NumberTypes:
     """`auto | bf16 | fp16 | fp32` -> the line of the table for `card`. Raises UserError for a type that the card lacks."""
     name = "CPU" if card.is_cpu else f"card ({card.in_words})"
     if asked == "auto" and card.is_cpu and not cpu_multiplies_bf16():
-        asked, reason = "fp32", "fp32: the CPU has no instructions that multiply bf16"
+        asked, reason = "fp32", "the CPU has no instructions that multiply bf16"
     elif asked == "auto":
         asked = "bf16" if card.has_bf16 else "fp16"
-        reason = f"{asked}: the {name} {'computes in' if card.has_bf16 else 'has no'} bf16"
+        reason = f"the {name} {'computes in' if card.has_bf16 else 'has no'} bf16"
     else:
-        reason = f"{asked}: asked for"
+        reason = "asked for"
     if asked == "fp16" and card.is_cpu:
         raise UserError(
             "model.dtype: fp16 is for cards without bf16; CPUs compute in bf16. Use model.dtype: auto, bf16 or fp32"
@@ -58,7 +58,7 @@ def choose_types(asked: str, card: Card) -> NumberTypes:
 
 def types_of_run(name: str) -> NumberTypes:
     """The line of the table that a run was trained with, on any machine, so that a merge does not depend on the machine."""
-    return _computed_in(name, f"{name}: as the run was trained")
+    return _computed_in(name, "as the run was trained")
 
 
 def _computed_in(name: str, reason: str) -> NumberTypes:

@@ -14,7 +14,7 @@ card_workspace.py   internal allocations of operators on a card
 
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
 from qlora_lite.plan.fits import Cell, Room
-from qlora_lite.plan.forecast import CARDS, Forecast, forecast, sweep
+from qlora_lite.plan.forecast import CARDS, Forecast, SweptModel, forecast, sweep
 from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes
 from qlora_lite.plan.needs import reading_of, what_is_shared
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, Stage
@@ -39,6 +39,7 @@ __all__ = [
     "Scoring",
     "Settings",
     "Stage",
+    "SweptModel",
     "as_json",
     "forecast",
     "make_plan",

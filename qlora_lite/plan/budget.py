@@ -28,13 +28,13 @@ def measured_here(card: Card, *, cache: Path) -> Mapping[str, Any]:
 
 
 def budget_of(asked: int | str, card: Card, *, measured: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """-> (bytes, reason). `asked` is bytes, or "auto": the free memory of a device of this machine, or the memory that CUDA reports for
+    """-> (bytes, why). `asked` is bytes, or "auto": the free memory of a device of this machine, or the memory that CUDA reports for
     another card, each less a margin.
 
     `measured` is the result of `measured_here` for the device.
     """
     if isinstance(asked, int):
-        return asked, f"{format_bytes(asked)}: asked for"
+        return asked, "asked for"
     if not card.is_cpu and card != card_here():
         return usable_memory(card)
     free, total = host_memory() if card.is_cpu else _free_on_card()
@@ -48,7 +48,7 @@ def budget_of(asked: int | str, card: Card, *, measured: Mapping[str, Any] | Non
     purpose += ", measured by doctor" if is_measured else ""
     return (
         budget,
-        f"{format_bytes(budget)}: {format_bytes(free)} of {where}'s {format_bytes(total)} are free, less a margin for {purpose}",
+        f"{format_bytes(free)} of {where}'s {format_bytes(total)} are free, less a margin for {purpose}",
     )
 
 

@@ -78,6 +78,20 @@ class Forecast:
         return shortage(self.own, self.further, budget_bytes=self.budget_bytes)
 
 
+@dataclass(frozen=True)
+class SweptModel:
+    """One model of `sweep`."""
+
+    model: str
+    num_weights: int
+    peak_bytes: int  # of QLoRA, for 1,024 tokens
+    max_seq_length: dict[int, int | None]  # by bytes of the card; None if nothing fits
+
+    def to_json_dict(self) -> dict[str, Any]:
+        longest = {str(card): length for card, length in self.max_seq_length.items()}
+        return vars(self) | {"max_seq_length": longest}
+
+
 def forecast(
     rehearsals: Rehearsals, chosen: Fit, leanest: Settings, room: Room, *, method: str, merging: Merging | None = None
 ) -> Forecast:
@@ -117,18 +131,13 @@ def _resident_bytes(method: str, rehearsal: Rehearsal) -> int:
 
 def sweep(
     models: Iterable[tuple[str, PreTrainedConfig, int | None]], settings: Settings, *, label_share: float
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[SweptModel]:
     """For each (name, config, positions): its weights, QLoRA's peak for 1,024 tokens, and the longest sequence on each of CARDS."""
     for name, config, positions in models:
         comparison = Comparison(Rehearsals(config), replace(settings, method="qlora"))
         growth = growth_by_method(comparison, config, MicroBatch(1024, 1, label_share), label_share)["qlora"]
         longest = {card: longest_length(growth, Room(card, positions, label_share)) for card in CARDS}
-        yield {
-            "model": name,
-            "num_weights": growth.num_weights,
-            "peak_bytes": growth.peak_bytes(1024),
-            "max_seq_length": {str(card): length for card, length in longest.items()},
-        }
+        yield SweptModel(name, growth.num_weights, growth.peak_bytes(1024), longest)
 
 
 def _merge(config: PreTrainedConfig, merging: Merging, batch: MicroBatch) -> dict[str, int]:

@@ -22,10 +22,11 @@ from qlora_lite.evaluation.held_out import held_out_rows, longest_scored
 from qlora_lite.files.cache import TOKENIZED, default_cache
 from qlora_lite.model.attention import why_not_shared
 from qlora_lite.model.load import load_tokenizer
-from qlora_lite.recipe import Recipe
+from qlora_lite.recipe import Reason, Recipe
 
 SAMPLED_STEPS = 64  # steps whose examples are sampled for the savings of sharing
 SIZED_STEPS = 4096  # later steps, of which only the sizes count
+_SHARING = "data.share_prefixes"
 LEAST_FACTOR = 1.05  # below this reduction of tokens, examples are packed without sharing
 
 
@@ -144,7 +145,7 @@ def _sharing_of(recipe: Recipe, examples: Examples) -> Sharing:
     return sharing(examples, map(sampler.rows_of_step, range(num_sampled)), others=map(sampler.rows_of_step, later))
 
 
-def what_is_shared(recipe: Recipe, source: Path) -> tuple[Sharing | None, str]:
+def what_is_shared(recipe: Recipe, source: Path) -> tuple[Sharing | None, Reason]:
     """-> (savings of packing the training examples as prefix trees, None if off; reason). Raises DataError."""
     config = load_config(source)
     needs = needs_of(recipe, source, default_cache(), limit=context_window(config))
@@ -152,22 +153,22 @@ def what_is_shared(recipe: Recipe, source: Path) -> tuple[Sharing | None, str]:
     return needs.sharing, reason
 
 
-def choose_sharing(recipe: Recipe, needs: Needs, config: PreTrainedConfig) -> tuple[Needs, str]:
+def choose_sharing(recipe: Recipe, needs: Needs, config: PreTrainedConfig) -> tuple[Needs, Reason]:
     """-> (needs, with sharing=None if sharing is off; reason)."""
-    asked, shared = recipe.data.share_prefixes, needs.sharing
+    asked, shared, off = recipe.data.share_prefixes, needs.sharing, replace(needs, sharing=None)
     if asked is False:
-        return replace(needs, sharing=None), "off: asked for"
+        return off, Reason(_SHARING, "off", "asked for")
     why_not = why_not_shared(model_class(config), config, length=needs.length)
     if why_not is not None:
-        return replace(needs, sharing=None), f"off: {why_not}; each example is computed separately"
+        return off, Reason(_SHARING, "off", f"{why_not}; each example is computed separately")
     if shared is None:
-        return needs, "off: the training data are missing"
+        return needs, Reason(_SHARING, "off", "the training data are missing")
     saved = (
         f"{shared.num_alone:,} tokens of the first steps become {shared.num_packed:,}, {shared.factor:.2f} times fewer"
     )
     if asked == "auto" and shared.factor < LEAST_FACTOR:
-        return replace(needs, sharing=None), f"off: examples share too few prefix tokens; {saved}"
-    return needs, f"on: each prefix shared by examples of a step is computed once; {saved}"
+        return off, Reason(_SHARING, "off", f"examples share too few prefix tokens; {saved}")
+    return needs, Reason(_SHARING, "on", f"each prefix shared by examples of a step is computed once; {saved}")
 
 
 def num_scored(recipe: Recipe) -> int:

@@ -24,6 +24,7 @@ from qlora_lite.plan.strategy import (
     choose,
     strategies,
 )
+from qlora_lite.recipe import Reason
 from qlora_lite.training.footprint import Footprint
 from qlora_lite.units import format_bytes
 
@@ -39,7 +40,7 @@ class Concession:
 
 @dataclass(frozen=True)
 class Fit:
-    """The planner's choices, with `reasons` by recipe key."""
+    """The planner's choices, with their reasons."""
 
     settings: Settings
     footprint: Footprint
@@ -48,7 +49,7 @@ class Fit:
     length: int
     score_limit: int  # tokens of the longest scored example
     slowdown: float  # relative to the fastest strategy
-    reasons: dict[str, str]
+    reasons: tuple[Reason, ...]
 
     @property
     def slowdown_in_words(self) -> str:
@@ -73,11 +74,11 @@ def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, *,
         length=needs.length,
         score_limit=score_limit,
         slowdown=way.slowdown,
-        reasons={
-            "data.max_seq_length": f"{needs.length}: {needs.reason}",
-            **_reasons(choice, free, budget_bytes),
-            **reasons,
-        },
+        reasons=(
+            Reason("data.max_seq_length", str(needs.length), needs.reason),
+            *_reasons(choice, free, budget_bytes),
+            *reasons,
+        ),
     )
 
 
@@ -199,16 +200,16 @@ def _longest(rehearsals: Rehearsals, settings: Settings, needs: Needs, budget_by
 
 def _choose_scoring(
     rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, batch: MicroBatch, budget_bytes: int
-) -> tuple[Scoring | None, int, dict[str, str]]:
-    """-> (scoring, None if nothing is scored; tokens of the longest scored example; reasons by recipe key).
+) -> tuple[Scoring | None, int, tuple[Reason, ...]]:
+    """-> (scoring, None if nothing is scored; tokens of the longest scored example; reasons).
 
     Examples longer than training's are left out if they do not fit and eval.max_seq_length is free.
     """
     limit, length_reason = needs.score_limit or needs.length, needs.score_reason
     if not needs.num_scored:
-        tokens = free.eval_batch_tokens or EVAL_BATCH_TOKENS[0]
-        reason = f"{tokens}: nothing is scored"
-        return None, limit, {"eval.max_seq_length": f"{limit}: {length_reason}", "memory.eval_batch_tokens": reason}
+        of_length = Reason("eval.max_seq_length", str(limit), length_reason)
+        tokens = str(free.eval_batch_tokens or EVAL_BATCH_TOKENS[0])
+        return None, limit, (of_length, Reason("memory.eval_batch_tokens", tokens, "nothing is scored"))
 
     def fits(scoring: Scoring) -> bool:
         return bool(budget_bytes) and sum(rehearsals.evaluation(settings, scoring).values()) <= budget_bytes
@@ -220,12 +221,10 @@ def _choose_scoring(
             f"same as data.max_seq_length; longer examples, up to {needs.longest_scored} tokens, do not fit "
             f"{format_bytes(budget_bytes)}"
         )
-    batch_reason = ": asked for" if free.eval_batch_tokens is not None else " prompt tokens per batch of answers"
-    reasons = {
-        "eval.max_seq_length": f"{limit}: {length_reason}",
-        "memory.eval_batch_tokens": f"{scoring.batch_tokens}{batch_reason}",
-    }
-    return scoring, limit, reasons
+    tokens, is_asked = str(scoring.batch_tokens), free.eval_batch_tokens is not None
+    value, why = (tokens, "asked for") if is_asked else ("", f"{tokens} prompt tokens per batch of answers")
+    of_length = Reason("eval.max_seq_length", str(limit), length_reason)
+    return scoring, limit, (of_length, Reason("memory.eval_batch_tokens", value, why))
 
 
 def _batch_of_answers(
@@ -274,37 +273,42 @@ def _length_reason(needs: Needs, shorter: int | None, budget_bytes: int) -> str:
     return f"{reason}; {num_longer} of {len(needs.lengths)} examples are longer: cut if their format allows it, else left out"
 
 
-def _reasons(choice: Choice, free: Free, budget_bytes: int) -> dict[str, str]:
-    way = choice.strategy
-    return {
-        "memory.gradient_checkpointing": _checkpointing_reason(choice, free, budget_bytes),
-        "train.micro_batch_tokens": f"{way.footprint.micro_batch_tokens}: "
-        + ("asked for" if free.micro_batch_tokens is not None else _tokens_reason(choice, budget_bytes))
-        + "; does not change the result",
-        "memory.head_chunk": f"{way.footprint.head_chunk} label tokens are projected at a time"
-        + (", as asked for" if free.head_chunk is not None else ""),
-        "train.optimizer": f"{way.optimizer}: "
-        + ("asked for" if free.optimizer is not None else f"the most precise that fits {format_bytes(budget_bytes)}"),
-    }
+def _reasons(choice: Choice, free: Free, budget_bytes: int) -> tuple[Reason, ...]:
+    footprint, optimizer = choice.strategy.footprint, choice.strategy.optimizer
+    why_tokens = "asked for" if free.micro_batch_tokens is not None else _tokens_reason(choice, budget_bytes)
+    chunk = f"{footprint.head_chunk} label tokens are projected at a time"
+    most_precise = f"the most precise that fits {format_bytes(budget_bytes)}"
+    return (
+        _checkpointing_reason(choice, free, budget_bytes),
+        Reason(
+            "train.micro_batch_tokens",
+            str(footprint.micro_batch_tokens),
+            f"{why_tokens}; does not change the result",
+        ),
+        Reason("memory.head_chunk", "", chunk + (", as asked for" if free.head_chunk is not None else "")),
+        Reason("train.optimizer", optimizer, "asked for" if free.optimizer is not None else most_precise),
+    )
 
 
-def _checkpointing_reason(choice: Choice, free: Free, budget_bytes: int) -> str:
+def _checkpointing_reason(choice: Choice, free: Free, budget_bytes: int) -> Reason:
     every = choice.strategy.footprint.checkpoint_every
-    layers = {0: "off", 1: "on"}.get(every, f"in one layer of {every}")
+    chosen = partial(
+        Reason, "memory.gradient_checkpointing", {0: "off", 1: "on"}.get(every, f"in one layer of {every}")
+    )
     if free.checkpoint_every is not None:
-        return f"{layers}: asked for"
+        return chosen("asked for")
     if every == 0:
-        return f"{layers}: all activations fit {format_bytes(budget_bytes)}, so none are recomputed"
+        return chosen(f"all activations fit {format_bytes(budget_bytes)}, so none are recomputed")
     without = {way: peak for way, peak in choice.tried.items() if way.footprint.checkpoint_every == CHECKPOINTING[0]}
     fitting = [way.footprint.micro_batch_tokens for way, peak in without.items() if peak <= budget_bytes]
     if not without:
-        reason = f"keeps one hidden state per layer; the budget is {format_bytes(budget_bytes)}"
+        why = f"keeps one hidden state per layer; the budget is {format_bytes(budget_bytes)}"
     elif fitting:
-        reason = f"without it, micro-batches of at most {max(fitting)} tokens fit {format_bytes(budget_bytes)}, which is slower"
+        why = f"without it, micro-batches of at most {max(fitting)} tokens fit {format_bytes(budget_bytes)}, which is slower"
     else:
         smallest = format_bytes(min(without.values()))
-        reason = f"without it, a step needs at least {smallest}; the budget is {format_bytes(budget_bytes)}"
-    return f"{layers}: {reason}"
+        why = f"without it, a step needs at least {smallest}; the budget is {format_bytes(budget_bytes)}"
+    return chosen(why)
 
 
 def _tokens_reason(choice: Choice, budget_bytes: int) -> str:

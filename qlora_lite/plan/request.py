@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from qlora_lite.base.known import KNOWN, known_config, known_name, known_shape
 from qlora_lite.base.source import context_window, find_base, load_config
-from qlora_lite.device.accelerator import card_here, choose_device
+from qlora_lite.device.accelerator import card_here, choose_device, recipe_word
 from qlora_lite.device.card import COMMON_CARD, Card
 from qlora_lite.errors import ModelError, UserError
 from qlora_lite.files.cache import default_cache
@@ -19,7 +19,7 @@ from qlora_lite.model.dtypes import choose_types
 from qlora_lite.plan.budget import budget_of, measured_here
 from qlora_lite.plan.needs import Needs, choose_format, needs_of, num_scored, with_scored
 from qlora_lite.plan.resolve import Base, Place, Resolved, free_of, refuse_wrong_modules, resolve
-from qlora_lite.recipe import DEFAULT_RECIPE, Recipe, list_recipes, load_recipe
+from qlora_lite.recipe import DEFAULT_RECIPE, Reason, Recipe, list_recipes, load_recipe
 from qlora_lite.recipe.hub_names import commit_of, fetch_command, find_fetched, is_hub_name
 from qlora_lite.units import format_bytes
 
@@ -32,7 +32,7 @@ def read_request(
     """Resolve a request; `named` is a card to plan for, present or not. Raises RecipeError for a recipe, UserError for an unknown name."""
     if _is_model(request):
         planned = plan_of_model(request, overrides, budget_bytes=budget_bytes, named=named)
-        return replace(planned, reasons=(f"settings: from {DEFAULT_RECIPE}", *planned.reasons))
+        return replace(planned, reasons=(Reason("settings", "", f"from {DEFAULT_RECIPE}"), *planned.reasons))
     if not Path(request).exists() and not request.endswith((".yaml", ".yml")) and request not in _recipe_names():
         _refuse_unknown(request)
     recipe = load_recipe(request, overrides=overrides, files_must_exist=False)
@@ -59,8 +59,8 @@ def _planned(
     recipe, format_reason = _with_format(recipe) if has_data else (recipe, None)
     resolved = resolve(recipe, base, place, _needs(recipe, base, has_data=has_data), free_of(recipe))
     reasons = (
-        f"model: {base_reason}",
-        *([] if format_reason is None else [f"data.format: {recipe.data.format}: {format_reason}"]),
+        Reason("model", "", base_reason),
+        *([] if format_reason is None else [Reason("data.format", recipe.data.format, format_reason)]),
         *resolved.reasons,
     )
     return replace(resolved, reasons=reasons)
@@ -114,18 +114,20 @@ def _place_of(
     return Place(card, reason, choose_types(recipe.model.dtype, card), budget, budget_reason, measured)
 
 
-def _choose_card(recipe: Recipe, named: Card | None, *, is_for_a_card: bool) -> tuple[Card, str]:
+def _choose_card(recipe: Recipe, named: Card | None, *, is_for_a_card: bool) -> tuple[Card, Reason]:
     if named is not None:
         if recipe.device == "cpu":
             raise UserError("--card plans for a card, but the recipe has device: cpu. Leave out one of them")
-        return named, f"{named.in_words}: asked for"
-    card, reason = (card_here(), "cuda: asked for") if recipe.device == "cuda" else choose_device(recipe.device)
+        return named, Reason("device", named.in_words, "asked for")
+    card, why = (card_here(), "asked for") if recipe.device == "cuda" else choose_device(recipe.device)
     if card is not None and not (card.is_cpu and recipe.device == "auto" and is_for_a_card):
-        return card, reason
+        return card, Reason("device", recipe_word(card), why)
     asked = "cuda was asked for, but " if recipe.device == "cuda" else ""
-    return COMMON_CARD, (
-        f"{COMMON_CARD.in_words}: {asked}this machine has no card, so a common one is assumed; --card NAME plans for yours "
-        "(plan --cards lists them), --set device=cpu for the processor"
+    return COMMON_CARD, Reason(
+        "device",
+        COMMON_CARD.in_words,
+        f"{asked}this machine has no card, so a common one is assumed; --card NAME plans for yours "
+        "(plan --cards lists them), --set device=cpu for the processor",
     )
 
 

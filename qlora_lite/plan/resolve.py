@@ -32,7 +32,8 @@ from qlora_lite.plan.needs import Needs, choose_sharing
 from qlora_lite.plan.planner import Concession, Fit, concessions, fit, leanest_settings, shortage
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.strategy import OPTIMIZERS, Free
-from qlora_lite.recipe import Recipe
+from qlora_lite.recipe import Reason, Recipe
+from qlora_lite.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Place:
     """The device of training, its number types and its budget, with a reason for each."""
 
     card: Card
-    card_reason: str
+    card_reason: Reason
     types: NumberTypes
     budget_bytes: int
-    budget_reason: str
+    budget_reason: str  # why the budget is this one
     measured: Mapping[str, Any]  # by doctor on this card
     begun_on: str | None = None  # the recipe's `device` where a resumed run began
 
@@ -69,7 +70,7 @@ class Resolved:
     chosen: Fit
     free: Free  # the recipe's settings, None for those left to the planner
     label_share: float  # of all tokens
-    reasons: tuple[str, ...]  # one sentence per choice
+    reasons: tuple[Reason, ...]  # one per choice
     sharing: Sharing | None  # shared prefixes; None if every example is computed separately
 
     @property
@@ -181,18 +182,17 @@ def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) 
     packed = "each branch attends to its prefix and itself" if needs.sharing else "each example attends to itself"
     reasons = [
         *recipe.notes,
-        f"device: {place.card_reason}",
-        f"model.dtype: {place.types.reason}",
-        f"model.quantization: {quantization_reason}",
-        f"model.attention: sdpa: {packed} in a packed sequence",
-        f"data.share_prefixes: {sharing_reason}",
-        f"memory.budget: {place.budget_reason}{chosen.slowdown_in_words}",
-        *(f"{key}: {reason}" for key, reason in chosen.reasons.items()),
+        place.card_reason,
+        Reason("model.dtype", place.types.name, place.types.reason),
+        quantization_reason,
+        Reason("model.attention", "sdpa", f"{packed} in a packed sequence"),
+        sharing_reason,
+        Reason("memory.budget", format_bytes(place.budget_bytes), f"{place.budget_reason}{chosen.slowdown_in_words}"),
+        *chosen.reasons,
     ]
     if place.card.is_cpu and chosen.settings.optimizer.startswith("paged"):
-        reasons.append(
-            f"train.optimizer: {chosen.settings.optimizer}: pages on CUDA only; on the CPU its state is never paged"
-        )
+        why = "pages on CUDA only; on the CPU its state is never paged"
+        reasons.append(Reason("train.optimizer", chosen.settings.optimizer, why))
     return Resolved(
         recipe=_with_choices(values, chosen),
         card=place.card,
@@ -298,25 +298,25 @@ def refuse_without_bf16(recipe: Recipe, types: NumberTypes) -> None:
     }
     for name in (name for name, is_trained in trained.items() if is_trained and types.scale_loss):
         raise ModelError(
-            f"{name}: trains weights of the base model, and fp16 is not precise enough for them ({types.reason}). "
+            f"{name}: trains weights of the base model, and fp16 is not precise enough for them ({types.name}: {types.reason}). "
             "Use model.dtype: fp32"
         )
 
 
-def _choose_quantization(recipe: Recipe, source: Path | None) -> tuple[dict[str, Any], str]:
+def _choose_quantization(recipe: Recipe, source: Path | None) -> tuple[dict[str, Any], Reason]:
     """-> (values of model.quantization and model.double_quant, reason). Raises ModelError."""
-    stored = None if source is None else stored_quantization(read_config(source), source)
+    key, stored = "model.quantization", None if source is None else stored_quantization(read_config(source), source)
     if stored is None and recipe.method == "qlora":
         quantization = Quantization(recipe.model.quantization, recipe.model.double_quant)
-        return _as_settings(quantization), f"{quantization}: asked for"
+        return _as_settings(quantization), Reason(key, str(quantization), "asked for")
     if stored is None:
-        return {"quantization": "none"}, f"none: method {recipe.method} uses a 16-bit base"
+        return {"quantization": "none"}, Reason(key, "none", f"method {recipe.method} uses a 16-bit base")
     if recipe.method != "qlora":
         raise ModelError(
             f"{source}: its weights are quantized ({stored}), but method {recipe.method} needs 16-bit weights. Use method: qlora, "
             "or the 16-bit original"
         )
-    return _as_settings(stored), f"{stored}: the folder is already quantized and used unchanged"
+    return _as_settings(stored), Reason(key, str(stored), "the folder is already quantized and used unchanged")
 
 
 def _as_settings(quantization: Quantization) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from qlora_lite.plan.budget import budget_of, measured_here
 from qlora_lite.plan.needs import choose_format, needs_of, with_scored
 from qlora_lite.plan.resolve import Base, Place, Resolved, free_of, refuse_wrong_modules, resolve
 from qlora_lite.plan.strategy import next_leaner
-from qlora_lite.recipe import Recipe
+from qlora_lite.recipe import Reason, Recipe
 from qlora_lite.recipe.hub_names import commit_of, is_hub_name
 from qlora_lite.training.footprint import Footprint
 
@@ -38,7 +38,7 @@ class Plan(Resolved):
             "fits": self.fits,
             "slowdown": self.chosen.slowdown,
             "settings": self.recipe.model_dump(mode="json"),
-            "reasons": list(self.reasons),
+            "reasons": [str(reason) for reason in self.reasons],
             "sharing": self.sharing and self.sharing.to_json_dict(),
             **self.methods_json(),
             "max_seq_length": self.recipe.data.max_seq_length,
@@ -77,8 +77,8 @@ def make_plan(
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": data_format})})
     resolved = resolve(recipe, model, place, needs, free)
     reasons = [
-        *([f"model.revision: {model.commit}: {_revision_reason(asked_revision)}"] if model.commit else []),
-        f"data.format: {data_format}: {format_reason}",
+        *([Reason("model.revision", model.commit, _revision_reason(asked_revision))] if model.commit else []),
+        Reason("data.format", data_format, format_reason),
         *resolved.reasons,
     ]
     values = {name: getattr(resolved, name) for name in Resolved.__dataclass_fields__} | {"reasons": tuple(reasons)}
@@ -86,12 +86,13 @@ def make_plan(
 
 
 def _place_of(recipe: Recipe, cache: Path, *, device: str, is_resumed: bool, is_record: bool) -> Place:
-    card, reason = choose_device(device)
+    card, why = choose_device(device)
     begun_on = recipe.device if is_resumed or is_record else recipe_word(card)
     if begun_on != recipe_word(card):
-        reason += f"; the run began on {begun_on}"
+        why += f"; the run began on {begun_on}"
     types = types_of_run(recipe.model.dtype) if is_record else choose_types(recipe.model.dtype, card)
     measured = measured_here(card, cache=cache)
+    reason = Reason("device", recipe_word(card), why)
     return Place(card, reason, types, *budget_of(recipe.memory.budget, card, measured=measured), measured, begun_on)
 
 

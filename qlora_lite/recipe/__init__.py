@@ -6,6 +6,7 @@ transformers, so a misspelt key is reported at once.
 
     yaml_text.py    text -> values with their lines; safe for any file
     schema.py       the keys: type, range, default, meaning
+    reason.py       the reason for one automatic choice
     checks.py       missing files, contradicting keys, values that this version refuses
     hub_names.py    org/name -> the folder that fetch made
     wording.py      expected, got, did you mean
@@ -18,6 +19,7 @@ transformers, so a misspelt key is reported at once.
 from qlora_lite.recipe.hub_names import parse_hub_name
 from qlora_lite.recipe.json_schema import recipe_json_schema
 from qlora_lite.recipe.load import dump_recipe, load_recipe, load_run_recipe
+from qlora_lite.recipe.reason import Reason
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.shipped import (
     DEFAULT_RECIPE,
@@ -32,6 +34,7 @@ from qlora_lite.recipe.shipped import (
 __all__ = [
     "DEFAULT_RECIPE",
     "SHIPPED_MODELS",
+    "Reason",
     "Recipe",
     "ShippedRecipe",
     "copy_recipe",

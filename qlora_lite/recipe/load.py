@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from qlora_lite.errors import RecipeError, UserError
 from qlora_lite.limits import RECIPE_BYTES
 from qlora_lite.recipe import checks, shipped, wording, yaml_text
+from qlora_lite.recipe.reason import Reason
 from qlora_lite.recipe.schema import Recipe, known_keys, section_types
 
 
@@ -126,7 +127,7 @@ def _find(path_or_name: str | os.PathLike[str]) -> Path:
     raise RecipeError(shown, [f"{missing}{hint}"])
 
 
-def _file_entries(path: Path, problems: _Problems) -> tuple[dict[str, _Entry], tuple[str, ...]]:
+def _file_entries(path: Path, problems: _Problems) -> tuple[dict[str, _Entry], tuple[Reason, ...]]:
     """-> (full key -> entry, notes on the encoding). Raises RecipeError at once for text that is not a YAML mapping."""
     shown = wording.printable_path(str(path))
     try:
@@ -146,7 +147,7 @@ def _file_entries(path: Path, problems: _Problems) -> tuple[dict[str, _Entry], t
     seen: dict[str, int] = {}
     for key, node in _flatten(top.value, seen, problems):
         entries.setdefault(key, _Entry(node.value, node.source, f"line {node.line}", node.line))
-    return entries, (f"the recipe is {encoding}",) if encoding else ()
+    return entries, (Reason("", "", f"the recipe is {encoding}"),) if encoding else ()
 
 
 def _flatten(top: yaml_text.Mapping, seen: dict[str, int], problems: _Problems) -> list[tuple[str, yaml_text.Node]]:
@@ -272,15 +273,17 @@ def _whole(values: dict[str, Any]) -> Recipe:
 
 def _resolve_files(
     values: dict[str, Any], entries: dict[str, _Entry], folder: Path, problems: _Problems
-) -> tuple[str, ...]:
+) -> tuple[Reason, ...]:
     """Make the paths in `values` absolute and return notes on automatic choices. A default data file is a shipped one."""
-    notes: list[str] = []
+    notes: list[Reason] = []
     train, held_out = entries.get("data.train"), entries.get("data.eval")
     if train and not held_out:
         values["data.eval"] = None
-        notes.append("data.eval: null, because only data.train is given; without data.eval there are no scores")
+        why = "null, because only data.train is given; without data.eval there are no scores"
+        notes.append(Reason("data.eval", "", why))
     if train and held_out and train.where.startswith("--set") and held_out.value and held_out.where.startswith("line"):
-        notes.append(f"data.train comes from --set, data.eval from the recipe ({wording.got(held_out.value)})")
+        why = f"data.train comes from --set, data.eval from the recipe ({wording.got(held_out.value)})"
+        notes.append(Reason("", "", why))
     recipe = _whole(values)
     folders = [folder, Path.cwd()]
     wanted = {"model.base": recipe.model.base, "data.train": recipe.data.train, "data.eval": recipe.data.eval}

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, WithJsonSchema
 
+from qlora_lite.recipe.reason import Reason
 from qlora_lite.units import parse_budget
 
 LARGEST_COUNT = 2**31 - 1  # no count in a recipe is larger; keeps every number exact in JSON and in int32 tensors
@@ -350,7 +351,7 @@ class Recipe(Section):
     # The origin of the recipe; not compared by ==.
     _name: str = PrivateAttr("recipe")
     _path: Path | None = PrivateAttr(None)
-    _notes: tuple[str, ...] = PrivateAttr(())
+    _notes: tuple[Reason, ...] = PrivateAttr(())
 
     @property
     def name(self) -> str:
@@ -363,11 +364,11 @@ class Recipe(Section):
         return self._path
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """The automatic choices of loading, one sentence each, for the screen and the run directory."""
+    def notes(self) -> tuple[Reason, ...]:
+        """The automatic choices of loading, for the screen and the run directory."""
         return self._notes
 
-    def with_origin(self, *, name: str, path: Path | None, notes: tuple[str, ...] = ()) -> "Recipe":
+    def with_origin(self, *, name: str, path: Path | None, notes: tuple[Reason, ...] = ()) -> "Recipe":
         """Return the same recipe with its origin."""
         copy = self.model_copy()
         copy._name, copy._path, copy._notes = name, path, notes

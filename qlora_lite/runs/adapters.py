@@ -16,11 +16,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from qlora_lite.errors import ModelError, RunError, UserError
 from qlora_lite.files.library_names import ADAPTER_CONFIG_FILE, B_FACTOR, PREFIX
 from qlora_lite.files.manifest import folder_weights_sha256
-from qlora_lite.merging.advice import advice, by_kind
+from qlora_lite.merging.advice import KindOfModule, advice, by_kind
 from qlora_lite.merging.checkpoint import read_json
 from qlora_lite.merging.lora import Adapter, read_adapter
 from qlora_lite.merging.mix import Part, mix_adapters, write_adapter
 from qlora_lite.merging.spectrum import (
+    Overlap,
     Spectrum,
     lost_share,
     overlaps,
@@ -79,8 +80,23 @@ def open_source(path: Path | str) -> Source:
     return Source(run.trained, run)
 
 
-def rank_report(source: Source, other: Source | None = None) -> dict[str, Any]:
-    """Return the document of `rank --json`: spectra by module and kind, advice, overlap with another adapter. Raises ModelError."""
+@dataclass(frozen=True)
+class RankReport:
+    """The spectrum of an adapter's change: rank.json of a run."""
+
+    modules: tuple[Spectrum, ...]
+    kinds: tuple[KindOfModule, ...]
+    advice: str
+    num_parameters: int
+    uses_dora: bool
+    overlap: tuple[Overlap, ...]  # with another adapter, at several numbers of directions
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"modules": [_as_json(spectrum) for spectrum in self.modules]}
+
+
+def rank_report(source: Source, other: Source | None = None) -> RankReport:
+    """Analyze an adapter: spectra by module and kind, advice, overlap with another adapter. Raises ModelError."""
     if other is not None:
         _refuse_different_bases([source, other], "their directions cannot be compared")
     adapter = source.read()
@@ -90,20 +106,43 @@ def rank_report(source: Source, other: Source | None = None) -> dict[str, Any]:
         )
     modules = spectra(adapter)
     kinds = by_kind(modules)
-    return {
-        "modules": [_as_json(spectrum) for spectrum in modules],
-        "kinds": [asdict(kind) for kind in kinds],
-        "advice": advice(kinds),
-        "num_parameters": _num_parameters(modules, {spectrum.module: spectrum.r for spectrum in modules}),
-        "uses_dora": any(factors.magnitude_O is not None for factors in adapter.factors.values()),
-        "overlap": [] if other is None else [asdict(overlap) for overlap in overlaps(adapter, other.read())],
-    }
+    return RankReport(
+        modules=tuple(modules),
+        kinds=tuple(kinds),
+        advice=advice(kinds),
+        num_parameters=_num_parameters(modules, {spectrum.module: spectrum.r for spectrum in modules}),
+        uses_dora=any(factors.magnitude_O is not None for factors in adapter.factors.values()),
+        overlap=() if other is None else tuple(overlaps(adapter, other.read())),
+    )
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """A number of the adapter and of the shorter one."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class ShorterAdapter:
+    """An adapter written by `truncate`."""
+
+    out: Path
+    ranks: dict[str, int]  # by module
+    lost_share: float  # of the change
+    dtype: str
+    adapter_bytes: BeforeAfter
+    num_parameters: BeforeAfter
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out)}
 
 
 def truncate(
     source: Source, out: Path, *, rank: int | None = None, num_parameters: int | None = None, dtype: str = "fp32"
-) -> dict[str, Any]:
-    """Write the best approximation of the adapter with `rank` per module, or with `num_parameters` in total; return a report.
+) -> ShorterAdapter:
+    """Write the best approximation of the adapter with `rank` per module, or with `num_parameters` in total.
 
     `dtype` is the type of the factors on disk: fp32, bf16 or int8. Raises RunError, ModelError, UserError.
     """
@@ -124,17 +163,15 @@ def truncate(
     made_of = {"adapter_sha256": folder_weights_sha256(source.folder), "ranks": ranks}
     shortened = truncated_adapter(adapter, ranks)
     write_adapter(shortened, out, base_name=_base_name(source), made_of=made_of, dtype=dtype, texts=source.texts)
-    return {
-        "out": str(out),
-        "ranks": ranks,
-        "lost_share": lost_share(modules, ranks),
-        "dtype": dtype,
-        "adapter_bytes": {"before": factor_bytes(source.folder), "after": factor_bytes(out)},
-        "num_parameters": {
-            "before": _num_parameters(modules, {spectrum.module: spectrum.r for spectrum in modules}),
-            "after": _num_parameters(modules, ranks),
-        },
-    }
+    whole = {spectrum.module: spectrum.r for spectrum in modules}
+    return ShorterAdapter(
+        out=out,
+        ranks=ranks,
+        lost_share=lost_share(modules, ranks),
+        dtype=dtype,
+        adapter_bytes=BeforeAfter(factor_bytes(source.folder), factor_bytes(out)),
+        num_parameters=BeforeAfter(_num_parameters(modules, whole), _num_parameters(modules, ranks)),
+    )
 
 
 @dataclass(frozen=True)
@@ -177,7 +214,24 @@ def _refuse_different_bases(sources: Sequence[Source], consequence: str) -> None
         raise RunError(f"{' and '.join(map(str, bases.values()))}: were trained on different bases, so {consequence}")
 
 
-def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None, dtype: str = "fp32") -> dict[str, Any]:
+@dataclass(frozen=True)
+class MixedAdapter:
+    """An adapter written by `mix`."""
+
+    out: Path
+    r: int
+    lost_share: float
+    dtype: str
+    adapter_bytes: int
+    num_modules: int
+    parts: tuple[Asked, ...]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        parts = [{"path": str(part.path), "weight": part.weight, "weights": part.weights} for part in self.parts]
+        return asdict(self) | {"out": str(self.out), "parts": parts}
+
+
+def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None, dtype: str = "fp32") -> MixedAdapter:
     """Write the weighted sum of adapters as one adapter: exact, or the best of rank `rank`; factors in `dtype` (fp32, bf16 or int8).
 
     Raises RunError, ModelError, UserError.
@@ -194,15 +248,15 @@ def mix(asked: Sequence[Asked], out: Path, *, rank: int | None = None, dtype: st
     write_adapter(
         mixed.adapter, out, base_name=_base_name(first), made_of={"mix": made_of}, dtype=dtype, texts=first.texts
     )
-    return {
-        "out": str(out),
-        "r": mixed.r,
-        "lost_share": mixed.lost_share,
-        "dtype": dtype,
-        "adapter_bytes": factor_bytes(out),
-        "num_modules": len(mixed.adapter.factors),
-        "parts": [{"path": str(part.path), "weight": part.weight, "weights": part.weights} for part in asked],
-    }
+    return MixedAdapter(
+        out=out,
+        r=mixed.r,
+        lost_share=mixed.lost_share,
+        dtype=dtype,
+        adapter_bytes=factor_bytes(out),
+        num_modules=len(mixed.adapter.factors),
+        parts=tuple(asked),
+    )
 
 
 def factor_bytes(folder: Path) -> int:

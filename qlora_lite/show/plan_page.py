@@ -4,7 +4,7 @@ in    the JSON document of `plan`: methods, budget, grid of lengths and batches,
 out   one self-contained HTML file (page.py)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,18 @@ from qlora_lite.show.page import (
     write_page,
 )
 from qlora_lite.show.rows import METHODS
+from qlora_lite.show.sections import Decision
 from qlora_lite.show.sharing import sharing
 
 
-def write_plan_page(plan: Mapping[str, Any], path: Path | str) -> Path:
+def write_plan_page(plan: Mapping[str, Any], path: Path | str, *, decisions: Sequence[Decision] | None = None) -> Path:
     """Write the page and return its path. Raises RunError when it cannot be written."""
-    return write_page(path, render_plan(plan))
+    return write_page(path, render_plan(plan, decisions))
 
 
-def render_plan(plan: Mapping[str, Any]) -> Html:
-    """Render the JSON document; sections whose data are missing are omitted."""
-    disk, chosen = sections.checkpoints(plan), join([sections.decisions(plan), sections.settings(plan)])
+def render_plan(plan: Mapping[str, Any], decisions: Sequence[Decision] | None = None) -> Html:
+    """Render the JSON document, and its `decisions` where the caller has the values; sections whose data are missing are omitted."""
+    disk, chosen = sections.checkpoints(plan), join([sections.decisions(plan, decisions), sections.settings(plan)])
     return render_page(
         f"Memory plan: {plan.get('model') or 'a model'}",
         kind="qlora_lite · fine-tuning plan",

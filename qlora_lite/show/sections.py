@@ -12,6 +12,8 @@ from qlora_lite.show.lenient import dig, is_number, mapping, number, numbers
 from qlora_lite.show.page import Html, details, drawing, heading, html, join, note, paragraph, swatch, table
 from qlora_lite.show.rows import METHODS, PARTS, PHASES, Row
 
+Decision = tuple[str, str]  # (recipe key, "" if none; the value and its reason)
+
 _KEYS_OF_PARTS = {name: key for key, (name, _) in PARTS.items()}
 
 
@@ -109,9 +111,13 @@ def checkpoints(plan: Mapping[str, Any]) -> Html:
     return join([paragraph(words, meaning), sizes_table]) if sizes else Html()
 
 
-def decisions(plan: Mapping[str, Any]) -> Html:
-    """The choices with their reasons; the settings that were changed until it fits, and their cost in speed."""
-    chosen = [_decision(reason) for reason in rows.reasons_of(plan)]
+def decisions(plan: Mapping[str, Any], made: Sequence[Decision] | None = None) -> Html:
+    """The choices with their reasons; the settings that were changed until it fits, and their cost in speed.
+
+    Without `made`, the choices are read from the sentences of plan.json: `lora.r: 16: asked for`.
+    """
+    made = [_decision(sentence) for sentence in rows.reasons_of(plan)] if made is None else made
+    chosen = [(breakable(key) if key else "in general", decision) for key, decision in made]
     slowdown = plan.get("slowdown")
     slower = f"A step takes about {slowdown:.2f} times as long as without these changes." if is_number(slowdown) else ""
     given_up = table(
@@ -159,7 +165,7 @@ def breakable(setting: str) -> Html:
     return Html(html(setting).replace(".", ".<wbr>").replace("_", "_<wbr>"))
 
 
-def _decision(reason: str) -> tuple[object, str]:
-    """`lora.r: 16: asked for` -> (the setting, the rest)."""
-    setting, colon, rest = reason.partition(": ")
-    return (breakable(setting), rest) if colon and " " not in setting else ("in general", reason)
+def _decision(sentence: str) -> Decision:
+    """`lora.r: 16: asked for` -> (the key, the rest)."""
+    key, colon, rest = sentence.partition(": ")
+    return (key, rest) if colon and " " not in key else ("", sentence)

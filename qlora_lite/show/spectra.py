@@ -4,13 +4,14 @@ In: the document of `rank --json` (rank.json of a run). On the terminal, each ki
 bars; on the page they are curves, with a table over depth.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from qlora_lite.show.curves import Line, svg_curve
 from qlora_lite.show.lenient import is_number, mapping
 from qlora_lite.show.page import Html, details, drawing, join, paragraph, table
+from qlora_lite.show.rows import decimal
 from qlora_lite.show.tables import show_table
 from qlora_lite.show.text import safe_text
 from qlora_lite.units import format_bytes
@@ -53,15 +54,11 @@ def show_rank_curve(curve: Sequence[Mapping[str, Any]]) -> None:
     show_table("result of each rank", columns, lines)
 
 
-def show_scales(scales: Sequence[Mapping[str, Any]]) -> None:
-    """Show `eval --scales` on the terminal."""
+def show_scales(scales: Iterable[tuple[float, float, float | None, float | None]]) -> None:
+    """Show `eval --scales` on the terminal: (scale, loss, exact match, F1) per line; the last two are None for plain text."""
     lines = [
-        (
-            f"{line['scale']:g}",
-            f"{line['loss']:.3f}",
-            *((f"{line['exact_match']:.1f}", f"{line['f1']:.1f}") if line["exact_match"] is not None else ("–", "–")),
-        )
-        for line in scales
+        (f"{scale:g}", f"{loss:.3f}", decimal(exact_match, 1), decimal(f1, 1))
+        for scale, loss, exact_match, f1 in scales
     ]
     show_table("scores by scale of the change", ["scale", "loss", "exact match", "F1"], lines)
 

@@ -16,7 +16,7 @@ from qlora_lite.base.source import find_base
 from qlora_lite.commands import fetch as fetch_command
 from qlora_lite.errors import RecipeError
 from qlora_lite.plan import make_plan
-from qlora_lite.recipe import dump_recipe, load_recipe, load_run_recipe
+from qlora_lite.recipe import Reason, dump_recipe, load_recipe, load_run_recipe
 from tests.conftest import REPOSITORY
 from tests.hub_server import COMMIT, OTHER_COMMIT, REPO, FakeHub, fake_hub
 from tests.tiny_model import tiny_source
@@ -177,7 +177,7 @@ def test_a_plan_pins_the_commit_so_that_a_run_keeps_its_base(hub, tmp_path):
     plan = make_plan(recipe)
     assert (plan.recipe.model.base, plan.recipe.model.revision) == (REPO, COMMIT)
     assert plan.source == home() / "hub" / f"{REPO}@{COMMIT}"
-    assert f"model.revision: {COMMIT}: the newest fetched commit" in plan.reasons
+    assert Reason("model.revision", COMMIT, "the newest fetched commit") in plan.reasons
 
     hub.models[REPO][OTHER_COMMIT] = hub.models[REPO][COMMIT]
     hub.revisions["main"] = OTHER_COMMIT

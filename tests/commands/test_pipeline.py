@@ -465,7 +465,7 @@ def test_a_folder_that_is_no_whole_model_is_named_and_leaves_no_run(
 @pytest.mark.parametrize(
     ("base", "why"),
     [
-        ("org/name", "fetch it once with: qlora-lite fetch org/name"),
+        ("org/name", "fetch it with: qlora-lite fetch org/name"),
         ("smollm2-135m", "Fetch it with: qlora-lite fetch smollm2-135m"),
         ("smollm2-135n", "did you mean smollm2-135m?"),
     ],

@@ -78,7 +78,7 @@ def test_rows_longer_than_trainings_are_left_out_where_they_do_not_fit_and_the_r
     small = ["memory.budget=1MiB", "train.micro_batch_tokens=64", "memory.eval_batch_tokens=64"]
     plan = make_plan(load_recipe(str(recipe), overrides=[*small, "memory.budget=300KiB"]))
     assert plan.recipe.eval.max_seq_length == 64
-    assert any("longer examples, up to" in reason and "do not fit" in reason for reason in plan.reasons)
+    assert any("longer examples, up to" in reason.why and "do not fit" in reason.why for reason in plan.reasons)
     asked = make_plan(load_recipe(str(recipe), overrides=[*small, "memory.budget=300KiB", "eval.max_seq_length=500"]))
     assert asked.recipe.eval.max_seq_length == 500 and not asked.fits
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from qlora_lite.merging.advice import advice_of_curve
+from qlora_lite.merging.advice import TrainedRank, advice_of_curve
 
 
-def line(r: int, exact_match: float | None, loss: float = 1.0) -> dict:
-    return {"r": r, "exact_match": exact_match, "loss": loss, "num_examples": 100, "planned_peak_bytes": r * 2**20}
+def line(r: int, exact_match: float | None, loss: float = 1.0) -> TrainedRank:
+    return TrainedRank(r, planned_peak_bytes=r * 2**20, num_examples=100, loss=loss, exact_match=exact_match)
 
 
 @pytest.mark.parametrize(

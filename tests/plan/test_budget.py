@@ -13,13 +13,13 @@ from qlora_lite.model.dtypes import choose_types
 from qlora_lite.plan import budget
 from qlora_lite.plan.budget import budget_of, measured_here
 from qlora_lite.plan.resolve import Place, settings_of
-from qlora_lite.recipe import DEFAULT_RECIPE, load_recipe
+from qlora_lite.recipe import DEFAULT_RECIPE, Reason, load_recipe
 
 GIB = 2**30
 
 
 def test_a_size_that_was_asked_for_is_taken_as_it_is():
-    assert budget_of(24 * GIB, SOME) == (24 * GIB, "24 GiB: asked for")
+    assert budget_of(24 * GIB, SOME) == (24 * GIB, "asked for")
 
 
 def test_auto_leaves_a_margin_and_says_so(monkeypatch):
@@ -71,7 +71,8 @@ def test_what_doctor_measured_on_the_card_that_is_here_is_used(card, tmp_path):
     assert measured == MEASURED
     found, reason = budget_of("auto", SOME, measured=measured)
     assert found == 15 * GIB and reason.endswith("less a margin for the allocator's fragmentation, measured by doctor")
-    settings = settings_of(load_recipe(DEFAULT_RECIPE), Place(SOME, "", choose_types("auto", SOME), 0, "", measured))
+    place = Place(SOME, Reason("device", "cuda", "here"), choose_types("auto", SOME), 0, "", measured)
+    settings = settings_of(load_recipe(DEFAULT_RECIPE), place)
     assert settings.runtime_bytes == 2 * 32 * 2**20  # the program's thread and autograd's have a handle each
 
 

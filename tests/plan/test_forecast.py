@@ -178,9 +178,9 @@ def test_a_sweep_has_a_line_a_model_and_more_tokens_on_larger_cards():
     names = ("smollm2-135m", "llama-3.1-8b")
     models = ((name, known_config(name), 8192) for name in names)
     rows = list(sweep(models, Settings(), label_share=0.1))
-    assert [row["model"] for row in rows] == list(names)
+    assert [row.model for row in rows] == list(names)
     for row in rows:
-        lengths = [row["max_seq_length"][str(card)] or 0 for card in CARDS]
+        lengths = [row.max_seq_length[card] or 0 for card in CARDS]
         assert lengths == sorted(lengths)
 
 

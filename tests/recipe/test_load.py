@@ -361,9 +361,9 @@ def test_own_training_data_are_never_scored_on_the_shipped_ones_in_silence(tmp_p
     (tmp_path / "mine.json").write_text("{}")
     recipe = load_recipe(write(tmp_path, "data: {train: mine.json}\n"))
     assert recipe.data.eval is None
-    assert any("data.eval: null, because" in note for note in recipe.notes)
+    assert any("data.eval: null, because" in str(note) for note in recipe.notes)
     recipe = load_recipe("smollm2-135m_country-qa", overrides=[f"data.train={tmp_path / 'mine.json'}"])
-    assert any("data.eval from the recipe" in note for note in recipe.notes)
+    assert any("data.eval from the recipe" in str(note) for note in recipe.notes)
 
 
 def test_a_short_recipe_has_the_defaults_of_the_shipped_one(tmp_path):

@@ -22,7 +22,7 @@ def test_a_recipe_in_another_encoding_is_decoded_whole_and_that_is_said(tmp_path
     path.write_bytes(gzip.compress(text.encode()) if encoding == "gzip" else text.encode(encoding))
     recipe = load_recipe(path)
     assert recipe.method == "lora"
-    assert any(note.startswith("the recipe is ") for note in recipe.notes) == (encoding != "utf-8-sig")
+    assert any(note.why.startswith("the recipe is ") for note in recipe.notes) == (encoding != "utf-8-sig")
 
 
 @pytest.mark.parametrize(
