@@ -108,7 +108,7 @@ def test_a_merged_checkpoint_loads_as_an_ordinary_model():
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"no config\.json"):
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
         load_base(tmp_path, device="cpu")
     with pytest.raises(ModelError, match="no readable tokenizer"):
         load_tokenizer(tmp_path)
