@@ -82,7 +82,8 @@ def prepare(folder: Path, server: Server, **train: Any) -> Scenario:
     """The recipe, and an undisturbed run of it with its merge."""
     recipe = write_recipe(folder / "recipe", **train)
     warm = folder / "warm"
-    first = server.run("train", recipe, "--run-dir", warm, roots=[warm])  # fills the cache: rows, quantized base
+    # Fills the cache: rows, quantized base; and the server's rehearsals.
+    first = server.run("train", recipe, "--run-dir", warm, roots=[warm], leaves_rehearsals=True)
     assert first.code == 0, first.stderr
     calm = folder / "calm"
     done = server.run("train", recipe, "--run-dir", calm, roots=[calm])

@@ -2,12 +2,14 @@
 
 Importing takes seconds, a run of the tiny model hardly more: so hundreds of runs can be killed. Each child is a process of its own with
 an empty past: the server itself has computed nothing, started no thread and opened no run. In: one JSON document a line (`Job`), out: one
-(`Outcome`). The children's output goes to files.
+(`Outcome`). The children's output goes to files. A child that is asked to leaves its plan's rehearsals behind, more than half of a tiny
+run's time; the server reads them, and later children need not rehearse the same again.
 """
 
 import importlib
 import json
 import os
+import pickle
 import pkgutil
 import signal
 import subprocess
@@ -75,6 +77,7 @@ class Server:
         signal_after_s: tuple[float, int] | None = None,
         limits: dict[str, int] | None = None,
         environment: dict[str, str] | None = None,
+        leaves_rehearsals: bool = False,
     ) -> Outcome:
         """`qlora-lite WORDS`; `roots` are the folders whose write points count. `limits` are resource limits by name."""
         job = {
@@ -87,6 +90,7 @@ class Server:
             "limit_s": self.limit_s,
             "limits": limits or {},
             "environment": environment or {},
+            "leaves_rehearsals": leaves_rehearsals,
         }
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -122,6 +126,9 @@ def _run(job: dict[str, Any]) -> Outcome:
     if child == 0:
         _become(job, files)
     code = _wait(child, begin, job)
+    if job["leaves_rehearsals"] and code == 0:
+        for known, found in zip(_rehearsals(), pickle.loads((scratch / "rehearsals").read_bytes()), strict=True):
+            known.update(found)
     text = {name: path.read_text(errors="replace") for name, path in files.items()}
     ended_by = -code if code < 0 else None
     return Outcome(
@@ -132,6 +139,13 @@ def _run(job: dict[str, Any]) -> Outcome:
         stderr=text["stderr"],
         points=text["points"].splitlines(),
     )
+
+
+def _rehearsals() -> tuple[dict[Any, Any], ...]:
+    """What this process knows of memory: numbers that depend on the model's config and the settings alone."""
+    from qlora_lite.plan import compare
+
+    return compare._known, compare._known_shallow, compare._known_evaluations
 
 
 def _wait(child: int, begin: float, job: dict[str, Any]) -> int:
@@ -174,6 +188,8 @@ def _become(job: dict[str, Any], files: dict[str, Path]) -> None:
 
         traceback.print_exc()
     finally:
+        if job["leaves_rehearsals"]:
+            (Path(job["scratch"]) / "rehearsals").write_bytes(pickle.dumps(_rehearsals()))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
