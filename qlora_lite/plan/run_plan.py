@@ -62,7 +62,8 @@ def make_plan(
     Raises UserError subclasses for an unusable model, device or data.
     """
     cache = cache or default_cache()
-    free, asked = free_of(recipe), "auto" if is_record else recipe.device
+    # Memory may run out in a resumed run too: then what the recipe itself leaves open may change, not only what is open now.
+    may_change, asked = free_of(recipe), "auto" if is_record else recipe.device
     recipe = recipe if like is None else _settled(recipe, like)
     place = _place_of(recipe, cache, device=asked, is_resumed=like is not None, is_record=is_record)
     model = _base_of(recipe, cache, moved_to=base)
@@ -75,14 +76,14 @@ def make_plan(
     needs = with_scored(recipe, needs, source, cache, window=window, is_looked_at=not is_record)
     asked_revision = recipe.model.revision
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": data_format})})
-    resolved = resolve(recipe, model, place, needs, free)
+    resolved = resolve(recipe, model, place, needs, free_of(recipe))
     reasons = [
         *([Reason("model.revision", model.commit, _revision_reason(asked_revision))] if model.commit else []),
         Reason("data.format", data_format, format_reason),
         *resolved.reasons,
     ]
     values = {name: getattr(resolved, name) for name in Resolved.__dataclass_fields__} | {"reasons": tuple(reasons)}
-    return Plan(**values, source=source, cache=cache, leaner=next_leaner(free, length=resolved.chosen.length))
+    return Plan(**values, source=source, cache=cache, leaner=next_leaner(may_change, length=resolved.chosen.length))
 
 
 def _place_of(recipe: Recipe, cache: Path, *, device: str, is_resumed: bool, is_record: bool) -> Place:
