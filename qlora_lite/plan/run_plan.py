@@ -64,8 +64,9 @@ def make_plan(
     cache = cache or default_cache()
     # Memory may run out in a resumed run too: then what the recipe itself leaves open may change, not only what is open now.
     may_change, asked = free_of(recipe), "auto" if is_record else recipe.device
+    begun_on = like.device if like is not None else recipe.device if is_record else None
     recipe = recipe if like is None else _settled(recipe, like)
-    place = _place_of(recipe, cache, device=asked, is_resumed=like is not None, is_record=is_record)
+    place = _place_of(recipe, cache, device=asked, begun_on=begun_on, is_record=is_record)
     model = _base_of(recipe, cache, moved_to=base)
     if not is_record:
         refuse_wrong_modules(recipe, model.config)
@@ -86,9 +87,9 @@ def make_plan(
     return Plan(**values, source=source, cache=cache, leaner=next_leaner(may_change, length=resolved.chosen.length))
 
 
-def _place_of(recipe: Recipe, cache: Path, *, device: str, is_resumed: bool, is_record: bool) -> Place:
+def _place_of(recipe: Recipe, cache: Path, *, device: str, begun_on: str | None, is_record: bool) -> Place:
     card, why = choose_device(device)
-    begun_on = recipe.device if is_resumed or is_record else recipe_word(card)
+    begun_on = begun_on or recipe_word(card)
     if begun_on != recipe_word(card):
         why += f"; the run began on {begun_on}"
     types = types_of_run(recipe.model.dtype) if is_record else choose_types(recipe.model.dtype, card)

@@ -155,7 +155,7 @@ HOSTILE = {
     "csv": (b"id,context,question\n1,a,b\n", "not JSON"),
     "cut off": (b'{"data": [{"paragraphs": [', "not JSON"),
     "trailing text": (b'{"data": []} x', "not JSON"),
-    "NaN": (b'{"data": [{"paragraphs": [NaN]}]}', "data[0].paragraphs[0]: expected an object, got null"),
+    "NaN": (b'{"data": [{"paragraphs": [NaN]}]}', "data[0].paragraphs[0]: expected an object, got nothing"),
     "huge number": (b'{"data": [' + b"1" * 5000 + b"]}", "not JSON"),
     "deep": (b"[" * DEEP, "nested more than 64 levels"),
     "deep and closed": (b'{"data": ' + b"[" * DEEP + b"]" * DEEP + b"}", "nested more than 64 levels"),

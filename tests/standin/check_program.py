@@ -195,7 +195,7 @@ def test_a_run_may_be_taken_to_the_processor_by_asking_for_it(recipe: Path, stop
     run = shutil.copytree(stopped, tmp_path / "run")
     with standin.card(AMPERE):
         done = go_on(recipe, run, "--set", "device=cpu")
-    assert "now it is CPU" in done.stderr
+    assert "is CPU now" in done.stderr
 
 
 def test_memory_that_runs_out_in_the_whole_program_makes_it_leaner_and_the_run_says_so(
