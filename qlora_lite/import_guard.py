@@ -1,4 +1,4 @@
-"""A guard that prevents bitsandbytes from downloading and running foreign code at import.
+"""A guard around the import of bitsandbytes: it downloads and runs no foreign code, and imports no compiler.
 
 On CPUs with AVX512-BF16 bitsandbytes uses the `kernels` package, *at import*, to fetch a native kernel from a hub and load it
 (bitsandbytes 0.50, backends/cpu/ops.py), without asking. transformers and peft import bitsandbytes too, so the order of our own
@@ -43,7 +43,7 @@ class _Loader(importlib.abc.Loader):
         return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        with _kernels_hidden():
+        with _kernels_hidden(), _torch_compile_off():
             self._inner.exec_module(module)
 
 
@@ -60,3 +60,18 @@ def _kernels_hidden() -> Iterator[None]:
         logger.setLevel(level)
         del sys.modules["kernels"]
         sys.modules.update(hidden)
+
+
+@contextmanager
+def _torch_compile_off() -> Iterator[None]:
+    """torch.compile returns functions as they are. bitsandbytes wraps its fallback kernels in it at import, which imports TorchInductor
+    (0.8 s); CPUs and CUDA cards have kernels of their own.
+    """
+    import torch
+
+    compiler = torch.compile
+    torch.compile = lambda model=None, **options: model if model is not None else lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler

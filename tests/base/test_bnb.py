@@ -65,6 +65,16 @@ def test_importing_bitsandbytes_alone_would_ask_for_code(tmp_path):
     assert called and "kernels-community" in errors
 
 
+@pytest.mark.slow
+def test_importing_this_package_imports_no_compiler_and_leaves_torchs_own_in_its_place():
+    code = (
+        "import sys, torch; before = torch.compile; import qlora_lite.base.bnb\n"
+        "assert torch.compile is before and 'torch._inductor.compile_fx' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_bitsandbytes_still_has_the_attribute_that_forbids_repacking():
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False)
     assert isinstance(layer.support_avx512bf16_for_cpu, bool | int)
