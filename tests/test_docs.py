@@ -143,7 +143,7 @@ def test_an_unknown_page_gets_the_nearest_names_and_exit_code_2(capsys):
 
 @pytest.mark.parametrize("name", ["../cli", "__init__", "", "x" * 5000, "\x1b[31m"])
 def test_no_other_file_can_be_read_as_a_page(name):
-    with pytest.raises(UserError, match="no page called") as error:
+    with pytest.raises(UserError, match="docs: unknown page") as error:
         read_page(name)
     assert "\x1b" not in str(error.value) and len(str(error.value)) < 500
 

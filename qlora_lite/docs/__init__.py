@@ -53,7 +53,7 @@ def read_page(name: str) -> str:
     if stem not in names:
         near = near_names(stem, names)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"docs: there is no page called {quoted(name)}; {hint}`qlora-lite docs` lists all pages")
+        raise UserError(f"docs: unknown page {quoted(name)}; {hint}`qlora-lite docs` lists all pages")
     return (resources.files(__name__) / f"{stem}.md").read_text(encoding="utf-8")
 
 

@@ -174,7 +174,7 @@ _open: list[Book] = []
 
 
 def _is_called_by_autograd() -> bool:
-    """Whether autograd's engine called the operator: its frame is the caller's or, in a device's thread, there is no caller."""
+    """Whether autograd's engine called the operator: the calling frame is the engine's or, in a device's thread, missing."""
     try:
         caller = sys._getframe(2).f_code  # 1 is the dispatch mode
     except ValueError:

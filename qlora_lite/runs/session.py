@@ -81,13 +81,12 @@ class Session:
         resume: bool = False,
         made: Sequence[Path] = (),
         say: Say = lambda text: None,
-        spent: dict[str, float] | None = None,
     ) -> Iterator["Session"]:
         """Open a new run, or with `resume` an existing one. If the block fails before training has begun, a new run's folder and the
         folders `made` are removed again. Raises RunError.
         """
         with RunDir.writing(run_dir) if resume else RunDir.creating(run_dir, made=made) as run:
-            yield cls(run, resume, say, {} if spent is None else spent)
+            yield cls(run, resume, say)
 
     def begin(self, plan: Plan, loaded: LoadedModel) -> "Training":
         """Read the data, create the optimizer's state, and write the first records, or load the checkpoint.

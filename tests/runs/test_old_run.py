@@ -25,6 +25,7 @@ LOSSES = [
 
 @pytest.fixture
 def place() -> Iterator[Path]:
+    shutil.rmtree(PLACE, ignore_errors=True)  # of a test that was killed
     try:
         PLACE.mkdir()
     except OSError as error:
