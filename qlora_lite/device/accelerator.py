@@ -5,7 +5,7 @@ torch. All other code queries a `Card`. Tests replace it by a stand-in device (t
 """
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -109,6 +109,45 @@ def synchronize(device: str) -> None:
     """Wait until the device has finished its queued work."""
     if is_accelerator(device):
         torch_module().synchronize()
+
+
+def register_pages(pages: torch.Tensor, *, undo: bool = False) -> None:
+    """Lock host memory in place, so that copies to and from the accelerator need no wait; without effect if the driver refuses."""
+    runtime = getattr(torch_module(), "cudart", None)
+    if runtime is None:
+        return
+    if undo:
+        runtime().cudaHostUnregister(pages.data_ptr())
+    else:
+        runtime().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0)
+
+
+class CopyStream:
+    """A stream for copies from host memory, beside the one that computes."""
+
+    def __init__(self) -> None:
+        self._stream = torch_module().Stream()
+
+    def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, after: Any) -> Any:
+        """Begin to copy `sources` into `targets` once the event `after` (None: now) has happened; return the event of its end."""
+        module = torch_module()
+        if after is not None:
+            self._stream.wait_event(after)
+        else:
+            self._stream.wait_stream(module.current_stream())
+        with module.stream(self._stream):
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+            return self._stream.record_event()
+
+    def record_on_current(self) -> Any:
+        """An event at the end of what the computing stream has been given so far."""
+        return torch_module().current_stream().record_event()
+
+
+def copy_stream(device: torch.device) -> CopyStream | None:
+    """A new stream for copies to `device`; None where there is one memory, or no stream."""
+    return CopyStream() if is_accelerator(device) and hasattr(torch_module(), "Stream") else None
 
 
 def give_back_cache() -> None:

@@ -35,7 +35,10 @@ from qlora_lite.memory.meta_operators import result_of
 
 # Category of new storages -> phase of a step.
 PHASES = {"activations": "forward", "logits": "head", "recompute": "backward", "workspace": "update"}
-PAGED = "paged"  # a category in managed memory: counted, but not part of the device's total
+# Categories of host memory, a pool of its own beside the device's.
+PAGED = "paged"  # optimizer state in managed memory
+HOST_INPUTS, HOST_WEIGHTS, HOST_KEYS_VALUES = "host_layer_inputs", "host_weights", "host_keys_values"
+ON_HOST = frozenset((PAGED, HOST_INPUTS, HOST_WEIGHTS, HOST_KEYS_VALUES))
 _ADD = torch.ops.aten.add.Tensor
 _ENGINE = _engine_run_backward.__code__  # the caller of an operator that no Python function calls
 Workspace = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
@@ -69,12 +72,13 @@ class Ledger(TorchDispatchMode):
         _holders_of_one()  # cache it before anything is computed
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, dict[str, int]] = {}
+        self.host_peak: dict[str, int] = {}  # parts of the host pool at its highest sum
         self.current = "activations"
         self.card = card
         self.moments: list[Moment] = []
         self.answer: Answer = lambda operator: 1.0
         self._last: Any = None
-        self._total = self._since_mark = 0
+        self._total = self._on_host = self._since_mark = 0
         self._highest: dict[str, int] = {}  # by category
         self._round_to = card.round_to
         self._workspace = workspace
@@ -107,6 +111,7 @@ class Ledger(TorchDispatchMode):
     def forget_peaks(self) -> None:
         """Restart the peaks."""
         self.peaks.clear()
+        self.host_peak = {name: size for name, size in self.live.items() if size and name in ON_HOST}
         self._highest.clear()
 
     def mark(self, name: str) -> None:
@@ -144,27 +149,35 @@ class Ledger(TorchDispatchMode):
         if key in self._known:
             reference, before, size = self._known[key]
             self._known[key] = (reference, category, size)
-            self.live[before] -= size
-            self.live[category] += size
+            self._add(before, -size)
+            self._add(category, size)
             return
         size = -(-storage.nbytes() // self._round_to) * self._round_to
         self._known[key] = (weakref.ref(storage, lambda _: self._leave(key)), category, size)
-        self.live[category] += size
-        if category != PAGED:
-            self._total += size
+        self._add(category, size)
+        if category not in ON_HOST:
             self._note_peak(0)
 
     def _leave(self, key: int) -> None:
         _, category, size = self._known.pop(key)
-        self.live[category] -= size
-        if category != PAGED:
-            self._total -= size
+        self._add(category, -size)
+
+    def _add(self, category: str, size: int) -> None:
+        self.live[category] += size
+        if category not in ON_HOST:
+            self._total += size
+            return
+        self._on_host += size
+        if self._on_host > sum(self.host_peak.values()):
+            self.host_peak = {name: held for name, held in self.live.items() if held and name in ON_HOST}
 
     def _note_peak(self, workspace: int) -> None:
         self._since_mark = max(self._since_mark, self._total + workspace)
+        if self.current in ON_HOST:  # the operator has allocated no device memory
+            return
         if self._total + workspace > self._highest.get(self.current, -1):
             self._highest[self.current] = self._total + workspace
-            parts = {name: size for name, size in self.live.items() if size and name != PAGED}
+            parts = {name: size for name, size in self.live.items() if size and name not in ON_HOST}
             if workspace:
                 parts["workspace"] = parts.get("workspace", 0) + workspace
             self.peaks[self.current] = parts
@@ -241,6 +254,11 @@ def count_as(category: str) -> None:
     """Count new storages as `category` from now on."""
     for book in _open:
         book.current = category
+
+
+def current_category() -> str:
+    """The category of new storages; that of no book is "activations"."""
+    return _open[-1].current if _open else "activations"
 
 
 def count_as_after(tensor: torch.Tensor, category: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from qlora_lite.device.accelerator import is_accelerator, torch_module
-from qlora_lite.memory.ledger import opened
+from qlora_lite.memory.ledger import ON_HOST, opened
 
 _FIRST = "activations"  # the category until another one is set
 _MARK = "qlora_lite makes "  # prefix of the events that separate phases
@@ -60,6 +60,8 @@ class _AllocatorPhases:
 
     @current.setter
     def current(self, category: str) -> None:
+        if category in ON_HOST:  # the device's allocator is not called
+            return
         self.end()
         self._current = category
 
@@ -90,6 +92,8 @@ class _CpuPhases:
 
     @current.setter
     def current(self, category: str) -> None:
+        if category in ON_HOST:
+            return
         self._current = category
         with record_function(_MARK + category):
             pass

@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora_lite.memory.ledger import card_of
+from qlora_lite.model.chunk_attention import Chunk, chunk_attention, own_keys_values, with_earlier
 from qlora_lite.model.tree_attention import NO_PARENT, longest_path, parts_of, tree_attention
 
 PACKED, PADDED = "qlora_lite_packed", "qlora_lite_padded"
@@ -46,13 +47,14 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    chunk: Chunk | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment of a packed sequence, and to its ancestors; `parents` has each segment's parent.
 
     query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d]; `lengths` sums to T. With `sliding_window`, a query sees that many
-    keys, including its own; `softcap` c bounds scores to c * tanh(score / c). The signature is that of transformers' attention functions,
-    which pass further, irrelevant keywords. Raises ValueError for shared segments with dropout, window or soft cap.
+    keys, including its own; `softcap` c bounds scores to c * tanh(score / c). With `chunk`, the tensors are those of a chunk of the T tokens
+    (residency.py). The signature is that of transformers' attention functions, which pass further, irrelevant keywords. Raises ValueError for shared segments with dropout, window or soft cap.
     """
     parents = parents or (NO_PARENT,) * len(lengths)
     is_in_window = sliding_window is None or longest_path(lengths, parents) <= sliding_window
@@ -60,6 +62,12 @@ def packed_attention(
     is_shared = any(parent != NO_PARENT for parent in parents)
     if is_shared and not is_plain:
         raise ValueError("segments that continue others need plain attention: no dropout, window or soft cap")
+    if chunk is not None:
+        if is_plain:
+            output = chunk_attention(query, key, value, chunk, lengths=lengths, parents=parents, scaling=scaling)
+        else:
+            output = _masked_chunk(query, key, value, chunk, lengths, scaling=scaling, window=sliding_window, softcap=softcap)
+        return output.transpose(1, 2).contiguous(), None
     if is_shared or (is_plain and _kernel(query, value) != "plain"):
         parts = parts_of(lengths, parents)
         return tree_attention(query, key, value, parts, scaling=scaling).transpose(1, 2).contiguous(), None
@@ -154,6 +162,30 @@ def _for_every_head(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
 
 
+def _masked_chunk(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    chunk: Chunk,
+    lengths: tuple[int, ...],
+    *,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention [1, H, c, d] of a chunk of c tokens with a sliding window or a soft cap."""
+    key, value = own_keys_values(key, value, chunk)
+    outputs = []
+    for start, tokens in chunk.segments(lengths):
+        first = start if window is None else max(start, tokens.start - window + 1)
+        keys, values = with_earlier(key, value, chunk, first, tokens.stop)
+        queries = query[:, :, tokens.start - chunk.start : tokens.stop - chunk.start]
+        outputs.append(
+            _one_example(queries, keys, values, scaling=scaling, dropout=0.0, window=window, softcap=softcap)
+        )
+    return torch.cat(outputs, dim=2)
+
+
 def _one_example(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -164,27 +196,44 @@ def _one_example(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attention [1, H, L, d] of one example of L tokens."""
-    length = query.shape[2]
+    """Attention [1, H, L, d] of the last L tokens of an example, whose keys and values [1, H_kv, E + L, d] have E earlier ones."""
+    length = key.shape[2]
+    if query.shape[2] < length:
+        return _in_blocks(query, key, value, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
     if softcap is None and not dropout and _kernel(query, value) != "plain" and (window is None or length <= window):
         return tree_attention(query, key, value, parts_of((length,), (NO_PARENT,)), scaling=scaling)
     if softcap is None and (window is None or length <= window):
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True
         )
+    return _in_blocks(query, key, value, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
+
+
+def _in_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`_one_example` with a mask, a block of queries at a time."""
+    num_queries, earlier = query.shape[2], key.shape[2] - query.shape[2]
     block: Callable[..., torch.Tensor] = partial(_soft_capped, scaling=scaling, dropout=dropout, softcap=softcap or 0.0)
-    if length > QUERY_BLOCK and torch.is_grad_enabled():
+    if num_queries > QUERY_BLOCK and torch.is_grad_enabled():
         block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=dropout > 0)
     blocks = []
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
+    for start in range(earlier, earlier + num_queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, earlier + num_queries)
         first = 0 if window is None else max(0, start - window + 1)
         positions_q = torch.arange(start, stop, device=query.device)[:, None]
         positions_k = torch.arange(first, stop, device=query.device)[None]
         visible_qk = positions_k <= positions_q
         if window is not None:
             visible_qk &= positions_k > positions_q - window
-        inputs = query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], visible_qk
+        inputs = query[:, :, start - earlier : stop - earlier], key[:, :, first:stop], value[:, :, first:stop], visible_qk
         if softcap is None:
             if not card_of(query).is_cpu:
                 inputs = inputs[0], _for_every_head(inputs[1], query), _for_every_head(inputs[2], query), inputs[3]

@@ -5,6 +5,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qlora_lite.model.attention import packs_rows, why_not_shared
+from qlora_lite.model.residency import residency_of
 
 
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -32,11 +33,18 @@ def predicting_states(
     A model whose attention cannot separate the examples of a sequence (BLOOM, Falcon) runs them one at a time.
     """
     base = causal_lm(model)
-    decoder = base.get_decoder()
+    decoder, residency = base.get_decoder(), residency_of(base)
+    if packs_rows(base) and residency is not None:
+        return residency.states_at(
+            predictor_N, input_ids_1T=input_ids_1T, position_ids_1T=position_ids_1T, lengths=lengths, parents=parents
+        )
     if packs_rows(base):
         output = decoder(
             input_ids=input_ids_1T, position_ids=position_ids_1T, use_cache=False, lengths=lengths, parents=parents
         )
         return output.last_hidden_state[0, predictor_N]
-    examples = [decoder(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in input_ids_1T.split(lengths, 1)]
+    ids_of_examples = input_ids_1T.split(lengths, 1)
+    if residency is not None:
+        return torch.cat([residency.states_of_example(ids) for ids in ids_of_examples])[predictor_N]
+    examples = [decoder(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in ids_of_examples]
     return torch.cat(examples)[predictor_N]

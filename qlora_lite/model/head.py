@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_lite.memory.ledger import count_as_after, counted_as
+from qlora_lite.model.residency import residency_of
 
 CHUNK = 256  # label positions projected at once: 48 MiB of fp32 logits at V = 49,152
 ROWS = 16  # chunks are padded to a multiple of this: matrix kernels for one row sum in another order than for many
@@ -28,6 +29,9 @@ def summed_loss(
     projected at once.
     """
     count_as_after(hidden_ND, "recompute")
+    residency = residency_of(model)
+    if residency is not None:
+        residency.drop_head_after(hidden_ND)
     missing = -len(target_N) % ROWS
     hidden_ND = torch.nn.functional.pad(hidden_ND, (0, 0, 0, missing))
     target_N = torch.nn.functional.pad(target_N, (0, missing), value=NO_LABEL)

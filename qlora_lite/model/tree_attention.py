@@ -86,7 +86,7 @@ def tree_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part], *, scaling: float
 ) -> torch.Tensor:
     """query and key [1, H or H_kv, T, d], value [1, H_kv, T, d_v] -> [1, H, T, d_v]; `parts` from `parts_of`: causal ones first."""
-    kernel, width = _kernel_for(query, value), value.shape[-1]
+    kernel, width = kernel_for(query, value, trains=query.requires_grad), value.shape[-1]
     query, key, value = (kernel.aligned(tensor) for tensor in (query, key, value))
     output: torch.Tensor = _TreeAttention.apply(query, key, value, tuple(parts), scaling, kernel)  # type: ignore[no-untyped-call]
     return output if output.shape[-1] == width else output[..., :width]
@@ -96,7 +96,7 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: tuple[Part, ...], scaling: float,
-        kernel: "_Kernel",
+        kernel: "Kernel",
     ) -> torch.Tensor:  # fmt: skip
         batch, heads, tokens, _ = query.shape
         # Laid out as [1, T, H, d], whatever the query's layout: the kernels' backward passes need it, or make a copy.
@@ -136,7 +136,7 @@ class _TreeAttention(torch.autograd.Function):
         return (*(grad.to(dtype) for grad in grads), None, None, None)
 
 
-class _Kernel(Protocol):
+class Kernel(Protocol):
     """Attention of some queries over some keys with the log-sum-exp [1, H, L] of their scores, and its gradients."""
 
     def forward(
@@ -157,7 +157,7 @@ class _Kernel(Protocol):
         return tensor
 
 
-class _FlashOnCpu(_Kernel):
+class _FlashOnCpu(Kernel):
     def widened(self, tensor):  # type: ignore[no-untyped-def]
         """The tensor in fp32: in bf16 the backward pass takes 1.3 to 5 times as long, because each product packs its inputs first."""
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -176,7 +176,7 @@ def _filled_up(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
-class _Flash(_Kernel):
+class _Flash(Kernel):
     """FlashAttention-2, which supports grouped heads."""
 
     def aligned(self, tensor):  # type: ignore[no-untyped-def]
@@ -193,7 +193,7 @@ class _Flash(_Kernel):
         )  # fmt: skip
 
 
-class _Efficient(_Kernel):
+class _Efficient(Kernel):
     """The memory-efficient kernel (arXiv 2112.05682), which needs keys and values for every query head."""
 
     def aligned(self, tensor):  # type: ignore[no-untyped-def]
@@ -217,7 +217,7 @@ class _Efficient(_Kernel):
         return grad_q, _summed(grad_k, k), _summed(grad_v, v)
 
 
-class _Plain(_Kernel):
+class _Plain(Kernel):
     """Products and a softmax, where no kernel returns the log-sum-exp; memory grows with the square of the length."""
 
     def forward(self, q, k, v, is_causal, scaling):  # type: ignore[no-untyped-def]
@@ -241,7 +241,7 @@ class _Plain(_Kernel):
         return scores
 
 
-_KERNELS: dict[str, _Kernel] = {
+_KERNELS: dict[str, Kernel] = {
     "cpu flash": _FlashOnCpu(),
     "flash": _Flash(),
     "efficient": _Efficient(),
@@ -249,8 +249,9 @@ _KERNELS: dict[str, _Kernel] = {
 }
 
 
-def _kernel_for(query: torch.Tensor, value: torch.Tensor) -> _Kernel:
-    name = card_of(query).attention_kernel(query.dtype, query.shape[-1], value.shape[-1], trains=query.requires_grad)
+def kernel_for(query: torch.Tensor, value: torch.Tensor, *, trains: bool) -> Kernel:
+    """The kernel of the tensors' card; `trains`: a backward pass follows."""
+    name = card_of(query).attention_kernel(query.dtype, query.shape[-1], value.shape[-1], trains=trains)
     return _KERNELS[name]
 
 
