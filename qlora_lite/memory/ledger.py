@@ -37,8 +37,9 @@ from qlora_lite.memory.meta_operators import result_of
 PHASES = {"activations": "forward", "logits": "head", "recompute": "backward", "workspace": "update"}
 # Categories of host memory, a pool of its own beside the device's.
 PAGED = "paged"  # optimizer state in managed memory
-HOST_INPUTS, HOST_WEIGHTS, HOST_KEYS_VALUES = "host_layer_inputs", "host_weights", "host_keys_values"
-ON_HOST = frozenset((PAGED, HOST_INPUTS, HOST_WEIGHTS, HOST_KEYS_VALUES))
+HOST_INPUTS, HOST_KEYS_VALUES = "host_layer_inputs", "host_keys_values"
+HOST_WEIGHTS, HOST_CONSTANTS = "host_weights", "host_quant_constants"
+ON_HOST = frozenset((PAGED, HOST_INPUTS, HOST_KEYS_VALUES, HOST_WEIGHTS, HOST_CONSTANTS))
 _ADD = torch.ops.aten.add.Tensor
 _ENGINE = _engine_run_backward.__code__  # the caller of an operator that no Python function calls
 Workspace = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]

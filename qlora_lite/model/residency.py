@@ -32,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.device.accelerator import same_random_numbers, set_random_state
 from qlora_lite.device.accelerator import random_state as accelerators_state
-from qlora_lite.memory.ledger import HOST_INPUTS, counted_as, current_category
+from qlora_lite.memory.ledger import HOST_CONSTANTS, HOST_INPUTS, HOST_WEIGHTS, counted_as, current_category
 from qlora_lite.model.attention import packs_rows
 from qlora_lite.model.chunk_attention import Chunk, KeysAreComplete, KeysValues
 from qlora_lite.model.host_tensors import Home, empty_on_host, on_device, on_host, wait_for_copies
@@ -105,11 +105,20 @@ def kept_inputs(num_layers: int) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def most_kept(num_layers: int) -> int:
-    """The most inputs in memory at once with `fewest`."""
+@dataclass(frozen=True)
+class MostKept:
+    """The most layer inputs in memory at once with `fewest`, and how many of them have been recomputed by then."""
+
+    num_inputs: int
+    num_recomputed: int
+
+
+def most_kept(num_layers: int) -> MostKept:
+    """The backward pass holds the most at the last layer of a segment; of several such moments, the first."""
     kept = kept_inputs(num_layers)
-    ends = (*kept[1:], num_layers)
-    return max(number + end - first for number, (first, end) in enumerate(zip(kept, ends, strict=True)))
+    inside = [end - first for first, end in zip(kept, (*kept[1:], num_layers), strict=True)]
+    return max((MostKept(number + size, size - 1) for number, size in reversed(list(enumerate(inside)))),
+               key=lambda most: most.num_inputs)  # fmt: skip
 
 
 def apply_policy(model: PreTrainedModel, policy: Policy) -> None:
@@ -161,9 +170,10 @@ class Residency:
         self._ends.remove()
         del self._model.__dict__[_ATTRIBUTE]
 
-    def host_weights(self) -> list[torch.Tensor]:
-        """Frozen tensors whose home is host memory."""
-        return [*self._weights.on_host(), *self._ends.on_host()]
+    def on_host(self) -> dict[str, list[torch.Tensor]]:
+        """Frozen tensors whose home is host memory, by the ledger's category."""
+        weights, constants = self._weights.on_host()
+        return {HOST_WEIGHTS: [*weights, *self._ends.on_host()], HOST_CONSTANTS: constants}
 
     def buffers(self) -> list[torch.Tensor]:
         """The device's memory for streamed weights, kept between steps."""
@@ -265,8 +275,9 @@ class Residency:
         """The layer's output [1, T, D], without gradients."""
         tokens = hidden.shape[1]
         with self._weights.of(call.index, following=call.index + 1), torch.no_grad():
-            if not self._is_chunked(run, tokens):
-                return call.compute(hidden)
+            if not 0 < self._chunk < tokens:
+                output = call.compute(self._piece(run, hidden, 0, tokens), pieces=self._pieces(run, 0, tokens, tokens))
+                return on_host(output, HOST_INPUTS) if run.is_on_host else output
             output = self._empty(run, hidden)
             store = KeysValues(tokens, self.policy.keys_values, with_gradients=False)
             for a, b in _spans(tokens, self._chunk):
@@ -280,12 +291,15 @@ class Residency:
         hidden = self._input_of(run, call.index)
         tokens = hidden.shape[1]
         with self._weights.of(call.index, following=call.index - 1):
-            if not self._is_chunked(run, tokens):
+            if not 0 < self._chunk < tokens:
                 whole = on_device(hidden, self._device, self.policy.inputs_home).detach()
                 del hidden
-                output = call.recompute(whole.requires_grad_(needs_input_grad))
-                torch.autograd.backward(output, grad)
-                return whole.grad
+                pieces = self._pieces(run, 0, tokens, tokens)
+                output = call.recompute(whole.requires_grad_(needs_input_grad), pieces=pieces)
+                torch.autograd.backward(output, self._piece(run, grad, 0, tokens))
+                if not run.is_on_host or whole.grad is None:
+                    return whole.grad
+                return grad.copy_(whole.grad, non_blocking=True)
             store = KeysValues(tokens, self.policy.keys_values, with_gradients=True)
             spans = _spans(tokens, self._chunk)
             home = self.policy.inputs_home
@@ -314,9 +328,6 @@ class Residency:
             else:
                 run.inputs[between + 1] = self.forward(run, call.again(), hidden)
         return run.inputs.pop(index)
-
-    def _is_chunked(self, run: "_Run", tokens: int) -> bool:
-        return run.is_on_host or 0 < self._chunk < tokens
 
     def _empty(self, run: "_Run", like: torch.Tensor) -> torch.Tensor:
         if run.is_on_host:
@@ -451,10 +462,9 @@ class _RowsOf(torch.autograd.Function):
             return grad, None, None, None
         grad = empty_on_host(ctx.shape, grad_ND.dtype, ctx.device, HOST_INPUTS)
         wait_for_copies(ctx.device)
+        grad.zero_()
         with counted_as(HOST_INPUTS):
-            grad.zero_()
-            rows = _host_copy(grad_ND)
-            grad[0].index_put_((predictor_N.to(grad.device),), rows, accumulate=True)
+            grad[0].index_put_((predictor_N.to(grad.device),), grad_ND.to(grad.device), accumulate=True)
         return grad, None, None, None
 
 

@@ -38,6 +38,10 @@ class _Place:
     home: torch.Tensor | Source
 
     @property
+    def is_scale(self) -> bool:
+        return self.attribute != "data"
+
+    @property
     def tensor(self) -> torch.Tensor:
         return self.home if isinstance(self.home, torch.Tensor) else self.home.value()
 
@@ -73,9 +77,11 @@ class StreamedLayers:
                 _Slot([torch.empty(p.tensor.shape, dtype=p.tensor.dtype, device=device) for p in widest]) for _ in range(2)
             ]
 
-    def on_host(self) -> list[torch.Tensor]:
-        """Tensors in host memory; none for layers that stay in files."""
-        return [p.home for places in self._places.values() for p in places if isinstance(p.home, torch.Tensor)]
+    def on_host(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """-> (weights, scales) in host memory; none of layers that stay in files."""
+        places = [p for some in self._places.values() for p in some if isinstance(p.home, torch.Tensor)]
+        weights, scales = ([p.tensor for p in places if p.is_scale == is_scale] for is_scale in (False, True))
+        return weights, scales
 
     def buffers(self) -> list[torch.Tensor]:
         """Memory of the device for the layer in work and the next one."""
@@ -124,7 +130,7 @@ class StreamedLayers:
         """Bring every layer back to the device for good."""
         for places in self._places.values():
             for place in places:
-                place.put(place.tensor.to(self._device, copy=True))
+                place.put(place.tensor.to(self._device))
         self._places.clear()
         self._slots.clear()
 

@@ -15,6 +15,7 @@ On meta, attention would be decomposed; `attention_on` substitutes the operator 
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -33,25 +34,36 @@ from qlora_lite.device.card import COMMON_CARD, Card
 from qlora_lite.errors import ModelError
 from qlora_lite.files.library_names import A_FACTOR, B_FACTOR, is_of_adapter
 from qlora_lite.foreign import foreign, is_of_our_code
-from qlora_lite.memory.ledger import PAGED, PHASES, Ledger, count_as_after, counted_as
+from qlora_lite.memory.ledger import (
+    HOST_CONSTANTS,
+    HOST_INPUTS,
+    HOST_WEIGHTS,
+    ON_HOST,
+    PHASES,
+    Ledger,
+    count_as_after,
+    counted_as,
+)
 from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.dora import Dora
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import CHUNK
-from qlora_lite.model.load import checkpoint_activations
 from qlora_lite.model.meta import meta_model
 from qlora_lite.model.new_tokens import make_room
+from qlora_lite.model.residency import PLAIN, LayerInputs, Policy, kept_inputs, most_kept
 from qlora_lite.model.resident import residents
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.model.tree_attention import NO_PARENT
 from qlora_lite.model.tuned_linear import TunedLinear
 from qlora_lite.plan.workspace import workspace_of
+from qlora_lite.training.footprint import Footprint, apply_footprint
 from qlora_lite.training.optimizer import make_optimizer
 from qlora_lite.training.step import Observer, forward_backward, update
 
 PARTS = ("weights", "quant_constants", "adapter", "gradients", "optimizer", "activations", "recompute", "logits",
          "workspace", "runtime")  # fmt: skip
 NF4 = Quantization("nf4")
+_STREAMED = {HOST_WEIGHTS: "weights", HOST_CONSTANTS: "quant_constants"}  # part on the host -> part on the device
 _EMBEDDING = "embedding"  # allocations after the gradient of the embeddings, when weights are trained
 _STRETCHES = {**PHASES, _EMBEDDING: "end of backward"}
 _UPDATE = next(name for name, phase in PHASES.items() if phase == "update")
@@ -76,6 +88,7 @@ class Settings:
     optimizer: str = "paged_adamw_8bit"
     checkpoint_every: int = 1  # n: every n-th layer is checkpointed; 0: none
     head_chunk: int = CHUNK
+    policy: Policy = PLAIN  # where parts of the model wait; not plain: every layer is checkpointed
     num_threads: int = 1  # of the CPU, where attention allocates a block of scores per thread
     runtime_bytes: int | None = None  # allocator memory of the device's libraries; None: the card's default
 
@@ -116,7 +129,7 @@ class Rehearsal:
     num_weights: int
     num_trained: int
     num_in_factors: int  # trained weights that grow with the rank
-    host_bytes: int  # optimizer state that may page to the host
+    host_parts: dict[str, int]  # bytes in host memory, by part, at its highest sum
 
     @cached_property
     def phases(self) -> Phases:
@@ -142,6 +155,11 @@ class Rehearsal:
     def peak_bytes(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def host_bytes(self) -> int:
+        """The peak in host memory."""
+        return sum(self.host_parts.values())
+
 
 class Stage:
     """A place to rehearse any number of steps of one model with one choice of settings.
@@ -157,19 +175,59 @@ class Stage:
         bodies: "Callable[[PreTrainedConfig, Settings], Body] | None" = None,
     ) -> None:
         self._config = config
+        self._settings = settings
         depth, period = config.num_hidden_layers, lcm(layer_period(config), settings.checkpoint_every or 1)
-        shallow, deep = (count * period + depth % period for count in ((1, 2) if period > 1 else (2, 3)))
+        streams = settings.policy.resident_layers is not None  # two streamed layers are in memory at once
+        counts = ((2, 3) if streams else (1, 2)) if period > 1 else ((3, 4) if streams else (2, 3))
+        shallow, deep = (count * period + depth % period for count in counts)
         is_uniform = not names_layers(settings)
         self._times = (depth - shallow) // period if depth > deep and is_uniform else 0
+        self._period = period
         depths = (shallow, deep) if self._times else (depth,)
         configs = [with_depth(config, layers) for layers in depths]
+        if self._times and not settings.policy.is_plain:  # what is not linear in the depth is counted
+            settings = replace(settings, policy=_linear(settings.policy))
         self._scenes = [Scene(shallow, settings, (bodies or Body)(shallow, settings)) for shallow in configs]
 
     def rehearse(self, batch: MicroBatch) -> Rehearsal:
         """Rehearse one optimizer step whose largest micro-batch is `batch`."""
         with running(self._config):
             rehearsals = [scene.rehearse(batch) for scene in self._scenes]
-        return _continued(*rehearsals, times=self._times) if self._times else rehearsals[0]
+        if not self._times:
+            return rehearsals[0]
+        low, high = rehearsals
+        of_layer = {
+            part: (high.host_parts.get(part, 0) - low.host_parts.get(part, 0)) // self._period for part in _STREAMED
+        }
+        return self._counted(_continued(low, high, times=self._times), batch, of_layer)
+
+    def _bytes_of_states(self, num_tokens: int) -> int:
+        """Bytes of the hidden states of some tokens."""
+        num_bytes = num_tokens * self._config.hidden_size * self._settings.compute.itemsize
+        round_to = self._settings.card.round_to
+        return -(-num_bytes // round_to) * round_to
+
+    def _counted(self, rehearsal: Rehearsal, batch: MicroBatch, of_layer: Mapping[str, int]) -> Rehearsal:
+        """Apply what is not linear in the depth: the fewest layer inputs, and the number of resident layers."""
+        policy, depth = self._settings.policy, self._config.num_hidden_layers
+        host, stretches = dict(rehearsal.host_parts), {name: dict(parts) for name, parts in rehearsal.stretches.items()}
+        if policy.keeps_fewest:
+            kept, most = kept_inputs(depth), most_kept(depth)
+            num_bytes = self._bytes_of_states(batch.num_tokens)
+            if policy.inputs_home == "host":
+                host[HOST_INPUTS] -= (depth - most.num_inputs) * num_bytes
+            else:
+                # At the end of the forward pass the last layer's input is in memory too.
+                stretches["forward"]["activations"] -= (depth - len(kept) - ((depth - 1) not in kept)) * num_bytes
+                stretches["head"]["activations"] -= (depth - len(kept)) * num_bytes
+                stretches["backward"]["activations"] -= (depth - most.num_inputs + most.num_recomputed) * num_bytes
+                stretches["backward"]["recompute"] += most.num_recomputed * num_bytes
+        for part, num_bytes in of_layer.items():
+            resident = min(policy.resident_layers or 0, depth) * num_bytes
+            host[part] = host.get(part, 0) - resident
+            for parts in stretches.values():
+                parts[_STREAMED[part]] += resident
+        return replace(rehearsal, stretches=stretches, host_parts={part: size for part, size in host.items() if size})
 
     def rehearse_shallow(self, batch: MicroBatch) -> Rehearsal:
         """Rehearse with few layers only, for differences that are independent of the depth."""
@@ -179,8 +237,16 @@ class Stage:
     def rehearse_phases(self, act: "Callable[[Scene], Phases]") -> Phases:
         """Rehearse `act`, a function of a scene, and return its phases at full depth."""
         with running(self._config):
-            phases = [act(scene) for scene in self._scenes]
-        return _phases_continued(*phases, times=self._times) if self._times else phases[0]
+            phases = [scene.act(act) for scene in self._scenes]
+        if not self._times:
+            return phases[0]
+        whole = _phases_continued(*phases, times=self._times)
+        for part, device_part in _STREAMED.items():
+            low, high = (scene.host_bytes(part) for scene in self._scenes)
+            resident = min(self._settings.policy.resident_layers or 0, self._config.num_hidden_layers)
+            for parts in whole.values():
+                parts[device_part] += resident * (high - low) // self._period
+        return whole
 
 
 def names_layers(settings: Settings) -> bool:
@@ -234,6 +300,7 @@ def of_body(settings: Settings) -> Settings:
         card=default.card,
         optimizer=default.optimizer,
         checkpoint_every=default.checkpoint_every,
+        policy=default.policy,
         head_chunk=default.head_chunk,
         num_threads=default.num_threads,
         runtime_bytes=default.runtime_bytes,
@@ -265,8 +332,7 @@ class Scene:
     def rehearse(self, micro_batch: MicroBatch) -> Rehearsal:
         """See `Stage`."""
         ledger, batch = self.ledger, meta_batch(micro_batch)
-        self._body.ledger = ledger
-        checkpoint_activations(causal_lm(self.model), every=self._settings.checkpoint_every)
+        self._set_up()
         ledger.forget_peaks()
         ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
         if not micro_batch.is_first:
@@ -286,15 +352,33 @@ class Scene:
             num_weights=_num_weights(causal_lm(self.model)),
             num_trained=sum(parameter.numel() for parameter in self._body.trained),
             num_in_factors=self._body.num_in_factors,
-            host_bytes=ledger.live[PAGED],
+            host_parts=dict(ledger.host_peak),
         )
+
+    def act(self, function: "Callable[[Scene], Phases]") -> Phases:
+        """Call `function` with this scene, whose model is set up for its settings."""
+        self._set_up()
+        return function(self)
+
+    def host_bytes(self, category: str) -> int:
+        """Bytes held in host memory."""
+        return self.ledger.live[category]
+
+    def _set_up(self) -> None:
+        """Let the model, which other scenes share, run by this scene's settings."""
+        self._body.ledger = self.ledger
+        footprint = Footprint(0, self._settings.checkpoint_every, policy=self._settings.policy)
+        apply_footprint(self.model, footprint)
+        if not footprint.policy.is_plain:
+            for category, tensors in residents(self.model).items():
+                self.ledger.hold(category, *tensors)
 
     def _step(self, batch: Batch) -> None:
         """Run a step. The bytes that the update adds are independent of the batch, so it runs only the first time."""
         ledger, chunk = self.ledger, self._settings.head_chunk
         if self._added_by_update is not None:
             forward_backward(self.model.train(), [batch], head_chunk=chunk)
-            held = {part: size for part, size in ledger.live.items() if part != PAGED}
+            held = {part: size for part, size in ledger.live.items() if part not in ON_HOST}
             ledger.peaks[_UPDATE] = _sum(held, self._added_by_update)
             return
         observer = _BeforeUpdate(ledger)
@@ -316,7 +400,7 @@ class _BeforeUpdate(Observer):
     @contextmanager
     def around_last(self) -> Iterator[None]:
         yield
-        self.held = {part: size for part, size in self._ledger.live.items() if part != PAGED}
+        self.held = {part: size for part, size in self._ledger.live.items() if part not in ON_HOST}
 
 
 def _sum(these: Mapping[str, int], those: Mapping[str, int]) -> dict[str, int]:
@@ -360,8 +444,19 @@ def _continued(low: Rehearsal, high: Rehearsal, *, times: int) -> Rehearsal:
         num_weights=line(low.num_weights, high.num_weights),
         num_trained=line(low.num_trained, high.num_trained),
         num_in_factors=line(low.num_in_factors, high.num_in_factors),
-        host_bytes=line(low.host_bytes, high.host_bytes),
+        host_parts={
+            part: line(low.host_parts.get(part, 0), high.host_parts.get(part, 0))
+            for part in low.host_parts.keys() | high.host_parts.keys()
+        },
     )
+
+
+def _linear(policy: Policy) -> Policy:
+    """Return the policy with which memory is linear in the depth: every input kept, every layer streamed if any is."""
+    inputs: LayerInputs = "host" if policy.inputs_home == "host" else "device"
+    resident = None if policy.resident_layers is None else 0
+    linear = replace(policy, layer_inputs=inputs, resident_layers=resident)
+    return replace(linear, chunk_tokens=sys.maxsize) if linear.is_plain else linear  # whole, but not torch's checkpointing
 
 
 def _phases_continued(low: Phases, high: Phases, *, times: int) -> Phases:

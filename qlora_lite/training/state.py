@@ -126,13 +126,13 @@ class TrainState:
             "first_loss": self.first_loss,
             "history": self.history,
             "best": None if self.best is None else asdict(self.best),
-            "footprint": None if self.footprint is None else asdict(self.footprint),
+            "footprint": None if self.footprint is None else self.footprint.to_json_dict(),
         }
 
     def _set_facts(self, facts: dict[str, Any]) -> None:
         self.step, self.first_loss, self.history = facts["step"], facts["first_loss"], list(facts["history"])
         self.best = None if facts["best"] is None else Best(**facts["best"])
-        self.footprint = None if facts["footprint"] is None else Footprint(**facts["footprint"])
+        self.footprint = None if facts["footprint"] is None else Footprint.from_json(facts["footprint"])
         for state, count in zip(self.optimizer.state.values(), facts["optimizer_steps"], strict=True):
             state["step"] = count
         if facts["loss_scale"]:

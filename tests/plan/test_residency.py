@@ -1,0 +1,87 @@
+"""The plan of every home: the meta ledger is the real one to the byte in both pools, and few layers tell any depth."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qlora_lite.base.source import load_config
+from qlora_lite.memory.ledger import ON_HOST, Ledger, counted_as
+from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.residency import Policy
+from qlora_lite.model.resident import residents
+from qlora_lite.plan.rehearsal import MicroBatch, Scene, Stage, with_depth
+from qlora_lite.plan.workspace import workspace_of
+from qlora_lite.training.footprint import Footprint, apply_footprint
+from tests.architectures import artefact, published
+from tests.promises.test_promise_06_plan import CPU, lengthened, real_model, real_step
+from tests.tiny_model import tiny_source
+
+POLICIES = [
+    Policy(layer_inputs="fewest"),
+    Policy(layer_inputs="host"),
+    Policy(chunk_tokens=48),
+    Policy(chunk_tokens=48, layer_inputs="fewest"),
+    Policy(chunk_tokens=48, layer_inputs="host"),
+    Policy(chunk_tokens=48, resident_layers=0),
+    Policy(chunk_tokens=48, layer_inputs="fewest", resident_layers=1),
+    Policy(chunk_tokens=48, layer_inputs="host", embeddings="host", head="streamed"),
+    Policy(chunk_tokens=48, layer_inputs="host_fewest", embeddings="host", head="streamed", resident_layers=0),
+    Policy(
+        chunk_tokens=48, layer_inputs="host_fewest", embeddings="host", head="streamed", resident_layers=0,
+        keys_values="host",
+    ),  # fmt: skip
+]
+
+
+def real_pools(model, settings, micro_batch) -> tuple[dict[str, int], dict[str, int]]:
+    """-> (bytes at each phase's peak on the device, parts on the host at their peak) of a real step on the CPU."""
+    step, optimizer, batch = real_step(model, settings, micro_batch)
+    step()  # lazily made tables are there
+    ledger = Ledger(workspace=workspace_of(settings.card, num_threads=settings.num_threads))
+    for category, tensors in residents(model).items():
+        ledger.hold(category, *tensors)
+    for state in optimizer.state.values():
+        ledger.hold("optimizer", *(value for value in state.values() if isinstance(value, torch.Tensor)))
+    ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
+    ledger.forget_peaks()
+    with ledger, counted_as("activations"):
+        step()
+    assert set(ledger.peaks).isdisjoint(ON_HOST)
+    return {name: sum(parts.values()) for name, parts in ledger.peaks.items()}, ledger.host_peak
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("trunk", [0, 40])
+def test_the_meta_ledger_is_the_real_one_to_the_byte_in_both_pools(policy, trunk):
+    check_pools(replace(CPU, policy=policy), real_model(CPU), MicroBatch(100, 2, 0.1, is_first=True, trunk=trunk))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3", "mistral"])
+def test_so_it_is_for_other_architectures(name):
+    settings = replace(CPU, policy=POLICIES[-1])
+    check_pools(settings, real_model(CPU, quantized=artefact(name)), MicroBatch(60, 2, 0.1, is_first=True))
+
+
+def check_pools(settings, model, micro_batch) -> None:
+    apply_footprint(model, Footprint(0, policy=settings.policy))
+    scene = Scene(causal_lm(model).config, settings)
+    planned = scene.rehearse(micro_batch)
+    totals, on_host = real_pools(model, settings, micro_batch)
+    assert scene.peak_totals == totals
+    assert planned.host_parts == on_host
+
+
+@pytest.mark.parametrize("policy", [Policy(), *POLICIES], ids=str)
+@pytest.mark.parametrize("depth", [7, 12])
+def test_few_layers_tell_any_depth(policy, depth):
+    deep = with_depth(lengthened(load_config(tiny_source()), depth), depth)
+    settings, micro_batch = replace(CPU, policy=policy), MicroBatch(50, 2)
+    assert Stage(deep, settings).rehearse(micro_batch) == Scene(deep, settings).rehearse(micro_batch)
+
+
+def test_few_layers_tell_any_depth_of_a_pattern_of_layers():
+    config = load_config(published("gemma3_text"))
+    deep = with_depth(lengthened(config, 13), 13)
+    settings, micro_batch = replace(CPU, policy=replace(POLICIES[-1], resident_layers=5)), MicroBatch(50, 2)
+    assert Stage(deep, settings).rehearse(micro_batch) == Scene(deep, settings).rehearse(micro_batch)
