@@ -446,12 +446,9 @@ class _RowsOf(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.shape, ctx.is_on_host, ctx.device = hidden.shape, is_on_host, device
         ctx.save_for_backward(predictor_N)
-        if not is_on_host:
-            return hidden[0, predictor_N]
-        wait_for_copies(device)
-        with counted_as(HOST_INPUTS):
-            rows = hidden[0, predictor_N.to(hidden.device)]
-        return on_device(rows, device, "host")
+        if is_on_host:
+            wait_for_copies(device)
+        return hidden[0, predictor_N.to(hidden.device)].to(device)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
