@@ -40,6 +40,7 @@ PAGED = "paged"  # optimizer state in managed memory
 HOST_INPUTS, HOST_KEYS_VALUES = "host_layer_inputs", "host_keys_values"
 HOST_WEIGHTS, HOST_CONSTANTS = "host_weights", "host_quant_constants"
 ON_HOST = frozenset((PAGED, HOST_INPUTS, HOST_KEYS_VALUES, HOST_WEIGHTS, HOST_CONSTANTS))
+ON_DISK = "on_disk"  # frozen tensors that stay in files: in neither pool
 _ADD = torch.ops.aten.add.Tensor
 _ENGINE = _engine_run_backward.__code__  # the caller of an operator that no Python function calls
 Workspace = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
@@ -166,7 +167,7 @@ class Ledger(TorchDispatchMode):
     def _add(self, category: str, size: int) -> None:
         self.live[category] += size
         if category not in ON_HOST:
-            self._total += size
+            self._total += size if category != ON_DISK else 0
             return
         self._on_host += size
         if self._on_host > sum(self.host_peak.values()):
@@ -178,7 +179,9 @@ class Ledger(TorchDispatchMode):
             return
         if self._total + workspace > self._highest.get(self.current, -1):
             self._highest[self.current] = self._total + workspace
-            parts = {name: size for name, size in self.live.items() if size and name not in ON_HOST}
+            parts = {
+                name: size for name, size in self.live.items() if size and name not in ON_HOST and name != ON_DISK
+            }
             if workspace:
                 parts["workspace"] = parts.get("workspace", 0) + workspace
             self.peaks[self.current] = parts

@@ -25,6 +25,8 @@ from qlora_lite.foreign import foreign
 from qlora_lite.limits import TOKENIZER_BYTES
 from qlora_lite.model.attention import PACKED, packs_rows, padded_attention
 from qlora_lite.model.new_tokens import add_tokens, make_room
+from qlora_lite.model.residency import PLAIN, Policy
+from qlora_lite.model.streaming import Homes
 from qlora_lite.model.weights import fill_model, fill_plain
 
 _DROPOUT = (
@@ -57,12 +59,17 @@ def load_tokenizer(folder: Path, *, special_tokens: Sequence[str] = ()) -> Any:
 
 
 def load_base(
-    folder: Path, *, device: str, compute: torch.dtype = torch.bfloat16, special_tokens: Sequence[str] = ()
+    folder: Path,
+    *,
+    device: str,
+    compute: torch.dtype = torch.bfloat16,
+    special_tokens: Sequence[str] = (),
+    policy: Policy = PLAIN,
 ) -> LoadedBase:
     """The frozen model in `folder`: a quantized base (base/artefact.py) or a 16-bit folder, as published or as `merge` writes it.
 
     Quantized weights are dequantized to `compute` at each use; all others are stored in it. `special_tokens` are added to the tokenizer,
-    and missing rows for them to embedding and head. Raises ModelError when the folder does not load.
+    and missing rows for them to embedding and head. Layers that `policy` streams never come to the device whole. Raises ModelError when the folder does not load.
     """
     config = load_config(folder)
     switch_off_dropout(config)
@@ -70,9 +77,9 @@ def load_base(
         try:
             if stored_quantization(read_config(folder), folder) is not None:
                 model = _empty(config, compute)
-                fill_model(model, folder, device=device, compute=compute)
+                fill_model(model, folder, device=device, compute=compute, homes=_homes(model, policy, device))
             else:
-                model = _plain_model(config, folder, device=device, compute=compute)
+                model = _plain_model(config, folder, device=device, compute=compute, policy=policy)
             if (folder / GENERATION_FILE).is_file():
                 model.generation_config = _generation_config(folder)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -94,13 +101,20 @@ def _generation_config(folder: Path) -> GenerationConfig:
         return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
 
 
-def _plain_model(config: Any, folder: Path, *, device: str, compute: torch.dtype) -> PreTrainedModel:
+def _homes(model: PreTrainedModel, policy: Policy, device: str) -> Homes | None:
+    if policy.resident_layers is None:
+        return None
+    return Homes(model, resident=policy.resident_layers, from_disk=policy.stream_from == "disk", device=device)
+
+
+def _plain_model(config: Any, folder: Path, *, device: str, compute: torch.dtype, policy: Policy) -> PreTrainedModel:
     model = _empty(config, compute)
     weights = published_weights(folder, model)
     if model.all_tied_weights_keys and not weights.is_tied:  # the files have a separate head, whatever the config says
         config.tie_word_embeddings = False
         model = _empty(config, compute)
-    fill_plain(model, weights.tensors, device=device, compute=compute, where=folder)
+    homes = _homes(model, policy, device)
+    fill_plain(model, weights.tensors, device=device, compute=compute, where=folder, homes=homes)
     return model
 
 

@@ -28,15 +28,14 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.device.accelerator import same_random_numbers, set_random_state
 from qlora_lite.device.accelerator import random_state as accelerators_state
-from qlora_lite.memory.ledger import HOST_CONSTANTS, HOST_INPUTS, HOST_WEIGHTS, counted_as, current_category
+from qlora_lite.memory.ledger import HOST_CONSTANTS, HOST_INPUTS, HOST_WEIGHTS, ON_DISK, counted_as, current_category
 from qlora_lite.model.attention import packs_rows
 from qlora_lite.model.chunk_attention import Chunk, KeysAreComplete, KeysValues
 from qlora_lite.model.host_tensors import Home, empty_on_host, on_device, on_host, wait_for_copies
-from qlora_lite.model.streaming import StreamedEnds, StreamedLayers
+from qlora_lite.model.streaming import StreamedEnds, StreamedLayers, decoder_layers
 
 LayerInputs = Literal["device", "fewest", "host", "host_fewest"]
 
@@ -83,14 +82,6 @@ class Policy:
 
 
 PLAIN = Policy()
-
-
-def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The layers of the decoder, first to last."""
-    decoder = model.get_decoder()
-    lists = [child for child in decoder.children() if isinstance(child, torch.nn.ModuleList)]
-    layers = next(some for some in lists if len(some) and isinstance(some[0], GradientCheckpointingLayer))
-    return list(layers)
 
 
 def kept_inputs(num_layers: int) -> tuple[int, ...]:
@@ -170,10 +161,13 @@ class Residency:
         self._ends.remove()
         del self._model.__dict__[_ATTRIBUTE]
 
-    def on_host(self) -> dict[str, list[torch.Tensor]]:
-        """Frozen tensors whose home is host memory, by the ledger's category."""
-        weights, constants = self._weights.on_host()
-        return {HOST_WEIGHTS: [*weights, *self._ends.on_host()], HOST_CONSTANTS: constants}
+    def away(self) -> dict[str, list[torch.Tensor]]:
+        """Frozen tensors whose home is not the device, by the ledger's category."""
+        weights, constants = self._weights.away()
+        ends = self._ends.on_host()
+        if self.policy.stream_from == "disk":
+            return {ON_DISK: [*weights, *constants], HOST_WEIGHTS: ends}
+        return {HOST_WEIGHTS: [*weights, *ends], HOST_CONSTANTS: constants}
 
     def buffers(self) -> list[torch.Tensor]:
         """The device's memory for streamed weights, kept between steps."""

@@ -22,4 +22,4 @@ def residents(model: PreTrainedModel | PeftModel) -> dict[str, list[torch.Tensor
         "adapter": [] if is_full else [p for p in parameters if p.requires_grad],
         "quant_constants": list(quantization_constants(model)),
     }
-    return tensors if residency is None else tensors | residency.on_host()
+    return tensors if residency is None else tensors | residency.away()

@@ -7,24 +7,32 @@ Scales travel with their weight. Between its turns a layer's tensors are empty, 
 Embedding and head wait on the host as whole modules: rows are gathered there, and the head is on the device while a loss is computed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.base.bnb import bitsandbytes
 from qlora_lite.device.accelerator import copy_stream, is_accelerator
 from qlora_lite.memory.ledger import HOST_WEIGHTS, counted_as
-from qlora_lite.model.host_tensors import on_host
+from qlora_lite.model.host_tensors import empty_on_host
 
-DISK = "_qlora_lite_on_disk"  # attribute of a layer whose tensors stay in the base's files: a dict of Source by attribute path
+HOMES = "_qlora_lite_homes"  # attribute of a layer that was loaded to be streamed: tensors or Sources, by path in the layer
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers of the decoder, first to last."""
+    lists = [child for child in model.get_decoder().children() if isinstance(child, torch.nn.ModuleList)]
+    layers = next(some for some in lists if len(some) and isinstance(some[0], GradientCheckpointingLayer))
+    return list(layers)
 
 
 class Source(Protocol):
-    """A tensor in a file."""
+    """The source of a tensor: a file (published.LazyTensor), or a generator of random numbers (random_model.py)."""
 
     def value(self) -> torch.Tensor: ...
 
@@ -36,6 +44,13 @@ class _Place:
     owner: Any
     attribute: str
     home: torch.Tensor | Source
+    shape: torch.Size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type on the device; that of a file may be another one."""
+        dtype: torch.dtype = getattr(self.owner, self.attribute).dtype
+        return dtype
 
     @property
     def is_scale(self) -> bool:
@@ -59,6 +74,32 @@ class _Slot:
     used: Any = None  # event: the last computation from it is complete
 
 
+_Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+class Homes:
+    """Takes weights off the device while a model is loaded, so that layers which will be streamed never fill it."""
+
+    def __init__(self, model: PreTrainedModel, *, resident: int, from_disk: bool, device: str) -> None:
+        names = {id(module): name for name, module in model.named_modules()}
+        self._layers = {f"{names[id(layer)]}.": layer for layer in decoder_layers(model)[resident:]}
+        self._from_disk, self._device = from_disk, torch.device(device)
+
+    def take(self, name: str, sources: Mapping[str, Source]) -> None:
+        """Take the weight `name`, just filled, with its scales; no effect for other than linear weights of streamed layers."""
+        prefix = next((prefix for prefix in self._layers if name.startswith(prefix)), None)
+        if prefix is None:
+            return
+        layer, path = self._layers[prefix], name.removeprefix(prefix)
+        homes = layer.__dict__.setdefault(HOMES, {})
+        module = layer.get_submodule(path.rpartition(".")[0])
+        for part, owner, attribute in _frozen_tensors(path.rpartition(".")[0], module):
+            tensor = getattr(owner, attribute)
+            source = sources.get(prefix + part)
+            homes[part] = source if self._from_disk and source is not None else host_home(tensor, self._device)
+            setattr(owner, attribute, torch.empty(0, dtype=tensor.dtype, device=self._device))
+
+
 class StreamedLayers:
     """The layers from number `resident` on (None: no layer), streamed."""
 
@@ -66,26 +107,29 @@ class StreamedLayers:
         self._device = device
         self._stream = copy_stream(device) if resident is not None else None
         self._places: dict[int, list[_Place]] = {}
-        self._slots: list[_Slot] = []
+        self._slots: dict[_Shapes, list[_Slot]] = {}  # two for each kind of layer
         if resident is None or resident >= len(layers):
             return
         for index in range(resident, len(layers)):
             self._places[index] = _take_away(layers[index], device)
         with counted_as("weights"):
-            widest = self._places[resident]
-            self._slots = [
-                _Slot([torch.empty(p.tensor.shape, dtype=p.tensor.dtype, device=device) for p in widest]) for _ in range(2)
-            ]
+            for shapes in dict.fromkeys(map(self._shapes, self._places)):
+                self._slots[shapes] = [
+                    _Slot([torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]) for _ in range(2)
+                ]
 
-    def on_host(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """-> (weights, scales) in host memory; none of layers that stay in files."""
+    def away(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """-> (weights, scales) that are tensors elsewhere; none of layers that stay in files."""
         places = [p for some in self._places.values() for p in some if isinstance(p.home, torch.Tensor)]
         weights, scales = ([p.tensor for p in places if p.is_scale == is_scale] for is_scale in (False, True))
         return weights, scales
 
     def buffers(self) -> list[torch.Tensor]:
         """Memory of the device for the layer in work and the next one."""
-        return [tensor for slot in self._slots for tensor in slot.tensors]
+        return [tensor for slots in self._slots.values() for slot in slots for tensor in slot.tensors]
+
+    def _shapes(self, index: int) -> "_Shapes":
+        return tuple((place.shape, place.dtype) for place in self._places[index])
 
     @contextmanager
     def of(self, index: int, *, following: int) -> Iterator[None]:
@@ -112,10 +156,11 @@ class StreamedLayers:
 
     def _fetch(self, index: int, *, beside: _Slot | None) -> _Slot:
         """The slot with layer `index`, its copy begun; another layer leaves, not that of `beside`."""
-        for slot in self._slots:
+        slots = self._slots[self._shapes(index)]
+        for slot in slots:
             if slot.layer == index:
                 return slot
-        slot = next(some for some in self._slots if some is not beside)
+        slot = next(some for some in slots if some is not beside)
         slot.layer = None  # until the copy is complete: an error in it leaves nothing that looks like a layer
         sources = [place.tensor for place in self._places[index]]
         if self._stream is None:
@@ -137,22 +182,29 @@ class StreamedLayers:
 
 def _take_away(layer: torch.nn.Module, device: torch.device) -> list[_Place]:
     """Move a layer's frozen linear weights and their scales to their home; empty tensors take their place."""
-    stored: dict[str, Source] = layer.__dict__.get(DISK, {})
+    loaded: dict[str, torch.Tensor | Source] = layer.__dict__.get(HOMES, {})
     places = []
-    for name, module in layer.named_modules():
-        for path, owner, attribute in _frozen_tensors(name, module):
-            tensor: torch.Tensor = getattr(owner, attribute)
-            home: torch.Tensor | Source = stored[path] if path in stored else _host_home(tensor)
-            places.append(_Place(owner, attribute, home))
-            setattr(owner, attribute, torch.empty(0, dtype=tensor.dtype, device=device))
+    for path, owner, attribute in frozen_tensors(layer):
+        tensor: torch.Tensor = getattr(owner, attribute)
+        home = loaded[path] if path in loaded else host_home(tensor, device)
+        shape = home.shape if isinstance(home, torch.Tensor) else home.value().shape
+        places.append(_Place(owner, attribute, home, shape))
+        setattr(owner, attribute, torch.empty(0, dtype=tensor.dtype, device=device))
     return places
 
 
-def _host_home(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in host memory; on the CPU and on meta itself, which only counts as there."""
-    if is_accelerator(tensor.device) or tensor.is_cpu and tensor.is_pinned():
-        return on_host(tensor, HOST_WEIGHTS)
-    return tensor.detach()
+def host_home(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor in host memory, for copies to `device`; on the CPU and on meta itself, which only counts as there."""
+    if not is_accelerator(device):
+        return tensor.detach()
+    home = empty_on_host(tensor.shape, tensor.dtype, device, HOST_WEIGHTS)
+    return home.copy_(tensor.detach())
+
+
+def frozen_tensors(layer: torch.nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Yield (path in the layer, owner, attribute) of each frozen weight of a linear layer, and of its scales."""
+    for name, module in layer.named_modules():
+        yield from _frozen_tensors(name.removesuffix(".base_layer"), module)
 
 
 def _frozen_tensors(name: str, module: torch.nn.Module) -> Iterator[tuple[str, Any, str]]:
@@ -186,7 +238,7 @@ class StreamedEnds:
             weight = _base(module).weight
             if is_away and id(weight) not in self._homes:
                 assert not weight.requires_grad, "a trained embedding or head stays on the device"
-                self._homes[id(weight)] = (weight, _host_home(weight.data))
+                self._homes[id(weight)] = (weight, host_home(weight.data, device))
                 weight.data = self._homes[id(weight)][1]
         self._undo: list[Callable[[], None]] = []
         if gathers_on_host:

@@ -5,10 +5,8 @@ bits. Here a layer is replaced exactly when the files have its quantized weight.
 tensors in them are not aligned for kernels.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
-
 import torch
 from transformers import PreTrainedModel
 
@@ -18,19 +16,16 @@ from qlora_lite.base.published import open_tensors
 from qlora_lite.base.quantization import OUTLIERS, SCALES, parts_of, read_quant_state
 from qlora_lite.errors import ModelError
 from qlora_lite.model.frozen_int8 import FrozenInt8
+from qlora_lite.model.streaming import Homes, Source
 
 
-class Source(Protocol):
-    """The source of a tensor: a file (published.LazyTensor), or a generator of random numbers (random_model.py)."""
-
-    def value(self) -> torch.Tensor: ...
-
-
-def fill_model(model: PreTrainedModel, folder: Path, *, device: str, compute: torch.dtype) -> None:
+def fill_model(
+    model: PreTrainedModel, folder: Path, *, device: str, compute: torch.dtype, homes: Homes | None = None
+) -> None:
     """Read every weight of `model` (see base/skeleton.py) from the quantized `folder`, whose names are the model's own.
 
-    Quantized weights are dequantized to `compute` at each use; all others are stored in it. Raises ModelError for weights that are
-    missing, have no place in the model, or are not finite.
+    Quantized weights are dequantized to `compute` at each use; all others are stored in it. `homes` takes those that do not stay on the
+    device. Raises ModelError for weights that are missing, have no place in the model, or are not finite.
     """
     stored = dict(open_tensors(folder))
     parts = parts_of(stored)
@@ -44,11 +39,14 @@ def fill_model(model: PreTrainedModel, folder: Path, *, device: str, compute: to
             f"{folder}: {len(missing)} weights are missing and {len(unknown)} have no place, first {first}"
         )
     fill_plain(model, {name: stored[name] for name in plain}, device=device, compute=compute, where=folder)
-    weights = (
-        (name, {part: stored[part].value().clone() for part in (name, *constants)})
-        for name, constants in sorted(parts.items())
-    )
-    fill_quantized(model, weights, device=device, compute=compute, where=folder)
+
+    def read() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        for name, constants in sorted(parts.items()):
+            yield name, {part: stored[part].value().clone() for part in (name, *constants)}
+            if homes is not None:
+                homes.take(name, stored)
+
+    fill_quantized(model, read(), device=device, compute=compute, where=folder)
 
 
 def fill_quantized(
@@ -80,6 +78,7 @@ def fill_plain(
     device: str,
     compute: torch.dtype,
     where: Path | str = "the model",
+    homes: Homes | None = None,
 ) -> None:
     """Put 16-bit `tensors`, by parameter name, into `model` in the type `compute`; buffers go to the device too."""
     for name, tensor in tensors.items():
@@ -90,6 +89,8 @@ def fill_plain(
         parameter = torch.nn.Parameter(value.to(device, compute, copy=True), requires_grad=False)
         refuse_not_finite(parameter.detach(), name, where=where, as_read=value)
         module.register_parameter(attribute, parameter)
+        if homes is not None:
+            homes.take(name, tensors)
     for module in model.modules():
         module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
     model.tie_weights()

@@ -49,7 +49,10 @@ def load_model(
     folder = base_folder(plan, progress=progress)
     sha256 = base_sha256(plan, folder)
     tokens = recipe.data.special_tokens
-    base = load_base(folder, device=plan.device, compute=plan.types.compute, special_tokens=tokens)
+    footprint = plan.chosen.footprint
+    base = load_base(
+        folder, device=plan.device, compute=plan.types.compute, special_tokens=tokens, policy=footprint.policy
+    )
     model: PeftModel | PreTrainedModel = base.model
     if adapter is not None:
         model = load_adapter(base.model, adapter, factor_dtype=plan.types.factors)
@@ -57,7 +60,7 @@ def load_model(
         make_trainable(base.model)
     else:
         model = _new_adapter(plan, base)
-    apply_footprint(model, plan.chosen.footprint)
+    apply_footprint(model, footprint)
     static_bytes = {
         "weights_bytes": base.weights_bytes,
         "quant_constants_bytes": base.quant_constants_bytes,

@@ -1,0 +1,226 @@
+"""Steps of models and sequences that do not fit the device: layers over chunks of tokens, and parts of the model elsewhere.
+
+In: the recipe's free settings, card, config, length. Out: strategies from fastest to leanest, and the first that fits both budgets, the
+device's and the host's. They come after those of strategy.py: each of them is as lean as possible in micro-batch and optimizer.
+
+    time = max(arithmetic, weights' bytes / link) + other copies / link
+
+Arithmetic is counted in forward passes over the layers: one forward, one recomputed, one backward; `fewest` adds one, and chunks add the
+keys and values of one. Weights are copied while others compute, once a pass over the layers. Layer inputs, and keys and values on the
+host, are copied between computations. Rates are the card's; products are assumed to reach PRODUCT_SHARE of its peak. Nothing of this is
+measured on a card yet.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedConfig
+
+from qlora_lite.base.skeleton import model_class
+from qlora_lite.device.card import Card
+from qlora_lite.model.attention import packs_rows
+from qlora_lite.model.head import CHUNK
+from qlora_lite.model.residency import PLAIN, Policy
+from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal
+from qlora_lite.plan.strategy import OPTIMIZERS, Choice, Free, Strategy, dequantizing_tokens, slowdown
+from qlora_lite.training.footprint import Footprint
+
+CHUNKS = (8192, 4096, 2048, 1024)  # tokens; fewer make products too small to be fast
+LEAST_HEAD_CHUNK = 16
+PRODUCT_SHARE = 0.6  # of the card's peak rate that products reach: assumed
+_DISK_BYTES_PER_S = 2e9  # of a stream from the base's files: assumed, a plain NVMe
+_NEXT = 65_536  # tokens: distance of the two rehearsed sequences of a long one
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes that a run may hold on the device and in host memory."""
+
+    device: int
+    host: int
+
+    def fit(self, rehearsal: Rehearsal) -> bool:
+        return rehearsal.peak_bytes <= self.device and rehearsal.host_bytes <= self.host
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that copies and arithmetic depend on."""
+
+    num_layers: int
+    hidden: int
+    key_width: int  # of keys of one token, all heads
+    layer_weights: int
+    layer_bytes: int  # of its stored weights
+
+    @staticmethod
+    def of(config: PreTrainedConfig, num_weights: int, bytes_a_weight: float) -> "Shape":
+        ends = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        weights = max(1, (num_weights - ends) // config.num_hidden_layers)
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        return Shape(config.num_hidden_layers, config.hidden_size, key_heads * width, weights, int(weights * bytes_a_weight))
+
+
+def seconds(policy: Policy, shape: Shape, card: Card, tokens: int) -> float:
+    """The estimated time of forward and backward of a sequence of `tokens` tokens, see above."""
+    chunk = min(policy.chunk_tokens or tokens, tokens)
+    is_chunked = chunk < tokens
+    per_token = 2 * shape.layer_weights + 2 * tokens * shape.hidden  # half of the keys on average, scores and values
+    keys_share = 2 * 2 * shape.hidden * shape.key_width / per_token
+    passes = 3 + policy.keeps_fewest + (keys_share if is_chunked else 0)
+    arithmetic = shape.num_layers * tokens * per_token * passes / (PRODUCT_SHARE * (card.flops or 1e11))
+    link = card.link_bytes_per_s or 1e10
+    streamed = 0 if policy.resident_layers is None else shape.num_layers - policy.resident_layers
+    rate = link if policy.stream_from == "host" else min(link, _DISK_BYTES_PER_S)
+    weights = streamed * shape.layer_bytes * (2 + policy.keeps_fewest) / rate
+    inputs = 0.0
+    if policy.inputs_home == "host":
+        inputs = shape.num_layers * tokens * 2 * shape.hidden * (6 + 2 * policy.keeps_fewest) / link
+    keys = 0.0
+    if policy.keys_values == "host" and is_chunked:  # every chunk reads all earlier keys, and adds to their fp32 gradients
+        keys = shape.num_layers * tokens * (tokens / chunk / 2) * shape.key_width * (3 * 2 * 2 + 2 * 2 * 4) / link
+    return max(arithmetic, weights) + inputs + keys
+
+
+def homes(
+    free: Free, *, card: Card, config: PreTrainedConfig, shape: Shape, method: str, length: int, ends_are_frozen: bool
+) -> tuple[Strategy, ...]:
+    """Return all strategies that the recipe allows, fastest first; none with method full, whose weights all change."""
+    if method == "full":
+        return ()
+    packs = packs_rows(model_class(config))
+    policies = list(dict.fromkeys(_asked(policy, free) for policy in _ladder(card, packs, length, ends_are_frozen)))
+    tokens = free.micro_batch_tokens or length
+    plain_s = seconds(PLAIN, shape, card, tokens)
+    cost = dequantizing_tokens(card, method)
+    optimizer = free.optimizer or OPTIMIZERS[-1]
+    ways = []
+    for policy in policies:
+        chunk = min(policy.chunk_tokens or tokens, tokens)
+        factor = seconds(policy, shape, card, tokens) / plain_s
+        ways.append(
+            Strategy(
+                Footprint(tokens, 1, free.head_chunk or CHUNK, policy),
+                optimizer,
+                factor * slowdown(1, chunk, max(tokens, chunk), cost=cost, method=method),
+            )
+        )
+    ways.sort(key=lambda way: way.slowdown)
+    last = ways[-1]
+    if free.head_chunk is None:
+        ways.append(replace(last, footprint=replace(last.footprint, head_chunk=LEAST_HEAD_CHUNK)))
+    return tuple(ways)
+
+
+def _ladder(card: Card, packs: bool, length: int, ends_are_frozen: bool) -> list[Policy]:
+    """Policies that make sense on the card, in no order. The CPU has one memory: there only chunks and fewer inputs save any."""
+    chunks = [chunk for chunk in CHUNKS if chunk < length] if packs else []
+    largest, smallest = (chunks[0], chunks[-1]) if chunks else (0, 0)
+    middle = chunks[len(chunks) // 2] if chunks else 0
+    on_device = [Policy(largest), Policy(largest, "fewest"), Policy(middle, "fewest"), Policy(smallest, "fewest")]
+    if card.is_cpu:
+        from_disk = [replace(policy, resident_layers=0, stream_from="disk") for policy in on_device]
+        return [policy for policy in (*on_device, *from_disk) if not policy.is_plain]
+    ends = Policy(embeddings="host", head="streamed") if ends_are_frozen else PLAIN
+    embeddings = Policy(embeddings="host") if ends_are_frozen else PLAIN
+    with_host = [
+        replace(embeddings, chunk_tokens=largest, layer_inputs="host"),
+        replace(embeddings, chunk_tokens=largest, layer_inputs="host_fewest"),
+        replace(embeddings, chunk_tokens=middle, layer_inputs="host"),
+        replace(embeddings, chunk_tokens=middle, layer_inputs="host_fewest"),
+        replace(ends, chunk_tokens=largest),
+    ]
+    streamed = [
+        replace(ends, chunk_tokens=chunk, layer_inputs=inputs, resident_layers=0)
+        for chunk, inputs in (
+            (largest, "device"), (largest, "host"), (largest, "host_fewest"), (largest, "fewest"), (middle, "host"),
+            (middle, "host_fewest"), (smallest, "host_fewest"),
+        )
+    ]  # fmt: skip
+    last = replace(ends, chunk_tokens=smallest, layer_inputs="host_fewest", resident_layers=0)
+    leanest = [replace(last, keys_values="host"), replace(last, keys_values="host", stream_from="disk")]
+    return [policy for policy in (*on_device, *with_host, *streamed, *leanest) if not policy.is_plain]
+
+
+def _asked(policy: Policy, free: Free) -> Policy:
+    """Return the policy with the recipe's own values."""
+    return replace(policy, **free.policy)
+
+
+def choose_homes(
+    ways: Sequence[Strategy], rehearse: Callable[[Strategy, MicroBatch], Rehearsal], batch: MicroBatch, budgets: Budgets,
+    *, num_layers: int, resident_is_free: bool = True,
+) -> Choice | None:  # fmt: skip
+    """Return the first of `ways` that fits both budgets, with as many resident layers as fit; None if none fits.
+
+    A long sequence is estimated from two shorter ones, and a choice confirmed by its own rehearsal. The order is fixed, so smaller budgets
+    never choose larger peaks.
+    """
+    tried: dict[Strategy, int] = {}
+    for way in ways:
+        estimate = _estimate(way, rehearse, batch)
+        tried[way] = estimate.peak_bytes
+        if not budgets.fit(estimate) and not _may_stream_fewer(way, estimate, budgets):
+            continue
+        if way.footprint.policy.resident_layers == 0 and resident_is_free:
+            way = _with_residents(way, estimate, rehearse, batch, budgets, num_layers)
+        whole = rehearse(way, batch)
+        tried[way] = whole.peak_bytes
+        if budgets.fit(whole):
+            return Choice(way, fits=True, tried=tried)
+    return None
+
+
+def _may_stream_fewer(way: Strategy, estimate: Rehearsal, budgets: Budgets) -> bool:
+    """Whether only the host's budget is exceeded, by weights that may stay on the device instead."""
+    streams = way.footprint.policy.resident_layers is not None and way.footprint.policy.stream_from == "host"
+    return streams and estimate.peak_bytes <= budgets.device and _streamed_bytes(estimate) >= estimate.host_bytes - budgets.host
+
+
+def _streamed_bytes(rehearsal: Rehearsal) -> int:
+    return rehearsal.host_parts.get("host_weights", 0) + rehearsal.host_parts.get("host_quant_constants", 0)
+
+
+def _estimate(way: Strategy, rehearse: Callable[[Strategy, MicroBatch], Rehearsal], batch: MicroBatch) -> Rehearsal:
+    """Continue a line through two rehearsals for a sequence of many chunks; else rehearse it."""
+    chunk = way.footprint.policy.chunk_tokens
+    near = 3 * _whole_chunks(chunk)
+    if not chunk or batch.num_examples > 1 or batch.length <= 2 * near:
+        return rehearse(way, batch)
+    low, high = (rehearse(way, replace(batch, length=length)) for length in (near, 2 * near))
+    share = (batch.length - near) / near
+
+    def line(a: int, b: int) -> int:
+        return a + round(share * (b - a))
+
+    stretches = {
+        name: {part: line(parts.get(part, 0), high.stretches[name].get(part, 0)) for part in parts | high.stretches[name]}
+        for name, parts in low.stretches.items()
+    }
+    host = {part: line(low.host_parts.get(part, 0), high.host_parts.get(part, 0)) for part in low.host_parts | high.host_parts}
+    return replace(low, stretches=stretches, host_parts=host)
+
+
+def _whole_chunks(chunk: int) -> int:
+    """Tokens of as many chunks as are needed to fill a block of keys (model/chunk_attention.py)."""
+    return chunk * max(1, -(-8192 // max(1, chunk)))
+
+
+def _with_residents(
+    way: Strategy, estimate: Rehearsal, rehearse: Callable[[Strategy, MicroBatch], Rehearsal], batch: MicroBatch,
+    budgets: Budgets, num_layers: int,
+) -> Strategy:  # fmt: skip
+    """Keep as many layers resident as fit the device; two of the rest are in its buffers."""
+    of_layer = max(1, _streamed_bytes(estimate) // num_layers)
+    if way.footprint.policy.stream_from == "disk":
+        from_host = _with_policy(way, stream_from="host")
+        of_layer = max(1, _streamed_bytes(rehearse(from_host, replace(batch, length=min(batch.length, 256)))) // num_layers)
+    room = max(0, budgets.device - estimate.peak_bytes) // of_layer
+    return _with_policy(way, resident_layers=min(num_layers - 1, room))
+
+
+def _with_policy(way: Strategy, **changes: object) -> Strategy:
+    policy = replace(way.footprint.policy, **changes)  # type: ignore[arg-type]
+    return replace(way, footprint=replace(way.footprint, policy=policy))
