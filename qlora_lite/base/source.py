@@ -173,6 +173,11 @@ def context_window(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def has_learned_positions(config: Any) -> bool:
+    """Whether positions beyond the context window do not exist (OPT: one trained row each); rotary ones exist for any token."""
+    return context_window(config) is not None and not getattr(config, "rope_parameters", None)
+
+
 def _language_model(config: dict[str, Any]) -> dict[str, Any]:
     """Return Gemma 3's `text_config` as a config of its own, with the token ids and dtype of the whole config."""
     shared: dict[str, Any] = {

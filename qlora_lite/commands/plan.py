@@ -96,6 +96,7 @@ def plan(
             planned.leanest,
             planned.room,
             method=planned.method,
+            host_budget_bytes=planned.host_budget_bytes,
             merging=planned.merging,
         )
     result = Planned(what, planned, report, disk_speed(default_cache()))

@@ -179,9 +179,7 @@ class Ledger(TorchDispatchMode):
             return
         if self._total + workspace > self._highest.get(self.current, -1):
             self._highest[self.current] = self._total + workspace
-            parts = {
-                name: size for name, size in self.live.items() if size and name not in ON_HOST and name != ON_DISK
-            }
+            parts = {name: size for name, size in self.live.items() if size and name not in ON_HOST and name != ON_DISK}
             if workspace:
                 parts["workspace"] = parts.get("workspace", 0) + workspace
             self.peaks[self.current] = parts

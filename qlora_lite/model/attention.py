@@ -53,8 +53,9 @@ def packed_attention(
     """Causal attention within each segment of a packed sequence, and to its ancestors; `parents` has each segment's parent.
 
     query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d]; `lengths` sums to T. With `sliding_window`, a query sees that many
-    keys, including its own; `softcap` c bounds scores to c * tanh(score / c). With `chunk`, the tensors are those of a chunk of the T tokens
-    (residency.py). The signature is that of transformers' attention functions, which pass further, irrelevant keywords. Raises ValueError for shared segments with dropout, window or soft cap.
+    keys, including its own; `softcap` c bounds scores to c * tanh(score / c). With `chunk`, the tensors have the tokens of a chunk only
+    (residency.py). The signature is that of transformers' attention functions, which pass further, irrelevant keywords. Raises
+    ValueError for shared segments with dropout, window or soft cap.
     """
     parents = parents or (NO_PARENT,) * len(lengths)
     is_in_window = sliding_window is None or longest_path(lengths, parents) <= sliding_window
@@ -66,7 +67,9 @@ def packed_attention(
         if is_plain:
             output = chunk_attention(query, key, value, chunk, lengths=lengths, parents=parents, scaling=scaling)
         else:
-            output = _masked_chunk(query, key, value, chunk, lengths, scaling=scaling, window=sliding_window, softcap=softcap)
+            output = _masked_chunk(
+                query, key, value, chunk, lengths, scaling=scaling, window=sliding_window, softcap=softcap
+            )
         return output.transpose(1, 2).contiguous(), None
     if is_shared or (is_plain and _kernel(query, value) != "plain"):
         parts = parts_of(lengths, parents)
@@ -233,7 +236,12 @@ def _in_blocks(
         visible_qk = positions_k <= positions_q
         if window is not None:
             visible_qk &= positions_k > positions_q - window
-        inputs = query[:, :, start - earlier : stop - earlier], key[:, :, first:stop], value[:, :, first:stop], visible_qk
+        inputs = (
+            query[:, :, start - earlier : stop - earlier],
+            key[:, :, first:stop],
+            value[:, :, first:stop],
+            visible_qk,
+        )
         if softcap is None:
             if not card_of(query).is_cpu:
                 inputs = inputs[0], _for_every_head(inputs[1], query), _for_every_head(inputs[2], query), inputs[3]

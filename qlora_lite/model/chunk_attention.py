@@ -147,7 +147,9 @@ class _ChunkAttention(torch.autograd.Function):
         total: torch.Tensor | None = None
         for part in parts:
             rows = _rows(part.queries, chunk)
-            keys, values = (key[:, :, rows], value[:, :, rows]) if part.is_causal else chunk.store.get(part.keys, query.device)
+            keys, values = (
+                (key[:, :, rows], value[:, :, rows]) if part.is_causal else chunk.store.get(part.keys, query.device)
+            )
             part_output, part_total = kernel.forward(query[:, :, rows], keys, values, part.is_causal, scaling)
             del keys, values
             if total is None:
@@ -199,9 +201,7 @@ def _rows(tokens: slice, chunk: Chunk) -> slice:
     return slice(tokens.start - chunk.start, tokens.stop - chunk.start)
 
 
-def own_keys_values(
-    key: torch.Tensor, value: torch.Tensor, chunk: Chunk
-) -> tuple[torch.Tensor, torch.Tensor]:
+def own_keys_values(key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
     """Store a chunk's keys and values, and return them with the gradients of later chunks added in the backward pass."""
     chunk.take(key, value)
     if not (key.requires_grad or value.requires_grad):
@@ -255,4 +255,3 @@ class _WithEarlier(torch.autograd.Function):
             whole[:, :, : ctx.stop - chunk.start] = grad[:, :, num_earlier:]
             own.append(whole)
         return (*own, None, None, None)
-

@@ -24,9 +24,7 @@ Home = Literal["device", "host"]
 _free: dict[int, list[mmap.mmap]] = defaultdict(list)  # registered pages without a tensor, by size
 
 
-def empty_on_host(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device, category: str
-) -> torch.Tensor:
+def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device, category: str) -> torch.Tensor:
     """An uninitialized tensor in host memory for a computation on `device`, counted as `category`."""
     with counted_as(category):
         if not is_accelerator(device):

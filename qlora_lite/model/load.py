@@ -69,7 +69,8 @@ def load_base(
     """The frozen model in `folder`: a quantized base (base/artefact.py) or a 16-bit folder, as published or as `merge` writes it.
 
     Quantized weights are dequantized to `compute` at each use; all others are stored in it. `special_tokens` are added to the tokenizer,
-    and missing rows for them to embedding and head. Layers that `policy` streams never come to the device whole. Raises ModelError when the folder does not load.
+    and missing rows for them to embedding and head. Layers that `policy` streams are never all on the device. Raises ModelError when the
+    folder does not load.
     """
     config = load_config(folder)
     switch_off_dropout(config)

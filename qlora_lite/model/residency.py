@@ -29,8 +29,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from qlora_lite.device.accelerator import same_random_numbers, set_random_state
 from qlora_lite.device.accelerator import random_state as accelerators_state
+from qlora_lite.device.accelerator import same_random_numbers, set_random_state
 from qlora_lite.memory.ledger import HOST_CONSTANTS, HOST_INPUTS, HOST_WEIGHTS, ON_DISK, counted_as, current_category
 from qlora_lite.model.attention import packs_rows
 from qlora_lite.model.chunk_attention import Chunk, KeysAreComplete, KeysValues
@@ -63,7 +63,7 @@ class Policy:
     @property
     def is_plain(self) -> bool:
         """Whether nothing waits elsewhere and nothing is chunked: ordinary checkpointing computes the step."""
-        return self == Policy()
+        return replace(self, stream_from="host") == Policy()
 
     def __str__(self) -> str:
         parts = [
@@ -73,7 +73,9 @@ class Policy:
                 "host": "layer inputs on the host",
                 "host_fewest": "the fewest layer inputs kept, on the host",
             }.get(self.layer_inputs, ""),
-            "" if self.resident_layers is None else f"{self.resident_layers} layers resident, others from {self.stream_from}",
+            ""
+            if self.resident_layers is None
+            else f"{self.resident_layers} layers resident, others from {self.stream_from}",
             "embeddings on the host" if self.embeddings == "host" else "",
             "head streamed" if self.head == "streamed" else "",
             "keys and values on the host" if self.keys_values == "host" else "",
@@ -280,7 +282,9 @@ class Residency:
                 output[:, a:b].copy_(part, non_blocking=True)
         return output
 
-    def backward(self, run: "_Run", call: "_Call", grad: torch.Tensor, *, needs_input_grad: bool) -> torch.Tensor | None:
+    def backward(
+        self, run: "_Run", call: "_Call", grad: torch.Tensor, *, needs_input_grad: bool
+    ) -> torch.Tensor | None:
         """Walk back through a layer: add to the gradients of its parameters, and return that of its input, in the place of `grad`."""
         hidden = self._input_of(run, call.index)
         tokens = hidden.shape[1]
@@ -488,11 +492,7 @@ def _final_norm(decoder: torch.nn.Module) -> str | None:
     """The name of the norm after the last layer, if it is the decoder's last step; None if other modules follow the layers."""
     names = [name for name, _ in decoder.named_children()]
     first = next(i for i, child in enumerate(decoder.children()) if isinstance(child, torch.nn.ModuleList)) + 1
-    after = [
-        name
-        for name in names[first:]
-        if list(decoder.get_submodule(name).parameters()) and name in _FINAL_NORMS
-    ]
+    after = [name for name in names[first:] if list(decoder.get_submodule(name).parameters()) and name in _FINAL_NORMS]
     others = [name for name in names if name.startswith("project")]
     return after[0] if len(after) == 1 and not others else None
 

@@ -21,7 +21,9 @@ from qlora_lite.device.accelerator import copy_stream, is_accelerator
 from qlora_lite.memory.ledger import HOST_WEIGHTS, counted_as
 from qlora_lite.model.host_tensors import empty_on_host
 
-HOMES = "_qlora_lite_homes"  # attribute of a layer that was loaded to be streamed: tensors or Sources, by path in the layer
+HOMES = (
+    "_qlora_lite_homes"  # attribute of a layer that was loaded to be streamed: tensors or Sources, by path in the layer
+)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:

@@ -7,6 +7,7 @@ tensors in them are not aligned for kernels.
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel
 

@@ -52,6 +52,18 @@ def budget_of(asked: int | str, card: Card, *, measured: Mapping[str, Any] | Non
     )
 
 
+def host_budget_of(asked: int | str, card: Card) -> tuple[int, str]:
+    """-> (bytes of host memory for parts of a model, why). On a CPU the device's memory is the host's, so nothing else is left."""
+    if card.is_cpu:
+        return 0, "the CPU's own memory is the budget"
+    if isinstance(asked, int):
+        return asked, "asked for"
+    free, total = host_memory()
+    margin = max(_HOST_MARGIN_BYTES, int(_HOST_MARGIN_SHARE * total))
+    reason = f"{format_bytes(free)} of this machine's {format_bytes(total)} are free, less a margin for other programs"
+    return max(free - margin, free // 2), reason
+
+
 def _free_on_card() -> tuple[int, int]:
     """-> (free, total) bytes, after this process has released unused memory: an earlier run's model, cached blocks."""
     gc.collect()

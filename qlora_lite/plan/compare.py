@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from qlora_lite.model.residency import PLAIN
 from qlora_lite.plan.rehearsal import Body, MicroBatch, Rehearsal, Settings, Stage, of_body
 from qlora_lite.plan.scoring import Scoring, rehearse_evaluation, with_evaluation
 
@@ -101,7 +102,12 @@ def as_method(settings: Settings, method: str) -> Settings:
     """Return the same settings for another method. On a card without bf16, trained weights are fp32: fp16 would lose updates."""
     if method in _FULL_OPTIMIZER:
         settings = replace(
-            settings, method="full", optimizer=_FULL_OPTIMIZER[method], use_dora=False, modules_to_save=()
+            settings,
+            method="full",
+            optimizer=_FULL_OPTIMIZER[method],
+            use_dora=False,
+            modules_to_save=(),
+            policy=PLAIN,
         )
         is_fp16 = settings.compute is torch.float16
         return replace(settings, compute=torch.float32, factors=torch.float32) if is_fp16 else settings
@@ -118,6 +124,7 @@ def as_json(rehearsal: Rehearsal) -> dict[str, Any]:
     return {
         "peak_bytes": rehearsal.peak_bytes,
         "host_bytes": rehearsal.host_bytes,
+        "host_parts": _in_bytes(rehearsal.host_parts),
         "parts": _in_bytes(rehearsal.parts),
         "phases": {
             phase: {"peak_bytes": sum(parts.values()), "parts": _in_bytes(parts)}

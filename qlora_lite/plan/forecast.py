@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from qlora_lite.merging.proof import PROOF_TOKENS
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
 from qlora_lite.plan.fits import Cell, Growth, Labels, Room, longest_length, memory_map, totals
+from qlora_lite.plan.homes import Budgets
 from qlora_lite.plan.largest import largest_model
 from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes
 from qlora_lite.plan.planner import Concession, Fit, concessions, shortage
@@ -36,7 +37,7 @@ class Forecast:
     grid: tuple[Cell, ...]
     checkpoint_bytes: dict[str, int]
     adapter_bytes: dict[int, int]  # of an adapter on disk, by rank
-    budget_bytes: int
+    budgets: Budgets
     slowdown: float
     further: tuple[Concession, ...]  # if it does not fit
 
@@ -46,7 +47,11 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        return self.own.peak_bytes <= self.budget_bytes
+        return self.budgets.fit(self.own)
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.budgets.device
 
     def to_json_dict(self) -> dict[str, Any]:
         full = self.methods["full"].peak_bytes
@@ -75,7 +80,7 @@ class Forecast:
 
     def shortage(self) -> str:
         """Return a message for users: the shortage and settings to try, when `fits` is false."""
-        return shortage(self.own, self.further, budget_bytes=self.budget_bytes)
+        return shortage(self.own, self.further, self.budgets)
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,15 @@ class SweptModel:
 
 
 def forecast(
-    rehearsals: Rehearsals, chosen: Fit, leanest: Settings, room: Room, *, method: str, merging: Merging | None = None
-) -> Forecast:
+    rehearsals: Rehearsals, chosen: Fit, leanest: Settings, room: Room, *, method: str, host_budget_bytes: int = 0,
+    merging: Merging | None = None,
+) -> Forecast:  # fmt: skip
     """Make the report; `method` is the one of METHODS that would run. Raises ModelError for an invalid config."""
     comparison, batch = Comparison(rehearsals, chosen.settings), chosen.batch
     growth = growth_by_method(Comparison(rehearsals, leanest), rehearsals.config, batch, room.label_share)
     methods = {name: comparison.rehearse(name, batch, chosen.scoring if name == method else None) for name in METHODS}
-    fits = methods[method].peak_bytes <= room.budget_bytes
+    budgets = Budgets(room.budget_bytes, host_budget_bytes)
+    fits = budgets.fit(methods[method])
     return Forecast(
         method=method,
         methods=methods,
@@ -117,7 +124,7 @@ def forecast(
         grid=memory_map(growth[method], room),
         checkpoint_bytes=comparison.checkpoint_bytes(batch),
         adapter_bytes=comparison.adapter_bytes(batch),
-        budget_bytes=room.budget_bytes,
+        budgets=budgets,
         slowdown=chosen.slowdown,
         further=() if fits else concessions(rehearsals, chosen.settings, batch, chosen.scoring),
     )

@@ -13,6 +13,7 @@ measured on a card yet.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from transformers import PreTrainedConfig
 
@@ -21,15 +22,26 @@ from qlora_lite.device.card import Card
 from qlora_lite.model.attention import packs_rows
 from qlora_lite.model.head import CHUNK
 from qlora_lite.model.residency import PLAIN, Policy
+from qlora_lite.plan.fits import STEP
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal
-from qlora_lite.plan.strategy import OPTIMIZERS, Choice, Free, Strategy, dequantizing_tokens, slowdown
+from qlora_lite.plan.strategy import (
+    CARD_MICRO_BATCH_TOKENS,
+    CPU_MICRO_BATCH_TOKENS,
+    OPTIMIZERS,
+    Choice,
+    Free,
+    Strategy,
+    dequantizing_tokens,
+    slowdown,
+)
 from qlora_lite.training.footprint import Footprint
 
 CHUNKS = (8192, 4096, 2048, 1024)  # tokens; fewer make products too small to be fast
 LEAST_HEAD_CHUNK = 16
 PRODUCT_SHARE = 0.6  # of the card's peak rate that products reach: assumed
 _DISK_BYTES_PER_S = 2e9  # of a stream from the base's files: assumed, a plain NVMe
-_NEXT = 65_536  # tokens: distance of the two rehearsed sequences of a long one
+_NEXT = 65_536  # tokens of the longer of two rehearsed sequences
+_NO_LIMIT = 2**24  # tokens
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Budgets:
     host: int
 
     def fit(self, rehearsal: Rehearsal) -> bool:
-        return rehearsal.peak_bytes <= self.device and rehearsal.host_bytes <= self.host
+        return rehearsal.peak_bytes <= self.device and rehearsal.homes_bytes <= self.host
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,9 @@ class Shape:
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
-        return Shape(config.num_hidden_layers, config.hidden_size, key_heads * width, weights, int(weights * bytes_a_weight))
+        return Shape(
+            config.num_hidden_layers, config.hidden_size, key_heads * width, weights, int(weights * bytes_a_weight)
+        )
 
 
 def seconds(policy: Policy, shape: Shape, card: Card, tokens: int) -> float:
@@ -79,7 +93,9 @@ def seconds(policy: Policy, shape: Shape, card: Card, tokens: int) -> float:
     if policy.inputs_home == "host":
         inputs = shape.num_layers * tokens * 2 * shape.hidden * (6 + 2 * policy.keeps_fewest) / link
     keys = 0.0
-    if policy.keys_values == "host" and is_chunked:  # every chunk reads all earlier keys, and adds to their fp32 gradients
+    if (
+        policy.keys_values == "host" and is_chunked
+    ):  # every chunk reads all earlier keys, and adds to their fp32 gradients
         keys = shape.num_layers * tokens * (tokens / chunk / 2) * shape.key_width * (3 * 2 * 2 + 2 * 2 * 4) / link
     return max(arithmetic, weights) + inputs + keys
 
@@ -91,10 +107,14 @@ def homes(
     if method == "full":
         return ()
     packs = packs_rows(model_class(config))
-    policies = list(dict.fromkeys(_asked(policy, free) for policy in _ladder(card, packs, length, ends_are_frozen)))
+    asked = (replace(policy, **dict(free.policy)) for policy in _ladder(card, packs, length, ends_are_frozen))
+    policies = [policy for policy in dict.fromkeys(asked) if not policy.is_plain]
+    if not policies:
+        return ()
     tokens = free.micro_batch_tokens or length
     plain_s = seconds(PLAIN, shape, card, tokens)
     cost = dequantizing_tokens(card, method)
+    most = CPU_MICRO_BATCH_TOKENS if card.is_cpu else CARD_MICRO_BATCH_TOKENS
     optimizer = free.optimizer or OPTIMIZERS[-1]
     ways = []
     for policy in policies:
@@ -104,7 +124,7 @@ def homes(
             Strategy(
                 Footprint(tokens, 1, free.head_chunk or CHUNK, policy),
                 optimizer,
-                factor * slowdown(1, chunk, max(tokens, chunk), cost=cost, method=method),
+                factor * slowdown(1, chunk, max(most, tokens), cost=cost, method=method),
             )
         )
     ways.sort(key=lambda way: way.slowdown)
@@ -144,16 +164,11 @@ def _ladder(card: Card, packs: bool, length: int, ends_are_frozen: bool) -> list
     return [policy for policy in (*on_device, *with_host, *streamed, *leanest) if not policy.is_plain]
 
 
-def _asked(policy: Policy, free: Free) -> Policy:
-    """Return the policy with the recipe's own values."""
-    return replace(policy, **free.policy)
-
-
 def choose_homes(
     ways: Sequence[Strategy], rehearse: Callable[[Strategy, MicroBatch], Rehearsal], batch: MicroBatch, budgets: Budgets,
     *, num_layers: int, resident_is_free: bool = True,
-) -> Choice | None:  # fmt: skip
-    """Return the first of `ways` that fits both budgets, with as many resident layers as fit; None if none fits.
+) -> Choice:  # fmt: skip
+    """Return the first of `ways` that fits both budgets, with as many resident layers as fit; the last if none fits.
 
     A long sequence is estimated from two shorter ones, and a choice confirmed by its own rehearsal. The order is fixed, so smaller budgets
     never choose larger peaks.
@@ -170,13 +185,61 @@ def choose_homes(
         tried[way] = whole.peak_bytes
         if budgets.fit(whole):
             return Choice(way, fits=True, tried=tried)
-    return None
+    return Choice(ways[-1], fits=False, tried=tried)
+
+
+def longest_with_homes(
+    rehearse: Callable[[MicroBatch], Rehearsal], label_share: float, budgets: Budgets, *, limit: int | None = None
+) -> int | None:
+    """Return the longest sequence, in multiples of STEP, with one set of settings; None if STEP tokens do not fit.
+
+    `limit` bounds it; without, the model's positions do not. A line through two long sequences gives a first length, and rehearsals of
+    that length confirm or lower it.
+    """
+
+    @cache
+    def fits(steps: int) -> bool:
+        return budgets.fit(rehearse(MicroBatch(max(2, steps * STEP), 1, label_share)))
+
+    most = (limit or _NO_LIMIT) // STEP
+    low, high = (rehearse(MicroBatch(length, 1, label_share)) for length in (_NEXT // 2, _NEXT))
+    length = _on_line(low, high, budgets)
+    if length >= _NEXT // 2:
+        steps = min(most, length // STEP)
+        while steps and not fits(steps):
+            steps = int(steps * 0.995) - 1 if steps > 200 else steps - 1
+        return steps * STEP or None
+    least, most = 0, min(most, _NEXT // 2 // STEP)
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least * STEP or None
+
+
+def _on_line(low: Rehearsal, high: Rehearsal, budgets: Budgets) -> int:
+    """The tokens at which a line through two rehearsals, of _NEXT / 2 and _NEXT tokens, meets the tighter budget."""
+    lengths = []
+    pairs = [
+        (sum(parts.values()), sum(high.stretches[name].values()), budgets.device)
+        for name, parts in low.stretches.items()
+    ]
+    for first, second, budget in (*pairs, (low.homes_bytes, high.homes_bytes, budgets.host)):
+        slope = (second - first) / (_NEXT // 2)
+        if slope > 0:
+            lengths.append(_NEXT // 2 + (budget - first) / slope)
+        elif first > budget:
+            return 0
+    return max(0, int(min(lengths, default=_NO_LIMIT)))
 
 
 def _may_stream_fewer(way: Strategy, estimate: Rehearsal, budgets: Budgets) -> bool:
     """Whether only the host's budget is exceeded, by weights that may stay on the device instead."""
     streams = way.footprint.policy.resident_layers is not None and way.footprint.policy.stream_from == "host"
-    return streams and estimate.peak_bytes <= budgets.device and _streamed_bytes(estimate) >= estimate.host_bytes - budgets.host
+    return (
+        streams
+        and estimate.peak_bytes <= budgets.device
+        and _streamed_bytes(estimate) >= estimate.homes_bytes - budgets.host
+    )
 
 
 def _streamed_bytes(rehearsal: Rehearsal) -> int:
@@ -196,10 +259,15 @@ def _estimate(way: Strategy, rehearse: Callable[[Strategy, MicroBatch], Rehearsa
         return a + round(share * (b - a))
 
     stretches = {
-        name: {part: line(parts.get(part, 0), high.stretches[name].get(part, 0)) for part in parts | high.stretches[name]}
+        name: {
+            part: line(parts.get(part, 0), high.stretches[name].get(part, 0)) for part in parts | high.stretches[name]
+        }
         for name, parts in low.stretches.items()
     }
-    host = {part: line(low.host_parts.get(part, 0), high.host_parts.get(part, 0)) for part in low.host_parts | high.host_parts}
+    host = {
+        part: line(low.host_parts.get(part, 0), high.host_parts.get(part, 0))
+        for part in low.host_parts | high.host_parts
+    }
     return replace(low, stretches=stretches, host_parts=host)
 
 
@@ -216,7 +284,9 @@ def _with_residents(
     of_layer = max(1, _streamed_bytes(estimate) // num_layers)
     if way.footprint.policy.stream_from == "disk":
         from_host = _with_policy(way, stream_from="host")
-        of_layer = max(1, _streamed_bytes(rehearse(from_host, replace(batch, length=min(batch.length, 256)))) // num_layers)
+        of_layer = max(
+            1, _streamed_bytes(rehearse(from_host, replace(batch, length=min(batch.length, 256)))) // num_layers
+        )
     room = max(0, budgets.device - estimate.peak_bytes) // of_layer
     return _with_policy(way, resident_layers=min(num_layers - 1, room))
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from qlora_lite.base.generation_settings import base_stops
 from qlora_lite.base.skeleton import model_class
-from qlora_lite.base.source import context_window, load_config
+from qlora_lite.base.source import context_window, has_learned_positions, load_config
 from qlora_lite.data.batches import sampler_of
 from qlora_lite.data.examples import Examples, Reading, load_examples
 from qlora_lite.data.inspect import propose_max_seq_length
@@ -62,13 +62,15 @@ def reading_of(recipe: Recipe, source: Path) -> Reading:
 
 def needs_of(recipe: Recipe, source: Path, cache: Path, *, limit: int | None) -> Needs:
     """Return the needs of the training data. With a given length it is read only if it exists and may share. Raises DataError."""
-    asked = recipe.data.max_seq_length
-    needs = Needs(0, "asked for", 1.0, num_scored=num_scored(recipe), max_new_tokens=recipe.eval.max_new_tokens)
+    asked, config = recipe.data.max_seq_length, load_config(source)
+    reason = "asked for"
     if asked != "auto" and limit is not None and asked > limit:
-        raise DataError(
-            f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
-        )
-    config = load_config(source)
+        if has_learned_positions(config):
+            raise DataError(
+                f"data.max_seq_length: {asked} is more than the model's {limit} positions. Use at most {limit}, or auto"
+            )
+        reason += f"; the model was trained on at most {limit} positions, so later ones are new to it"
+    needs = Needs(0, reason, 1.0, num_scored=num_scored(recipe), max_new_tokens=recipe.eval.max_new_tokens)
     length = 0 if asked == "auto" else asked
     may_share = (
         recipe.data.share_prefixes is not False and why_not_shared(model_class(config), config, length=length) is None

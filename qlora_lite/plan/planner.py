@@ -5,12 +5,14 @@ with the leanest strategy is chosen, or the shortest length. So a smaller budget
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 from qlora_lite.data.trees import Sharing
+from qlora_lite.model.residency import PLAIN
 from qlora_lite.plan.compare import Rehearsals
 from qlora_lite.plan.fits import STEP, Growth, Labels, Room, longest_length
+from qlora_lite.plan.homes import Budgets, Shape, choose_homes, homes, longest_with_homes
 from qlora_lite.plan.needs import Needs
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.scoring import Scoring
@@ -59,10 +61,10 @@ class Fit:
         return f"; with this budget a step takes about {self.slowdown:.2f} times as long as with the fastest settings"
 
 
-def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, *, budget_bytes: int) -> Fit:
+def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, budgets: Budgets) -> Fit:
     """Complete `settings` with choices for everything free, the leanest if nothing fits. Rehearses only if there is a choice."""
-    needs, choice = _choose(rehearsals, settings, free, needs, budget_bytes)
-    way = choice.strategy
+    needs, choice = _choose(rehearsals, settings, free, needs, budgets)
+    way, budget_bytes = choice.strategy, budgets.device
     scoring, score_limit, reasons = _choose_scoring(
         rehearsals, _with(settings, way), free, needs, _batch(way, needs), budget_bytes if choice.fits else 0
     )
@@ -77,6 +79,7 @@ def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, *,
         reasons=(
             Reason("data.max_seq_length", str(needs.length), needs.reason),
             *_reasons(choice, free, budget_bytes),
+            *_homes_reasons(choice, free, budgets),
             *reasons,
         ),
     )
@@ -117,11 +120,12 @@ def largest_tree(micro_batch_tokens: int, sharing: Sharing, *, length: int | Non
 
 
 def leanest_settings(settings: Settings, free: Free) -> Settings:
-    """Return the leanest choice of everything free except the head's chunk, for the longest sequences."""
+    """Return the leanest ordinary step, except for the head's chunk: for the longest sequences without other homes (homes.py)."""
     return replace(
         settings,
         checkpoint_every=CHECKPOINTING[-1] if free.checkpoint_every is None else settings.checkpoint_every,
         optimizer=OPTIMIZERS[-1] if free.optimizer is None else settings.optimizer,
+        policy=PLAIN,
     )
 
 
@@ -146,14 +150,22 @@ def concessions(
     return tuple(sorted(savings, key=lambda concession: concession.peak_bytes))
 
 
-def shortage(rehearsal: Rehearsal, further: tuple[Concession, ...], *, budget_bytes: int) -> str:
-    """Return a message for users: the shortage, its largest part, and settings to try."""
-    largest = max(rehearsal.parts, key=lambda part: rehearsal.parts[part])
+def shortage(rehearsal: Rehearsal, further: tuple[Concession, ...], budgets: Budgets) -> str:
+    """Return a message for users: the shortage, the largest part of the tighter memory, and settings to try."""
+    needed, budget_bytes, parts, where = rehearsal.peak_bytes, budgets.device, rehearsal.parts, ""
+    if budgets.host and rehearsal.homes_bytes / budgets.host > needed / max(1, budget_bytes):
+        needed, budget_bytes, parts, where = (
+            rehearsal.homes_bytes,
+            budgets.host,
+            rehearsal.host_parts,
+            " of host memory",
+        )
+    largest = max(parts, key=lambda part: parts[part])
     problem = (
-        f"does not fit: needs {format_bytes(rehearsal.peak_bytes)} (the smallest budget for these settings) of "
-        f"{format_bytes(budget_bytes)}. Largest part: {largest.replace('_', ' ')} {format_bytes(rehearsal.parts[largest])}."
+        f"does not fit: needs {format_bytes(needed)} (the smallest budget for these settings) of "
+        f"{format_bytes(budget_bytes)}{where}. Largest part: {largest.replace('_', ' ')} {format_bytes(parts[largest])}."
     )
-    helps = [concession for concession in further if concession.peak_bytes <= budget_bytes]
+    helps = [concession for concession in further if concession.peak_bytes <= budgets.device] if not where else []
     if helps:
         proposals = [
             f"--set {concession.setting} (needs {format_bytes(concession.peak_bytes)})" for concession in helps[::-1]
@@ -164,36 +176,65 @@ def shortage(rehearsal: Rehearsal, further: tuple[Concession, ...], *, budget_by
 
 
 def _choose(
-    rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, budget_bytes: int
+    rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, budgets: Budgets
 ) -> tuple[Needs, Choice]:
+    """Choose an ordinary strategy if one fits, else one with parts of the model elsewhere, else a shorter length."""
+
+    def rehearse(way: Strategy, batch: MicroBatch) -> Rehearsal:
+        return rehearsals.of(_with(settings, way), batch)
+
     def choice_for(needs: Needs) -> Choice:
-        ways = strategies(
+        ordinary = strategies(
             free,
             card=settings.card,
             method=settings.method,
             length=needs.length,
             repeated=needs.repeated,
         )
-        if len(ways) == 1 and not needs.is_free:
-            return Choice(ways[0], fits=True, tried={})  # nothing to choose; the caller checks whether it fits
-        return choose(ways, lambda way: rehearsals.of(_with(settings, way), _batch(way, needs)).peak_bytes,
-                      budget_bytes=budget_bytes)  # fmt: skip
+        choice = choose(ordinary, lambda way: rehearse(way, _batch(way, needs)).peak_bytes, budget_bytes=budgets.device)
+        if choice.fits and not free.asks_for_homes:
+            return choice
+        ways = homes_of(rehearsals, settings, free, needs.length)
+        if not ways:
+            return choice
+        depth = rehearsals.config.num_hidden_layers
+        return choose_homes(ways, rehearse, _batch(ways[0], needs), budgets, num_layers=depth)
 
     choice = choice_for(needs)
     if choice.fits or not needs.is_free:
         return needs, choice
-    shorter = _longest(rehearsals, _with(settings, choice.strategy), needs, budget_bytes)
-    reason = _length_reason(needs, shorter, budget_bytes)
+    shorter = _longest(rehearsals, _with(settings, choice.strategy), needs, budgets)
+    reason = _length_reason(needs, shorter, budgets.device)
     needs = replace(needs, length=shorter or min(STEP, needs.length), reason=reason)
     return needs, choice_for(needs)
 
 
-def _longest(rehearsals: Rehearsals, settings: Settings, needs: Needs, budget_bytes: int) -> int | None:
+def homes_of(rehearsals: Rehearsals, settings: Settings, free: Free, length: int) -> tuple[Strategy, ...]:
+    """Return the strategies of homes.py for sequences of `length` tokens."""
+    if settings.method == "full":
+        return ()
+    whole = rehearsals.of(replace(settings, policy=PLAIN, checkpoint_every=1), MicroBatch(STEP, 1, 0.1))
+    stored = whole.parts["weights"] + whole.parts["quant_constants"]
+    shape = Shape.of(rehearsals.config, whole.num_weights, stored / whole.num_weights)
+    return homes(
+        free,
+        card=settings.card,
+        config=rehearsals.config,
+        shape=shape,
+        method=settings.method,
+        length=length,
+        ends_are_frozen=not settings.modules_to_save,
+    )
+
+
+def _longest(rehearsals: Rehearsals, settings: Settings, needs: Needs, budgets: Budgets) -> int | None:
     """Return the longest length of one example, confirmed by its own rehearsal: interpolation may be slightly off."""
+    if not settings.policy.is_plain:
+        return longest_with_homes(partial(rehearsals.of, settings), needs.label_share, budgets, limit=needs.length)
     labels = Labels(partial(rehearsals.shallow, settings), chunk=settings.head_chunk)
     growth = Growth(partial(rehearsals.of, settings), rehearsals.config, labels, label_share=needs.label_share)
-    length = longest_length(growth, Room(budget_bytes, needs.length, needs.label_share))
-    while length and rehearsals.of(settings, MicroBatch(length, 1, needs.label_share)).peak_bytes > budget_bytes:
+    length = longest_length(growth, Room(budgets.device, needs.length, needs.label_share))
+    while length and rehearsals.of(settings, MicroBatch(length, 1, needs.label_share)).peak_bytes > budgets.device:
         length -= STEP
     return length or None
 
@@ -252,6 +293,7 @@ def _with(settings: Settings, way: Strategy) -> Settings:
         settings,
         checkpoint_every=way.footprint.checkpoint_every,
         head_chunk=way.footprint.head_chunk,
+        policy=way.footprint.policy,
         optimizer=way.optimizer,
     )
 
@@ -290,8 +332,28 @@ def _reasons(choice: Choice, free: Free, budget_bytes: int) -> tuple[Reason, ...
     )
 
 
+def _homes_reasons(choice: Choice, free: Free, budgets: Budgets) -> tuple[Reason, ...]:
+    """The reasons of a step with chunks or with parts of the model elsewhere; none for an ordinary step."""
+    policy = choice.strategy.footprint.policy
+    if policy.is_plain:
+        return ()
+    asked = dict(free.policy)
+    host = f", and {format_bytes(budgets.host)} of host memory" if budgets.host else ""
+    why = f"the fastest tried that fits {format_bytes(budgets.device)}{host}"
+    if not choice.fits:
+        why = f"the leanest tried; it does not fit {format_bytes(budgets.device)}{host}"
+    values = {field.name: getattr(policy, field.name) for field in fields(policy)}
+    changed = [key for key, value in values.items() if value != getattr(PLAIN, key)]
+    return tuple(Reason(f"memory.{key}", str(values[key]), "asked for" if key in asked else why) for key in changed)
+
+
 def _checkpointing_reason(choice: Choice, free: Free, budget_bytes: int) -> Reason:
     every = choice.strategy.footprint.checkpoint_every
+    if not choice.strategy.footprint.policy.is_plain:
+        every_layer = "every layer is computed again in the backward pass"
+        return Reason(
+            "memory.gradient_checkpointing", "on", f"{every_layer}; the budget is {format_bytes(budget_bytes)}"
+        )
     chosen = partial(
         Reason, "memory.gradient_checkpointing", {0: "off", 1: "on"}.get(every, f"in one layer of {every}")
     )

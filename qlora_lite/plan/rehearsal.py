@@ -39,6 +39,7 @@ from qlora_lite.memory.ledger import (
     HOST_INPUTS,
     HOST_WEIGHTS,
     ON_HOST,
+    PAGED,
     PHASES,
     Ledger,
     count_as_after,
@@ -160,6 +161,11 @@ class Rehearsal:
         """The peak in host memory."""
         return sum(self.host_parts.values())
 
+    @property
+    def homes_bytes(self) -> int:
+        """The peak in host memory without paged optimizer state, which is there only when the card is full."""
+        return self.host_bytes - self.host_parts.get(PAGED, 0)
+
 
 class Stage:
     """A place to rehearse any number of steps of one model with one choice of settings.
@@ -222,11 +228,11 @@ class Stage:
                 stretches["head"]["activations"] -= (depth - len(kept)) * num_bytes
                 stretches["backward"]["activations"] -= (depth - most.num_inputs + most.num_recomputed) * num_bytes
                 stretches["backward"]["recompute"] += most.num_recomputed * num_bytes
-        for part, num_bytes in of_layer.items():
+        for part, num_bytes in of_layer.items() if policy.resident_layers else ():
             resident = min(policy.resident_layers or 0, depth) * num_bytes
             host[part] = host.get(part, 0) - resident
             for parts in stretches.values():
-                parts[_STREAMED[part]] += resident
+                parts[_STREAMED[part]] = parts.get(_STREAMED[part], 0) + resident
         return replace(rehearsal, stretches=stretches, host_parts={part: size for part, size in host.items() if size})
 
     def rehearse_shallow(self, batch: MicroBatch) -> Rehearsal:
@@ -241,11 +247,11 @@ class Stage:
         if not self._times:
             return phases[0]
         whole = _phases_continued(*phases, times=self._times)
-        for part, device_part in _STREAMED.items():
+        for part, device_part in _STREAMED.items() if self._settings.policy.resident_layers else ():
             low, high = (scene.host_bytes(part) for scene in self._scenes)
             resident = min(self._settings.policy.resident_layers or 0, self._config.num_hidden_layers)
             for parts in whole.values():
-                parts[device_part] += resident * (high - low) // self._period
+                parts[device_part] = parts.get(device_part, 0) + resident * (high - low) // self._period
         return whole
 
 
@@ -456,7 +462,9 @@ def _linear(policy: Policy) -> Policy:
     inputs: LayerInputs = "host" if policy.inputs_home == "host" else "device"
     resident = None if policy.resident_layers is None else 0
     linear = replace(policy, layer_inputs=inputs, resident_layers=resident)
-    return replace(linear, chunk_tokens=sys.maxsize) if linear.is_plain else linear  # whole, but not torch's checkpointing
+    return (
+        replace(linear, chunk_tokens=sys.maxsize) if linear.is_plain else linear
+    )  # whole, but not torch's checkpointing
 
 
 def _phases_continued(low: Phases, high: Phases, *, times: int) -> Phases:

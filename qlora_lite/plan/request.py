@@ -16,7 +16,7 @@ from qlora_lite.errors import ModelError, UserError
 from qlora_lite.files.cache import default_cache
 from qlora_lite.files.library_names import CONFIG_FILE
 from qlora_lite.model.dtypes import choose_types
-from qlora_lite.plan.budget import budget_of, measured_here
+from qlora_lite.plan.budget import budget_of, host_budget_of, measured_here
 from qlora_lite.plan.needs import Needs, choose_format, needs_of, num_scored, with_scored
 from qlora_lite.plan.resolve import Base, Place, Resolved, free_of, refuse_wrong_modules, resolve
 from qlora_lite.recipe import DEFAULT_RECIPE, Reason, Recipe, list_recipes, load_recipe
@@ -111,7 +111,17 @@ def _place_of(
     if is_for_another:
         assert isinstance(recipe.memory.budget, int)
         budget_reason += f"; --card overrides the recipe's {format_bytes(recipe.memory.budget)}"
-    return Place(card, reason, choose_types(recipe.model.dtype, card), budget, budget_reason, measured)
+    host_budget, host_reason = host_budget_of(recipe.memory.host_budget, card)
+    return Place(
+        card,
+        reason,
+        choose_types(recipe.model.dtype, card),
+        budget,
+        budget_reason,
+        measured,
+        host_budget_bytes=host_budget,
+        host_budget_reason=host_reason,
+    )
 
 
 def _choose_card(recipe: Recipe, named: Card | None, *, is_for_a_card: bool) -> tuple[Card, Reason]:

@@ -6,7 +6,7 @@ request.py for a name, a folder or a card that is not present.
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from qlora_lite.model.adapter import modules_trained_whole
 from qlora_lite.model.dtypes import NumberTypes
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.model.meta import meta_model
+from qlora_lite.model.residency import Policy
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json, own_method
 from qlora_lite.plan.fits import Room
+from qlora_lite.plan.homes import Budgets
 from qlora_lite.plan.merging import Merging
 from qlora_lite.plan.needs import Needs, choose_sharing
 from qlora_lite.plan.planner import Concession, Fit, concessions, fit, leanest_settings, shortage
@@ -56,6 +58,8 @@ class Place:
     budget_reason: str  # why the budget is this one
     measured: Mapping[str, Any]  # by doctor on this card
     begun_on: str | None = None  # the recipe's `device` where a resumed run began
+    host_budget_bytes: int = 0
+    host_budget_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Resolved:
     card: Card  # the computing device; `recipe.device` is where a resumed run began
     types: NumberTypes
     budget_bytes: int
+    host_budget_bytes: int
     rehearsals: Rehearsals  # computed on demand
     chosen: Fit
     free: Free  # the recipe's settings, None for those left to the planner
@@ -100,7 +105,8 @@ class Resolved:
 
     @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.budget_bytes
+        own = self.rehearsal(self.method)
+        return own.peak_bytes <= self.budget_bytes and own.homes_bytes <= self.host_budget_bytes
 
     @cached_property
     def concessions(self) -> tuple[Concession, ...]:
@@ -111,7 +117,11 @@ class Resolved:
         """Raise DoesNotFit, with settings to try, if the plan needs more than the budget."""
         if not self.fits:
             own = self.rehearsal(self.method)
-            raise DoesNotFit(shortage(own, self.concessions, budget_bytes=self.budget_bytes))
+            raise DoesNotFit(shortage(own, self.concessions, self.budgets))
+
+    @property
+    def budgets(self) -> Budgets:
+        return Budgets(self.budget_bytes, self.host_budget_bytes)
 
     @property
     def comparison(self) -> Comparison:
@@ -177,7 +187,7 @@ def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) 
         settings_of(values, place, token_ids=_token_ids(recipe, base)),
         free,
         needs,
-        budget_bytes=place.budget_bytes,
+        Budgets(place.budget_bytes, place.host_budget_bytes),
     )
     packed = "each branch attends to its prefix and itself" if needs.sharing else "each example attends to itself"
     reasons = [
@@ -188,6 +198,7 @@ def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) 
         Reason("model.attention", "sdpa", f"{packed} in a packed sequence"),
         sharing_reason,
         Reason("memory.budget", format_bytes(place.budget_bytes), f"{place.budget_reason}{chosen.slowdown_in_words}"),
+        Reason("memory.host_budget", format_bytes(place.host_budget_bytes), place.host_budget_reason),
         *chosen.reasons,
     ]
     if place.card.is_cpu and chosen.settings.optimizer.startswith("paged"):
@@ -198,6 +209,7 @@ def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) 
         card=place.card,
         types=place.types,
         budget_bytes=place.budget_bytes,
+        host_budget_bytes=place.host_budget_bytes,
         rehearsals=rehearsals,
         chosen=chosen,
         free=free,
@@ -205,6 +217,9 @@ def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) 
         reasons=tuple(reasons),
         sharing=needs.sharing,
     )
+
+
+_HOMES = tuple(field.name for field in fields(Policy))  # keys of the recipe's section `memory`
 
 
 def free_of(recipe: Recipe) -> Free:
@@ -217,7 +232,16 @@ def free_of(recipe: Recipe) -> Free:
         head_chunk=None if chunk == "auto" else chunk,
         optimizer=None if train.optimizer == "auto" else train.optimizer,
         eval_batch_tokens=None if memory.eval_batch_tokens == "auto" else memory.eval_batch_tokens,
+        policy=tuple((key, _to_policy(getattr(memory, key))) for key in _HOMES if getattr(memory, key) != "auto"),
     )
+
+
+def _to_policy(value: Any) -> Any:
+    return None if value == "all" else value
+
+
+def _to_recipe(value: Any) -> Any:
+    return "all" if value is None else value
 
 
 def _with_choices(recipe: Recipe, chosen: Fit) -> Recipe:
@@ -229,6 +253,7 @@ def _with_choices(recipe: Recipe, chosen: Fit) -> Recipe:
         "gradient_checkpointing": every if every > 1 else bool(every),
         "head_chunk": footprint.head_chunk,
         "eval_batch_tokens": fitting if asked == "auto" else asked,
+        **{key: _to_recipe(getattr(footprint.policy, key)) for key in _HOMES},
     }
     train = {"micro_batch_tokens": footprint.micro_batch_tokens, "optimizer": chosen.settings.optimizer}
     return recipe.model_copy(

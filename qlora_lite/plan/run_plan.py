@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from qlora_lite.device.accelerator import choose_device, recipe_word
 from qlora_lite.device.card import name_of
 from qlora_lite.files.cache import default_cache
 from qlora_lite.model.dtypes import choose_types, types_of_run
-from qlora_lite.plan.budget import budget_of, measured_here
+from qlora_lite.plan.budget import budget_of, host_budget_of, measured_here
 from qlora_lite.plan.needs import choose_format, needs_of, with_scored
+from qlora_lite.plan.planner import homes_of
 from qlora_lite.plan.resolve import Base, Place, Resolved, free_of, refuse_wrong_modules, resolve
-from qlora_lite.plan.strategy import next_leaner
+from qlora_lite.plan.strategy import Free, next_leaner
 from qlora_lite.recipe import Reason, Recipe
 from qlora_lite.recipe.hub_names import commit_of, is_hub_name
 from qlora_lite.training.footprint import Footprint
@@ -84,7 +86,12 @@ def make_plan(
         *resolved.reasons,
     ]
     values = {name: getattr(resolved, name) for name in Resolved.__dataclass_fields__} | {"reasons": tuple(reasons)}
-    return Plan(**values, source=source, cache=cache, leaner=next_leaner(may_change, length=resolved.chosen.length))
+    return Plan(**values, source=source, cache=cache, leaner=_leaner(may_change, resolved))
+
+
+def _leaner(free: Free, resolved: Resolved) -> Callable[[Footprint], Footprint | None]:
+    settings, length = resolved.chosen.settings, resolved.chosen.length
+    return next_leaner(free, length=length, homes=cache(lambda: homes_of(resolved.rehearsals, settings, free, length)))
 
 
 def _place_of(recipe: Recipe, cache: Path, *, device: str, begun_on: str | None, is_record: bool) -> Place:
@@ -95,7 +102,9 @@ def _place_of(recipe: Recipe, cache: Path, *, device: str, begun_on: str | None,
     types = types_of_run(recipe.model.dtype) if is_record else choose_types(recipe.model.dtype, card)
     measured = measured_here(card, cache=cache)
     reason = Reason("device", recipe_word(card), why)
-    return Place(card, reason, types, *budget_of(recipe.memory.budget, card, measured=measured), measured, begun_on)
+    budget = budget_of(recipe.memory.budget, card, measured=measured)
+    host_budget = host_budget_of(recipe.memory.host_budget, card)
+    return Place(card, reason, types, *budget, measured, begun_on, *host_budget)
 
 
 def _base_of(recipe: Recipe, cache: Path, *, moved_to: Path | None) -> Base:

@@ -14,10 +14,12 @@ micro-batches cut prefix trees, counted on the data (1 without sharing).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qlora_lite.device.card import Card
 from qlora_lite.evaluation.generate import BATCH_TOKENS
 from qlora_lite.model.head import CHUNK
+from qlora_lite.model.residency import Policy
 from qlora_lite.training.footprint import Footprint
 
 CPU_MICRO_BATCH_TOKENS, CARD_MICRO_BATCH_TOKENS = 2048, 4096  # enough to hide dequantizing behind the products
@@ -38,6 +40,12 @@ class Free:
     head_chunk: int | None = None
     optimizer: str | None = None
     eval_batch_tokens: int | None = None
+    policy: tuple[tuple[str, Any], ...] = ()  # the fields of Policy that the recipe sets, with their values
+
+    @property
+    def asks_for_homes(self) -> bool:
+        """Whether the recipe itself asks for chunks or other homes, so that an ordinary step is no choice."""
+        return not Policy(**dict(self.policy)).is_plain
 
 
 @dataclass(frozen=True)
@@ -122,10 +130,23 @@ def choose(ways: Sequence[Strategy], peak_bytes: Callable[[Strategy], int], *, b
     raise AssertionError("the leanest fits and is one of them")
 
 
-def next_leaner(free: Free, *, length: int) -> Callable[[Footprint], Footprint | None]:
-    """Return a function for a run out of memory: footprint -> the next leaner one that the recipe allows; None if it is the leanest."""
+def next_leaner(
+    free: Free, *, length: int, homes: Callable[[], Sequence[Strategy]] = tuple
+) -> Callable[[Footprint], Footprint | None]:
+    """Return a function for a run out of memory: footprint -> the next leaner one that the recipe allows; None if it is the leanest.
+
+    After the ordinary footprints come those of `homes`, in their order (homes.py).
+    """
 
     def leaner(now: Footprint) -> Footprint | None:
+        following = ordinary(now) if now.policy.is_plain else None
+        if following is not None:
+            return following
+        after = [way.footprint for way in homes()]
+        kin = [place for place, footprint in enumerate(after) if _is_kind_of(now, footprint)]
+        return next(iter(after[kin[-1] + 1 if kin else 0 :]), None)
+
+    def ordinary(now: Footprint) -> Footprint | None:
         if free.checkpoint_every is None and now.checkpoint_every != CHECKPOINTING[-1]:
             return replace(now, checkpoint_every=CHECKPOINTING[CHECKPOINTING.index(now.checkpoint_every) + 1])
         if free.micro_batch_tokens is None and now.micro_batch_tokens > length:
@@ -134,6 +155,12 @@ def next_leaner(free: Free, *, length: int) -> Callable[[Footprint], Footprint |
         return replace(now, head_chunk=smaller[0]) if free.head_chunk is None and smaller else None
 
     return leaner
+
+
+def _is_kind_of(footprint: Footprint, other: Footprint) -> bool:
+    """Whether they differ at most in the number of resident layers."""
+    resident = None if other.policy.resident_layers is None else footprint.policy.resident_layers
+    return replace(other, policy=replace(other.policy, resident_layers=resident)) == footprint
 
 
 def _leanest_with(checkpoint_every: int, ways: Sequence[Strategy]) -> Strategy:

@@ -291,6 +291,42 @@ class MemorySection(Section):
         "auto",
         description="Prompt tokens in one batch of generated answers, padding included. auto: 4096, or fewer if 4096 do not fit.",
     )
+    host_budget: Auto | Size = Field(
+        "auto",
+        description="Host memory for parts of the model that wait there, such as 64GiB. auto: the machine's free memory, less a margin.",
+    )
+    chunk_tokens: Auto | Annotated[int, Field(ge=0, le=LARGEST_COUNT)] = Field(
+        "auto",
+        description="Tokens of a sequence that pass through a layer at once, forward and backward; gradients stay exact. 0: all. "
+        "auto: all if they fit, else 8192 or fewer.",
+    )
+    layer_inputs: Auto | Literal["device", "fewest", "host", "host_fewest"] = Field(
+        "auto",
+        description="Where the inputs of layers wait for the backward pass. device; host: in host memory; fewest: as few as one more "
+        "forward pass allows (8 of 32), on the device; host_fewest: those on the host. auto: the fastest that fits.",
+    )
+    resident_layers: Auto | Literal["all"] | Annotated[int, Field(ge=0, le=LARGEST_COUNT)] = Field(
+        "auto",
+        description="Number of layers whose frozen weights stay on the device; the others are streamed to it. auto: all, or as many "
+        "as fit.",
+    )
+    stream_from: Auto | Literal["host", "disk"] = Field(
+        "auto",
+        description="Home of streamed weights. host: host memory; disk: the base's files, which lets a model larger than memory "
+        "train. auto: host, or disk if the host's budget is too small.",
+    )
+    embeddings: Auto | Literal["device", "host"] = Field(
+        "auto", description="Home of the embeddings. host: rows are gathered in host memory. auto: device if they fit."
+    )
+    head: Auto | Literal["resident", "streamed"] = Field(
+        "auto",
+        description="Home of the output head. streamed: in host memory, and on the device while a loss is computed. auto: resident if "
+        "it fits.",
+    )
+    keys_values: Auto | Literal["device", "host"] = Field(
+        "auto",
+        description="Where the keys and values of the layer in work wait, if it runs in chunks. auto: device if they fit.",
+    )
 
 
 class EvalSection(Section):

@@ -20,6 +20,7 @@ from qlora_lite.files.manifest import folder_weights_sha256
 from qlora_lite.model.adapter import Lora, attach_adapter, load_adapter
 from qlora_lite.model.factors import copy_factors
 from qlora_lite.model.load import LoadedBase, load_base
+from qlora_lite.model.resident import residents
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.plan import Plan, reading_of
 from qlora_lite.training import apply_footprint
@@ -61,9 +62,10 @@ def load_model(
     else:
         model = _new_adapter(plan, base)
     apply_footprint(model, footprint)
+    tensors = residents(model)
+    held = {part: sum({id(t): t.nbytes for t in tensors[part]}.values()) for part in ("weights", "quant_constants")}
     static_bytes = {
-        "weights_bytes": base.weights_bytes,
-        "quant_constants_bytes": base.quant_constants_bytes,
+        **{f"{part}_bytes": num_bytes for part, num_bytes in held.items()},
         "adapter_bytes": sum(p.nbytes for name, p in model.named_parameters() if is_of_adapter(name)),
     }
     return LoadedModel(model, base.tokenizer, folder, sha256, static_bytes)

@@ -3,6 +3,7 @@
 resident     tensors that stay in memory, by their size
 phases       the allocator's peaks of the largest step: forward, head, backward, update
 paged        optimizer state in managed memory, on the card or the host depending on its use: not part of a peak
+host         parts of the model that wait in host memory, at the peak of their sum in the largest micro-batch
 allocator    final statistics of the card's caching allocator; null on the CPU
 parts        at the highest of these peaks; workspace is the allocator's bytes that no tensor explains, including memory of the
                  device's libraries
@@ -42,7 +43,8 @@ def memory_record(
         "method": plan.method,
         "budget_bytes": plan.budget_bytes,
         **measured,
-        "paged_bytes": compared(planned["host_bytes"], paged),
+        "paged_bytes": compared(planned["host_parts"].get("paged_bytes", 0), paged),
+        "host": _on_host(planned["host_parts"], tried),
         "allocator": allocator_statistics(plan.device),
         "retries": [] if last == first else [f"out of memory with {first}; trained with {last}"],
     }
@@ -73,6 +75,12 @@ def memory_of_run(
             {"phase": m.phase, "layer": m.name, "bytes": m.num_bytes} for m in (tried.moments if tried else ())
         ],
     }
+
+
+def _on_host(planned: Mapping[str, int], tried: Preflight | None) -> dict[str, dict[str, int | None]]:
+    measured = tried.on_host if tried is not None else {}
+    parts = [part for part in planned if part != "paged_bytes"]
+    return {part: compared(planned[part], measured.get(part.removesuffix("_bytes"))) for part in parts}
 
 
 def compared(planned: int, measured: int | None) -> dict[str, int | None]:

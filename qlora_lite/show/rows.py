@@ -149,10 +149,25 @@ def method_rows(methods: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = [
         (part_name(key), *(size(part.get(key) or None) for part in parts)) for key in in_order(taken, PARTS)
     ]
-    hosts = [number(method.get("host_bytes")) for method in ordered]
-    if any(hosts):
-        rows.append(("(may page to the host)", *(size(host or None) for host in hosts)))
+    hosts = [_on_host(method) for method in ordered]
+    for key in dict.fromkeys(key for host in hosts for key in host):
+        rows.append((_HOST_PARTS[key], *(size(host.get(key) or None) for host in hosts)))
     return [*rows, ("peak", *(size(method.get("peak_bytes")) for method in ordered))] if ordered else []
+
+
+_HOST_PARTS = {
+    "paged_bytes": "(may page to the host)",
+    "host_layer_inputs_bytes": "(on the host: layer inputs)",
+    "host_keys_values_bytes": "(on the host: keys and values)",
+    "host_weights_bytes": "(on the host: weights)",
+    "host_quant_constants_bytes": "(on the host: quant constants)",
+}
+
+
+def _on_host(method: Mapping[str, Any]) -> dict[str, float]:
+    """Bytes in host memory by part; a document of an earlier version has their sum, which was paged optimizer state."""
+    parts = mapping(method.get("host_parts")) or {"paged_bytes": number(method.get("host_bytes"))}
+    return {key: parts[key] for key in _HOST_PARTS if is_number(parts.get(key)) and parts[key]}
 
 
 def method_names(methods: Mapping[str, Any]) -> list[str]:

@@ -25,9 +25,7 @@ class Footprint:
     def __str__(self) -> str:
         layers = {0: "no layer", 1: "every layer"}.get(self.checkpoint_every, f"one layer in {self.checkpoint_every}")
         rest = "" if self.policy.is_plain else f", {self.policy}"
-        return (
-            f"{self.micro_batch_tokens} tokens per micro-batch, {layers} checkpointed, {self.head_chunk} labels per head chunk{rest}"
-        )
+        return f"{self.micro_batch_tokens} tokens per micro-batch, {layers} checkpointed, {self.head_chunk} labels per head chunk{rest}"
 
     def to_json_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -37,6 +37,7 @@ class Preflight:
     """The memory of one micro-batch, counted by storage, without internal allocations of operators."""
 
     phases: dict[str, dict[str, int]]  # forward, head, backward -> bytes by part at that phase's peak
+    on_host: dict[str, int]  # bytes in host memory by part, at the peak of their sum
     moments: tuple[Moment, ...]  # in order: the peak up to the end of each layer, phases named as above
 
 
@@ -119,6 +120,7 @@ def _try(state: TrainState, batches: Sequence[Batch], footprint: Footprint, devi
         state.optimizer.zero_grad(set_to_none=True)
     return Preflight(
         phases={PHASES[name]: parts for name, parts in ledger.peaks.items()},
+        on_host={part: size for part, size in ledger.host_peak.items() if part != PAGED},
         moments=tuple(Moment(PHASES[m.phase], m.name, m.num_bytes) for m in ledger.moments),
     )
 

@@ -38,7 +38,7 @@ def inputs(dtype, heads=4, key_value=2, width=16):
 )
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_it_is_attention_with_a_mask(kernel, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(tree, "_kernel_for", lambda query, value: KERNELS[kernel]())
+    monkeypatch.setattr(tree, "kernel_for", lambda query, value, trains: KERNELS[kernel]())
     ours, theirs = inputs(dtype), [tensor.detach().double().requires_grad_() for tensor in inputs(dtype)]
     output = tree.tree_attention(*ours, parts_of(LENGTHS, PARENTS), scaling=0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(

@@ -28,7 +28,11 @@ POLICIES = [
     Policy(chunk_tokens=48, layer_inputs="host", embeddings="host", head="streamed"),
     Policy(chunk_tokens=48, layer_inputs="host_fewest", embeddings="host", head="streamed", resident_layers=0),
     Policy(
-        chunk_tokens=48, layer_inputs="host_fewest", embeddings="host", head="streamed", resident_layers=0,
+        chunk_tokens=48,
+        layer_inputs="host_fewest",
+        embeddings="host",
+        head="streamed",
+        resident_layers=0,
         keys_values="host",
     ),  # fmt: skip
 ]

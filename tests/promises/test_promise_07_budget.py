@@ -5,6 +5,7 @@ import pytest
 
 from qlora_lite.base.known import known_config
 from qlora_lite.plan import Rehearsals, Settings
+from qlora_lite.plan.homes import Budgets
 from qlora_lite.plan.planner import Fit, Needs, concessions, fit, shortage
 from qlora_lite.plan.strategy import Free
 from tests.tiny_run import run_cli, train_cli, write_recipe
@@ -26,7 +27,7 @@ def peak_of(rehearsals: Rehearsals, found: Fit) -> int:
 def test_from_2_to_80_gib_in_40_steps_a_smaller_budget_never_needs_more(llama, is_free):
     needs = Needs(2048, "as a test", 0.1, is_free=is_free, lengths=np.arange(64, 2049))
     budgets = [int(GIB * (2 + 2 * step)) for step in range(40)]
-    found = [fit(llama, Settings(), ANY, needs, budget_bytes=budget) for budget in budgets]
+    found = [fit(llama, Settings(), ANY, needs, Budgets(budget, 0)) for budget in budgets]
     peaks = [peak_of(llama, each) for each in found]
     assert peaks == sorted(peaks) and len(set(peaks)) >= 4
     assert [each.slowdown for each in found] == sorted((each.slowdown for each in found), reverse=True)
@@ -40,19 +41,19 @@ def test_a_length_that_does_not_fit_is_cut_to_the_longest_that_does_and_the_rows
     small = Rehearsals(known_config("smollm2-135m"))
     lengths = np.arange(1, 8001)
     needs = Needs(8000, "as a test", 0.1, is_free=True, lengths=lengths)
-    found = fit(small, Settings(), ANY, needs, budget_bytes=GIB // 2)
+    found = fit(small, Settings(), ANY, needs, Budgets(GIB // 2, 0))
     assert 64 <= found.length < 8000 and found.length % 64 == 0 and peak_of(small, found) <= GIB // 2
-    longer = fit(small, Settings(), ANY, Needs(found.length + 64, "", 0.1), budget_bytes=GIB // 2)
+    longer = fit(small, Settings(), ANY, Needs(found.length + 64, "", 0.1), Budgets(GIB // 2, 0))
     assert peak_of(small, longer) > GIB // 2
     assert f"{8000 - found.length} of 8000 examples are longer" in " ".join(map(str, found.reasons))
 
 
 def test_what_does_not_fit_says_its_largest_part_and_each_concession_keeps_its_word(llama):
     needs = Needs(4096, "as a test", 0.1)
-    found = fit(llama, Settings(method="lora"), ANY, needs, budget_bytes=12 * GIB)
+    found = fit(llama, Settings(method="lora"), ANY, needs, Budgets(12 * GIB, 0))
     further = concessions(llama, found.settings, found.batch, None)
     own = llama.of(found.settings, found.batch)
-    text = shortage(own, further, budget_bytes=12 * GIB)
+    text = shortage(own, further, Budgets(12 * GIB, 0))
     assert "Largest part: weights 15" in text and "--set method=qlora" in text
     assert {each.setting for each in further} >= {"method=qlora", "data.max_seq_length=2048", "lora.r=8"}
     assert all(each.peak_bytes + each.saves_bytes == own.peak_bytes and each.saves_bytes > 0 for each in further)
@@ -60,9 +61,9 @@ def test_what_does_not_fit_says_its_largest_part_and_each_concession_keeps_its_w
 
 def test_the_smallest_budget_that_is_named_is_enough_and_a_byte_less_is_not(llama):
     needs = Needs(2048, "as a test", 0.1)
-    least = peak_of(llama, fit(llama, Settings(), ANY, needs, budget_bytes=1))
-    assert peak_of(llama, fit(llama, Settings(), ANY, needs, budget_bytes=least)) == least
-    assert peak_of(llama, fit(llama, Settings(), ANY, needs, budget_bytes=least - 1)) > least - 1
+    least = peak_of(llama, fit(llama, Settings(), ANY, needs, Budgets(1, 2**40)))
+    assert peak_of(llama, fit(llama, Settings(), ANY, needs, Budgets(least, 2**40))) == least
+    assert peak_of(llama, fit(llama, Settings(), ANY, needs, Budgets(least - 1, 2**40))) > least - 1
 
 
 def test_plan_says_what_would_help_and_exits_3():
