@@ -112,6 +112,9 @@ GEMMA_3_1B = {"vocab_size": 262144, "max_position_embeddings": 32768, "sliding_w
 SHAPES: dict[str, KnownShape] = {
     "llama-3.1-8b": KnownShape("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, _llama3(4096, 14336, 32, 32, 8)),
     "llama-3.1-70b": KnownShape("meta-llama/Llama-3.1-70B-Instruct", 70_553_706_496, _llama3(8192, 28672, 80, 64, 8)),
+    "llama-3.1-405b": KnownShape(
+        "meta-llama/Llama-3.1-405B-Instruct", 405_853_388_800, _llama3(16384, 53248, 126, 128, 8)
+    ),
     "llama-3.2-1b": KnownShape("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400,
                         _llama3(2048, 8192, 16, 32, 8, factor=32.0, tie_word_embeddings=True)),
     "llama-3.2-3b": KnownShape("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824,

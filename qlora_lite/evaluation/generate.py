@@ -22,7 +22,7 @@ from qlora_lite.data.trees import grow
 from qlora_lite.device.numerics import exact_sums
 from qlora_lite.memory.measuring import give_back_free_memory
 from qlora_lite.model.attention import attention_for_generation, attention_on_packed_rows
-from qlora_lite.model.forward import causal_lm, may_share
+from qlora_lite.model.forward import causal_lm, device_of, may_share
 
 BATCH_TOKENS = 4096  # prompt tokens per batch, including padding; a plan may choose fewer
 
@@ -138,7 +138,7 @@ def generate_batch(
     cache: Cache | None = None,
 ) -> torch.Tensor:
     """Token ids [B, T + new] from left-padded prompts [B, T]; `cache` has the keys and values of their first tokens."""
-    device = causal_lm(model).device
+    device = device_of(model)
     with exact_sums(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about sampling settings of the model's own generation config
         return causal_lm(model).generate(
@@ -193,11 +193,11 @@ def read_prompts(model: PreTrainedModel | PeftModel, tree: Batch) -> Cache:
     paths = [path[:-1] for path in tree.paths]
     width = max(map(len, paths))
     places_BT = torch.tensor([[0] * (width - len(path)) + path for path in paths]).to(
-        base.device
+        device_of(base)
     )  # 0: hidden by the mask
     row = DynamicCache()  # without config: a sliding window would keep only the end
     cache = DynamicCache(config=config)
-    tree = tree.to(base.device)
+    tree = tree.to(device_of(base))
     with exact_sums(), attention_on_packed_rows(base):
         base.get_decoder()(
             input_ids=tree.input_ids_1T, position_ids=tree.position_ids_1T, lengths=tree.lengths, parents=tree.parents,

@@ -12,7 +12,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from qlora_lite.device.accelerator import is_accelerator, torch_module
-from qlora_lite.memory.ledger import ON_HOST, opened
+from qlora_lite.memory.ledger import PHASES, opened
 
 _FIRST = "activations"  # the category until another one is set
 _MARK = "qlora_lite makes "  # prefix of the events that separate phases
@@ -60,7 +60,7 @@ class _AllocatorPhases:
 
     @current.setter
     def current(self, category: str) -> None:
-        if category in ON_HOST:  # the device's allocator is not called
+        if category not in PHASES:  # a part inside of a phase
             return
         self.end()
         self._current = category
@@ -92,7 +92,7 @@ class _CpuPhases:
 
     @current.setter
     def current(self, category: str) -> None:
-        if category in ON_HOST:
+        if category not in PHASES:
             return
         self._current = category
         with record_function(_MARK + category):

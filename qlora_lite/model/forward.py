@@ -13,6 +13,13 @@ def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def device_of(model: PreTrainedModel | PeftModel) -> torch.device:
+    """The device that computes; the embeddings of a model may be elsewhere."""
+    base = causal_lm(model)
+    residency = residency_of(base)
+    return base.device if residency is None else residency.device
+
+
 def may_share(model: PreTrainedModel | PeftModel, length: int) -> bool:
     """Whether examples of at most `length` tokens can share a prefix in this model."""
     base = causal_lm(model)

@@ -155,6 +155,11 @@ class Residency:
         for index, layer in enumerate(self._layers):
             layer.forward = partial(self._layer, index, partial(type(layer).forward, layer))  # type: ignore[method-assign]
 
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return self._device
+
     def remove(self) -> None:
         """Restore the layers' own forward, and bring everything back to the device."""
         for layer in self._layers:

@@ -230,27 +230,30 @@ class StreamedEnds:
 
     def __init__(self, model: PreTrainedModel, device: torch.device, *, embeddings: bool, head: bool) -> None:
         self._device = device
-        self._head, self._embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        is_tied = _base(self._head).weight is _base(self._embedding).weight
-        self._homes: dict[int, tuple[Any, torch.Tensor]] = {}  # by parameter
-        self._streams_head = head or (embeddings and is_tied)
-        self._is_loaded = 0
-        gathers_on_host = embeddings or (head and is_tied)
-        for module, is_away in ((self._embedding, gathers_on_host), (self._head, self._streams_head)):
-            weight = _base(module).weight
-            if is_away and id(weight) not in self._homes:
-                assert not weight.requires_grad, "a trained embedding or head stays on the device"
-                self._homes[id(weight)] = (weight, host_home(weight.data, device))
-                weight.data = self._homes[id(weight)][1]
+        self._embedding, self._head = _base(model.get_input_embeddings()), _base(model.get_output_embeddings())
+        is_tied = self._head.weight is self._embedding.weight
+        self._gathers, self._streams = embeddings or (head and is_tied), head or (embeddings and is_tied)
+        self._num_users = 0  # of the head on the device
         self._undo: list[Callable[[], None]] = []
-        if gathers_on_host:
-            self._patch(_base(self._embedding), self._gather)
-        if self._streams_head:
-            self._patch(self._head, self._project)
+        self._homes: dict[str, torch.nn.Parameter] = {}  # by the name of the end
+        moved = {"embedding": self._embedding} if self._gathers else {}
+        moved |= {"head": self._head} if self._streams else {}
+        for name, module in moved.items():
+            assert not module.weight.requires_grad, "a trained embedding or head stays on the device"
+            is_done = is_tied and "embedding" in self._homes
+            home = self._homes["embedding"] if is_done else _frozen(host_home(module.weight.data, device))
+            self._homes[name] = home
+        self._placeholders = {name: _frozen(home.new_empty(0, device=device)) for name, home in self._homes.items()}
+        for name, module in moved.items():  # transformers asks the first parameter for the model's device
+            module._parameters["weight"] = self._placeholders[name]
+        if self._gathers:
+            self._patch(self._embedding, self._gather)
+        if self._streams:
+            self._patch(model.get_output_embeddings(), self._project)
 
     def on_host(self) -> list[torch.Tensor]:
         """Weights in host memory."""
-        return [home for _, home in self._homes.values()]
+        return [home.data for home in dict.fromkeys(self._homes.values())]
 
     @contextmanager
     def head(self) -> Iterator[None]:
@@ -263,38 +266,34 @@ class StreamedEnds:
 
     def drop_head_after(self, hidden_ND: torch.Tensor) -> None:
         """Keep the head on the device until the gradient of `hidden_ND` exists."""
-        if self._streams_head and hidden_ND.requires_grad:
+        if self._streams and hidden_ND.requires_grad:
             self._load()
             hidden_ND.register_hook(lambda _: self._unload())
 
     def _load(self) -> None:
-        if not self._streams_head:
-            return
-        weight, home = self._homes[id(_base(self._head).weight)]
-        if not self._is_loaded:
-            with counted_as("weights"):
-                weight.data = home.to(self._device, copy=True)
-        self._is_loaded += 1
+        if self._streams and not self._num_users:
+            with counted_as("weights"), torch.no_grad():
+                self._head._parameters["weight"] = _frozen(self._homes["head"].data.to(self._device, copy=True))
+        self._num_users += 1
 
     def _unload(self) -> None:
-        if not self._streams_head or not self._is_loaded:
-            return
-        self._is_loaded -= 1
-        if not self._is_loaded:
-            weight, home = self._homes[id(_base(self._head).weight)]
-            weight.data = home
+        self._num_users = max(0, self._num_users - 1)
+        if self._streams and not self._num_users:
+            self._head._parameters["weight"] = self._placeholders["head"]
 
     def end_step(self) -> None:
-        """Free the head, also after an error."""
-        self._is_loaded = min(self._is_loaded, 1)
+        """Take the head off the device, also after an error."""
+        self._num_users = 0
         self._unload()
 
     def _gather(self, forward: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding, gathered on the host."""
-        if not is_accelerator(self._device):
-            rows: torch.Tensor = forward(ids)
-            return rows
-        return torch.as_tensor(forward(ids.to("cpu"))).to(self._device)
+        self._embedding._parameters["weight"] = self._homes["embedding"]
+        try:
+            rows: torch.Tensor = forward(ids if ids.is_meta else ids.to("cpu"))
+        finally:
+            self._embedding._parameters["weight"] = self._placeholders["embedding"]
+        return rows.to(self._device)
 
     def _project(self, forward: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
         with self.head():
@@ -310,9 +309,15 @@ class StreamedEnds:
         """Bring embedding and head back to the device for good."""
         for undo in self._undo:
             undo()
-        for weight, home in self._homes.values():
-            weight.data = home.to(self._device)
+        back = {home: _frozen(home.data.to(self._device)) for home in self._homes.values()}
+        modules = {"embedding": self._embedding, "head": self._head}
+        for name, home in self._homes.items():
+            modules[name]._parameters["weight"] = back[home]
         self._homes.clear()
+
+
+def _frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
 
 
 def _base(module: Any) -> Any:

@@ -13,7 +13,7 @@ measured on a card yet.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 from transformers import PreTrainedConfig
 
@@ -128,10 +128,15 @@ def homes(
             )
         )
     ways.sort(key=lambda way: way.slowdown)
-    last = ways[-1]
-    if free.head_chunk is None:
-        ways.append(replace(last, footprint=replace(last.footprint, head_chunk=LEAST_HEAD_CHUNK)))
+    if free.head_chunk is None:  # saves little, so it is the last resort
+        leanest = [way for way in ways if _leanness(way.footprint.policy) == _leanness(ways[-1].footprint.policy)]
+        ways += [replace(way, footprint=replace(way.footprint, head_chunk=LEAST_HEAD_CHUNK)) for way in leanest]
     return tuple(ways)
+
+
+def _leanness(policy: Policy) -> Policy:
+    """The policy by what it leaves on the device: streams from host and disk leave the same."""
+    return replace(policy, stream_from="host")
 
 
 def _ladder(card: Card, packs: bool, length: int, ends_are_frozen: bool) -> list[Policy]:
@@ -188,6 +193,21 @@ def choose_homes(
     return Choice(ways[-1], fits=False, tried=tried)
 
 
+def longest_of_all(
+    ways: Sequence[Strategy], rehearse: Callable[[Strategy, MicroBatch], Rehearsal], label_share: float, budgets: Budgets,
+    *, limit: int | None = None,
+) -> tuple[Strategy, int] | None:  # fmt: skip
+    """Return the strategy with the longest sequence and its length in tokens; None if not even STEP tokens fit with any."""
+    lengths = {way: _about(partial(rehearse, way), label_share, budgets) for way in ways}
+    for way in sorted(ways, key=lambda way: lengths[way], reverse=True):
+        if lengths[way] >= _NEXT // 2:
+            length = longest_with_homes(partial(rehearse, way), label_share, budgets, limit=limit)
+            return None if length is None else (way, length)
+    short = {way: longest_with_homes(partial(rehearse, way), label_share, budgets, limit=limit) or 0 for way in ways}
+    best = max(ways, key=lambda way: short[way])
+    return (best, short[best]) if short[best] else None
+
+
 def longest_with_homes(
     rehearse: Callable[[MicroBatch], Rehearsal], label_share: float, budgets: Budgets, *, limit: int | None = None
 ) -> int | None:
@@ -202,8 +222,7 @@ def longest_with_homes(
         return budgets.fit(rehearse(MicroBatch(max(2, steps * STEP), 1, label_share)))
 
     most = (limit or _NO_LIMIT) // STEP
-    low, high = (rehearse(MicroBatch(length, 1, label_share)) for length in (_NEXT // 2, _NEXT))
-    length = _on_line(low, high, budgets)
+    length = _about(rehearse, label_share, budgets)
     if length >= _NEXT // 2:
         steps = min(most, length // STEP)
         while steps and not fits(steps):
@@ -216,8 +235,9 @@ def longest_with_homes(
     return least * STEP or None
 
 
-def _on_line(low: Rehearsal, high: Rehearsal, budgets: Budgets) -> int:
+def _about(rehearse: Callable[[MicroBatch], Rehearsal], label_share: float, budgets: Budgets) -> int:
     """The tokens at which a line through two rehearsals, of _NEXT / 2 and _NEXT tokens, meets the tighter budget."""
+    low, high = (rehearse(MicroBatch(length, 1, label_share)) for length in (_NEXT // 2, _NEXT))
     lengths = []
     pairs = [
         (sum(parts.values()), sum(high.stretches[name].values()), budgets.device)
@@ -281,13 +301,10 @@ def _with_residents(
     budgets: Budgets, num_layers: int,
 ) -> Strategy:  # fmt: skip
     """Keep as many layers resident as fit the device; two of the rest are in its buffers."""
-    of_layer = max(1, _streamed_bytes(estimate) // num_layers)
-    if way.footprint.policy.stream_from == "disk":
-        from_host = _with_policy(way, stream_from="host")
-        of_layer = max(
-            1, _streamed_bytes(rehearse(from_host, replace(batch, length=min(batch.length, 256)))) // num_layers
-        )
-    room = max(0, budgets.device - estimate.peak_bytes) // of_layer
+    short = replace(batch, length=min(batch.length, 256))
+    from_host = (_with_policy(way, stream_from="host", resident_layers=resident) for resident in (0, 1))
+    none, one = (_streamed_bytes(rehearse(some, short)) for some in from_host)
+    room = max(0, budgets.device - estimate.peak_bytes) // max(1, none - one)
     return _with_policy(way, resident_layers=min(num_layers - 1, room))
 
 

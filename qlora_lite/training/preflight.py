@@ -119,9 +119,9 @@ def _try(state: TrainState, batches: Sequence[Batch], footprint: Footprint, devi
     finally:
         state.optimizer.zero_grad(set_to_none=True)
     return Preflight(
-        phases={PHASES[name]: parts for name, parts in ledger.peaks.items()},
+        phases={PHASES[name]: parts for name, parts in ledger.peaks.items() if name in PHASES},
         on_host={part: size for part, size in ledger.host_peak.items() if part != PAGED},
-        moments=tuple(Moment(PHASES[m.phase], m.name, m.num_bytes) for m in ledger.moments),
+        moments=tuple(Moment(PHASES.get(m.phase, m.phase), m.name, m.num_bytes) for m in ledger.moments),
     )
 
 

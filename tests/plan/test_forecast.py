@@ -15,6 +15,7 @@ from qlora_lite.plan.fits import STEP, Growth, Labels, is_straight, longest_leng
 from qlora_lite.plan.forecast import growth_by_method
 from qlora_lite.plan.largest import largest_model
 from qlora_lite.plan.merging import Merging
+from qlora_lite.plan.homes import Budgets
 from qlora_lite.plan.planner import Needs, fit
 from qlora_lite.plan.rehearsal import PARTS
 from qlora_lite.plan.strategy import Free
@@ -139,7 +140,7 @@ def test_falcon_180b_needs_what_the_article_says():
 
 def test_the_forecast_as_json_is_the_contracts():
     rehearsals, needs = Rehearsals(known_config("smollm2-135m")), Needs(1024, "as a test", 0.1)
-    chosen = fit(rehearsals, Settings(), Free(checkpoint_every=1), needs, budget_bytes=24 * GIB)
+    chosen = fit(rehearsals, Settings(), Free(checkpoint_every=1), needs, Budgets(24 * GIB, 0))
     found = forecast(rehearsals, chosen, Settings(), Room(24 * GIB, 8192), method="qlora").to_json_dict()
     assert found["methods"].keys() == set(METHODS) and found["fits"] is True
     assert found["methods"]["qlora"]["parts"].keys() == {f"{part}_bytes" for part in PARTS}
@@ -167,7 +168,7 @@ def test_the_largest_model_does_not_depend_on_names_of_this_models_modules():
 
 def test_merging_is_planned_where_something_is_merged():
     rehearsals, needs = Rehearsals(known_config("smollm2-135m")), Needs(1024, "as a test", 0.1)
-    chosen = fit(rehearsals, Settings(), Free(checkpoint_every=1), needs, budget_bytes=24 * GIB)
+    chosen = fit(rehearsals, Settings(), Free(checkpoint_every=1), needs, Budgets(24 * GIB, 0))
     found = forecast(
         rehearsals, chosen, Settings(), Room(24 * GIB, 8192), method="qlora", merging=Merging(chosen.settings)
     ).to_json_dict()
@@ -200,7 +201,7 @@ def test_plan_prints_what_the_contract_names_and_writes_it_as_a_page(tmp_path):
 
 
 def test_plan_says_what_does_not_fit_and_exits_3():
-    done = run_cli("plan", "llama-3.1-8b", "--budget", "4GiB", "--json")
+    done = run_cli("plan", "llama-3.1-8b", "--budget", "1GiB", "--json")
     assert done.code == 3 and "does not fit: needs" in done.stderr and "Largest part: weights" in done.stderr
     assert '"fits": false' in done.stdout
 

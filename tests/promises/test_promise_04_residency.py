@@ -55,7 +55,9 @@ def tuned(name: str = "llama", *, compute: torch.dtype = torch.bfloat16, policy:
     """An adapted model in train mode whose layers run by `policy`, the same each time."""
     folder = tiny_artefact() if name == "llama" else artefact(name)
     torch.manual_seed(3)
-    model = attach_adapter(load_base(folder, device="cpu", compute=compute).model, Lora(4, 8, **lora), factor_dtype=compute)
+    model = attach_adapter(
+        load_base(folder, device="cpu", compute=compute).model, Lora(4, 8, **lora), factor_dtype=compute
+    )
     move_factors(model)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dim() == 2:
@@ -109,7 +111,9 @@ def test_no_home_changes_a_bit_of_three_optimizer_steps_with_dropout(name):
             assert_equal(three_steps(tuned(name, policy=policy, lora_dropout=0.2), batch), expected)
 
 
-@pytest.mark.parametrize("policy", [Policy(chunk_tokens=4096), Policy(4096, "host_fewest", 0), Policy(layer_inputs="fewest")], ids=str)
+@pytest.mark.parametrize(
+    "policy", [Policy(chunk_tokens=4096), Policy(4096, "host_fewest", 0), Policy(layer_inputs="fewest")], ids=str
+)
 def test_a_sequence_within_one_chunk_is_computed_as_a_whole(policy):
     for batch in batches_of(tuned()):
         plain, loss = three_steps(tuned(lora_dropout=0.2), batch), gradients(tuned(), batch)[0]
@@ -135,7 +139,9 @@ def test_so_it_is_for_every_kind_of_adapter(lora):
     exact = gradients(tuned(compute=torch.float32, **lora), batch)[1]
     chunked = gradients(tuned(compute=torch.float32, policy=ON_DEVICE, **lora), batch)[1]
     assert distance(chunked, exact) < 1e-5
-    assert_equal(gradients(tuned(policy=HOMES[-1], **lora), batch)[1], gradients(tuned(policy=ON_DEVICE, **lora), batch)[1])
+    assert_equal(
+        gradients(tuned(policy=HOMES[-1], **lora), batch)[1], gradients(tuned(policy=ON_DEVICE, **lora), batch)[1]
+    )
 
 
 def test_long_rectangles_of_keys_are_computed_in_blocks(monkeypatch):

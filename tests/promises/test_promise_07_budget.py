@@ -67,7 +67,7 @@ def test_the_smallest_budget_that_is_named_is_enough_and_a_byte_less_is_not(llam
 
 
 def test_plan_says_what_would_help_and_exits_3():
-    done = run_cli("plan", "llama-3.1-8b", "--budget", "4GiB", "--json")
+    done = run_cli("plan", "llama-3.1-8b", "--budget", "1GiB", "--json")
     assert done.code == 3 and done.json["fits"] is False
     assert done.json["smallest_budget_bytes"] == done.json["methods"]["qlora"]["peak_bytes"]
     assert "Largest part: weights" in done.stderr and "No single setting is enough" in done.stderr
