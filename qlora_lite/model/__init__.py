@@ -16,6 +16,10 @@
     products.py         16-bit products with an fp32 result
     attention.py        attention over packed sequences, and over padded batches
     tree_attention.py   attention over a packed prefix tree
+    chunk_attention.py  attention of a chunk of a sequence, over stored keys and values
+    residency.py        layers over chunks of tokens, and homes for inputs, weights, keys and values
+    streaming.py        frozen weights that come to the device when they are needed
+    host_tensors.py     tensors in host memory, and copies in both directions
     forward.py          one packed sequence through the decoder
     head.py             the loss without a full logits tensor
     trained.py          the trained parameters as files

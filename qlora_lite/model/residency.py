@@ -315,7 +315,7 @@ class Residency:
                 part = _piece_of(hidden, a, b, self._device, home).detach().requires_grad_(needs_input_grad)
                 output = call.recompute(part, chunk=Chunk(a, b, store, trains=True), pieces=pieces_of(a, b))
                 torch.autograd.backward(output, self._piece(run, grad, a, b))
-                if needs_input_grad:
+                if part.grad is not None:
                     grad[:, a:b].copy_(part.grad, non_blocking=True)
                 del output, part
         return grad if needs_input_grad else None

@@ -7,6 +7,7 @@ needs.py            requirements of the data                              budget
 planner.py          choose settings that fit                              strategy.py        ways to compute a step, fastest first
 rehearsal.py        rehearse a step on the meta device, in a ledger       scoring.py         rehearse an evaluation
 merging.py          rehearse a merge and its proof                        compare.py         QLoRA, LoRA, full fine-tuning side by side
+homes.py            steps with layers in chunks and parts of the model elsewhere
 fits.py             the map of lengths and batches, the longest sequence  largest.py         the largest known model that fits
 forecast.py         Resolved -> the memory report                         workspace.py       internal allocations of operators
 card_workspace.py   internal allocations of operators on a card

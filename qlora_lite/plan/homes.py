@@ -21,7 +21,7 @@ from qlora_lite.base.skeleton import model_class
 from qlora_lite.device.card import Card
 from qlora_lite.model.attention import packs_rows
 from qlora_lite.model.head import CHUNK
-from qlora_lite.model.residency import PLAIN, Policy
+from qlora_lite.model.residency import PLAIN, LayerInputs, Policy
 from qlora_lite.plan.fits import STEP
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal
 from qlora_lite.plan.strategy import (
@@ -103,8 +103,9 @@ def seconds(policy: Policy, shape: Shape, card: Card, tokens: int) -> float:
 def homes(
     free: Free, *, card: Card, config: PreTrainedConfig, shape: Shape, method: str, length: int, ends_are_frozen: bool
 ) -> tuple[Strategy, ...]:
-    """Return all strategies that the recipe allows, fastest first; none with method full, whose weights all change."""
-    if method == "full":
+    """Return all strategies that the recipe allows, fastest first; none with method full, whose weights all change, and none for a
+    recipe that keeps activations."""
+    if method == "full" or free.checkpoint_every not in (None, 1):
         return ()
     packs = packs_rows(model_class(config))
     asked = (replace(policy, **dict(free.policy)) for policy in _ladder(card, packs, length, ends_are_frozen))
@@ -157,13 +158,11 @@ def _ladder(card: Card, packs: bool, length: int, ends_are_frozen: bool) -> list
         replace(embeddings, chunk_tokens=middle, layer_inputs="host_fewest"),
         replace(ends, chunk_tokens=largest),
     ]
-    streamed = [
-        replace(ends, chunk_tokens=chunk, layer_inputs=inputs, resident_layers=0)
-        for chunk, inputs in (
-            (largest, "device"), (largest, "host"), (largest, "host_fewest"), (largest, "fewest"), (middle, "host"),
-            (middle, "host_fewest"), (smallest, "host_fewest"),
-        )
-    ]  # fmt: skip
+    kinds: tuple[tuple[int, LayerInputs], ...] = (
+        (largest, "device"), (largest, "host"), (largest, "host_fewest"), (largest, "fewest"), (middle, "host"),
+        (middle, "host_fewest"), (smallest, "host_fewest"),
+    )  # fmt: skip
+    streamed = [replace(ends, chunk_tokens=chunk, layer_inputs=inputs, resident_layers=0) for chunk, inputs in kinds]
     last = replace(ends, chunk_tokens=smallest, layer_inputs="host_fewest", resident_layers=0)
     leanest = [replace(last, keys_values="host"), replace(last, keys_values="host", stream_from="disk")]
     return [policy for policy in (*on_device, *with_host, *streamed, *leanest) if not policy.is_plain]

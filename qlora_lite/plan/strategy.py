@@ -44,7 +44,7 @@ class Free:
 
     @property
     def asks_for_homes(self) -> bool:
-        """Whether the recipe itself asks for chunks or other homes, so that an ordinary step is no choice."""
+        """Whether the recipe itself asks for chunks or other homes, which an ordinary step does not have."""
         return not Policy(**dict(self.policy)).is_plain
 
 

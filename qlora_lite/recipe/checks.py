@@ -19,6 +19,7 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.shipped import SHIPPED_MODELS
 
 KeyProblem = tuple[str, str]
+Rule = tuple[bool, tuple[str, ...], str]  # (whether it is broken, the keys, the sentence)
 ATTENTION_ADVICE = "use auto or sdpa"  # the supported values of model.attention
 _SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")
 
@@ -144,11 +145,40 @@ def _not_fetched(repo: str, revision: str | None, looked: Sequence[str]) -> list
     return [("model.base", sentence + _similar_file(looked))]
 
 
+_ON_DEVICE = {  # values of `memory` with which nothing is chunked and everything is on the device
+    "chunk_tokens": ("auto", 0),
+    "layer_inputs": ("auto", "device"),
+    "resident_layers": ("auto", "all"),
+    "embeddings": ("auto", "device"),
+    "head": ("auto", "resident"),
+    "keys_values": ("auto", "device"),
+}
+
+
+def _homes_rules(recipe: Recipe) -> list[Rule]:
+    """Return the rules for chunks and for parts of the model on the host, as in `contradictions`."""
+    asked = [key for key, values in _ON_DEVICE.items() if getattr(recipe.memory, key) not in values]
+    keeps = recipe.memory.gradient_checkpointing not in ("auto", True)
+    rules: list[Rule] = []
+    for key in asked:
+        name = f"memory.{key}"
+        full = "is for frozen weights, but method full trains them; use auto, or method: qlora"
+        rules.append((recipe.method == "full", (name, "method"), full))
+        recomputes = (
+            "computes every layer again in the backward pass; set memory.gradient_checkpointing to auto or true"
+        )
+        rules.append((keeps, (name, "memory.gradient_checkpointing"), recomputes))
+        if key in ("embeddings", "head"):
+            trained = "is for a frozen embedding and head, and lora.modules_to_save may train them; use auto"
+            rules.append((bool(recipe.lora.modules_to_save), (name, "lora.modules_to_save"), trained))
+    return rules
+
+
 def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     """Return keys that are valid alone but not together -> (the keys, the one to correct first; the sentence)."""
     model, lora, train = recipe.model, recipe.lora, recipe.train
     repeated = [token for token, count in Counter(recipe.data.special_tokens).items() if count > 1]
-    rules: list[tuple[bool, tuple[str, ...], str]] = [
+    rules: list[Rule] = [
         (
             bool(repeated),
             ("data.special_tokens",),
@@ -203,7 +233,7 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             "needs evaluations during training; set train.eval_every_steps, or use null",
         ),
     ]
-    return [(keys, sentence) for is_broken, keys, sentence in rules if is_broken]
+    return [(keys, sentence) for is_broken, keys, sentence in (*rules, *_homes_rules(recipe)) if is_broken]
 
 
 def refusals(values: dict[str, Any], sources: dict[str, str]) -> list[KeyProblem]:

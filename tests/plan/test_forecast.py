@@ -13,9 +13,9 @@ from qlora_lite.plan import CARDS, METHODS, MicroBatch, Rehearsals, Room, Settin
 from qlora_lite.plan.compare import Comparison, as_method, own_method
 from qlora_lite.plan.fits import STEP, Growth, Labels, is_straight, longest_length, memory_map
 from qlora_lite.plan.forecast import growth_by_method
+from qlora_lite.plan.homes import Budgets
 from qlora_lite.plan.largest import largest_model
 from qlora_lite.plan.merging import Merging
-from qlora_lite.plan.homes import Budgets
 from qlora_lite.plan.planner import Needs, fit
 from qlora_lite.plan.rehearsal import PARTS
 from qlora_lite.plan.strategy import Free

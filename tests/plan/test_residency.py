@@ -34,7 +34,7 @@ POLICIES = [
         head="streamed",
         resident_layers=0,
         keys_values="host",
-    ),  # fmt: skip
+    ),
 ]
 
 

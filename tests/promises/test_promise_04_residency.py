@@ -13,7 +13,7 @@ from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.chunk_attention import KEY_BLOCK
 from qlora_lite.model.forward import causal_lm, may_share
 from qlora_lite.model.load import checkpoint_activations, load_base
-from qlora_lite.model.residency import Policy, apply_policy
+from qlora_lite.model.residency import PLAIN, Policy, apply_policy
 from qlora_lite.training.optimizer import make_optimizer
 from qlora_lite.training.step import batch_loss, update
 from tests.architectures import artefact
@@ -51,7 +51,7 @@ def ids_of(length: int) -> list[int]:
     return torch.randint(5, 90, (length,)).tolist()
 
 
-def tuned(name: str = "llama", *, compute: torch.dtype = torch.bfloat16, policy: Policy = Policy(), **lora):
+def tuned(name: str = "llama", *, compute: torch.dtype = torch.bfloat16, policy: Policy = PLAIN, **lora):
     """An adapted model in train mode whose layers run by `policy`, the same each time."""
     folder = tiny_artefact() if name == "llama" else artefact(name)
     torch.manual_seed(3)
@@ -154,8 +154,8 @@ def test_long_rectangles_of_keys_are_computed_in_blocks(monkeypatch):
 
 
 def test_validation_and_answers_are_those_of_a_plain_model():
-    from qlora_lite.evaluation.generate import generate_answers  # noqa: PLC0415  # imports datasets' world only here
-    from tests.data.tiny_tokenizer import make_tokenizer  # noqa: PLC0415
+    from qlora_lite.evaluation.generate import generate_answers  # imports datasets' world only here
+    from tests.data.tiny_tokenizer import make_tokenizer
 
     torch.manual_seed(1)
     batch, prompts, tokenizer = rows_batch(), [ids_of(40), ids_of(9)], make_tokenizer()
