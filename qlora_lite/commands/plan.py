@@ -116,7 +116,12 @@ def sweep_models(overrides: Sequence[str]) -> Swept:
     rows: list[SweptModel] = []
     with show.phase("rehearsing every known model") as phase:
         models = ((name, config, context_window(config)) for name in KNOWN for config in [known_config(name)])
-        for row in sweep(models, planned.leanest, label_share=planned.label_share):
+        for row in sweep(
+            models,
+            planned.leanest,
+            label_share=planned.label_share,
+            host_budget_bytes=planned.host_budget_bytes,
+        ):
             rows.append(row)
             phase.progress(len(rows), len(KNOWN))
     show.show_reasons(list(map(str, planned.reasons)))

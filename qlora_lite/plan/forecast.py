@@ -10,15 +10,19 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from qlora_lite.base.skeleton import model_class
 from qlora_lite.merging.proof import PROOF_TOKENS
+from qlora_lite.model.attention import packs_rows
+from qlora_lite.model.residency import Policy
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
-from qlora_lite.plan.fits import Cell, Growth, Labels, Room, longest_length, memory_map, totals
-from qlora_lite.plan.homes import Budgets
+from qlora_lite.plan.fits import STEP, Cell, Growth, Labels, Room, longest_length, memory_map, totals
+from qlora_lite.plan.homes import Budgets, length_about
 from qlora_lite.plan.largest import largest_model
 from qlora_lite.plan.merging import Merging, merge_peak_host_bytes, proof_peak_host_bytes
 from qlora_lite.plan.planner import Concession, Fit, concessions, shortage
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings, num_labels
 
+_CHUNK = 4096  # tokens: smaller ones fit longer sequences, and take longer to rehearse
 CARDS = tuple(gib * 2**30 for gib in (8, 12, 16, 24, 48, 80))  # bytes: the sizes of cards on the market
 
 
@@ -90,11 +94,17 @@ class SweptModel:
     model: str
     num_weights: int
     peak_bytes: int  # of QLoRA, for 1,024 tokens
-    max_seq_length: dict[int, int | None]  # by bytes of the card; None if nothing fits
+    max_seq_length: dict[int, int | None]  # by bytes of the card, in an ordinary step; None if nothing fits
+    max_seq_length_with_homes: dict[int, int | None]  # with layers in chunks, and parts of the model in host memory
 
     def to_json_dict(self) -> dict[str, Any]:
-        longest = {str(card): length for card, length in self.max_seq_length.items()}
-        return vars(self) | {"max_seq_length": longest}
+        def by_card(longest: dict[int, int | None]) -> dict[str, int | None]:
+            return {str(card): length for card, length in longest.items()}
+
+        return vars(self) | {
+            "max_seq_length": by_card(self.max_seq_length),
+            "max_seq_length_with_homes": by_card(self.max_seq_length_with_homes),
+        }
 
 
 def forecast(
@@ -137,14 +147,41 @@ def _resident_bytes(method: str, rehearsal: Rehearsal) -> int:
 
 
 def sweep(
-    models: Iterable[tuple[str, PreTrainedConfig, int | None]], settings: Settings, *, label_share: float
+    models: Iterable[tuple[str, PreTrainedConfig, int | None]],
+    settings: Settings,
+    *,
+    label_share: float,
+    host_budget_bytes: int,
 ) -> Iterator[SweptModel]:
-    """For each (name, config, positions): its weights, QLoRA's peak for 1,024 tokens, and the longest sequence on each of CARDS."""
+    """For each (name, config, positions): its weights, QLoRA's peak for 1,024 tokens, and the longest sequence on each of CARDS, in an
+    ordinary step and with layers in chunks."""
+    settings = replace(settings, method="qlora")
     for name, config, positions in models:
-        comparison = Comparison(Rehearsals(config), replace(settings, method="qlora"))
+        rehearsals = Rehearsals(config)
+        comparison = Comparison(rehearsals, settings)
         growth = growth_by_method(comparison, config, MicroBatch(1024, 1, label_share), label_share)["qlora"]
         longest = {card: longest_length(growth, Room(card, positions, label_share)) for card in CARDS}
-        yield SweptModel(name, growth.num_weights, growth.peak_bytes(1024), longest)
+        with_homes = _longest_with_homes(rehearsals, settings, label_share, host_budget_bytes, positions)
+        yield SweptModel(name, growth.num_weights, growth.peak_bytes(1024), longest, with_homes)
+
+
+def _longest_with_homes(
+    rehearsals: Rehearsals, settings: Settings, label_share: float, host_budget_bytes: int, positions: int | None
+) -> dict[int, int | None]:
+    """The longest sequence on each of CARDS with layers in chunks: everything on the device, or most of it on the host."""
+    if not packs_rows(model_class(rehearsals.config)):
+        return dict.fromkeys(CARDS)
+    policies = (Policy(_CHUNK, "fewest"), Policy(_CHUNK, "host_fewest", 0, embeddings="host", head="streamed"))
+    longest: dict[int, int | None] = {}
+    for card in CARDS:
+        lengths = [
+            length_about(
+                partial(rehearsals.of, replace(settings, policy=policy)), label_share, Budgets(card, host_budget_bytes)
+            )
+            for policy in policies
+        ]
+        longest[card] = min(max(lengths), positions or max(lengths)) // STEP * STEP or None
+    return longest
 
 
 def _merge(config: PreTrainedConfig, merging: Merging, batch: MicroBatch) -> dict[str, int]:

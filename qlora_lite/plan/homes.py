@@ -197,7 +197,7 @@ def longest_of_all(
     *, limit: int | None = None,
 ) -> tuple[Strategy, int] | None:  # fmt: skip
     """Return the strategy with the longest sequence and its length in tokens; None if not even STEP tokens fit with any."""
-    lengths = {way: _about(partial(rehearse, way), label_share, budgets) for way in ways}
+    lengths = {way: length_about(partial(rehearse, way), label_share, budgets) for way in ways}
     for way in sorted(ways, key=lambda way: lengths[way], reverse=True):
         if lengths[way] >= _NEXT // 2:
             length = longest_with_homes(partial(rehearse, way), label_share, budgets, limit=limit)
@@ -221,7 +221,7 @@ def longest_with_homes(
         return budgets.fit(rehearse(MicroBatch(max(2, steps * STEP), 1, label_share)))
 
     most = (limit or _NO_LIMIT) // STEP
-    length = _about(rehearse, label_share, budgets)
+    length = length_about(rehearse, label_share, budgets)
     if length >= _NEXT // 2:
         steps = min(most, length // STEP)
         while steps and not fits(steps):
@@ -234,7 +234,7 @@ def longest_with_homes(
     return least * STEP or None
 
 
-def _about(rehearse: Callable[[MicroBatch], Rehearsal], label_share: float, budgets: Budgets) -> int:
+def length_about(rehearse: Callable[[MicroBatch], Rehearsal], label_share: float, budgets: Budgets) -> int:
     """The tokens at which a line through two rehearsals, of _NEXT / 2 and _NEXT tokens, meets the tighter budget."""
     low, high = (rehearse(MicroBatch(length, 1, label_share)) for length in (_NEXT // 2, _NEXT))
     lengths = []

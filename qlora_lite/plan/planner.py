@@ -30,6 +30,8 @@ from qlora_lite.recipe import Reason
 from qlora_lite.training.footprint import Footprint
 from qlora_lite.units import format_bytes
 
+SHORTEST_SCORED = 512  # tokens: a smaller automatic eval.max_seq_length would leave out nearly every row
+
 
 @dataclass(frozen=True)
 class Concession:
@@ -261,6 +263,15 @@ def _choose_scoring(
         length_reason = (
             f"same as data.max_seq_length; longer examples, up to {needs.longest_scored} tokens, do not fit "
             f"{format_bytes(budget_bytes)}"
+        )
+    is_long = not settings.policy.is_plain and needs.score_is_free and bool(budget_bytes)
+    while (
+        is_long and limit > SHORTEST_SCORED and not fits(scoring)
+    ):  # keys and values of every layer stay while an answer is written
+        limit = max(SHORTEST_SCORED, min(limit, needs.length) // 2)
+        scoring = _batch_of_answers(replace(needs, length=limit), free, batch, 0, fits)
+        length_reason = (
+            f"prompts of more than {limit} tokens do not fit {format_bytes(budget_bytes)} while they are answered"
         )
     tokens, is_asked = str(scoring.batch_tokens), free.eval_batch_tokens is not None
     value, why = (tokens, "asked for") if is_asked else ("", f"{tokens} prompt tokens per batch of answers")

@@ -101,6 +101,9 @@ def show_sweep(models: Sequence[Mapping[str, Any]]) -> None:
     ]  # fmt: skip
     heads = ["model", "billion weights", "peak at 1,024 tokens", *(f"{int(card) // 2**30} GiB" for card in cards)]
     show_table("longest sequence in tokens, QLoRA, one example per micro-batch", heads, shown)
+    longer = [[row["model"], *(row["max_seq_length_with_homes"][card] or "–" for card in cards)] for row in models]
+    title = "the same with layers in chunks, and parts of the model in host memory where that fits more (up to the context window)"
+    show_table(title, ["model", *(f"{int(card) // 2**30} GiB" for card in cards)], longer)
 
 
 def show_cards(cards: Sequence[Mapping[str, Any]]) -> None:

@@ -178,11 +178,13 @@ def test_merging_is_planned_where_something_is_merged():
 def test_a_sweep_has_a_line_a_model_and_more_tokens_on_larger_cards():
     names = ("smollm2-135m", "llama-3.1-8b")
     models = ((name, known_config(name), 8192) for name in names)
-    rows = list(sweep(models, Settings(), label_share=0.1))
+    rows = list(sweep(models, Settings(), label_share=0.1, host_budget_bytes=64 * GIB))
     assert [row.model for row in rows] == list(names)
     for row in rows:
         lengths = [row.max_seq_length[card] or 0 for card in CARDS]
         assert lengths == sorted(lengths)
+        longer = [row.max_seq_length_with_homes[card] or 0 for card in CARDS]
+        assert longer == sorted(longer) and longer[-1] >= lengths[-1]
 
 
 def test_plan_prints_what_the_contract_names_and_writes_it_as_a_page(tmp_path):
