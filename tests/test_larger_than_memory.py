@@ -64,7 +64,9 @@ def train_three_steps(artefact: Path, policy: Policy) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = attach_adapter(load_base(artefact, device="cpu", policy=policy).model, Lora(2, 4, target_modules=["q_proj", "down_proj"])).train()
+    model = attach_adapter(
+        load_base(artefact, device="cpu", policy=policy).model, Lora(2, 4, target_modules=["q_proj", "down_proj"])
+    ).train()
     apply_footprint(model, Footprint(0, policy=policy))
     optimizer = make_optimizer(model.named_parameters(), name="adamw", learning_rate=1e-3, weight_decay=0.0)
     batch = pack_batch([Encoded(torch.randint(5, 90, (24,)).tolist(), ((12, 24),))], range(1))
@@ -79,9 +81,8 @@ def train_three_steps(artefact: Path, policy: Policy) -> dict[str, Any]:
 def main() -> None:
     """Print the result and the highest private memory beyond that of a process that has imported everything; files are not private."""
     folder, policy = Path(sys.argv[1]), Policy(**json.loads(sys.argv[2]))
-    import qlora_lite.api  # noqa: F401
+    import qlora_lite.api
     import qlora_lite.training.step  # noqa: F401
-
     from qlora_lite.memory.anonymous import HostMemoryMeter
 
     with HostMemoryMeter() as meter:

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from qlora_lite.data.batches import Batch, StepSampler, make_batches, step_with_largest_batch
 from qlora_lite.data.examples import Examples
 from qlora_lite.device.accelerator import card_here, is_accelerator
+from qlora_lite.device.waiting import ShortWaits
 from qlora_lite.errors import DoesNotFit, TrainingStopped
 from qlora_lite.memory.host import OtherWork
 from qlora_lite.memory.ledger import PHASES
@@ -35,6 +36,7 @@ from qlora_lite.training.step import NotFinite, Observer, OutOfMemoryInUpdate, u
 from qlora_lite.training.trace import Trace
 from qlora_lite.units import row_in_words
 
+_SHARED = 2**22  # numbers: enough for torch to share their sum among threads
 _WINDOW = 10  # steps of the watched mean loss
 _DIVERGED = 2.0  # stop when that mean is this many times the first loss, and
 _DIVERGED_NATS = 1.0  # this many nats above it
@@ -95,45 +97,46 @@ def train_steps(
     or random numbers. The allocator's peak is measured in the step with the largest micro-batch, on an accelerator in every step;
     `trace` records a few other steps.
     """
-    work = _Work(state, examples, sampler, settings, trace)
-    other_work = OtherWork()
-    while not state.is_over(len(sampler), early_stop=settings.early_stop):
-        begin = time.perf_counter()
-        other_work.cores()  # discard the time between two steps
-        rows = sampler.rows_of_step(state.step)
-        rate = learning_rate_at(
-            state.step,
-            num_steps=len(sampler),
-            peak=settings.learning_rate,
-            schedule=settings.schedule,
-            warmup_ratio=settings.warmup_ratio,
-        )
-        set_learning_rate(state.optimizer, rate)
-        done = work.step(rows, leaner=leaner, say=say)
-        step_s = time.perf_counter() - begin
-        state.step += 1
-        _watch(state, done.loss, rows, examples)
-        stats = StepStats(
-            step=state.step,
-            num_steps=len(sampler),
-            epoch=state.step / sampler.steps_per_epoch,
-            loss=done.loss,
-            learning_rate=rate,
-            grad_norm=done.norm,
-            num_examples=len(rows),
-            num_tokens=sum(batch.input_ids_1T.shape[1] for batch in done.batches),
-            num_label_tokens=sum(len(batch.target_N) for batch in done.batches),
-            num_micro_batches=len(done.batches),
-            step_s=step_s,
-            rss_bytes=rss_bytes(),
-            peak_bytes=None if done.peaks is None else max(done.peaks.values()),
-            phase_peaks=done.peaks,
-            other_cores=other_work.cores(),
-        )
-        if trace is not None:
-            trace.write()
-        is_due = state.step % settings.eval_every_steps == 0 or state.step == len(sampler)
-        yield stats if evaluate is None or not is_due else _evaluated(state, stats, evaluate())
+    work, other_work = _Work(state, examples, sampler, settings, trace), OtherWork()
+    with ShortWaits(lambda: torch.ones(_SHARED).sum()) as waits:
+        while not state.is_over(len(sampler), early_stop=settings.early_stop):
+            begin = time.perf_counter()
+            other_work.cores()  # discard the time between two steps
+            rows = sampler.rows_of_step(state.step)
+            rate = learning_rate_at(
+                state.step,
+                num_steps=len(sampler),
+                peak=settings.learning_rate,
+                schedule=settings.schedule,
+                warmup_ratio=settings.warmup_ratio,
+            )
+            set_learning_rate(state.optimizer, rate)
+            done = work.step(rows, leaner=leaner, say=say)
+            step_s, other_cores = time.perf_counter() - begin, other_work.cores()
+            waits.follow(other_cores)
+            state.step += 1
+            _watch(state, done.loss, rows, examples)
+            stats = StepStats(
+                step=state.step,
+                num_steps=len(sampler),
+                epoch=state.step / sampler.steps_per_epoch,
+                loss=done.loss,
+                learning_rate=rate,
+                grad_norm=done.norm,
+                num_examples=len(rows),
+                num_tokens=sum(batch.input_ids_1T.shape[1] for batch in done.batches),
+                num_label_tokens=sum(len(batch.target_N) for batch in done.batches),
+                num_micro_batches=len(done.batches),
+                step_s=step_s,
+                rss_bytes=rss_bytes(),
+                peak_bytes=None if done.peaks is None else max(done.peaks.values()),
+                phase_peaks=done.peaks,
+                other_cores=other_cores,
+            )
+            if trace is not None:
+                trace.write()
+            is_due = state.step % settings.eval_every_steps == 0 or state.step == len(sampler)
+            yield stats if evaluate is None or not is_due else _evaluated(state, stats, evaluate())
 
 
 @dataclass(frozen=True)

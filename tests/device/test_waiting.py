@@ -67,3 +67,45 @@ def test_it_is_set_when_the_package_is_imported():
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     turns, has_torch = done.stdout.split()
     assert int(turns) in (TURNS_QUIET, TURNS_BUSY) and has_torch == "False"
+
+
+def test_a_team_is_kept_while_other_programs_run_and_only_then():
+    """A second team of threads is what makes libgomp's waits short; results stay the same."""
+    script = """
+import os, sys, time
+os.environ["OMP_NUM_THREADS"] = "2"
+import torch
+from qlora_lite.device.waiting import ShortWaits
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def soon(expected):
+    for _ in range(200):  # a team ends a moment after its thread
+        if threads() == expected:
+            return True
+        time.sleep(0.02)
+    return False
+
+work = lambda: torch.ones(2**22).sum()
+work()
+before = threads()
+with ShortWaits(work) as waits:
+    waits.follow(0.0)
+    assert threads() == before
+    waits.follow(float(os.cpu_count()))
+    busy = threads()
+    waits.follow(float(os.cpu_count()))
+    assert busy == threads() == before + 2, (before, busy, threads())
+    assert work() == 2**22
+    waits.follow(0.0)
+    assert soon(before)
+    waits.follow(float(os.cpu_count()))
+assert soon(before)
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+with ShortWaits(work) as waits:
+    waits.follow(float(os.cpu_count()))
+    assert threads() == before
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
