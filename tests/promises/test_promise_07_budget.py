@@ -38,25 +38,37 @@ def test_from_2_to_80_gib_in_40_steps_a_smaller_budget_never_needs_more(llama, i
 
 
 def test_a_length_that_does_not_fit_is_cut_to_the_longest_that_does_and_the_rows_it_loses_are_counted():
-    small = Rehearsals(known_config("smollm2-135m"))
-    lengths = np.arange(1, 8001)
-    needs = Needs(8000, "as a test", 0.1, is_free=True, lengths=lengths)
-    found = fit(small, Settings(), ANY, needs, Budgets(GIB // 2, 0))
-    assert 64 <= found.length < 8000 and found.length % 64 == 0 and peak_of(small, found) <= GIB // 2
-    longer = fit(small, Settings(), ANY, Needs(found.length + 64, "", 0.1), Budgets(GIB // 2, 0))
-    assert peak_of(small, longer) > GIB // 2
-    assert f"{8000 - found.length} of 8000 examples are longer" in " ".join(map(str, found.reasons))
+    small, budgets = Rehearsals(known_config("smollm2-135m")), Budgets(GIB // 4, 0)
+    lengths = np.arange(1, 80_001)
+    needs = Needs(80_000, "as a test", 0.1, is_free=True, lengths=lengths)
+    found = fit(small, Settings(), ANY, needs, budgets)
+    assert 64 <= found.length < 80_000 and found.length % 64 == 0 and peak_of(small, found) <= budgets.device
+    longer = fit(small, Settings(), ANY, Needs(found.length + 64, "", 0.1), budgets)
+    assert peak_of(small, longer) > budgets.device
+    assert f"{80_000 - found.length} of 80000 examples are longer" in " ".join(map(str, found.reasons))
 
 
 def test_what_does_not_fit_says_its_largest_part_and_each_concession_keeps_its_word(llama):
     needs = Needs(4096, "as a test", 0.1)
-    found = fit(llama, Settings(method="lora"), ANY, needs, Budgets(12 * GIB, 0))
+    found = fit(llama, Settings(method="lora"), Free(policy=(("resident_layers", None),)), needs, Budgets(12 * GIB, 0))
     further = concessions(llama, found.settings, found.batch, None)
     own = llama.of(found.settings, found.batch)
     text = shortage(own, further, Budgets(12 * GIB, 0))
     assert "Largest part: weights 15" in text and "--set method=qlora" in text
     assert {each.setting for each in further} >= {"method=qlora", "data.max_seq_length=2048", "lora.r=8"}
     assert all(each.peak_bytes + each.saves_bytes == own.peak_bytes and each.saves_bytes > 0 for each in further)
+
+
+def test_a_shortage_names_the_largest_part_of_the_tighter_memory(llama):
+    needs = Needs(4096, "as a test", 0.1)
+    found = fit(
+        llama, Settings(), Free(policy=(("resident_layers", 0), ("stream_from", "host"))), needs, Budgets(6 * GIB, GIB)
+    )
+    own = llama.of(found.settings, found.batch)
+    text = shortage(own, (), Budgets(6 * GIB, GIB))
+    assert (
+        own.peak_bytes <= 6 * GIB < own.homes_bytes + 6 * GIB and "of host memory. Largest part: host weights" in text
+    )
 
 
 def test_the_smallest_budget_that_is_named_is_enough_and_a_byte_less_is_not(llama):

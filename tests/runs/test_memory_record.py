@@ -3,7 +3,7 @@
 import torch
 
 from qlora_lite.memory.ledger import Moment
-from qlora_lite.runs.memory_record import compared, memory_of_run
+from qlora_lite.runs.memory_record import _on_host, compared, memory_of_run
 from qlora_lite.show.rows import beside_rows
 from qlora_lite.training import Preflight, allocator_statistics, state_bytes
 
@@ -21,7 +21,9 @@ STEPS = [
     {"rss_bytes": 950, "phase_peaks": {"forward": 50, "head": 66, "update": 30}},
     {"rss_bytes": 800, "phase_peaks": {"forward": 52, "head": 60, "update": 30}},
 ]
-TRIED = Preflight({"head": {"gradients": 10, "activations": 42, "logits": 7}}, (Moment("head", "embedding", 64),))
+TRIED = Preflight(
+    {"head": {"gradients": 10, "activations": 42, "logits": 7}}, {"host_weights": 5}, (Moment("head", "embedding", 64),)
+)
 
 
 def test_planned_and_measured_stand_side_by_side_with_their_difference():
@@ -71,3 +73,11 @@ def test_a_card_tells_what_its_allocator_holds(monkeypatch):
     assert (
         allocator_statistics("cpu") is None and beside_rows({"allocator": None, "paged_bytes": {"measured": 0}}) == []
     )
+
+
+def test_parts_on_the_host_stand_beside_their_plan_without_paged_state():
+    planned = {"host_weights_bytes": 6, "host_layer_inputs_bytes": 3, "paged_bytes": 9}
+    assert _on_host(planned, TRIED) == {
+        "host_weights_bytes": {"planned": 6, "measured": 5, "difference": -1},
+        "host_layer_inputs_bytes": {"planned": 3, "measured": None, "difference": None},
+    }
