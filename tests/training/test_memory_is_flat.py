@@ -1,13 +1,10 @@
 """Over hundreds of steps nothing piles up: at equal shapes the allocator holds as many bytes after each, to the byte."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
-from torch._C._profiler import ProfilerActivity, ProfilerConfig, ProfilerState, RecordScope, _ExperimentalConfig
 from torch.profiler import record_function
 
+from qlora_lite.memory.measuring import allocator_events
 from tests.tiny_model import random_rows
 from tests.training.test_loop import fresh_state, sampler_of, steps_of
 
@@ -30,30 +27,11 @@ def test_hundreds_of_steps_hold_as_many_bytes_after_each_as_after_the_first() ->
                 next(steps)
                 with record_function(STEP_IS_OVER):
                     pass
-        for num_bytes in events:
-            if num_bytes is None:
+        for event in events:
+            if isinstance(event, int):
+                held, num_events = held + event, num_events + 1
+            elif event == STEP_IS_OVER:
                 after_steps.append(held)
-            else:
-                held, num_events = held + num_bytes, num_events + 1
     assert len(after_steps) == NUM_STEPS - WARM_UP and num_events > 100 * len(after_steps)
     assert set(after_steps) == {after_steps[0]}
     assert all(torch.isfinite(p).all() for p in state.model.parameters())
-
-
-@contextmanager
-def allocator_events() -> Iterator[list[int | None]]:
-    """In the order in which they came: bytes taken (negative: given back), and None where a step is over.
-
-    `torch.profiler.profile` would also keep every operator, which takes twice as long as the steps.
-    """
-    events: list[int | None] = []
-    config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig(), "")
-    torch.autograd._prepare_profiler(config, {ProfilerActivity.CPU})
-    torch.autograd._enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})
-    try:
-        yield events
-    finally:
-        found = torch.autograd._disable_profiler().events()
-    named = [(event.start_ns(), event) for event in found if event.name() in ("[memory]", STEP_IS_OVER)]
-    for _, event in sorted(named, key=lambda each: each[0]):
-        events.append(event.nbytes() if event.name() == "[memory]" else None)
