@@ -43,8 +43,11 @@ LONGEST_FILES = (
     "test_standard_streams.py",
     "commands/test_fetch.py",
 )
-# Both look at the run of tests/security/whole_run.py, which takes a minute and is made once in a process.
-TOGETHER = {"tests/security/test_secrets.py": "tests/promises/test_promise_13_network.py"}
+# Two look at the run of tests/security/whole_run.py, and two kill the runs of one server: both are made once in a process.
+TOGETHER = {
+    "tests/security/test_secrets.py": "tests/promises/test_promise_13_network.py",
+    "tests/crash/test_failing_calls.py": "tests/crash/test_kills.py",
+}
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_HOME = os.environ.get("QLORA_LITE_HOME") or "~/.cache/qlora_lite"
