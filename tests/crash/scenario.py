@@ -84,7 +84,7 @@ def prepare(folder: Path, server: Server, **train: Any) -> Scenario:
     base = save_tiny_llama(
         folder / "model", num_hidden_layers=1
     )  # hundreds of runs: no file is written for a second layer
-    recipe = write_recipe(folder / "recipe", base=base, **train)
+    recipe = write_recipe(folder / "recipe", base=base, num_scored=2, **train)
     warm = folder / "warm"
     # Fills the cache: rows, quantized base; and the server's rehearsals.
     first = server.run("train", recipe, "--run-dir", warm, roots=[warm], leaves_rehearsals=True)
