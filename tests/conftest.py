@@ -26,25 +26,33 @@ if (
 
 # About the longest first: tools/test gives a worker one file at a time, in this order, so that none of them is the last.
 LONGEST_FILES = (
-    "plan/test_forecast.py",
-    "test_recipes_check.py",
-    "promises/test_promise_06_plan.py",
-    "crash/test_kills.py",
-    "promises/test_promise_13_network.py",
     "test_standin.py",
-    "test_end_to_end.py",
-    "hostile/test_fuzz.py",
+    "crash/test_kills.py",
     "crash/test_failing_calls.py",
-    "plan/test_scoring.py",
-    "commands/test_pipeline.py",
+    "promises/test_promise_06_plan.py",
+    "promises/test_promise_13_network.py",
+    "plan/test_forecast.py",
+    "test_end_to_end.py",
     "test_architectures.py",
+    "hostile/test_fuzz.py",
+    "commands/test_pipeline.py",
+    "promises/test_promise_01_split.py",
+    "commands/test_doctor.py",
+    "test_recipes_check.py",
+    "test_methods.py",
+    "test_gpu_check.py",
+    "plan/test_scoring.py",
+    "base/test_gguf_folder.py",
     "plan/test_every_key.py",
     "merging/test_write.py",
     "test_standard_streams.py",
     "commands/test_fetch.py",
 )
-# Both look at the run of tests/security/whole_run.py, which takes a minute and is made once in a process.
-TOGETHER = {"tests/security/test_secrets.py": "tests/promises/test_promise_13_network.py"}
+# Two look at the run of tests/security/whole_run.py, and two kill the runs of one server: both are made once in a process.
+TOGETHER = {
+    "tests/security/test_secrets.py": "tests/promises/test_promise_13_network.py",
+    "tests/crash/test_failing_calls.py": "tests/crash/test_kills.py",
+}
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_HOME = os.environ.get("QLORA_LITE_HOME") or "~/.cache/qlora_lite"

@@ -1,4 +1,4 @@
-"""The main job on the small real model and the shipped data, shortened to three steps."""
+"""The main job on the small real model and the shipped data, shortened to two steps."""
 
 import json
 import os
@@ -15,15 +15,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory: pytest.TempPathFactory, small_gguf: Path) -> Path:
-    """A run of the default recipe for three steps, trained by the command line and merged."""
+    """A run of the default recipe for two steps, trained by the command line and merged."""
     run_dir = tmp_path_factory.mktemp("end_to_end") / "run"
     home = tmp_path_factory.mktemp("home")
     settings = {
         "model.base": small_gguf,
-        "train.max_steps": 3,
-        "data.num_train": 48,
-        "eval.num_examples": 6,
-        "eval.max_new_tokens": 8,
+        "train.max_steps": 2,
+        "data.num_train": 32,
+        "eval.num_examples": 4,
+        "eval.max_new_tokens": 4,
     }
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     _run(home, "train", "smollm2-135m_country-qa", *sets, "--run-dir", run_dir)
@@ -31,12 +31,12 @@ def short_run(tmp_path_factory: pytest.TempPathFactory, small_gguf: Path) -> Pat
     return run_dir
 
 
-def test_three_steps_on_the_real_model_already_lower_the_loss_of_held_out_questions(short_run: Path) -> None:
+def test_two_steps_on_the_real_model_already_lower_the_loss_of_held_out_questions(short_run: Path) -> None:
     scores = json.loads((short_run / "eval.json").read_text())
     assert scores["after"]["loss"] < 0.75 * scores["before"]["loss"]
 
 
-def test_a_merge_after_three_steps_keeps_95_percent_of_the_adapter_where_nearest_rounding_does_not(
+def test_a_merge_after_two_steps_keeps_95_percent_of_the_adapter_where_nearest_rounding_does_not(
     short_run: Path,
 ) -> None:
     merged = json.loads((short_run / "merge.json").read_text())

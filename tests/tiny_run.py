@@ -14,16 +14,19 @@ NUM_STEPS = 4
 SAVE_EVERY = 2
 
 
-def write_recipe(folder: Path, **train: Any) -> Path:
-    """`folder/tiny.yaml` with its data beside it: 24 rows to train on, 4 to score, NUM_STEPS steps of 4 examples."""
+def write_recipe(folder: Path, *, base: Path | None = None, num_scored: int = 4, **train: Any) -> Path:
+    """`folder/tiny.yaml` with its data beside it: 24 rows to train on, `num_scored` of 4 to score, NUM_STEPS steps of 4 examples.
+
+    `base` is the model's folder; without it, `tiny_source`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _write_short_rows("train.json", 24, folder)
     _write_short_rows("test.json", 4, folder)
     sections = {
-        "model": {"base": str(tiny_source())},
+        "model": {"base": str(base or tiny_source())},
         "data": {"train": "train.json", "eval": "test.json"},
         "train": {"max_steps": NUM_STEPS, "examples_per_step": 4, "save_every_steps": SAVE_EVERY, **train},
-        "eval": {"num_examples": 4, "max_new_tokens": 3},
+        "eval": {"num_examples": num_scored, "max_new_tokens": 3},
     }
     path = folder / "tiny.yaml"
     path.write_text("\n".join(f"{name}: {json.dumps(keys)}" for name, keys in sections.items()), encoding="utf-8")

@@ -4,6 +4,7 @@ Readers make rows, `fit.py` turns them into token ids. Only a `QuestionRow` may 
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -56,6 +57,7 @@ class Document:
 
 
 Row = QuestionRow | Conversation | Document
+_HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def problem_with_text(text: Any) -> str:
     if len(text) > TEXT_CHARS:
         return f"{len(text):,} characters, allowed {TEXT_CHARS:,}"
     # Half of a surrogate pair cannot be encoded, so no tokenizer accepts it.
-    return "contains half of a surrogate pair" if any("\ud800" <= char <= "\udfff" for char in text) else ""
+    return "contains half of a surrogate pair" if _HALF_OF_A_PAIR.search(text) else ""
 
 
 def kind(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora_lite.files.manifest import sha256_of_file
 from tests.crash.server import Outcome, Server
+from tests.tiny_model import save_tiny_llama
 from tests.tiny_run import write_recipe
 
 MEASURED = {"step_s", "rss_bytes", "peak_bytes", "phase_peaks", "answers_s", "other_cores"}  # differ from run to run
@@ -80,7 +81,10 @@ class Scenario:
 
 def prepare(folder: Path, server: Server, **train: Any) -> Scenario:
     """The recipe, and an undisturbed run of it with its merge."""
-    recipe = write_recipe(folder / "recipe", **train)
+    base = save_tiny_llama(
+        folder / "model", num_hidden_layers=1
+    )  # hundreds of runs: no file is written for a second layer
+    recipe = write_recipe(folder / "recipe", base=base, num_scored=2, **train)
     warm = folder / "warm"
     # Fills the cache: rows, quantized base; and the server's rehearsals.
     first = server.run("train", recipe, "--run-dir", warm, roots=[warm], leaves_rehearsals=True)

@@ -103,12 +103,16 @@ class Server:
 def serve() -> None:
     """Import everything that a command would, then fork one after the other."""
     import datasets  # noqa: F401
+    import peft.tuners.lora.bnb  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from qlora_lite import commands
     from qlora_lite.base.bnb import bitsandbytes  # noqa: F401
 
     for module in pkgutil.iter_modules(commands.__path__, "qlora_lite.commands."):
         importlib.import_module(module.name)
+    get_checkpoint_conversion_mapping("llama")  # compiles a thousand regular expressions the first time
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not get between the answers
     for line in sys.stdin:

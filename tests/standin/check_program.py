@@ -29,7 +29,7 @@ CLOSE = {"bf16": 2e-3, "fp16": 2e-2, "fp32": 1e-5}
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"), eval_every_steps=2, learning_rate=2e-3)
+    return write_recipe(tmp_path_factory.mktemp("recipe"), num_scored=2, eval_every_steps=2, learning_rate=2e-3)
 
 
 @contextlib.contextmanager
