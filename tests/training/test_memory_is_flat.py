@@ -5,6 +5,8 @@ import torch
 from torch.profiler import record_function
 
 from qlora_lite.memory.measuring import allocator_events
+from qlora_lite.model.residency import PLAIN, Policy
+from qlora_lite.training.footprint import Footprint
 from tests.tiny_model import random_rows
 from tests.training.test_loop import fresh_state, sampler_of, steps_of
 
@@ -13,9 +15,14 @@ WINDOW = 50  # steps whose events are kept at the same time
 STEP_IS_OVER = "step is over"
 
 
+POLICIES = [PLAIN, Policy(8, "host_fewest", 0, embeddings="host", head="streamed", keys_values="host")]
+
+
 @pytest.mark.slow
-def test_hundreds_of_steps_hold_as_many_bytes_after_each_as_after_the_first() -> None:
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_hundreds_of_steps_hold_as_many_bytes_after_each_as_after_the_first(policy: Policy) -> None:
     rows, state = random_rows([4] * 8, prompt=(12, 12)), fresh_state()
+    state.footprint = Footprint(48, 0 if policy.is_plain else 1, policy=policy)
     del state.model.get_base_model().model.layers[1:]  # every layer would hold on to as much
     steps = steps_of(state, rows, sampler_of(rows, epochs=NUM_STEPS), schedule="constant")
     for _ in range(WARM_UP):
