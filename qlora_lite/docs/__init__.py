@@ -16,6 +16,7 @@ READING_ORDER = (
     "lora-step-by-step",
     "data",
     "planning",
+    "fitting",
     "training",
     "adapters",
     "models",

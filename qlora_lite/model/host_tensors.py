@@ -19,6 +19,7 @@ import torch
 
 from qlora_lite.device.accelerator import is_accelerator, register_pages, synchronize
 from qlora_lite.memory.ledger import counted_as
+from qlora_lite.units import format_bytes
 
 Home = Literal["device", "host"]
 _free: dict[int, list[mmap.mmap]] = defaultdict(list)  # registered pages without a tensor, by size
@@ -56,7 +57,10 @@ def _page_locked(num_bytes: int) -> torch.Tensor:
     if _free[size]:
         pages = _free[size].pop()
     else:
-        pages = mmap.mmap(-1, size)
+        try:
+            pages = mmap.mmap(-1, size)
+        except OSError as error:
+            raise MemoryError(f"the system has no {format_bytes(size)} of host memory left ({error})") from error
         register_pages(torch.frombuffer(pages, dtype=torch.uint8))
     tensor = torch.frombuffer(pages, dtype=torch.uint8)
     weakref.finalize(tensor.untyped_storage(), _free[size].append, pages)

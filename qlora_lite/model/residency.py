@@ -21,7 +21,7 @@ Models that compute attention in their own modules (BLOOM, Falcon) run each laye
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -125,6 +125,17 @@ def apply_policy(model: PreTrainedModel, policy: Policy) -> None:
         model.__dict__[_ATTRIBUTE] = Residency(model, policy)
 
 
+@contextmanager
+def one_step(model: PreTrainedModel) -> Iterator[None]:
+    """Around forward and backward of a micro-batch: afterwards, also after an error, no streamed head is on the device."""
+    try:
+        yield
+    finally:
+        residency = residency_of(model)
+        if residency is not None:
+            residency.end_step()
+
+
 def residency_of(model: PreTrainedModel) -> "Residency | None":
     """The residency that runs the model's layers; None if they run plainly."""
     residency: Residency | None = model.__dict__.get(_ATTRIBUTE)
@@ -180,9 +191,9 @@ class Residency:
         """The device's memory for streamed weights, kept between steps."""
         return self._weights.buffers()
 
-    def head(self) -> AbstractContextManager[None]:
-        """Inside, a streamed head is on the device."""
-        return self._ends.head()
+    def end_step(self) -> None:
+        """Take a streamed head off the device."""
+        self._ends.end_step()
 
     def drop_head_after(self, hidden_ND: torch.Tensor) -> None:
         """Free a streamed head as soon as the gradient of its input exists."""

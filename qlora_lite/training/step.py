@@ -25,6 +25,7 @@ from qlora_lite.memory.ledger import count_as, counted_as
 from qlora_lite.memory.measuring import give_back_free_memory
 from qlora_lite.model.forward import causal_lm, predicting_states
 from qlora_lite.model.head import CHUNK, summed_loss
+from qlora_lite.model.residency import one_step
 
 
 class NotFinite(Exception):
@@ -79,7 +80,7 @@ def forward_backward(
     total = 0.0
     for batch in batches:
         around = observer.around_last() if batch is batches[-1] else nullcontext()
-        with around, exact_sums(), counted_as("activations"):
+        with around, exact_sums(), counted_as("activations"), one_step(causal_lm(model)):
             loss = batch_loss(model, batch, head_chunk=head_chunk)
             summed = loss.item()
             observer.see_loss(batch, summed / len(batch.target_N))

@@ -3,6 +3,7 @@
 import gc
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from qlora_lite.device.accelerator import card_here
+from qlora_lite.model import host_tensors
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.residency import Policy, residency_of
 from qlora_lite.plan import rehearsal
@@ -80,7 +82,7 @@ def test_training_from_other_homes_is_the_same_to_the_bit_and_every_verb_works(t
 
 @pytest.mark.parametrize("policy", POLICIES[2:], ids=str)
 def test_a_step_that_fails_anywhere_leaves_nothing_on_the_device(policy):
-    """An exception in the MLP of a layer, the first, second, ... time that one is computed: forward, recomputed, in the backward pass."""
+    """An exception in the MLP of a layer or in the head, the first, second, ... time: forward, recomputed, in the backward pass."""
     micro_batch = MicroBatch(100, 3, 0.1, is_first=True)
     with standin.card("rtx-4090"):
         model, step = real_step(Settings(card=card_here(), r=8, policy=policy), micro_batch)
@@ -95,6 +97,17 @@ def test_a_step_that_fails_anywhere_leaves_nothing_on_the_device(policy):
             model.zero_grad(set_to_none=True)
             assert allocated_soon(before) == before, number
         assert number > 4
+
+
+def test_host_memory_that_is_refused_is_a_lack_of_memory_like_any_other(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with standin.card("rtx-4090"):
+        monkeypatch.setattr(host_tensors, "_free", defaultdict(list))
+        monkeypatch.setattr(host_tensors.mmap, "mmap", refuse)
+        with pytest.raises(MemoryError, match="of host memory left"):
+            host_tensors.empty_on_host((4, 4), torch.float32, torch.device(standin.NAME), "host_weights")
 
 
 def allocated_soon(expected: int) -> int:
@@ -117,7 +130,9 @@ def fails(model: torch.nn.Module, step: Callable[[], None], number: int) -> bool
         if calls == number:
             raise ValueError("on purpose")
 
-    hooks = [m.register_forward_pre_hook(fail) for name, m in model.named_modules() if name.endswith(".mlp")]
+    hooks = [
+        m.register_forward_pre_hook(fail) for name, m in model.named_modules() if name.endswith((".mlp", "lm_head"))
+    ]
     try:
         step()
     except ValueError:
