@@ -22,11 +22,10 @@ from qlora_lite.device.accelerator import card_here, torch_module
 from qlora_lite.memory.ledger import PHASES
 from qlora_lite.memory.measuring import measure_allocations
 from qlora_lite.model.adapter import Lora, attach_adapter
-from qlora_lite.model.forward import causal_lm
-from qlora_lite.model.load import checkpoint_activations
 from qlora_lite.model.random_model import random_model
+from qlora_lite.model.residency import PLAIN, Policy
 from qlora_lite.plan.rehearsal import MicroBatch, Settings, Stage, num_labels
-from qlora_lite.training import make_optimizer
+from qlora_lite.training import Footprint, apply_footprint, make_optimizer
 from qlora_lite.training.step import update
 
 REPO = Path(__file__).resolve().parents[2]
@@ -40,6 +39,11 @@ LARGEST_FIRST = (
     "llama-3.2-3b",
     "llama-3.2-1b",
 )
+HOMES = (  # tokens, and how they are made to fit
+    (32_768, Policy(2048, "fewest")),
+    (32_768, Policy(2048, "host", embeddings="host")),
+    (4096, Policy(2048, "host_fewest", 0, embeddings="host", head="streamed", keys_values="host")),
+)
 LARGE_ERROR = 2.0  # percent, of a plan against the allocator
 
 
@@ -50,6 +54,9 @@ def peaks() -> Found:
         for tokens in (1024, 4096)
         for every in (1, 0)
     }
+    cells |= {
+        f"{tokens} tokens, {policy}": partial(cell, EIGHT_B, tokens, 1, policy=policy) for tokens, policy in HOMES
+    }
     varied = {
         f"reserved after varied lengths, {setting}": partial(_varied_in_a_process, setting)
         for setting in ("expandable_segments:True", "expandable_segments:False")
@@ -57,12 +64,14 @@ def peaks() -> Found:
     return each(cells | varied)
 
 
-def cell(name: str, tokens: int, every: int, *, r: int = 16) -> Found:
+def cell(name: str, tokens: int, every: int, *, r: int = 16, policy: Policy = PLAIN) -> Found:
     """One step of one row: planned and measured, in all and by phase."""
     card = card_here()
     assert card is not None
     micro_batch = MicroBatch(tokens, 1, 0.1)
-    planned = Stage(known_config(name), Settings(card=card, r=r, checkpoint_every=every)).rehearse(micro_batch)
+    planned = Stage(known_config(name), Settings(card=card, r=r, checkpoint_every=every, policy=policy)).rehearse(
+        micro_batch
+    )
     free = torch_module().mem_get_info()[0]
     if planned.peak_bytes > free:
         return {
@@ -74,7 +83,7 @@ def cell(name: str, tokens: int, every: int, *, r: int = 16) -> Found:
     gc.collect()
     torch_module().empty_cache()
     before = torch_module().memory_allocated()
-    model, step = step_of(name, micro_batch, every, r=r)
+    model, step = step_of(name, micro_batch, every, r=r, policy=policy)
     step(measured=False)  # what is made once
     torch_module().reset_peak_memory_stats()
     held = torch_module().memory_allocated()
@@ -99,12 +108,12 @@ def cell(name: str, tokens: int, every: int, *, r: int = 16) -> Found:
 
 
 def step_of(
-    name: str, micro_batch: MicroBatch, every: int, *, r: int = 16
+    name: str, micro_batch: MicroBatch, every: int, *, r: int = 16, policy: Policy = PLAIN
 ) -> tuple[Any, Callable[..., dict[str, int]]]:
     """A model of random weights, and a function that runs a step whose gradients are there already."""
     base = random_model(known_config(name), quantization=Quantization("nf4"), device=device())
     model = attach_adapter(base, Lora(r=r, lora_alpha=2 * r))
-    checkpoint_activations(causal_lm(model), every=every)
+    apply_footprint(model, Footprint(micro_batch.num_tokens, every, policy=policy))
     optimizer = make_optimizer(model.named_parameters(), name="paged_adamw_8bit", learning_rate=1e-4, weight_decay=0.0)
     scaler = torch.amp.GradScaler(device(), enabled=False)
     batch = batch_of(micro_batch)
