@@ -55,7 +55,11 @@ def test_a_plan_leaves_nothing_to_auto_and_says_why(tmp_path: Path) -> None:
         for key, value in values[section].items()
         if value == "auto"
     ]
-    assert left == ["memory.budget", "merge.proof"]  # the device's memory; the number of rows is found while merging
+    assert left == [
+        "memory.budget",
+        "memory.host_budget",
+        "merge.proof",
+    ]  # the device's memory; the number of rows is found while merging
     assert plan.device in ("cpu", "cuda")
     reasons = " ".join(map(str, plan.reasons))
     for key in ("device:", "model.dtype:", "data.max_seq_length:", "train.micro_batch_tokens:"):

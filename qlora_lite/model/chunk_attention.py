@@ -22,7 +22,7 @@ from qlora_lite.memory.ledger import HOST_KEYS_VALUES
 from qlora_lite.model.host_tensors import Home, empty_on_host, on_device, wait_for_copies
 from qlora_lite.model.tree_attention import NO_PARENT, Kernel, Part, kernel_for, parts_of
 
-KEY_BLOCK = 16_384  # keys of a rectangle at a time: bounds the copies of keys that wait on the host
+KEY_BLOCK = 8192  # keys of a rectangle at a time: bounds the copies of keys that wait on the host
 
 
 class KeysAreComplete(Exception):

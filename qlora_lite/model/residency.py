@@ -61,6 +61,13 @@ class Policy:
         return self.layer_inputs in ("fewest", "host_fewest")
 
     @property
+    def uses_host(self) -> bool:
+        """Whether anything waits in host memory."""
+        streams = self.resident_layers is not None and self.stream_from == "host"
+        ends = self.embeddings == "host" or self.head == "streamed"
+        return streams or ends or self.inputs_home == "host" or self.keys_values == "host"
+
+    @property
     def is_plain(self) -> bool:
         """Whether nothing waits elsewhere and nothing is chunked: ordinary checkpointing computes the step."""
         return replace(self, stream_from="host") == Policy()

@@ -176,7 +176,10 @@ def _longest_with_homes(
     for card in CARDS:
         lengths = [
             length_about(
-                partial(rehearsals.of, replace(settings, policy=policy)), label_share, Budgets(card, host_budget_bytes)
+                partial(rehearsals.of, replace(settings, policy=policy)),
+                policy,
+                label_share,
+                Budgets(card, host_budget_bytes),
             )
             for policy in policies
         ]

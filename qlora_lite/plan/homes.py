@@ -13,13 +13,14 @@ measured on a card yet.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 
 from transformers import PreTrainedConfig
 
 from qlora_lite.base.skeleton import model_class
 from qlora_lite.device.card import Card
 from qlora_lite.model.attention import packs_rows
+from qlora_lite.model.chunk_attention import KEY_BLOCK
 from qlora_lite.model.head import CHUNK
 from qlora_lite.model.residency import PLAIN, LayerInputs, Policy
 from qlora_lite.plan.fits import STEP
@@ -40,7 +41,6 @@ CHUNKS = (8192, 4096, 2048, 1024)  # tokens; fewer make products too small to be
 LEAST_HEAD_CHUNK = 16
 PRODUCT_SHARE = 0.6  # of the card's peak rate that products reach: assumed
 _DISK_BYTES_PER_S = 2e9  # of a stream from the base's files: assumed, a plain NVMe
-_NEXT = 65_536  # tokens of the longer of two rehearsed sequences
 _NO_LIMIT = 2**24  # tokens
 
 
@@ -101,15 +101,23 @@ def seconds(policy: Policy, shape: Shape, card: Card, tokens: int) -> float:
 
 
 def homes(
-    free: Free, *, card: Card, config: PreTrainedConfig, shape: Shape, method: str, length: int, ends_are_frozen: bool
+    free: Free,
+    *,
+    card: Card,
+    config: PreTrainedConfig,
+    shape: Shape,
+    method: str,
+    length: int,
+    ends_are_frozen: bool,
+    has_host: bool,
 ) -> tuple[Strategy, ...]:
     """Return all strategies that the recipe allows, fastest first; none with method full, whose weights all change, and none for a
-    recipe that keeps activations."""
+    recipe that keeps activations. Without `has_host`, nothing waits in host memory."""
     if method == "full" or free.checkpoint_every not in (None, 1):
         return ()
     packs = packs_rows(model_class(config))
     asked = (replace(policy, **dict(free.policy)) for policy in _ladder(card, packs, length, ends_are_frozen))
-    policies = [policy for policy in dict.fromkeys(asked) if not policy.is_plain]
+    policies = [policy for policy in dict.fromkeys(asked) if not policy.is_plain and (has_host or not policy.uses_host)]
     if not policies:
         return ()
     tokens = free.micro_batch_tokens or length
@@ -196,59 +204,64 @@ def longest_of_all(
     ways: Sequence[Strategy], rehearse: Callable[[Strategy, MicroBatch], Rehearsal], label_share: float, budgets: Budgets,
     *, limit: int | None = None,
 ) -> tuple[Strategy, int] | None:  # fmt: skip
-    """Return the strategy with the longest sequence and its length in tokens; None if not even STEP tokens fit with any."""
-    lengths = {way: length_about(partial(rehearse, way), label_share, budgets) for way in ways}
-    for way in sorted(ways, key=lambda way: lengths[way], reverse=True):
-        if lengths[way] >= _NEXT // 2:
-            length = longest_with_homes(partial(rehearse, way), label_share, budgets, limit=limit)
-            return None if length is None else (way, length)
-    short = {way: longest_with_homes(partial(rehearse, way), label_share, budgets, limit=limit) or 0 for way in ways}
-    best = max(ways, key=lambda way: short[way])
-    return (best, short[best]) if short[best] else None
+    """Return the strategy with the longest sequence and its length in multiples of STEP; None if not even STEP tokens fit with any.
 
-
-def longest_with_homes(
-    rehearse: Callable[[MicroBatch], Rehearsal], label_share: float, budgets: Budgets, *, limit: int | None = None
-) -> int | None:
-    """Return the longest sequence, in multiples of STEP, with one set of settings; None if STEP tokens do not fit.
-
-    `limit` bounds it; without, the model's positions do not. A line through two long sequences gives a first length, and rehearsals of
-    that length confirm or lower it.
+    `limit` bounds the length; without, the model's positions do not.
     """
-
-    @cache
-    def fits(steps: int) -> bool:
-        return budgets.fit(rehearse(MicroBatch(max(2, steps * STEP), 1, label_share)))
-
+    about = {way: length_about(partial(rehearse, way), way.footprint.policy, label_share, budgets) for way in ways}
+    best = max(ways, key=lambda way: about[way])
     most = (limit or _NO_LIMIT) // STEP
-    length = length_about(rehearse, label_share, budgets)
-    if length >= _NEXT // 2:
-        steps = min(most, length // STEP)
-        while steps and not fits(steps):
-            steps = int(steps * 0.995) - 1 if steps > 200 else steps - 1
-        return steps * STEP or None
-    least, most = 0, min(most, _NEXT // 2 // STEP)
-    while least < most:
-        middle = (least + most + 1) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle - 1)
-    return least * STEP or None
+
+    def fits(way: Strategy, steps: int) -> bool:
+        return budgets.fit(rehearse(way, MicroBatch(max(2, steps * STEP), 1, label_share)))
+
+    if about[best] > 2 * KEY_BLOCK:
+        steps = _largest(partial(fits, best), min(most, about[best] // STEP), most)
+        return (best, steps * STEP) if steps else None
+    short = {way: _largest(partial(fits, way), min(most, 16), min(most, 2 * KEY_BLOCK // STEP)) for way in ways}
+    best = max(ways, key=lambda way: short[way])
+    return (best, short[best] * STEP) if short[best] else None
 
 
-def length_about(rehearse: Callable[[MicroBatch], Rehearsal], label_share: float, budgets: Budgets) -> int:
-    """The tokens at which a line through two rehearsals, of _NEXT / 2 and _NEXT tokens, meets the tighter budget."""
-    low, high = (rehearse(MicroBatch(length, 1, label_share)) for length in (_NEXT // 2, _NEXT))
-    lengths = []
+def _largest(fits: Callable[[int], bool], guess: int, most: int) -> int:
+    """The largest number up to `most` that fits, to half a thousandth: each try takes up to seconds. 0 if none does."""
+    low, high, width = 0, most + 1, max(1, guess // 200)
+    while guess > low and guess < high:  # gallop from the guess until both sides are known
+        if fits(guess):
+            low, guess = guess, min(most, guess + width)
+        else:
+            high, guess = guess, max(0, guess - width)
+        width *= 2
+    while high - low > max(1, low // 2000):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def length_about(
+    rehearse: Callable[[MicroBatch], Rehearsal], policy: Policy, label_share: float, budgets: Budgets
+) -> int:
+    """The tokens at which a line through two rehearsed sequences meets the tighter budget; 0 if it never does."""
+    near, far = _two_lengths(policy)
+    low, high = (rehearse(MicroBatch(length, 1, label_share)) for length in (near, far))
     pairs = [
         (sum(parts.values()), sum(high.stretches[name].values()), budgets.device)
         for name, parts in low.stretches.items()
     ]
+    lengths = []
     for first, second, budget in (*pairs, (low.homes_bytes, high.homes_bytes, budgets.host)):
-        slope = (second - first) / (_NEXT // 2)
+        slope = (second - first) / (far - near)
         if slope > 0:
-            lengths.append(_NEXT // 2 + (budget - first) / slope)
+            lengths.append(near + (budget - first) / slope)
         elif first > budget:
             return 0
     return max(0, int(min(lengths, default=_NO_LIMIT)))
+
+
+def _two_lengths(policy: Policy) -> tuple[int, int]:
+    """Tokens of the two sequences that a line goes through: bytes are linear once a chunk sees a whole block of keys."""
+    chunk = policy.chunk_tokens or KEY_BLOCK
+    return KEY_BLOCK + chunk, KEY_BLOCK + 3 * chunk
 
 
 def _may_stream_fewer(way: Strategy, estimate: Rehearsal, budgets: Budgets) -> bool:
@@ -267,12 +280,11 @@ def _streamed_bytes(rehearsal: Rehearsal) -> int:
 
 def _estimate(way: Strategy, rehearse: Callable[[Strategy, MicroBatch], Rehearsal], batch: MicroBatch) -> Rehearsal:
     """Continue a line through two rehearsals for a sequence of many chunks; else rehearse it."""
-    chunk = way.footprint.policy.chunk_tokens
-    near = 3 * _whole_chunks(chunk)
-    if not chunk or batch.num_examples > 1 or batch.length <= 2 * near:
+    near, far = _two_lengths(way.footprint.policy)
+    if not way.footprint.policy.chunk_tokens or batch.num_examples > 1 or batch.length <= far:
         return rehearse(way, batch)
-    low, high = (rehearse(way, replace(batch, length=length)) for length in (near, 2 * near))
-    share = (batch.length - near) / near
+    low, high = (rehearse(way, replace(batch, length=length)) for length in (near, far))
+    share = (batch.length - near) / (far - near)
 
     def line(a: int, b: int) -> int:
         return a + round(share * (b - a))
@@ -288,11 +300,6 @@ def _estimate(way: Strategy, rehearse: Callable[[Strategy, MicroBatch], Rehearsa
         for part in low.host_parts | high.host_parts
     }
     return replace(low, stretches=stretches, host_parts=host)
-
-
-def _whole_chunks(chunk: int) -> int:
-    """Tokens of as many chunks as are needed to fill a block of keys (model/chunk_attention.py)."""
-    return chunk * max(1, -(-8192 // max(1, chunk)))
 
 
 def _with_residents(

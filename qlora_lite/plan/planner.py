@@ -12,7 +12,7 @@ from qlora_lite.data.trees import Sharing
 from qlora_lite.model.residency import PLAIN
 from qlora_lite.plan.compare import Rehearsals
 from qlora_lite.plan.fits import STEP, Growth, Labels, Room, longest_length
-from qlora_lite.plan.homes import Budgets, Shape, choose_homes, homes, longest_with_homes
+from qlora_lite.plan.homes import Budgets, Shape, choose_homes, homes, longest_of_all
 from qlora_lite.plan.needs import Needs
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.scoring import Scoring
@@ -196,7 +196,7 @@ def _choose(
         choice = choose(ordinary, lambda way: rehearse(way, _batch(way, needs)).peak_bytes, budget_bytes=budgets.device)
         if choice.fits and not free.asks_for_homes:
             return choice
-        ways = homes_of(rehearsals, settings, free, needs.length)
+        ways = homes_of(rehearsals, settings, free, needs.length, has_host=bool(budgets.host))
         if not ways:
             return choice
         depth = rehearsals.config.num_hidden_layers
@@ -205,13 +205,15 @@ def _choose(
     choice = choice_for(needs)
     if choice.fits or not needs.is_free:
         return needs, choice
-    shorter = _longest(rehearsals, _with(settings, choice.strategy), needs, budgets)
+    shorter = _longest(rehearsals, _with(settings, choice.strategy), free, needs, budgets)
     reason = _length_reason(needs, shorter, budgets.device)
     needs = replace(needs, length=shorter or min(STEP, needs.length), reason=reason)
     return needs, choice_for(needs)
 
 
-def homes_of(rehearsals: Rehearsals, settings: Settings, free: Free, length: int) -> tuple[Strategy, ...]:
+def homes_of(
+    rehearsals: Rehearsals, settings: Settings, free: Free, length: int, *, has_host: bool
+) -> tuple[Strategy, ...]:
     """Return the strategies of homes.py for sequences of `length` tokens."""
     if settings.method == "full":
         return ()
@@ -226,13 +228,20 @@ def homes_of(rehearsals: Rehearsals, settings: Settings, free: Free, length: int
         method=settings.method,
         length=length,
         ends_are_frozen=not settings.modules_to_save,
+        has_host=has_host,
     )
 
 
-def _longest(rehearsals: Rehearsals, settings: Settings, needs: Needs, budgets: Budgets) -> int | None:
+def _longest(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, budgets: Budgets) -> int | None:
     """Return the longest length of one example, confirmed by its own rehearsal: interpolation may be slightly off."""
     if not settings.policy.is_plain:
-        return longest_with_homes(partial(rehearsals.of, settings), needs.label_share, budgets, limit=needs.length)
+        ways = homes_of(rehearsals, settings, free, needs.length, has_host=bool(budgets.host))
+
+        def rehearse(way: Strategy, batch: MicroBatch) -> Rehearsal:
+            return rehearsals.of(_with(settings, way), batch)
+
+        best = longest_of_all(ways, rehearse, needs.label_share, budgets, limit=needs.length)
+        return best and best[1]
     labels = Labels(partial(rehearsals.shallow, settings), chunk=settings.head_chunk)
     growth = Growth(partial(rehearsals.of, settings), rehearsals.config, labels, label_share=needs.label_share)
     length = longest_length(growth, Room(budgets.device, needs.length, needs.label_share))

@@ -1,6 +1,6 @@
 """The plan of a run: a recipe whose base and data are on this machine -> `Plan`, for training, scoring and merging."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from qlora_lite.plan.budget import budget_of, host_budget_of, measured_here
 from qlora_lite.plan.needs import choose_format, needs_of, with_scored
 from qlora_lite.plan.planner import homes_of
 from qlora_lite.plan.resolve import Base, Place, Resolved, free_of, refuse_wrong_modules, resolve
-from qlora_lite.plan.strategy import Free, next_leaner
+from qlora_lite.plan.strategy import Free, Strategy, next_leaner
 from qlora_lite.recipe import Reason, Recipe
 from qlora_lite.recipe.hub_names import commit_of, is_hub_name
 from qlora_lite.training.footprint import Footprint
@@ -91,7 +91,12 @@ def make_plan(
 
 def _leaner(free: Free, resolved: Resolved) -> Callable[[Footprint], Footprint | None]:
     settings, length = resolved.chosen.settings, resolved.chosen.length
-    return next_leaner(free, length=length, homes=cache(lambda: homes_of(resolved.rehearsals, settings, free, length)))
+
+    def homes() -> Sequence[Strategy]:
+        has_host = bool(resolved.host_budget_bytes)
+        return homes_of(resolved.rehearsals, settings, free, length, has_host=has_host)
+
+    return next_leaner(free, length=length, homes=cache(homes))
 
 
 def _place_of(recipe: Recipe, cache: Path, *, device: str, begun_on: str | None, is_record: bool) -> Place:

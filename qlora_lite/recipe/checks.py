@@ -15,7 +15,7 @@ from qlora_lite.files.json_text import parse_json
 from qlora_lite.files.library_names import ADAPTER_CONFIG_FILE, STARTS_ON_BASE
 from qlora_lite.limits import JSON_BYTES
 from qlora_lite.recipe import hub_names, wording
-from qlora_lite.recipe.schema import Recipe
+from qlora_lite.recipe.schema import ON_DEVICE, Recipe
 from qlora_lite.recipe.shipped import SHIPPED_MODELS
 
 KeyProblem = tuple[str, str]
@@ -145,19 +145,10 @@ def _not_fetched(repo: str, revision: str | None, looked: Sequence[str]) -> list
     return [("model.base", sentence + _similar_file(looked))]
 
 
-_ON_DEVICE = {  # values of `memory` with which nothing is chunked and everything is on the device
-    "chunk_tokens": ("auto", 0),
-    "layer_inputs": ("auto", "device"),
-    "resident_layers": ("auto", "all"),
-    "embeddings": ("auto", "device"),
-    "head": ("auto", "resident"),
-    "keys_values": ("auto", "device"),
-}
-
-
 def _homes_rules(recipe: Recipe) -> list[Rule]:
     """Return the rules for chunks and for parts of the model on the host, as in `contradictions`."""
-    asked = [key for key, values in _ON_DEVICE.items() if getattr(recipe.memory, key) not in values]
+    movable = {key: value for key, value in ON_DEVICE.items() if key != "stream_from"}
+    asked = [key for key, value in movable.items() if getattr(recipe.memory, key) not in ("auto", value)]
     keeps = recipe.memory.gradient_checkpointing not in ("auto", True)
     rules: list[Rule] = []
     for key in asked:

@@ -329,6 +329,18 @@ class MemorySection(Section):
     )
 
 
+# Keys of `memory` that move or divide the model, with the values of an ordinary step.
+ON_DEVICE: dict[str, int | str] = {
+    "chunk_tokens": 0,
+    "layer_inputs": "device",
+    "resident_layers": "all",
+    "stream_from": "host",
+    "embeddings": "device",
+    "head": "resident",
+    "keys_values": "device",
+}
+
+
 class EvalSection(Section):
     """How the model is scored before and after training."""
 

@@ -21,11 +21,15 @@ from qlora_lite.errors import ModelError, RunError
 from qlora_lite.files.cache import default_cache
 from qlora_lite.files.manifest import MANIFEST_NAME, read_manifest
 from qlora_lite.recipe import Recipe, dump_recipe, load_run_recipe
+from qlora_lite.recipe.schema import ON_DEVICE
 from qlora_lite.runs.folder import RunDir, in_command
 
 PACKAGES = ("qlora-lite", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 # Keys, besides those of merge, that do not affect training.
 MAY_DIFFER = frozenset({"train.save_every_steps", "train.keep_checkpoints", "train.trackers", "eval.max_seq_length"})
+# Where parts of the model wait changes no bit; the chunk changes last ones, so it stays.
+_HOMES = {f"memory.{key}": value for key, value in ON_DEVICE.items()}
+_CHUNK = "memory.chunk_tokens"
 
 
 def refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
@@ -51,12 +55,16 @@ def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
     for section, values in new.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
             was = old[section][key] if key else old[section]
+            if was == "auto":  # a run of a version without these keys had everything on the device
+                was = _HOMES.get(f"{section}.{key}", was)
             if was != value:
                 yield f"{section}.{key}" if key else section, was, value
 
 
 def _may_differ(key: str) -> bool:
-    return key.startswith("merge.") or key in MAY_DIFFER
+    return (
+        key.startswith("merge.") or key in MAY_DIFFER or key in _HOMES.keys() - {_CHUNK} or key == "memory.host_budget"
+    )
 
 
 def refuse_other_base(run: RunDir, now: str, folder: Path) -> None:
@@ -161,7 +169,7 @@ def fixed_sha256(recipe: Recipe) -> str:
         f"{section}.{key}": value
         for section, entries in values.items()
         for key, value in (entries.items() if isinstance(entries, dict) else [("", entries)])
-        if not _may_differ(f"{section}.{key}")
+        if not _may_differ(f"{section}.{key}") and (f"{section}.{key}", value) not in ((_CHUNK, 0), (_CHUNK, "auto"))
     }
     return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from qlora_lite.commands.stopping import resume_command
 from qlora_lite.recipe import load_recipe
+from qlora_lite.recipe.schema import ON_DEVICE
 from qlora_lite.runs.folder import RunDir
 from qlora_lite.training import newest_valid, state, step
 from tests.tiny_model import tiny_source
@@ -149,9 +150,8 @@ def test_how_a_step_is_computed_does_not_change_what_is_learned(
     lean = ("memory.gradient_checkpointing=2", "memory.head_chunk=16", "memory.eval_batch_tokens=100")
     done = train_cli(recipe, run, *(word for setting in lean for word in ("--set", setting)), "--json").json
     settings = json.loads((run / "plan.json").read_text())["settings"]
-    assert settings["memory"] == {
-        "budget": "auto", "gradient_checkpointing": 2, "head_chunk": 16, "eval_batch_tokens": 100,
-    }  # fmt: skip
+    chosen = {"gradient_checkpointing": 2, "head_chunk": 16, "eval_batch_tokens": 100}
+    assert settings["memory"] == {"budget": "auto", "host_budget": "auto", **chosen, **ON_DEVICE}
     assert done["eval"]["after"]["loss"] == pytest.approx(trained[1].json["eval"]["after"]["loss"], rel=1e-3)
     assert done["peak_bytes"]["planned"] < trained[1].json["peak_bytes"]["planned"]
 
