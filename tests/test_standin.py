@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.quick_folder import quick_folder
 
 CHECKS = sorted((REPOSITORY / "tests" / "standin").glob("check_*.py"))
 
@@ -34,7 +35,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[str]]
         f"--junitxml={report}",
         *map(str, CHECKS),
     ]
-    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1800)
+    with quick_folder("standin") as folder:
+        command.append(f"--basetemp={folder / 'pytest'}")
+        process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1800)
     output = process.stdout[-12_000:] + process.stderr[-2000:]
     assert report.is_file(), output
     outcomes = defaultdict(list)

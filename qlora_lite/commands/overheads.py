@@ -71,7 +71,7 @@ def measure(device: str) -> dict[str, Any]:
     """Measure for half a minute. Raises UserError when the measuring process fails; that process prints its own error on stderr."""
     before = _free_bytes(device)
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([str(_ROOT), *_path()])}
-    command = [sys.executable, "-m", "qlora_lite.commands.overheads", device]
+    command = [sys.executable, "-m", "qlora_lite.commands.overheads", device, str(NUM_ROUNDS)]
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -110,11 +110,11 @@ def _free_bytes(device: str) -> int:
     return free_memory()[0] if is_accelerator(device) else 0
 
 
-def main(device: str) -> None:
+def main(device: str, num_rounds: int) -> None:
     """The measuring process: print one JSON document, then wait for the end of stdin, so that the caller can see its memory."""
     measured = measure_card(device) if is_accelerator(device) else measure_cpu()
     with show.phase("measuring the time to dequantize a weight"):
-        measured["dequantize"] = dequantize_price(device, num_rounds=NUM_ROUNDS)
+        measured["dequantize"] = dequantize_price(device, num_rounds=num_rounds)
     if is_accelerator(device):
         measured["reserved_bytes"] = torch_module().memory_reserved()
     show.print_json({"device": device, **measured})
@@ -263,4 +263,4 @@ def _seconds(device: str, work: Sequence[Callable[[], object]]) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

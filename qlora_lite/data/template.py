@@ -29,7 +29,7 @@ Surprising:
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -225,7 +225,7 @@ class ChatTemplate:
 
     def document_ids(self, text: str) -> list[int]:
         """Return the ids of a text to continue: without an end token."""
-        ids, begin = self._ids(text), self._begin_ids()
+        ids, begin = self._tokenize(text), self._begin_ids()
         ids = ids if ids[: len(begin)] == begin else [*begin, *ids]
         self._refuse_without_row(ids)
         return ids
@@ -336,8 +336,12 @@ class ChatTemplate:
                 f"{self._where}: the chat template does not print a message with tool_calls after its generation prompt and "
                 f"before its stop token, so the tokens to train cannot be located. Remove such rows, or change the template."
             )
-        prompt_ids = self._prompt_ids(prompt)
-        answer_ids = self._ids(text, behind=prompt, is_spelled=is_spelled)
+        own_ids = self._tokenize(prompt)
+        prompt_ids = [*self._prompt_begin(), *own_ids]
+        if is_spelled:
+            answer_ids = self._ids_behind(prompt, self._spelling.ids(prompt), text, self._spelling.ids)
+        else:
+            answer_ids = self._ids_behind(prompt, own_ids, text, self._tokenize)
         if self.stop_token_id in answer_ids:
             raise ModelError(
                 f"{self._where}: the chat template prints its stop token {self._text_of(self.stop_token_id)} inside an answer, so "
@@ -367,18 +371,15 @@ class ChatTemplate:
         has_prompt = finished.startswith(prompt) and finished.endswith(self._tail)
         return finished[len(prompt) : len(finished) - len(self._tail)] + self._after if has_prompt else ""
 
-    def _ids(self, text: str, *, behind: str = "", is_spelled: bool = False) -> list[int]:
-        """Tokenize a text, each special token as one id; with `is_spelled`, tokens marked by spelling.py become characters.
+    @staticmethod
+    def _ids_behind(prompt: str, prompt_ids: list[int], text: str, tokenize: Callable[[str], list[int]]) -> list[int]:
+        """Tokenize `text` together with `prompt` if that keeps the ids of `prompt`, else separately.
 
-        Tokenizes together with `behind` if that keeps the ids of `behind`, else separately: SentencePiece tokenizers put a space
-        before a separate text.
+        SentencePiece tokenizers put a space before a separate text.
         """
-        tokenize = self._spelling.ids if is_spelled else self._tokenize
-        if behind:
-            first, together = tokenize(behind), tokenize(behind + text)
-            if together[: len(first)] == first:
-                return together[len(first) :]
-        return tokenize(text)
+        together = tokenize(prompt + text)
+        is_kept = together[: len(prompt_ids)] == prompt_ids
+        return together[len(prompt_ids) :] if is_kept else tokenize(text)
 
     def _without_ends(self, message: Message) -> Message:
         """Remove the stop tokens at the end of an assistant message."""
@@ -534,8 +535,10 @@ class ChatTemplate:
         return str(text)
 
     def _prompt_ids(self, text: str) -> list[int]:
-        begin = [] if self.tokenizer.chat_template else self._begin_ids()  # a chat template prints its own
-        return [*begin, *self._ids(text)]
+        return [*self._prompt_begin(), *self._tokenize(text)]
+
+    def _prompt_begin(self) -> list[int]:
+        return [] if self.tokenizer.chat_template else self._begin_ids()  # a chat template prints its own
 
     def _tokenize(self, text: str) -> list[int]:
         with foreign(lambda reason: ModelError(f"{self._where}: the tokenizer cannot read a text ({reason})")):

@@ -327,8 +327,7 @@ class Scene:
         runtime = settings.card.runtime_bytes if settings.runtime_bytes is None else settings.runtime_bytes
         self._runtime = torch.empty(runtime, dtype=torch.uint8, device="meta")
         ledger.hold("runtime", self._runtime)
-        for category, tensors in residents(self.model).items():
-            ledger.hold(category, *tensors)
+        self._set_up()
         with ledger, counted_as("optimizer"):
             self._optimizer = make_optimizer(
                 self.model.named_parameters(), name=settings.optimizer, learning_rate=1e-4, weight_decay=0.0
@@ -371,13 +370,11 @@ class Scene:
         return self.ledger.live[category]
 
     def _set_up(self) -> None:
-        """Let the model, which other scenes share, run by this scene's settings."""
+        """Let the model, which other scenes share and whose parts they may have moved, run by this scene's settings."""
         self._body.ledger = self.ledger
-        footprint = Footprint(0, self._settings.checkpoint_every, policy=self._settings.policy)
-        apply_footprint(self.model, footprint)
-        if not footprint.policy.is_plain:
-            for category, tensors in residents(self.model).items():
-                self.ledger.hold(category, *tensors)
+        apply_footprint(self.model, Footprint(0, self._settings.checkpoint_every, policy=self._settings.policy))
+        for category, tensors in residents(self.model).items():
+            self.ledger.hold(category, *tensors)
 
     def _step(self, batch: Batch) -> None:
         """Run a step. The bytes that the update adds are independent of the batch, so it runs only the first time."""

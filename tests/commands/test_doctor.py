@@ -185,20 +185,22 @@ def test_how_fast_the_disk_is_written_is_measured_and_told_to_plans(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_measured_is_kept_and_shown_again():
-    done = run_doctor("--measure", "--json")
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)["measured"]
+def test_what_is_measured_is_kept_and_shown_again(monkeypatch):
+    """In a process of its own; products with a weight, most of the time, in 2 rounds in place of 9."""
+    monkeypatch.setattr(overheads, "NUM_ROUNDS", 2)
+    done = run_cli("doctor", "--measure", "--json")
+    assert done.code == 0, done.stderr
+    measured = done.json["measured"]
     kept = json.loads((Path(os.environ["QLORA_LITE_HOME"]) / doctor.KEPT).read_text())
     assert measured == kept and kept["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert kept["dequantize"]["dequantize_tokens"]["low"] > 0
+    assert kept["dequantize"]["dequantize_tokens"]["low"] > 0 and kept["dequantize"]["dequantize_s"]["num"] == 2
     assert kept["disk_write_bytes_per_s"]["low"] > 2**20
     if kept["device"] == "cpu":
         assert kept["imports_rss_bytes"] > 100 * 2**20
         assert kept["step_peak_bytes"] > 50 * 2**20
         growth = kept["step_rss_growth_bytes"]
         assert growth is None or growth["median"] > 0.5 * kept["step_peak_bytes"]
-    again = json.loads(run_doctor("--json").stdout)
+    again = run_cli("doctor", "--json").json
     assert again["measured"] == kept
     assert any(finding["what"] == "measured" for finding in again["findings"])
 

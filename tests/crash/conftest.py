@@ -6,10 +6,10 @@ import pytest
 
 from tests.crash.scenario import Scenario, prepare
 from tests.crash.server import Server
+from tests.quick_folder import quick_folder
 
 
 @pytest.fixture(scope="session")
-def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
-    folder = tmp_path_factory.mktemp("crash")
-    with Server(folder / "scratch", home=folder / "home") as server:
+def scenario() -> Iterator[Scenario]:
+    with quick_folder("crash") as folder, Server(folder / "scratch", home=folder / "home") as server:
         yield prepare(folder, server)

@@ -1,16 +1,18 @@
 """The plan of every home: the meta ledger is the real one to the byte in both pools, and few layers tell any depth."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from qlora_lite.base.source import load_config
 from qlora_lite.memory.ledger import ON_HOST, Ledger, counted_as
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.residency import Policy
 from qlora_lite.model.resident import residents
-from qlora_lite.plan.rehearsal import MicroBatch, Scene, Stage, with_depth
+from qlora_lite.plan.rehearsal import Body, MicroBatch, Scene, Settings, Stage, of_body, with_depth
 from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.training.footprint import Footprint, apply_footprint
 from tests.architectures import artefact, published
@@ -76,12 +78,40 @@ def check_pools(settings, model, micro_batch) -> None:
     assert planned.host_parts == on_host
 
 
-@pytest.mark.parametrize("policy", [Policy(), *POLICIES], ids=str)
-@pytest.mark.parametrize("depth", [7, 12])
-def test_few_layers_tell_any_depth(policy, depth):
+# Every policy at one depth, and at a second one those whose memory is not linear in it.
+DEPTHS = [
+    *((7, policy) for policy in (Policy(), *POLICIES)),
+    *((12, policy) for policy in POLICIES if policy.keeps_fewest or policy.resident_layers is not None),
+]
+
+
+@pytest.mark.parametrize(("depth", "policy"), DEPTHS, ids=str)
+def test_few_layers_tell_any_depth(depth, policy):
     deep = with_depth(lengthened(load_config(tiny_source()), depth), depth)
     settings, micro_batch = replace(CPU, policy=policy), MicroBatch(50, 2)
-    assert Stage(deep, settings).rehearse(micro_batch) == Scene(deep, settings).rehearse(micro_batch)
+    stage, scene = Stage(deep, settings, bodies=shared_body), Scene(deep, settings, shared_body(deep, settings))
+    assert stage.rehearse(micro_batch) == scene.rehearse(micro_batch)
+
+
+def test_a_model_serves_every_policy_whatever_was_rehearsed_on_it_before():
+    config, micro_batch = with_depth(load_config(tiny_source()), 2), MicroBatch(50, 2)
+    body, scenes = Body(config, CPU), {}
+    for policy in (Policy(), POLICIES[-1], POLICIES[5], Policy(), POLICIES[-1]):
+        settings = replace(CPU, policy=policy)
+        expected = Scene(config, settings).rehearse(micro_batch)
+        assert Scene(config, settings, body).rehearse(micro_batch) == expected
+        assert scenes.setdefault(policy, Scene(config, settings, body)).rehearse(micro_batch) == expected
+
+
+def shared_body(config: PreTrainedConfig, settings: Settings) -> Body:
+    """The tiny model of some depth, which all policies share, as the planner's do."""
+    assert of_body(settings) == of_body(CPU)
+    return body_of_depth(config.num_hidden_layers)
+
+
+@cache
+def body_of_depth(depth: int) -> Body:
+    return Body(with_depth(lengthened(load_config(tiny_source()), depth), depth), CPU)
 
 
 def test_few_layers_tell_any_depth_of_a_pattern_of_layers():

@@ -15,7 +15,7 @@ WINDOW = 50  # steps whose events are kept at the same time
 STEP_IS_OVER = "step is over"
 
 
-POLICIES = [PLAIN, Policy(8, "host_fewest", 0, embeddings="host", head="streamed", keys_values="host")]
+POLICIES = [PLAIN, Policy(24, "host_fewest", 0, embeddings="host", head="streamed", keys_values="host")]
 
 
 @pytest.mark.slow
