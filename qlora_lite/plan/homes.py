@@ -12,7 +12,7 @@ measured on a card yet.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 from transformers import PreTrainedConfig
@@ -101,6 +101,22 @@ def seconds(policy: Policy, shape: Shape, card: Card, tokens: int) -> float:
     return max(arithmetic, weights) + inputs + keys
 
 
+def relative_time(policy: Policy, shape: Shape, card: Card, tokens: int, *, method: str) -> float:
+    """The estimated time of a step relative to the fastest ordinary one, whether or not that one fits."""
+    chunk = min(policy.chunk_tokens or tokens, tokens)
+    most = CPU_MICRO_BATCH_TOKENS if card.is_cpu else CARD_MICRO_BATCH_TOKENS
+    dequantizing = slowdown(1, chunk, max(most, tokens), cost=dequantizing_tokens(card, method), method=method)
+    return dequantizing * seconds(policy, shape, card, tokens) / seconds(PLAIN, shape, card, tokens)
+
+
+def added_times(policy: Policy, shape: Shape, card: Card, tokens: int, *, method: str) -> dict[str, float]:
+    """Shares of a step's time that each field of a policy adds, by the name of the field: those that differ from an ordinary step."""
+    now = relative_time(policy, shape, card, tokens, method=method)
+    changed = [field.name for field in fields(policy) if getattr(policy, field.name) != getattr(PLAIN, field.name)]
+    without = {name: replace(policy, **{name: getattr(PLAIN, name)}) for name in changed}
+    return {name: now / relative_time(other, shape, card, tokens, method=method) - 1 for name, other in without.items()}
+
+
 def homes(
     free: Free,
     *,
@@ -121,22 +137,15 @@ def homes(
     policies = [policy for policy in dict.fromkeys(asked) if not policy.is_plain and (has_host or not policy.uses_host)]
     if not policies:
         return ()
-    tokens = free.micro_batch_tokens or length
-    plain_s = seconds(PLAIN, shape, card, tokens)
-    cost = dequantizing_tokens(card, method)
-    most = CPU_MICRO_BATCH_TOKENS if card.is_cpu else CARD_MICRO_BATCH_TOKENS
-    optimizer = free.optimizer or OPTIMIZERS[-1]
-    ways = []
-    for policy in policies:
-        chunk = min(policy.chunk_tokens or tokens, tokens)
-        factor = seconds(policy, shape, card, tokens) / plain_s
-        ways.append(
-            Strategy(
-                Footprint(tokens, 1, free.head_chunk or CHUNK, policy),
-                optimizer,
-                factor * slowdown(1, chunk, max(most, tokens), cost=cost, method=method),
-            )
+    tokens, optimizer = free.micro_batch_tokens or length, free.optimizer or OPTIMIZERS[-1]
+    ways = [
+        Strategy(
+            Footprint(tokens, 1, free.head_chunk or CHUNK, policy),
+            optimizer,
+            relative_time(policy, shape, card, tokens, method=method),
         )
+        for policy in policies
+    ]
     ways.sort(key=lambda way: way.slowdown)
     if free.head_chunk is None:  # saves little, so it is the last resort
         leanest = [way for way in ways if _leanness(way.footprint.policy) == _leanness(ways[-1].footprint.policy)]

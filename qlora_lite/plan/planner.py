@@ -5,14 +5,14 @@ with the leanest strategy is chosen, or the shortest length. So a smaller budget
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from qlora_lite.data.trees import Sharing
 from qlora_lite.model.residency import PLAIN
 from qlora_lite.plan.compare import Rehearsals
 from qlora_lite.plan.fits import STEP, Growth, Labels, Room, longest_length
-from qlora_lite.plan.homes import Budgets, Shape, choose_homes, homes, longest_of_all
+from qlora_lite.plan.homes import Budgets, Shape, added_times, choose_homes, homes, longest_of_all
 from qlora_lite.plan.needs import Needs
 from qlora_lite.plan.rehearsal import NF4, MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.scoring import Scoring
@@ -81,7 +81,7 @@ def fit(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, bu
         reasons=(
             Reason("data.max_seq_length", str(needs.length), needs.reason),
             *_reasons(choice, free, budget_bytes),
-            *_homes_reasons(choice, free, budgets),
+            *_homes_reasons(choice, free, budgets, partial(_shape_of, rehearsals, settings), settings),
             *reasons,
         ),
     )
@@ -217,19 +217,22 @@ def homes_of(
     """Return the strategies of homes.py for sequences of `length` tokens."""
     if settings.method == "full":
         return ()
-    whole = rehearsals.of(replace(settings, policy=PLAIN, checkpoint_every=1), MicroBatch(STEP, 1, 0.1))
-    stored = whole.parts["weights"] + whole.parts["quant_constants"]
-    shape = Shape.of(rehearsals.config, whole.num_weights, stored / whole.num_weights)
     return homes(
         free,
         card=settings.card,
         config=rehearsals.config,
-        shape=shape,
+        shape=_shape_of(rehearsals, settings),
         method=settings.method,
         length=length,
         ends_are_frozen=not settings.modules_to_save,
         has_host=has_host,
     )
+
+
+def _shape_of(rehearsals: Rehearsals, settings: Settings) -> Shape:
+    whole = rehearsals.of(replace(settings, policy=PLAIN, checkpoint_every=1), MicroBatch(STEP, 1, 0.1))
+    stored = whole.parts["weights"] + whole.parts["quant_constants"]
+    return Shape.of(rehearsals.config, whole.num_weights, stored / whole.num_weights)
 
 
 def _longest(rehearsals: Rehearsals, settings: Settings, free: Free, needs: Needs, budgets: Budgets) -> int | None:
@@ -352,19 +355,28 @@ def _reasons(choice: Choice, free: Free, budget_bytes: int) -> tuple[Reason, ...
     )
 
 
-def _homes_reasons(choice: Choice, free: Free, budgets: Budgets) -> tuple[Reason, ...]:
-    """The reasons of a step with chunks or with parts of the model elsewhere; none for an ordinary step."""
-    policy = choice.strategy.footprint.policy
+def _homes_reasons(
+    choice: Choice, free: Free, budgets: Budgets, shape: Callable[[], Shape], settings: Settings
+) -> tuple[Reason, ...]:
+    """The reasons of a step with chunks or with parts of the model elsewhere, and the time that each adds; none for an ordinary step."""
+    footprint = choice.strategy.footprint
+    policy = footprint.policy
     if policy.is_plain:
         return ()
+    added = added_times(policy, shape(), settings.card, footprint.micro_batch_tokens, method=settings.method)
     asked = dict(free.policy)
     host = f", and {format_bytes(budgets.host)} of host memory" if budgets.host else ""
     why = f"the fastest tried that fits {format_bytes(budgets.device)}{host}"
     if not choice.fits:
         why = f"the leanest tried; it does not fit {format_bytes(budgets.device)}{host}"
-    values = {field.name: getattr(policy, field.name) for field in fields(policy)}
-    changed = [key for key, value in values.items() if value != getattr(PLAIN, key)]
-    return tuple(Reason(f"memory.{key}", str(values[key]), "asked for" if key in asked else why) for key in changed)
+    return tuple(
+        Reason(
+            f"memory.{key}",
+            str(getattr(policy, key)),
+            f"{'asked for' if key in asked else why}; adds about {100 * share:.0f}% to the time of a step",
+        )
+        for key, share in added.items()
+    )
 
 
 def _checkpointing_reason(choice: Choice, free: Free, budget_bytes: int) -> Reason:
@@ -395,6 +407,8 @@ def _checkpointing_reason(choice: Choice, free: Free, budget_bytes: int) -> Reas
 
 def _tokens_reason(choice: Choice, budget_bytes: int) -> str:
     tokens = choice.strategy.footprint.micro_batch_tokens
+    if not choice.strategy.footprint.policy.is_plain:
+        return "the tokens of the longest example"
     if not any(way.footprint.micro_batch_tokens > tokens for way in choice.tried):
         return "enough to hide the cost of dequantizing weights" if choice.fits else "the tokens of the longest example"
     return f"the most that fit {format_bytes(budget_bytes)} with the other settings"
