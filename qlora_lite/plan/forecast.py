@@ -115,7 +115,7 @@ def forecast(
     comparison, batch = Comparison(rehearsals, chosen.settings), chosen.batch
     growth = growth_by_method(Comparison(rehearsals, leanest), rehearsals.config, batch, room.label_share)
     methods = {name: comparison.rehearse(name, batch, chosen.scoring if name == method else None) for name in METHODS}
-    budgets = Budgets(room.budget_bytes, host_budget_bytes)
+    budgets = Budgets(room.budget_bytes, host_budget_bytes, chosen.settings.card.is_cpu)
     fits = budgets.fit(methods[method])
     return Forecast(
         method=method,

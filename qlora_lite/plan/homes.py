@@ -51,8 +51,11 @@ class Budgets:
 
     device: int
     host: int
+    is_one_memory: bool = False  # a CPU: parts "on the host" are in the device's memory
 
     def fit(self, rehearsal: Rehearsal) -> bool:
+        if self.is_one_memory:
+            return rehearsal.peak_bytes + rehearsal.homes_bytes <= self.device
         return rehearsal.peak_bytes <= self.device and rehearsal.homes_bytes <= self.host
 
 
@@ -133,8 +136,12 @@ def homes(
     if method == "full" or free.checkpoint_every not in (None, 1):
         return ()
     packs = packs_rows(model_class(config))
+
+    def may_use(policy: Policy) -> bool:
+        return has_host or free.asks_for_homes or not policy.uses_host
+
     asked = (replace(policy, **dict(free.policy)) for policy in _ladder(card, packs, length, ends_are_frozen))
-    policies = [policy for policy in dict.fromkeys(asked) if not policy.is_plain and (has_host or not policy.uses_host)]
+    policies = [policy for policy in dict.fromkeys(asked) if not policy.is_plain and may_use(policy)]
     if not policies:
         return ()
     tokens, optimizer = free.micro_batch_tokens or length, free.optimizer or OPTIMIZERS[-1]

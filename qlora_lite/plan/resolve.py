@@ -106,7 +106,7 @@ class Resolved:
     @property
     def fits(self) -> bool:
         own = self.rehearsal(self.method)
-        return own.peak_bytes <= self.budget_bytes and own.homes_bytes <= self.host_budget_bytes
+        return self.budgets.fit(own)
 
     @cached_property
     def concessions(self) -> tuple[Concession, ...]:
@@ -121,7 +121,7 @@ class Resolved:
 
     @property
     def budgets(self) -> Budgets:
-        return Budgets(self.budget_bytes, self.host_budget_bytes)
+        return Budgets(self.budget_bytes, self.host_budget_bytes, self.card.is_cpu)
 
     @property
     def comparison(self) -> Comparison:
@@ -187,7 +187,7 @@ def resolve(recipe: Recipe, base: Base, place: Place, needs: Needs, free: Free) 
         settings_of(values, place, token_ids=_token_ids(recipe, base)),
         free,
         needs,
-        Budgets(place.budget_bytes, place.host_budget_bytes),
+        Budgets(place.budget_bytes, place.host_budget_bytes, place.card.is_cpu),
     )
     packed = "each branch attends to its prefix and itself" if needs.sharing else "each example attends to itself"
     reasons = [

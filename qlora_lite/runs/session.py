@@ -124,7 +124,8 @@ class Session:
             self._load_checkpoint(state, plan)
         else:
             _write_first_records(run, plan, loaded, data)
-        state.footprint = state.footprint or plan.chosen.footprint
+        planned = plan.chosen.footprint
+        state.footprint = planned if state.footprint is None else state.footprint.with_homes_of(planned)
         return Training(self, plan, loaded, state, examples, held_out, sampler)
 
     @contextmanager

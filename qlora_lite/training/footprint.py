@@ -1,7 +1,7 @@
 """Memory settings of a step that do not change its result: chosen by the plan, made leaner when memory runs out."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peft import PeftModel
@@ -26,6 +26,12 @@ class Footprint:
         layers = {0: "no layer", 1: "every layer"}.get(self.checkpoint_every, f"one layer in {self.checkpoint_every}")
         rest = "" if self.policy.is_plain else f", {self.policy}"
         return f"{self.micro_batch_tokens} tokens per micro-batch, {layers} checkpointed, {self.head_chunk} labels per head chunk{rest}"
+
+    def with_homes_of(self, other: "Footprint") -> "Footprint":
+        """Return the footprint with the homes of `other`, which change no bit, unless its chunks differ: they change last bits."""
+        is_same_chunk = self.policy.chunk_tokens == other.policy.chunk_tokens
+        is_checkpointed = self.checkpoint_every == other.checkpoint_every == 1
+        return replace(self, policy=other.policy) if is_same_chunk and is_checkpointed else self
 
     def to_json_dict(self) -> dict[str, Any]:
         return asdict(self)
