@@ -15,6 +15,7 @@ from qlora_lite.base.bnb import native_library, runs_downloaded_kernel
 from qlora_lite.commands import doctor, overheads
 from qlora_lite.commands.doctor import OK, PROBLEM, WARNING
 from qlora_lite.memory.kept import disk_speed
+from qlora_lite.memory.measuring import give_back_free_memory
 from tests.conftest import REPOSITORY
 from tests.tiny_run import run_cli
 
@@ -152,6 +153,7 @@ def test_growth_of_the_process_is_what_work_takes_and_gives_back():
     def take() -> None:
         torch.zeros(64 * 2**20, dtype=torch.uint8).fill_(1)
 
+    give_back_free_memory()  # of earlier tests, which `take` would be given
     growth = overheads.rss_growth(take)
     if growth is None:
         pytest.skip("this system does not forget the highest memory so far")
