@@ -23,11 +23,15 @@ def peak_of(rehearsals: Rehearsals, found: Fit) -> int:
     return rehearsals.of(found.settings, found.batch).peak_bytes
 
 
-@pytest.mark.parametrize("is_free", [False, True], ids=["length asked for", "length free"])
-def test_from_2_to_80_gib_in_40_steps_a_smaller_budget_never_needs_more(llama, is_free):
+@pytest.mark.parametrize(
+    ("is_free", "host_gib"),
+    [(False, 0), (True, 0), (False, 64)],
+    ids=["length asked for", "length free", "with a host"],
+)
+def test_from_1_to_80_gib_in_40_steps_a_smaller_budget_never_needs_more(llama, is_free, host_gib):
     needs = Needs(2048, "as a test", 0.1, is_free=is_free, lengths=np.arange(64, 2049))
-    budgets = [int(GIB * (2 + 2 * step)) for step in range(40)]
-    found = [fit(llama, Settings(), ANY, needs, Budgets(budget, 0)) for budget in budgets]
+    budgets = [int(GIB * (1 + 79 * step / 39)) for step in range(40)]
+    found = [fit(llama, Settings(), ANY, needs, Budgets(budget, host_gib * GIB)) for budget in budgets]
     peaks = [peak_of(llama, each) for each in found]
     assert peaks == sorted(peaks) and len(set(peaks)) >= 4
     assert [each.slowdown for each in found] == sorted((each.slowdown for each in found), reverse=True)
