@@ -4,19 +4,15 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-import torch
 from transformers import PreTrainedConfig
 
 from qlora_lite.base.source import load_config
-from qlora_lite.memory.ledger import ON_HOST, Ledger, counted_as
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.residency import Policy
-from qlora_lite.model.resident import residents
 from qlora_lite.plan.rehearsal import Body, MicroBatch, Scene, Settings, Stage, of_body, with_depth
-from qlora_lite.plan.workspace import workspace_of
 from qlora_lite.training.footprint import Footprint, apply_footprint
 from tests.architectures import artefact, published
-from tests.promises.test_promise_06_plan import CPU, lengthened, real_model, real_step
+from tests.promises.test_promise_06_plan import CPU, lengthened, real_model, real_pools
 from tests.tiny_model import tiny_source
 
 POLICIES = [
@@ -38,23 +34,6 @@ POLICIES = [
         keys_values="host",
     ),
 ]
-
-
-def real_pools(model, settings, micro_batch) -> tuple[dict[str, int], dict[str, int]]:
-    """-> (bytes at each phase's peak on the device, parts on the host at their peak) of a real step on the CPU."""
-    step, optimizer, batch = real_step(model, settings, micro_batch)
-    step()  # lazily made tables are there
-    ledger = Ledger(workspace=workspace_of(settings.card, num_threads=settings.num_threads))
-    for category, tensors in residents(model).items():
-        ledger.hold(category, *tensors)
-    for state in optimizer.state.values():
-        ledger.hold("optimizer", *(value for value in state.values() if isinstance(value, torch.Tensor)))
-    ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
-    ledger.forget_peaks()
-    with ledger, counted_as("activations"):
-        step()
-    assert set(ledger.peaks).isdisjoint(ON_HOST)
-    return {name: sum(parts.values()) for name, parts in ledger.peaks.items()}, ledger.host_peak
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)

@@ -16,7 +16,7 @@ from qlora_lite.base.source import load_config
 from qlora_lite.data.batches import Batch, pack_batch, pack_trees
 from qlora_lite.data.template import Encoded
 from qlora_lite.device.card import CPU as cpu_card
-from qlora_lite.memory.ledger import Ledger, counted_as
+from qlora_lite.memory.ledger import ON_HOST, Ledger, counted_as
 from qlora_lite.memory.measuring import measure_allocations
 from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.dtypes import choose_types
@@ -91,6 +91,11 @@ def first_step(model, optimizer) -> None:
 
 def real_ledger(model, settings: Settings, micro_batch: MicroBatch) -> dict[str, int]:
     """Bytes at each phase's peak of a real step on the CPU, by the same ledger."""
+    return real_pools(model, settings, micro_batch)[0]
+
+
+def real_pools(model, settings, micro_batch) -> tuple[dict[str, int], dict[str, int]]:
+    """-> (bytes at each phase's peak on the device, parts on the host at their peak) of a real step on the CPU."""
     step, optimizer, batch = real_step(model, settings, micro_batch)
     step()  # lazily made tables are there
     ledger = Ledger(workspace=workspace_of(settings.card, num_threads=settings.num_threads))
@@ -99,9 +104,11 @@ def real_ledger(model, settings: Settings, micro_batch: MicroBatch) -> dict[str,
     for state in optimizer.state.values():
         ledger.hold("optimizer", *(value for value in state.values() if isinstance(value, torch.Tensor)))
     ledger.hold("activations", batch.input_ids_1T, batch.position_ids_1T, batch.predictor_N, batch.target_N)
+    ledger.forget_peaks()
     with ledger, counted_as("activations"):
         step()
-    return {name: sum(parts.values()) for name, parts in ledger.peaks.items()}
+    assert set(ledger.peaks).isdisjoint(ON_HOST)
+    return {name: sum(parts.values()) for name, parts in ledger.peaks.items()}, ledger.host_peak
 
 
 @pytest.mark.parametrize("method", ["qlora", "full"])
