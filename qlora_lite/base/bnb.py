@@ -34,13 +34,13 @@ def keep_weights_unpacked(model: torch.nn.Module) -> int:
 def quantization_constants(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Yield the scales and tables of every quantized layer of `model`."""
     for layer in model.modules():
-        weight: Any = getattr(layer, "weight", None)
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
-            state = weight.quant_state
+            state: Any = layer.weight.quant_state
             yield from (state.absmax, state.code)
             if state.nested:
                 yield from (state.offset, state.state2.absmax, state.state2.code)
         elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            weight: Any = layer.weight
             yield weight.SCB if weight.SCB is not None else layer.state.SCB  # the first forward moves it
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -211,9 +212,9 @@ def frozen_tensors(layer: torch.nn.Module) -> Iterator[tuple[str, Any, str]]:
 
 def _frozen_tensors(name: str, module: torch.nn.Module) -> Iterator[tuple[str, Any, str]]:
     """Yield (path, owner, attribute) of the frozen weight of a linear layer and of its scales."""
-    weight: Any = getattr(module, "weight", None)
-    if not isinstance(module, torch.nn.Linear) or weight.requires_grad:
+    if not isinstance(module, torch.nn.Linear) or module.weight.requires_grad:
         return
+    weight: Any = module.weight
     yield f"{name}.weight", weight, "data"
     if isinstance(module, bitsandbytes.nn.Linear4bit):
         state = weight.quant_state
@@ -230,12 +231,15 @@ class StreamedEnds:
 
     def __init__(self, model: PreTrainedModel, device: torch.device, *, embeddings: bool, head: bool) -> None:
         self._device = device
+        self._undo: list[Callable[[], None]] = []
+        self._homes: dict[str, torch.nn.Parameter] = {}  # by the name of the end
+        self._num_users = 0  # of the head on the device
+        self._gathers = self._streams = False
+        if not (embeddings or head):
+            return
         self._embedding, self._head = _base(model.get_input_embeddings()), _base(model.get_output_embeddings())
         is_tied = self._head.weight is self._embedding.weight
         self._gathers, self._streams = embeddings or (head and is_tied), head or (embeddings and is_tied)
-        self._num_users = 0  # of the head on the device
-        self._undo: list[Callable[[], None]] = []
-        self._homes: dict[str, torch.nn.Parameter] = {}  # by the name of the end
         moved = {"embedding": self._embedding} if self._gathers else {}
         moved |= {"head": self._head} if self._streams else {}
         for name, module in moved.items():
@@ -309,6 +313,8 @@ class StreamedEnds:
         """Bring embedding and head back to the device for good."""
         for undo in self._undo:
             undo()
+        if not self._homes:
+            return
         back = {home: _frozen(home.data.to(self._device)) for home in self._homes.values()}
         modules = {"embedding": self._embedding, "head": self._head}
         for name, home in self._homes.items():
@@ -321,7 +327,7 @@ def _frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
 
 
 def _base(module: Any) -> Any:
-    """The module that holds the weight, inside peft's layers."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
+    """The embedding or linear layer inside peft's wrappers: the one that holds the frozen weight."""
+    while not isinstance(module, torch.nn.Embedding | torch.nn.Linear):
+        module = module.token_adapter if isinstance(module, TrainableTokensWrapper) else module.base_layer
     return module

@@ -24,7 +24,7 @@ from qlora_lite.model.chunk_attention import KEY_BLOCK
 from qlora_lite.model.head import CHUNK
 from qlora_lite.model.residency import PLAIN, LayerInputs, Policy
 from qlora_lite.plan.fits import STEP
-from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal
+from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.strategy import (
     CARD_MICRO_BATCH_TOKENS,
     CPU_MICRO_BATCH_TOKENS,
@@ -121,23 +121,18 @@ def added_times(policy: Policy, shape: Shape, card: Card, tokens: int, *, method
 
 
 def homes(
-    free: Free,
-    *,
-    card: Card,
-    config: PreTrainedConfig,
-    shape: Shape,
-    method: str,
-    length: int,
-    ends_are_frozen: bool,
-    has_host: bool,
+    free: Free, settings: Settings, *, config: PreTrainedConfig, shape: Shape, length: int, has_host: bool
 ) -> tuple[Strategy, ...]:
     """Return all strategies that the recipe allows, fastest first; none with method full, whose weights all change, and none for a
     recipe that keeps activations. Without `has_host`, nothing waits in host memory."""
+    card, method = settings.card, settings.method
     if method == "full" or free.checkpoint_every not in (None, 1):
         return ()
-    packs = packs_rows(model_class(config))
+    packs, ends_are_frozen = packs_rows(model_class(config)), not settings.modules_to_save
 
     def may_use(policy: Policy) -> bool:
+        if policy.stream_from == "disk" and policy.resident_layers is not None and settings.use_dora:
+            return False  # DoRA reads every weight at the start
         return has_host or free.asks_for_homes or not policy.uses_host
 
     asked = (replace(policy, **dict(free.policy)) for policy in _ladder(card, packs, length, ends_are_frozen))

@@ -217,16 +217,8 @@ def homes_of(
     """Return the strategies of homes.py for sequences of `length` tokens."""
     if settings.method == "full":
         return ()
-    return homes(
-        free,
-        card=settings.card,
-        config=rehearsals.config,
-        shape=_shape_of(rehearsals, settings),
-        method=settings.method,
-        length=length,
-        ends_are_frozen=not settings.modules_to_save,
-        has_host=has_host,
-    )
+    shape = _shape_of(rehearsals, settings)
+    return homes(free, settings, config=rehearsals.config, shape=shape, length=length, has_host=has_host)
 
 
 def _shape_of(rehearsals: Rehearsals, settings: Settings) -> Shape:

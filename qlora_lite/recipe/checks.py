@@ -162,6 +162,10 @@ def _homes_rules(recipe: Recipe) -> list[Rule]:
         if key in ("embeddings", "head"):
             trained = "is for a frozen embedding and head, and lora.modules_to_save may train them; use auto"
             rules.append((bool(recipe.lora.modules_to_save), (name, "lora.modules_to_save"), trained))
+    dora = "keeps weights in the base's files, and DoRA reads them all at the start; use host"
+    rules.append(
+        (recipe.lora.use_dora and recipe.memory.stream_from == "disk", ("memory.stream_from", "lora.use_dora"), dora)
+    )
     return rules
 
 

@@ -20,6 +20,7 @@ from qlora_lite.files.manifest import folder_weights_sha256
 from qlora_lite.model.adapter import Lora, attach_adapter, load_adapter
 from qlora_lite.model.factors import copy_factors
 from qlora_lite.model.load import LoadedBase, load_base
+from qlora_lite.model.residency import PLAIN
 from qlora_lite.model.resident import residents
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.plan import Plan, reading_of
@@ -51,9 +52,9 @@ def load_model(
     sha256 = base_sha256(plan, folder)
     tokens = recipe.data.special_tokens
     footprint = plan.chosen.footprint
-    base = load_base(
-        folder, device=plan.device, compute=plan.types.compute, special_tokens=tokens, policy=footprint.policy
-    )
+    # DoRA reads every weight when the adapter is put on, so they move to their homes afterwards.
+    policy = PLAIN if recipe.lora.use_dora else footprint.policy
+    base = load_base(folder, device=plan.device, compute=plan.types.compute, special_tokens=tokens, policy=policy)
     model: PeftModel | PreTrainedModel = base.model
     if adapter is not None:
         model = load_adapter(base.model, adapter, factor_dtype=plan.types.factors)
