@@ -2,7 +2,7 @@
 
 Copies to and from a card run on its own stream, in order, without a wait, because the host memory is page-locked. torch's own allocator
 of page-locked memory rounds to powers of two, up to twice what is needed, so the memory is our own: mapped pages, registered with the
-driver, and kept for the next tensor of the same size. If the driver refuses to register them, copies are slower and still correct.
+driver, and kept for later tensors. If the driver refuses to register them, copies are slower and still correct.
 
 On the CPU, and on meta, there is one memory: a tensor "on the host" is an ordinary one that ledgers count as host memory, and a copy "to
 the device" is a copy, as on a card. So one code serves all devices, and a rehearsal counts both memories.
@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from qlora_lite.device.accelerator import is_accelerator, register_pages, synchronize
+from qlora_lite.device.accelerator import ACCELERATOR, is_accelerator, register_pages, synchronize
 from qlora_lite.memory.ledger import counted_as
 from qlora_lite.units import format_bytes
 
@@ -53,22 +53,36 @@ def wait_for_copies(device: torch.device) -> None:
 
 
 def _page_locked(num_bytes: int) -> torch.Tensor:
-    size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    if _free[size]:
+    """Pages for a tensor: the smallest free ones that are large enough, else new ones in place of all free ones, which are too small.
+
+    So sequences of many lengths do not pile up pages of as many sizes.
+    """
+    large_enough = [size for size, pages in _free.items() if pages and size >= num_bytes]
+    if large_enough:
+        size = min(large_enough)
         pages = _free[size].pop()
     else:
+        give_back_host_memory()
+        size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
             pages = mmap.mmap(-1, size)
         except OSError as error:
             raise MemoryError(f"the system has no {format_bytes(size)} of host memory left ({error})") from error
         register_pages(torch.frombuffer(pages, dtype=torch.uint8))
     tensor = torch.frombuffer(pages, dtype=torch.uint8)
-    weakref.finalize(tensor.untyped_storage(), _free[size].append, pages)
+    weakref.finalize(tensor.untyped_storage(), _keep_free, size, pages)
     return tensor[:num_bytes]
+
+
+def _keep_free(size: int, pages: mmap.mmap) -> None:
+    _free[size].append(pages)
 
 
 def give_back_host_memory() -> None:
     """Return page-locked memory without a tensor to the system."""
+    if not any(_free.values()):
+        return
+    synchronize(ACCELERATOR)  # copies from it may still run
     for pages in (pages for some in _free.values() for pages in some):
         register_pages(torch.frombuffer(pages, dtype=torch.uint8), undo=True)
     _free.clear()

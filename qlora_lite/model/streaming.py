@@ -22,9 +22,8 @@ from qlora_lite.device.accelerator import copy_stream, is_accelerator
 from qlora_lite.memory.ledger import HOST_WEIGHTS, counted_as
 from qlora_lite.model.host_tensors import empty_on_host
 
-HOMES = (
-    "_qlora_lite_homes"  # attribute of a layer that was loaded to be streamed: tensors or Sources, by path in the layer
-)
+# Attribute of a layer that was loaded to be streamed: its tensors or Sources, by path in the layer.
+HOMES = "_qlora_lite_homes"
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -187,7 +186,12 @@ def _take_away(layer: torch.nn.Module, device: torch.device) -> list[_Place]:
     """Move a layer's frozen linear weights and their scales to their home; empty tensors take their place."""
     loaded: dict[str, torch.Tensor | Source] = layer.__dict__.get(HOMES, {})
     places = []
-    for path, owner, attribute in frozen_tensors(layer):
+    tensors = [
+        tensor
+        for name, module in layer.named_modules()
+        for tensor in _frozen_tensors(name.removesuffix(".base_layer"), module)
+    ]
+    for path, owner, attribute in tensors:
         tensor: torch.Tensor = getattr(owner, attribute)
         home = loaded[path] if path in loaded else host_home(tensor, device)
         shape = home.shape if isinstance(home, torch.Tensor) else home.value().shape
@@ -202,12 +206,6 @@ def host_home(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor.detach()
     home = empty_on_host(tensor.shape, tensor.dtype, device, HOST_WEIGHTS)
     return home.copy_(tensor.detach())
-
-
-def frozen_tensors(layer: torch.nn.Module) -> Iterator[tuple[str, Any, str]]:
-    """Yield (path in the layer, owner, attribute) of each frozen weight of a linear layer, and of its scales."""
-    for name, module in layer.named_modules():
-        yield from _frozen_tensors(name.removesuffix(".base_layer"), module)
 
 
 def _frozen_tensors(name: str, module: torch.nn.Module) -> Iterator[tuple[str, Any, str]]:

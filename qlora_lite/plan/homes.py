@@ -97,9 +97,8 @@ def seconds(policy: Policy, shape: Shape, card: Card, tokens: int) -> float:
     if policy.inputs_home == "host":
         inputs = shape.num_layers * tokens * 2 * shape.hidden * (6 + 2 * policy.keeps_fewest) / link
     keys = 0.0
-    if (
-        policy.keys_values == "host" and is_chunked
-    ):  # every chunk reads all earlier keys, and adds to their fp32 gradients
+    if policy.keys_values == "host" and is_chunked:
+        # Every chunk reads all earlier keys and values, and adds to their fp32 gradients.
         keys = shape.num_layers * tokens * (tokens / chunk / 2) * shape.key_width * (3 * 2 * 2 + 2 * 2 * 4) / link
     return max(arithmetic, weights) + inputs + keys
 
@@ -190,9 +189,10 @@ def _ladder(card: Card, packs: bool, length: int, ends_are_frozen: bool) -> list
 
 def choose_homes(
     ways: Sequence[Strategy], rehearse: Callable[[Strategy, MicroBatch], Rehearsal], batch: MicroBatch, budgets: Budgets,
-    *, num_layers: int, resident_is_free: bool = True,
+    *, num_layers: int, resident_is_free: bool,
 ) -> Choice:  # fmt: skip
-    """Return the first of `ways` that fits both budgets, with as many resident layers as fit; the last if none fits.
+    """Return the first of `ways` that fits both budgets, with as many resident layers as fit if their number is free; the last if none
+    fits.
 
     A long sequence is estimated from two shorter ones, and a choice confirmed by its own rehearsal. The order is fixed, so smaller budgets
     never choose larger peaks.

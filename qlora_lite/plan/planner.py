@@ -200,7 +200,8 @@ def _choose(
         if not ways:
             return choice
         depth = rehearsals.config.num_hidden_layers
-        return choose_homes(ways, rehearse, _batch(ways[0], needs), budgets, num_layers=depth)
+        is_free = "resident_layers" not in dict(free.policy)
+        return choose_homes(ways, rehearse, _batch(ways[0], needs), budgets, num_layers=depth, resident_is_free=is_free)
 
     choice = choice_for(needs)
     if choice.fits or not needs.is_free:

@@ -22,6 +22,7 @@ from qlora_lite.errors import DoesNotFit
 from qlora_lite.memory.ledger import PAGED, PHASES, Ledger, Moment
 from qlora_lite.memory.measuring import give_back_free_memory
 from qlora_lite.model.forward import causal_lm
+from qlora_lite.model.host_tensors import give_back_host_memory
 from qlora_lite.model.resident import residents
 from qlora_lite.training.footprint import Footprint, apply_footprint
 from qlora_lite.training.optimizer import is_paged
@@ -183,3 +184,4 @@ def _mark_layer(ledger: Ledger, name: str) -> Callable[[Any, Any, Any], None]:
 def _give_back() -> None:
     give_back_free_memory()
     give_back_cache()
+    give_back_host_memory()

@@ -75,6 +75,13 @@ def test_a_shortage_names_the_largest_part_of_the_tighter_memory(llama):
     )
 
 
+def test_a_number_of_resident_layers_that_the_recipe_sets_is_kept(llama):
+    needs, budgets = Needs(512, "as a test", 0.1), Budgets(8 * GIB, 64 * GIB)
+    kept = fit(llama, Settings(), Free(policy=(("resident_layers", 3),)), needs, budgets)
+    none = fit(llama, Settings(), Free(policy=(("resident_layers", 0),)), needs, budgets)
+    assert (kept.settings.policy.resident_layers, none.settings.policy.resident_layers) == (3, 0)
+
+
 def test_the_smallest_budget_that_is_named_is_enough_and_a_byte_less_is_not(llama):
     needs = Needs(2048, "as a test", 0.1)
     least = peak_of(llama, fit(llama, Settings(), ANY, needs, Budgets(1, 2**40)))

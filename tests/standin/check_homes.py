@@ -110,6 +110,24 @@ def test_host_memory_that_is_refused_is_a_lack_of_memory_like_any_other(monkeypa
             host_tensors.empty_on_host((4, 4), torch.float32, torch.device(standin.NAME), "host_weights")
 
 
+def test_sequences_of_many_lengths_do_not_pile_up_host_memory(monkeypatch):
+    monkeypatch.setattr(host_tensors, "_free", defaultdict(list))
+    device = torch.device(standin.NAME)
+    with standin.card("rtx-4090"):
+        for length in (100, 5000, 2000, 9000, 300, 9001):
+            tensors = [
+                host_tensors.empty_on_host((length, 64), torch.float32, device, "host_weights") for _ in range(2)
+            ]
+            for number, tensor in enumerate(tensors):
+                tensor.fill_(number)
+            assert [tensor.unique().tolist() for tensor in tensors] == [[0.0], [1.0]]  # no two share pages
+            del tensors, tensor
+        kept = sum(size * len(pages) for size, pages in host_tensors._free.items())
+        assert kept < 2.1 * 9001 * 64 * 4
+        host_tensors.give_back_host_memory()
+        assert not host_tensors._free
+
+
 def allocated_soon(expected: int) -> int:
     """Bytes allocated, once autograd's thread has let go of a failed step."""
     for _ in range(100):
