@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_lite.base.artefact import quantize_base
-from qlora_lite.model.residency import Policy
+from qlora_lite.model.policy import Policy
 from tests.conftest import REPOSITORY
 from tests.tiny_model import save_tiny_llama
 

@@ -6,7 +6,7 @@ keys and values are copied to the prompts that continue it; the answers are deco
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Thread
 from typing import Any
 
@@ -23,6 +23,7 @@ from qlora_lite.device.numerics import exact_sums
 from qlora_lite.memory.measuring import give_back_free_memory
 from qlora_lite.model.attention import attention_for_generation, attention_on_packed_rows
 from qlora_lite.model.forward import causal_lm, device_of, may_share
+from qlora_lite.model.residency import residency_of
 
 BATCH_TOKENS = 4096  # prompt tokens per batch, including padding; a plan may choose fewer
 
@@ -109,12 +110,13 @@ def stream_answer(
 
 @contextmanager
 def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Inside, eval mode and padded attention; restore the previous state afterwards."""
+    """Inside, eval mode, padded attention, and a streamed head on the device; restore the previous state afterwards."""
     was_training = model.training
     model.eval()
-    head = causal_lm(model).get_output_embeddings().register_forward_pre_hook(_contiguous)
+    base = causal_lm(model)
+    head, residency = base.get_output_embeddings().register_forward_pre_hook(_contiguous), residency_of(base)
     try:
-        with attention_for_generation(causal_lm(model)):
+        with attention_for_generation(base), nullcontext() if residency is None else residency.head():
             yield
     finally:
         head.remove()

@@ -17,6 +17,7 @@
     attention.py        attention over packed sequences, and over padded batches
     tree_attention.py   attention over a packed prefix tree
     chunk_attention.py  attention of a chunk of a sequence, over stored keys and values
+    policy.py           where the parts of a model wait, as one value
     residency.py        layers over chunks of tokens, and homes for inputs, weights, keys and values
     streaming.py        frozen weights that come to the device when they are needed
     host_tensors.py     tensors in host memory, and copies in both directions

@@ -25,7 +25,7 @@ from qlora_lite.foreign import foreign
 from qlora_lite.limits import TOKENIZER_BYTES
 from qlora_lite.model.attention import PACKED, packs_rows, padded_attention
 from qlora_lite.model.new_tokens import add_tokens, make_room
-from qlora_lite.model.residency import PLAIN, Policy
+from qlora_lite.model.policy import PLAIN, Policy
 from qlora_lite.model.streaming import Homes
 from qlora_lite.model.weights import fill_model, fill_plain
 

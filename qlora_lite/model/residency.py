@@ -1,6 +1,6 @@
 """Residency: where the parts of a model wait while one of its layers computes.
 
-    policy      where layer inputs, weights, embeddings, head, keys and values wait, and how many tokens pass through a layer at once
+    policy      where layer inputs, weights, ends, keys and values wait, and how many tokens pass through a layer at once (policy.py)
     a layer     one autograd function over the whole sequence; it saves nothing itself
 
 Forward: a layer runs chunk by chunk of tokens, and attention keeps the keys and values of the sequence for this one layer
@@ -14,17 +14,14 @@ So gradients are exact, and memory beyond the hidden states grows with the chunk
 as a whole, without step 1, and gives the same bits as ordinary gradient checkpointing. Where things wait changes no bit; the chunk
 changes last ones.
 
-`fewest` layer inputs: of L layers, P inputs with P (P + 1) / 2 >= L are kept, in segments that get shorter by one; the others are computed
-again from the nearest kept one. That is one more forward pass in all, and never more than P inputs in memory.
-
 Models that compute attention in their own modules (BLOOM, Falcon) run each layer as one chunk, with the same homes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -35,90 +32,8 @@ from qlora_lite.memory.ledger import HOST_CONSTANTS, HOST_INPUTS, HOST_WEIGHTS, 
 from qlora_lite.model.attention import packs_rows
 from qlora_lite.model.chunk_attention import Chunk, KeysAreComplete, KeysValues
 from qlora_lite.model.host_tensors import Home, empty_on_host, on_device, on_host, wait_for_copies
+from qlora_lite.model.policy import Policy, kept_inputs
 from qlora_lite.model.streaming import StreamedEnds, StreamedLayers, decoder_layers
-
-LayerInputs = Literal["device", "fewest", "host", "host_fewest"]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Where the parts of a model wait. The defaults keep everything on the device and whole."""
-
-    chunk_tokens: int = 0  # tokens of a sequence that pass through a layer at once; 0: all
-    layer_inputs: LayerInputs = "device"
-    resident_layers: int | None = None  # None: all; n: the first n, the others are streamed
-    stream_from: Literal["host", "disk"] = "host"
-    embeddings: Home = "device"
-    head: Literal["resident", "streamed"] = "resident"
-    keys_values: Home = "device"
-
-    @property
-    def inputs_home(self) -> Home:
-        return "host" if self.layer_inputs in ("host", "host_fewest") else "device"
-
-    @property
-    def keeps_fewest(self) -> bool:
-        return self.layer_inputs in ("fewest", "host_fewest")
-
-    @property
-    def uses_host(self) -> bool:
-        """Whether anything waits in host memory."""
-        streams = self.resident_layers is not None and self.stream_from == "host"
-        ends = self.embeddings == "host" or self.head == "streamed"
-        return streams or ends or self.inputs_home == "host" or self.keys_values == "host"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing waits elsewhere and nothing is chunked: ordinary checkpointing computes the step."""
-        return replace(self, stream_from="host") == Policy()
-
-    def __str__(self) -> str:
-        parts = [
-            f"layers in chunks of {self.chunk_tokens} tokens" if self.chunk_tokens else "",
-            {
-                "fewest": "the fewest layer inputs kept",
-                "host": "layer inputs on the host",
-                "host_fewest": "the fewest layer inputs kept, on the host",
-            }.get(self.layer_inputs, ""),
-            ""
-            if self.resident_layers is None
-            else f"{self.resident_layers} layers resident, others from {self.stream_from}",
-            "embeddings on the host" if self.embeddings == "host" else "",
-            "head streamed" if self.head == "streamed" else "",
-            "keys and values on the host" if self.keys_values == "host" else "",
-        ]
-        return ", ".join(part for part in parts if part) or "everything on the device"
-
-
-PLAIN = Policy()
-
-
-def kept_inputs(num_layers: int) -> tuple[int, ...]:
-    """Layers whose inputs `fewest` keeps: the first of segments that get shorter by one."""
-    size = 1
-    while size * (size + 1) // 2 < num_layers:
-        size += 1
-    kept, first = [], 0
-    while first < num_layers:
-        kept.append(first)
-        first, size = first + size, max(1, size - 1)
-    return tuple(kept)
-
-
-@dataclass(frozen=True)
-class MostKept:
-    """The most layer inputs in memory at once with `fewest`, and how many of them have been recomputed by then."""
-
-    num_inputs: int
-    num_recomputed: int
-
-
-def most_kept(num_layers: int) -> MostKept:
-    """The backward pass holds the most at the last layer of a segment; of several such moments, the first."""
-    kept = kept_inputs(num_layers)
-    inside = [end - first for first, end in zip(kept, (*kept[1:], num_layers), strict=True)]
-    return max((MostKept(number + size, size - 1) for number, size in reversed(list(enumerate(inside)))),
-               key=lambda most: most.num_inputs)  # fmt: skip
 
 
 def apply_policy(model: PreTrainedModel, policy: Policy) -> None:
@@ -197,6 +112,10 @@ class Residency:
     def buffers(self) -> list[torch.Tensor]:
         """The device's memory for streamed weights, kept between steps."""
         return self._weights.buffers()
+
+    def head(self) -> AbstractContextManager[None]:
+        """Inside, a streamed head is on the device."""
+        return self._ends.head()
 
     def end_step(self) -> None:
         """Take a streamed head off the device."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from qlora_lite.model.residency import PLAIN
+from qlora_lite.model.policy import PLAIN
 from qlora_lite.plan.rehearsal import Body, MicroBatch, Rehearsal, Settings, Stage, of_body
 from qlora_lite.plan.scoring import Scoring, rehearse_evaluation, with_evaluation
 

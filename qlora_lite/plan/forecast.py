@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from qlora_lite.base.skeleton import model_class
 from qlora_lite.merging.proof import PROOF_TOKENS
 from qlora_lite.model.attention import packs_rows
-from qlora_lite.model.residency import Policy
+from qlora_lite.model.policy import Policy
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json
 from qlora_lite.plan.fits import STEP, Cell, Growth, Labels, Room, longest_length, memory_map, totals
 from qlora_lite.plan.homes import Budgets, length_about

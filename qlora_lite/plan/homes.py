@@ -22,7 +22,7 @@ from qlora_lite.device.card import Card
 from qlora_lite.model.attention import packs_rows
 from qlora_lite.model.chunk_attention import KEY_BLOCK
 from qlora_lite.model.head import CHUNK
-from qlora_lite.model.residency import PLAIN, LayerInputs, Policy
+from qlora_lite.model.policy import PLAIN, LayerInputs, Policy
 from qlora_lite.plan.fits import STEP
 from qlora_lite.plan.rehearsal import MicroBatch, Rehearsal, Settings
 from qlora_lite.plan.strategy import (

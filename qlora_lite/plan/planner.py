@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from qlora_lite.data.trees import Sharing
-from qlora_lite.model.residency import PLAIN
+from qlora_lite.model.policy import PLAIN
 from qlora_lite.plan.compare import Rehearsals
 from qlora_lite.plan.fits import STEP, Growth, Labels, Room, longest_length
 from qlora_lite.plan.homes import Budgets, Shape, added_times, choose_homes, homes, longest_of_all

@@ -51,7 +51,7 @@ from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import CHUNK
 from qlora_lite.model.meta import meta_model
 from qlora_lite.model.new_tokens import make_room
-from qlora_lite.model.residency import PLAIN, LayerInputs, Policy, kept_inputs, most_kept
+from qlora_lite.model.policy import PLAIN, LayerInputs, Policy, kept_inputs, most_kept
 from qlora_lite.model.resident import residents
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.model.tree_attention import NO_PARENT

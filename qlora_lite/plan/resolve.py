@@ -25,7 +25,7 @@ from qlora_lite.model.adapter import modules_trained_whole
 from qlora_lite.model.dtypes import NumberTypes
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.model.meta import meta_model
-from qlora_lite.model.residency import Policy
+from qlora_lite.model.policy import Policy
 from qlora_lite.plan.compare import METHODS, Comparison, Rehearsals, as_json, own_method
 from qlora_lite.plan.fits import Room
 from qlora_lite.plan.homes import Budgets

@@ -19,7 +19,7 @@ from typing import Any
 from qlora_lite.device.card import Card
 from qlora_lite.evaluation.generate import BATCH_TOKENS
 from qlora_lite.model.head import CHUNK
-from qlora_lite.model.residency import Policy
+from qlora_lite.model.policy import Policy
 from qlora_lite.training.footprint import Footprint
 
 CPU_MICRO_BATCH_TOKENS, CARD_MICRO_BATCH_TOKENS = 2048, 4096  # enough to hide dequantizing behind the products

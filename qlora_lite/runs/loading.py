@@ -20,7 +20,7 @@ from qlora_lite.files.manifest import folder_weights_sha256
 from qlora_lite.model.adapter import Lora, attach_adapter, load_adapter
 from qlora_lite.model.factors import copy_factors
 from qlora_lite.model.load import LoadedBase, load_base
-from qlora_lite.model.residency import PLAIN
+from qlora_lite.model.policy import PLAIN
 from qlora_lite.model.resident import residents
 from qlora_lite.model.trained import make_trainable
 from qlora_lite.plan import Plan, reading_of

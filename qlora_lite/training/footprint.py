@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from qlora_lite.model.forward import causal_lm
 from qlora_lite.model.head import CHUNK
 from qlora_lite.model.load import checkpoint_activations
-from qlora_lite.model.residency import PLAIN, Policy, apply_policy
+from qlora_lite.model.policy import PLAIN, Policy
+from qlora_lite.model.residency import apply_policy
 
 
 @dataclass(frozen=True)

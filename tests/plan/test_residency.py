@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from qlora_lite.base.source import load_config
 from qlora_lite.model.forward import causal_lm
-from qlora_lite.model.residency import Policy
+from qlora_lite.model.policy import Policy
 from qlora_lite.plan.rehearsal import Body, MicroBatch, Scene, Settings, Stage, of_body, with_depth
 from qlora_lite.training.footprint import Footprint, apply_footprint
 from tests.architectures import artefact, published

@@ -13,7 +13,8 @@ from qlora_lite.model.adapter import Lora, attach_adapter
 from qlora_lite.model.chunk_attention import KEY_BLOCK
 from qlora_lite.model.forward import causal_lm, may_share
 from qlora_lite.model.load import checkpoint_activations, load_base
-from qlora_lite.model.residency import PLAIN, Policy, apply_policy
+from qlora_lite.model.policy import PLAIN, Policy
+from qlora_lite.model.residency import apply_policy
 from qlora_lite.training.optimizer import make_optimizer
 from qlora_lite.training.step import batch_loss, update
 from tests.architectures import artefact

@@ -13,7 +13,8 @@ import torch
 from qlora_lite.device.accelerator import card_here
 from qlora_lite.model import host_tensors
 from qlora_lite.model.forward import causal_lm
-from qlora_lite.model.residency import Policy, residency_of
+from qlora_lite.model.policy import Policy
+from qlora_lite.model.residency import residency_of
 from qlora_lite.plan import rehearsal
 from qlora_lite.plan.rehearsal import MicroBatch, Settings, Stage
 from qlora_lite.training.footprint import Footprint, apply_footprint

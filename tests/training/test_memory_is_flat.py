@@ -7,7 +7,7 @@ import torch
 from torch.profiler import record_function
 
 from qlora_lite.memory.measuring import allocator_events
-from qlora_lite.model.residency import PLAIN, Policy
+from qlora_lite.model.policy import PLAIN, Policy
 from qlora_lite.training.footprint import Footprint
 from tests.tiny_model import random_rows
 from tests.training.test_loop import fresh_state, sampler_of, steps_of

@@ -22,8 +22,8 @@ from qlora_lite.device.accelerator import card_here, torch_module
 from qlora_lite.memory.ledger import PHASES
 from qlora_lite.memory.measuring import measure_allocations
 from qlora_lite.model.adapter import Lora, attach_adapter
+from qlora_lite.model.policy import PLAIN, Policy
 from qlora_lite.model.random_model import random_model
-from qlora_lite.model.residency import PLAIN, Policy
 from qlora_lite.plan.rehearsal import MicroBatch, Settings, Stage, num_labels
 from qlora_lite.training import Footprint, apply_footprint, make_optimizer
 from qlora_lite.training.step import update
